@@ -1,0 +1,56 @@
+use rayon::prelude::*;
+use rten_simd::SimdOp;
+
+use super::matmul::VALUES_PER_TASK;
+use super::rms_norm::NormRows;
+use super::{Buffer, Heads};
+
+pub(super) fn rotation(positions: &[u32], frequencies: &[f32], out: &mut Buffer) {
+    let half = frequencies.len();
+    out.reshape(positions.len(), 2 * half);
+    for (row, &position) in out.values.chunks_exact_mut(2 * half).zip(positions) {
+        let (cosines, sines) = row.split_at_mut(half);
+        for i in 0..half {
+            // The angle is rounded to f32, as in the published implementations; its sine and
+            // cosine are then as exact as can be.
+            let angle = f64::from(position as f32 * frequencies[i]);
+            cosines[i] = angle.cos() as f32;
+            sines[i] = angle.sin() as f32;
+        }
+    }
+}
+
+pub(super) fn rotary(
+    qkv: &mut Buffer,
+    heads: Heads,
+    norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
+    rotation: &Buffer,
+) {
+    let columns = qkv.columns;
+    let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
+    let rows_per_task = (VALUES_PER_TASK / columns).max(1);
+    let rotations = rotation.values.par_chunks(rows_per_task * head_dim);
+    let tasks = qkv.values.par_chunks_mut(rows_per_task * columns).zip(rotations);
+    tasks.for_each(|(rows, rotations)| {
+        for (row, rotation) in rows.chunks_exact_mut(columns).zip(rotations.chunks(head_dim)) {
+            let (queries, keys) = row[..query_dim + heads.kv_dim()].split_at_mut(query_dim);
+            if let Some((query_norm, key_norm, epsilon)) = norms {
+                NormRows { rows: queries, weight: query_norm, epsilon }.dispatch();
+                NormRows { rows: keys, weight: key_norm, epsilon }.dispatch();
+            }
+            let (cosines, sines) = rotation.split_at(head_dim / 2);
+            let turn_heads = queries.chunks_exact_mut(head_dim).chain(keys.chunks_exact_mut(head_dim));
+            turn_heads.for_each(|head| turn(head, cosines, sines));
+        }
+    });
+}
+
+fn turn(head: &mut [f32], cosines: &[f32], sines: &[f32]) {
+    let (firsts, seconds) = head.split_at_mut(cosines.len());
+    let pairs = firsts.iter_mut().zip(seconds).zip(cosines.iter().zip(sines));
+    for ((first, second), (cosine, sine)) in pairs {
+        let (x, y) = (*first, *second);
+        *first = x * cosine - y * sine;
+        *second = y * cosine + x * sine;
+    }
+}

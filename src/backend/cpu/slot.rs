@@ -1,0 +1,158 @@
+use rten_gemm::{GemmInputB, PackedBMatrix};
+
+use super::{Buffer, CpuBackend, Heads, SlotSpec};
+use crate::backend::Beam;
+use crate::catalog::trie::Trie;
+use crate::error::{Error, Result};
+
+/// The memory of one running request.
+pub struct Slot {
+    pub(super) spec: SlotSpec,
+    /// By layer and KV head.
+    pub(super) contexts: Vec<Vec<HeadContext>>,
+    /// By layer.
+    pub(super) tails: Vec<Tail>,
+    pub(super) beams: Beams,
+}
+
+/// The context of one layer and KV head, packed for products once and read by all beams.
+pub(super) struct HeadContext {
+    /// `[head_dim, context_len]`
+    keys: PackedBMatrix<f32>,
+    /// `[context_len, head_dim]`
+    values: PackedBMatrix<f32>,
+}
+
+impl HeadContext {
+    pub fn keys(&self) -> GemmInputB<'_, f32> {
+        GemmInputB::Packed(&self.keys)
+    }
+
+    pub fn values(&self) -> GemmInputB<'_, f32> {
+        GemmInputB::Packed(&self.values)
+    }
+}
+
+/// Keys and values of the tokens that beams have written, one matrix a position.
+///
+/// A row is written once, by the beam that chose the token, and stays where it is: the beams that
+/// descend from it find it through their ancestors.
+#[derive(Default)]
+pub(super) struct Tail {
+    /// By position: `[beams then, kv_dim]` keys and the same of values.
+    pub positions: Vec<(Vec<f32>, Vec<f32>)>,
+}
+
+/// The beams of a search, best first once a step was taken.
+pub(super) struct Beams {
+    pub scores: Vec<f32>,
+    /// By beam: its node in the trie, or, in a search without one, its rank among the beams by
+    /// their tokens. Equal scores go by it.
+    pub places: Vec<u32>,
+    /// `[beams][steps taken]`, flat.
+    pub tokens: Vec<u32>,
+    pub num_steps: usize,
+    /// `[beams][positions of the tail before the newest]`, flat: the row of each ancestor.
+    pub ancestors: Vec<u32>,
+    pub num_ancestors: usize,
+    pub start_token: u32,
+    pub first_leaf_node: Option<u32>,
+    pub failed_step: Option<usize>,
+}
+
+impl Beams {
+    pub fn len(&self) -> usize {
+        self.scores.len()
+    }
+
+    pub fn newest_tokens(&self) -> impl Iterator<Item = u32> {
+        let newest = |beam: usize| match self.num_steps {
+            0 => self.start_token,
+            steps => self.tokens[(beam + 1) * steps - 1],
+        };
+        (0..self.len()).map(newest)
+    }
+
+    pub fn ancestors_of(&self, beam: usize) -> &[u32] {
+        &self.ancestors[beam * self.num_ancestors..(beam + 1) * self.num_ancestors]
+    }
+
+    pub fn read(&self) -> Result<Vec<Beam>> {
+        if let Some(step) = self.failed_step {
+            return Err(Error::NonFiniteScores { step });
+        }
+        let beam = |at: usize| Beam {
+            tokens: self.tokens[at * self.num_steps..(at + 1) * self.num_steps].to_vec(),
+            leaf: self.first_leaf_node.map(|first| self.places[at] - first),
+            score: self.scores[at],
+        };
+        Ok((0..self.len()).map(beam).collect())
+    }
+}
+
+impl Slot {
+    pub(super) fn new(spec: &SlotSpec) -> Slot {
+        Slot {
+            spec: *spec,
+            contexts: (0..spec.num_layers).map(|_| Vec::new()).collect(),
+            tails: (0..spec.num_layers).map(|_| Tail::default()).collect(),
+            beams: Beams {
+                scores: vec![0.0],
+                places: vec![Trie::ROOT],
+                tokens: Vec::new(),
+                num_steps: 0,
+                ancestors: Vec::new(),
+                num_ancestors: 0,
+                start_token: spec.start_token,
+                first_leaf_node: None,
+                failed_step: None,
+            },
+        }
+    }
+}
+
+impl CpuBackend {
+    pub(super) fn store_context(
+        &self,
+        layer: usize,
+        kv: &Buffer,
+        offset: usize,
+        heads: Heads,
+        slots: &mut [Slot],
+    ) {
+        let head_dim = heads.head_dim;
+        let mut first_row = 0;
+        for slot in slots {
+            let rows = first_row..first_row + slot.spec.context_len;
+            first_row = rows.end;
+            let pack = |head: usize| {
+                let keys = offset + head * head_dim;
+                let values = keys + heads.kv_dim();
+                let keys = kv.view(rows.clone(), keys..keys + head_dim);
+                let values = kv.view(rows.clone(), values..values + head_dim);
+                HeadContext {
+                    keys: self.pack(keys.transposed()),
+                    values: self.pack(values),
+                }
+            };
+            slot.contexts[layer] = (0..heads.num_kv_heads).map(pack).collect();
+        }
+    }
+}
+
+pub(super) fn append_tail(layer: usize, qkv: &Buffer, heads: Heads, slots: &mut [Slot]) {
+    let (query_dim, kv_dim) = (heads.query_dim(), heads.kv_dim());
+    let mut first_row = 0;
+    for slot in slots {
+        let rows = first_row..first_row + slot.beams.len();
+        first_row = rows.end;
+        let mut keys = Vec::with_capacity(rows.len() * kv_dim);
+        let mut values = Vec::with_capacity(rows.len() * kv_dim);
+        for row in rows {
+            let (row_keys, row_values) = qkv.row(row)[query_dim..].split_at(kv_dim);
+            keys.extend_from_slice(row_keys);
+            values.extend_from_slice(row_values);
+        }
+        slot.tails[layer].positions.push((keys, values));
+    }
+}

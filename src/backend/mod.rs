@@ -1,0 +1,313 @@
+//! The operations that a network is made of, once for every device.
+//!
+//! A backend does not know what a request is. It knows **slots**: the memory of one running
+//! request, that is its context (KV that all its beams share), its tails (the few positions of KV
+//! that a beam owns, reached through ancestor indices and never copied) and its beams. Operations
+//! work on the rows of several slots at once, slot after slot: prompt tokens in prefill, beams in
+//! decode. Matrices are dense and row-major. Each row's result depends on that row and its slot
+//! alone, to the last bit, so an answer is the same in any company.
+//!
+//! An operation has one name everywhere: `Backend::attend_beams` is `backend/cpu/attend_beams.rs`.
+
+use crate::catalog::Catalog;
+use crate::catalog::legality::Legality;
+use crate::error::Result;
+use crate::request::{Constraint, Normalization};
+use crate::tensor::Tensor;
+
+pub mod cpu;
+
+/// How the columns of a projection are shared out: `num_heads` query heads, then `num_kv_heads`
+/// key heads, then as many value heads, each `head_dim` wide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads` (grouped-query attention, Ainslie et al. 2023).
+    pub num_kv_heads: usize,
+    /// Columns of one head.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Columns of the queries, and of an attention's output.
+    pub fn query_dim(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Columns of the keys, and of the values.
+    pub fn kv_dim(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// Columns of queries, keys and values together.
+    pub fn qkv_dim(&self) -> usize {
+        self.query_dim() + 2 * self.kv_dim()
+    }
+}
+
+/// The nonlinearities of feed-forward layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// max(x, 0)
+    Relu,
+    /// x Φ(x), by the error function (Hendrycks & Gimpel 2016).
+    Gelu,
+    /// The same by its tanh approximation.
+    GeluTanh,
+    /// x sigmoid(x), also called swish.
+    Silu,
+}
+
+/// What happens to a matrix product on its way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Epilogue {
+    /// `out = x Wᵀ (+ bias)`
+    Store,
+    /// `out += x Wᵀ (+ bias)`: the residual stream.
+    Add,
+    /// `out = activation(x Wᵀ (+ bias))`
+    Activate(Activation),
+}
+
+/// Which positions a position of a prompt attends to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mask {
+    /// Itself and the earlier ones.
+    Causal,
+    /// All of its own prompt.
+    Bidirectional,
+}
+
+/// What a beam attends to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// The request's context alone: cross-attention.
+    Context,
+    /// The beam's own tail alone: self-attention of a decoder behind an encoder.
+    Tail,
+    /// Both under one softmax: self-attention of a decoder-only network.
+    ContextAndTail,
+}
+
+/// The memory that one running request needs; fixed when it is admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlotSpec {
+    /// Layers that keep KV.
+    pub num_layers: usize,
+    /// The heads of that KV.
+    pub heads: Heads,
+    /// Tokens of the context.
+    pub context_len: usize,
+    /// The most beams at any step.
+    pub max_beams: usize,
+    /// Decoding steps: codes and forced suffix tokens.
+    pub num_steps: usize,
+    /// The token of the one beam that a search starts with, where the decoder reads one.
+    pub start_token: u32,
+}
+
+/// What one decoding step may choose from, the same for every request of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StepTokens {
+    /// A level of the semantic ID: code `c` is token `tokens[c]`; `NO_TOKEN` where it has none.
+    Level {
+        /// Token by code.
+        tokens: Vec<u32>,
+    },
+    /// A token that is forced after the codes.
+    Forced {
+        /// The token.
+        token: u32,
+    },
+}
+
+/// Stands for "this code has no token" in [`StepTokens::Level`].
+pub const NO_TOKEN: u32 = u32::MAX;
+
+/// How one request wants its search.
+pub struct SearchRule<'a> {
+    /// The catalog that is searched.
+    pub catalog: &'a Catalog,
+    /// What of it the request may be answered with.
+    pub legality: Legality,
+    /// Beams kept at each step.
+    pub beams: usize,
+    /// What scores are normalised over.
+    pub normalization: Normalization,
+    /// What may follow a prefix.
+    pub constraint: Constraint,
+    /// Divides the logits.
+    pub temperature: f32,
+}
+
+impl SearchRule<'_> {
+    /// Whether the normaliser needs the logits of the whole vocabulary.
+    pub fn needs_vocabulary(&self) -> bool {
+        match self.constraint {
+            Constraint::None => true,
+            _ => self.normalization == Normalization::Vocabulary,
+        }
+    }
+}
+
+/// A finished beam, read back from the device.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Beam {
+    /// The tokens chosen, one a step.
+    pub tokens: Vec<u32>,
+    /// The leaf of the catalog's trie, where the search was constrained to it.
+    pub leaf: Option<u32>,
+    /// Natural log of the probability.
+    pub score: f32,
+}
+
+/// The operations of a device. Rows of several slots stand one after the other, in slot order.
+///
+/// In every shape, `rows` is the number of prompt tokens of the slots in prefill and the number of
+/// their beams in decode. `out` buffers take the shape of what is written to them.
+pub trait Backend: Send + Sync + Sized + 'static {
+    /// Activations, `[rows, columns]`.
+    type Buffer: Send;
+    /// A weight matrix `[out, in]`, laid out for products once.
+    type Matrix: Send + Sync;
+    /// A vector of weights.
+    type Vector: Send + Sync;
+    /// A table of embeddings, `[tokens, columns]`.
+    type Table: Send + Sync;
+    /// The output head, split so that a step evaluates only what it can choose from.
+    type Head: Send + Sync;
+    /// The memory of one running request.
+    type Slot: Send;
+
+    // Opening.
+
+    /// Stacks weight matrices `[out_i, in]` into one `[sum of out_i, in]`.
+    fn matrix(&self, parts: &[Tensor]) -> Self::Matrix;
+    /// Joins weight vectors.
+    fn vector(&self, parts: &[Tensor]) -> Self::Vector;
+    /// A table of embeddings, one row a token.
+    fn table(&self, weight: Tensor) -> Self::Table;
+    /// The output head `[vocabulary, in]` of a model whose steps choose from `steps`.
+    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Self::Head;
+    /// Rows that a slot takes in decode: its beams.
+    fn num_beams(&self, slot: &Self::Slot) -> usize;
+    /// Rows that a slot takes in prefill: its prompt's tokens.
+    fn context_len(&self, slot: &Self::Slot) -> usize;
+    /// An empty buffer.
+    fn buffer(&self) -> Self::Buffer;
+    /// The memory of a request, with the one beam that its search starts with.
+    fn open_slot(&self, spec: &SlotSpec) -> Self::Slot;
+
+    // Networks.
+
+    /// `out[r] = table[tokens[r]]`, the embedding of prompt tokens.
+    fn embed(&self, table: &Self::Table, tokens: &[u32], out: &mut Self::Buffer);
+    /// The embedding of each beam's newest token.
+    fn embed_beams(&self, table: &Self::Table, slots: &[Self::Slot], out: &mut Self::Buffer);
+    /// `out[r] = x[r] / sqrt(mean(x[r]^2) + epsilon) * weight` (Zhang & Sennrich 2019).
+    fn rms_norm(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Vector,
+        epsilon: f32,
+        out: &mut Self::Buffer,
+    );
+    /// `out = epilogue(x Wᵀ + bias)`; `x`: `[rows, in]`, `weight`: `[out, in]`.
+    fn matmul(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        epilogue: Epilogue,
+        out: &mut Self::Buffer,
+    );
+    /// `out[:, j] = activation(x[:, j]) * x[:, columns + j]`; `x`: `[rows, 2 * columns]`
+    /// (GLU variants, Shazeer 2020).
+    fn gate(&self, x: &Self::Buffer, activation: Activation, out: &mut Self::Buffer);
+    /// The cosines, then the sines, of `positions[r] * frequencies[i]`: what [`rotary`] turns by.
+    /// `out`: `[positions, 2 * frequencies]`.
+    ///
+    /// [`rotary`]: Backend::rotary
+    fn rotation(&self, positions: &[u32], frequencies: &[f32], out: &mut Self::Buffer);
+    /// Turns each query and key head of `qkv` by its row of `rotation`, first and second half of a
+    /// head paired (RoPE, Su et al. 2021), after an RMS norm of each head where weights are given.
+    fn rotary(
+        &self,
+        qkv: &mut Self::Buffer,
+        heads: Heads,
+        norms: Option<(&Self::Vector, &Self::Vector, f32)>,
+        rotation: &Self::Buffer,
+    );
+    /// Attention within each slot's own prompt; `qkv`: `[rows, heads.qkv_dim()]`, `out`:
+    /// `[rows, heads.query_dim()]`. `relative_bias`, if given, is `[num_heads, 2 * longest - 1]`
+    /// over key minus query position, where `longest` is the longest prompt and the middle column
+    /// stands for distance zero. Softmax in f32.
+    fn attend_prefill(
+        &self,
+        qkv: &Self::Buffer,
+        heads: Heads,
+        mask: Mask,
+        scale: f32,
+        relative_bias: Option<&[f32]>,
+        slots: &[Self::Slot],
+        out: &mut Self::Buffer,
+    );
+    /// Keeps the keys and values of a layer as the slots' contexts. `kv`'s columns from `offset` on
+    /// are the key heads, then the value heads.
+    fn store_context(
+        &self,
+        layer: usize,
+        kv: &Self::Buffer,
+        offset: usize,
+        heads: Heads,
+        slots: &mut [Self::Slot],
+    );
+    /// The last row of each slot's prompt; `out`: `[slots, columns]`.
+    fn last_rows(&self, x: &Self::Buffer, slots: &[Self::Slot], out: &mut Self::Buffer);
+    /// Appends the keys and values of the beams' newest tokens to their tails. `qkv` as in
+    /// [`attend_prefill`](Backend::attend_prefill), one row a beam.
+    fn append_tail(
+        &self,
+        layer: usize,
+        qkv: &Self::Buffer,
+        heads: Heads,
+        slots: &mut [Self::Slot],
+    );
+    /// Attention of each beam over what it reaches; the first `heads.query_dim()` columns of
+    /// `queries` are the queries, `out`: `[rows, heads.query_dim()]`. The context is read once for
+    /// all beams of a slot (Hydragen, Juravsky et al. 2024). `tail_bias`, if given, is
+    /// `[num_heads, num_steps]` over the distance back. Softmax in f32.
+    fn attend_beams(
+        &self,
+        layer: usize,
+        queries: &Self::Buffer,
+        heads: Heads,
+        reach: Reach,
+        scale: f32,
+        tail_bias: Option<&[f32]>,
+        slots: &[Self::Slot],
+        out: &mut Self::Buffer,
+    );
+
+    // Search.
+
+    /// Extends the beams of each slot by one step: the head of `hidden` (one row a beam) over what
+    /// the step can choose from, the normaliser, the legal continuations, and the best `beams` of
+    /// them by score, equal scores by smaller place in the trie. A forced step extends every beam
+    /// by its token and puts them in order again. Nothing is reported until the beams are read.
+    fn advance_beams(
+        &self,
+        hidden: &Self::Buffer,
+        head: &Self::Head,
+        step: usize,
+        rules: &[SearchRule<'_>],
+        slots: &mut [Self::Slot],
+    );
+    /// The beams of a slot, best first.
+    ///
+    /// # Errors
+    /// [`NonFiniteScores`](crate::Error::NonFiniteScores) where a step's scores were NaN or
+    /// infinite.
+    fn read_beams(&self, slot: &Self::Slot) -> Result<Vec<Beam>>;
+}

@@ -1,0 +1,255 @@
+//! The catalog as one file: versioned, checksummed, memory-mapped.
+//!
+//! ```text
+//! header | section table | checksum of both | sections, each at a multiple of 64 bytes
+//! ```
+//! Numbers are little-endian. Every byte of the file is under a checksum (XXH3, 64 bits), padding
+//! included, so a flipped bit is always found. A file that was made to deceive is found too: the
+//! structure is checked before anything is looked up in it.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::column::Column;
+use super::sid::MAX_LEVELS;
+use super::trie::Trie;
+use super::{Catalog, Texts};
+use crate::error::{Error, Result};
+use crate::mapping::Mapping;
+
+#[cfg(target_endian = "big")]
+compile_error!("catalog files are little-endian and mapped as they are");
+
+const MAGIC: [u8; 8] = *b"SIDEREAL";
+const VERSION: u32 = 1;
+const ALIGN: usize = 64;
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Header {
+    magic: [u8; 8],
+    version: u32,
+    num_levels: u32,
+    file_bytes: u64,
+    num_items: u64,
+    /// As in [`Trie`]; zeros after the last level.
+    depth_start: [u32; MAX_LEVELS + 2],
+    num_sections: u32,
+    reserved: u32,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Section {
+    kind: u64,
+    offset: u64,
+    /// Without the padding; the checksum covers the padding as well.
+    bytes: u64,
+    checksum: u64,
+}
+
+/// The sections, in the order in which they stand in a file.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    FirstEdge,
+    Code,
+    FirstLeaf,
+    FirstItem,
+    NameBytes,
+    NameStart,
+    ByName,
+    TitleBytes,
+    TitleStart,
+}
+
+pub(super) fn save(catalog: &Catalog, path: &Path) -> Result<()> {
+    let trie = &catalog.trie;
+    let mut contents: Vec<(Kind, &[u8])> = vec![
+        (Kind::FirstEdge, bytemuck::cast_slice(&trie.first_edge)),
+        (Kind::Code, bytemuck::cast_slice(&trie.code)),
+        (Kind::FirstLeaf, bytemuck::cast_slice(&trie.first_leaf)),
+        (Kind::FirstItem, bytemuck::cast_slice(&catalog.first_item)),
+        (Kind::NameBytes, &catalog.names.bytes),
+        (Kind::NameStart, bytemuck::cast_slice(&catalog.names.start)),
+        (Kind::ByName, bytemuck::cast_slice(&catalog.by_name)),
+    ];
+    if let Some(titles) = &catalog.titles {
+        contents.push((Kind::TitleBytes, &titles.bytes));
+        contents.push((Kind::TitleStart, bytemuck::cast_slice(&titles.start)));
+    }
+
+    let mut offset = sections_start(contents.len());
+    let mut table = Vec::new();
+    for (kind, bytes) in &contents {
+        let checksum = checksum_padded(bytes);
+        let (kind, bytes) = (*kind as u64, bytes.len());
+        table.push(Section { kind, offset: offset as u64, bytes: bytes as u64, checksum });
+        offset += bytes.next_multiple_of(ALIGN);
+    }
+    let mut depth_start = [0; MAX_LEVELS + 2];
+    depth_start[..trie.depth_start.len()].copy_from_slice(&trie.depth_start);
+    let header = Header {
+        magic: MAGIC,
+        version: VERSION,
+        num_levels: trie.num_levels() as u32,
+        file_bytes: offset as u64,
+        num_items: catalog.num_items() as u64,
+        depth_start,
+        num_sections: contents.len() as u32,
+        reserved: 0,
+    };
+    let mut head = bytemuck::bytes_of(&header).to_vec();
+    head.extend_from_slice(bytemuck::cast_slice(&table));
+    head.resize(sections_start(contents.len()) - size_of::<u64>(), 0);
+    head.extend_from_slice(&xxh3_64(&head).to_le_bytes());
+
+    // Written beside the target and renamed: whoever has the old file mapped keeps it whole.
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = Path::new(&partial);
+    let write = || -> std::io::Result<()> {
+        let mut file = BufWriter::new(File::create(partial)?);
+        file.write_all(&head)?;
+        for (_, bytes) in &contents {
+            file.write_all(bytes)?;
+            file.write_all(&[0; ALIGN][..padding(bytes.len())])?;
+        }
+        file.into_inner()?.sync_all()?;
+        std::fs::rename(partial, path)
+    };
+    write().map_err(|error| {
+        let _ = std::fs::remove_file(partial); // the first error is the one to report
+        Error::io(path, error)
+    })
+}
+
+pub(super) fn open(path: &Path) -> Result<Catalog> {
+    let mapping = Arc::new(Mapping::open(path)?);
+    parse(&mapping).map_err(|reason| Error::CatalogFile { path: path.to_path_buf(), reason })
+}
+
+fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Catalog, String> {
+    let bytes = mapping.bytes();
+    if !bytes.starts_with(&MAGIC) {
+        return Err("this is not a compiled Sidereal catalog".into());
+    }
+    let cut = || "the file is cut short".to_string();
+    let header = bytes.get(..size_of::<Header>()).ok_or_else(cut)?;
+    let header: Header = bytemuck::pod_read_unaligned(header);
+    if header.version != VERSION {
+        let found = header.version;
+        return Err(format!("the file is of format {found}, this version reads {VERSION}"));
+    }
+    if header.file_bytes != bytes.len() as u64 {
+        let (found, expected) = (bytes.len(), header.file_bytes);
+        return Err(format!("the file has {found} bytes and should have {expected}"));
+    }
+    let damaged = || "the file is damaged (checksum)".to_string();
+    if header.num_sections > 64 {
+        return Err(damaged());
+    }
+    let num_sections = header.num_sections as usize;
+    let head = bytes.get(..sections_start(num_sections)).ok_or_else(cut)?;
+    let (head, checksum) = head.split_at(head.len() - size_of::<u64>());
+    if checksum != xxh3_64(head).to_le_bytes() {
+        return Err(damaged());
+    }
+    let table = &head[size_of::<Header>()..][..num_sections * size_of::<Section>()];
+    let section = |bytes| bytemuck::pod_read_unaligned(bytes);
+    let table: Vec<Section> = table.chunks(size_of::<Section>()).map(section).collect();
+    let mut end = sections_start(num_sections) as u64;
+    for section in &table {
+        let extent = section.bytes.checked_next_multiple_of(ALIGN as u64);
+        let next = extent.and_then(|extent| end.checked_add(extent));
+        let next = next.filter(|&next| section.offset == end && next <= header.file_bytes);
+        let next = next.ok_or("the sections do not follow one another")?;
+        if xxh3_64(&bytes[end as usize..next as usize]) != section.checksum {
+            return Err(damaged());
+        }
+        end = next;
+    }
+    if end != header.file_bytes {
+        return Err("the sections do not fill the file".into());
+    }
+
+    let num_levels = header.num_levels as usize;
+    if num_levels == 0 || num_levels > MAX_LEVELS {
+        return Err(format!("the catalog has {num_levels} levels, 1 to {MAX_LEVELS} are possible"));
+    }
+    let depth_start = header.depth_start[..num_levels + 2].to_vec();
+    if depth_start[..2] != [0, 1] || !depth_start.is_sorted() {
+        return Err("the trie's node counts are out of order".into());
+    }
+    let sections = Sections { mapping, table: &table };
+    let trie = Trie {
+        depth_start,
+        first_edge: sections.column(Kind::FirstEdge)?,
+        code: sections.column(Kind::Code)?,
+        first_leaf: sections.column(Kind::FirstLeaf)?,
+    };
+    let num_items = usize::try_from(header.num_items).map_err(|_| "too many items")?;
+    let first_item: Column<u32> = sections.column(Kind::FirstItem)?;
+    let names = sections.texts(Kind::NameBytes, Kind::NameStart)?;
+    let by_name: Column<u32> = sections.column(Kind::ByName)?;
+    let has_titles = table.iter().any(|section| section.kind == Kind::TitleStart as u64);
+    let titles =
+        has_titles.then(|| sections.texts(Kind::TitleBytes, Kind::TitleStart)).transpose()?;
+
+    let texts_defect = names.defect(num_items).or_else(|| titles.as_ref()?.defect(num_items));
+    if let Some(defect) = trie.defect().or(texts_defect) {
+        return Err(defect.into());
+    }
+    let covers_items = first_item.len() == trie.num_leaves() + 1
+        && first_item[0] == 0
+        && first_item.is_sorted_by(|a, b| a < b)
+        && first_item[trie.num_leaves()] as usize == num_items;
+    let names_in_order = by_name.len() == num_items
+        && by_name.iter().all(|&item| (item as usize) < num_items)
+        && by_name.is_sorted_by(|&a, &b| names.get(a) < names.get(b));
+    if !covers_items || !names_in_order {
+        return Err("the table of items does not fit the trie".into());
+    }
+    Ok(Catalog::new(trie, first_item, names, by_name, titles, Some(header.file_bytes)))
+}
+
+struct Sections<'a> {
+    mapping: &'a Arc<Mapping>,
+    table: &'a [Section],
+}
+
+impl Sections<'_> {
+    fn column<T: Pod>(&self, kind: Kind) -> std::result::Result<Column<T>, String> {
+        let section = self.table.iter().find(|section| section.kind == kind as u64);
+        let range = |section: &Section| -> Range<usize> {
+            section.offset as usize..(section.offset + section.bytes) as usize
+        };
+        let column = section.and_then(|section| Column::mapped(self.mapping, range(section)));
+        column.ok_or_else(|| format!("section {} is missing or ragged", kind as u64))
+    }
+
+    fn texts(&self, bytes: Kind, start: Kind) -> std::result::Result<Texts, String> {
+        Ok(Texts { bytes: self.column(bytes)?, start: self.column(start)? })
+    }
+}
+
+fn sections_start(num_sections: usize) -> usize {
+    let table = size_of::<Header>() + num_sections * size_of::<Section>();
+    (table + size_of::<u64>()).next_multiple_of(ALIGN)
+}
+
+fn padding(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGN) - bytes
+}
+
+fn checksum_padded(bytes: &[u8]) -> u64 {
+    let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+    hasher.update(bytes);
+    hasher.update(&[0; ALIGN][..padding(bytes.len())]);
+    hasher.digest()
+}

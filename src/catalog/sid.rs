@@ -1,0 +1,49 @@
+//! A semantic ID: the few discrete codes that name an item.
+
+use crate::error::{Error, Result};
+
+/// The most levels that a semantic ID may have.
+pub const MAX_LEVELS: usize = 8;
+
+/// The codes of one semantic ID, first level first.
+///
+/// Ordered as its codes are; within a catalog all have the same number of levels.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Sid {
+    codes: [u16; MAX_LEVELS],
+    num_levels: u8,
+}
+
+impl Sid {
+    /// A semantic ID of 1 to [`MAX_LEVELS`] codes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] for another number of codes.
+    pub fn new(codes: &[u16]) -> Result<Sid> {
+        if codes.is_empty() || codes.len() > MAX_LEVELS {
+            return Err(Error::InvalidField {
+                field: "sid",
+                reason: format!("has {} levels, 1 to {MAX_LEVELS} are possible", codes.len()),
+            });
+        }
+        let mut sid = Sid { codes: [0; MAX_LEVELS], num_levels: codes.len() as u8 };
+        sid.codes[..codes.len()].copy_from_slice(codes);
+        Ok(sid)
+    }
+
+    /// The codes, first level first.
+    pub fn codes(&self) -> &[u16] {
+        &self.codes[..usize::from(self.num_levels)]
+    }
+
+    /// The number of codes.
+    pub fn num_levels(&self) -> usize {
+        usize::from(self.num_levels)
+    }
+}
+
+impl std::fmt::Debug for Sid {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{:?}", self.codes())
+    }
+}

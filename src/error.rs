@@ -1,0 +1,206 @@
+//! What can go wrong, grouped by who can put it right.
+
+use std::path::{Path, PathBuf};
+
+/// The result of every fallible call of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Every error of this crate. The text says what happened, the limit, and the way out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    // The caller's: change the request.
+    /// A history names an item that the catalog does not have.
+    #[error("item {item:?} is not in the catalog; leave it out of the history or rebuild the catalog with it")]
+    UnknownItem {
+        /// The item as the request names it.
+        item: String,
+    },
+    /// A request has neither history nor tokens, or an empty one.
+    #[error("the request is empty; give at least one item in \"history\" or one token in \"tokens\"")]
+    EmptyInput,
+    /// A token is not in the model's vocabulary.
+    #[error("token {token} at position {position} is outside the model's vocabulary of {vocab_size} tokens")]
+    TokenOutOfRange {
+        /// The token.
+        token: u64,
+        /// Its index in the input.
+        position: usize,
+        /// The number of tokens that the model knows.
+        vocab_size: usize,
+    },
+    /// The input has more tokens than the model or the engine takes.
+    #[error("the input has {len} tokens, the engine takes at most {max}; send the newest items only, or set max_items in the model's sidereal.json")]
+    HistoryTooLong {
+        /// Tokens of the input.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The beam width is zero, negative or over the limit.
+    #[error("beam width {width} is not between 1 and {max}")]
+    BeamWidth {
+        /// The width asked for.
+        width: i64,
+        /// The engine's limit.
+        max: usize,
+    },
+    /// The number of results is zero or negative.
+    #[error("top_k {top_k} is not at least 1")]
+    TopK {
+        /// The number asked for.
+        top_k: i64,
+    },
+    /// A field of a request has a value that it cannot have.
+    #[error("{field}: {reason}")]
+    InvalidField {
+        /// The field's name.
+        field: &'static str,
+        /// What is wrong with it and what would be right.
+        reason: String,
+    },
+    /// A request line is not a JSON object of the documented form.
+    #[error("malformed request: {reason}")]
+    MalformedRequest {
+        /// The parser's words, with the column.
+        reason: String,
+    },
+    /// Something that this version does not do.
+    #[error("{what} is not supported by this version of Sidereal; {way_out}")]
+    Unsupported {
+        /// What was asked.
+        what: String,
+        /// What to do instead.
+        way_out: String,
+    },
+
+    // The files': repair or replace them.
+    /// The operating system could not open, read or write a file.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// A catalog file is not one, is of another version, or is damaged.
+    #[error("{path}: {reason}; build it again with `sidereal catalog build`", path = path.display())]
+    CatalogFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file of items cannot be read.
+    #[error("{path}: {place}: {reason}", path = path.display())]
+    ItemsFile {
+        /// The file.
+        path: PathBuf,
+        /// Line or item.
+        place: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A model folder's configuration is missing something or contradicts itself.
+    #[error("{path}: {reason}", path = path.display())]
+    ModelConfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// A weights file is damaged.
+    #[error("{path}: {reason}; download or export the checkpoint again", path = path.display())]
+    WeightsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The checkpoint lacks a tensor that its configuration asks for.
+    #[error("the checkpoint has no tensor {name:?}, which its config.json calls for")]
+    MissingTensor {
+        /// The tensor's name.
+        name: String,
+    },
+    /// The checkpoint has a tensor that its configuration does not account for.
+    #[error("the checkpoint has a tensor {name:?} that its config.json does not account for; is it another architecture's?")]
+    UnexpectedTensor {
+        /// The tensor's name.
+        name: String,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error("tensor {name:?} has shape {found:?}, config.json calls for {expected:?}")]
+    TensorShape {
+        /// The tensor's name.
+        name: String,
+        /// The shape in the file.
+        found: Vec<usize>,
+        /// The shape by configuration.
+        expected: Vec<usize>,
+    },
+    /// A weight is NaN or infinite.
+    #[error("tensor {name:?} holds a weight that is not finite, the first at index {index}; the checkpoint is broken, export it again")]
+    NonFiniteWeight {
+        /// The tensor's name.
+        name: String,
+        /// Flat index of the first such weight.
+        index: usize,
+    },
+    /// The model's levels and the catalog's do not go together.
+    #[error("model and catalog do not go together: {reason}")]
+    LevelsMismatch {
+        /// Which level, and both numbers.
+        reason: String,
+    },
+
+    // The device's or the model's arithmetic.
+    /// The network's output is NaN or infinite for this input.
+    #[error("the model's scores are not finite for this request (step {step}); its activations overflow f32")]
+    NonFiniteScores {
+        /// The decoding step, from zero.
+        step: usize,
+    },
+    /// A device that this build or machine does not have.
+    #[error("device {device:?} is not available: {reason}")]
+    Device {
+        /// The device as asked for.
+        device: String,
+        /// Why not, and what is available.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// A short stable name, for programs: `unknown_item`, `history_too_long`, ...
+    pub fn code(&self) -> &'static str {
+        match self {
+            Error::UnknownItem { .. } => "unknown_item",
+            Error::EmptyInput => "empty_input",
+            Error::TokenOutOfRange { .. } => "token_out_of_range",
+            Error::HistoryTooLong { .. } => "history_too_long",
+            Error::BeamWidth { .. } => "beam_width",
+            Error::TopK { .. } => "top_k",
+            Error::InvalidField { .. } => "invalid_field",
+            Error::MalformedRequest { .. } => "malformed_request",
+            Error::Unsupported { .. } => "unsupported",
+            Error::Io { .. } => "io",
+            Error::CatalogFile { .. } => "catalog_file",
+            Error::ItemsFile { .. } => "items_file",
+            Error::ModelConfig { .. } => "model_config",
+            Error::WeightsFile { .. } => "weights_file",
+            Error::MissingTensor { .. } => "missing_tensor",
+            Error::UnexpectedTensor { .. } => "unexpected_tensor",
+            Error::TensorShape { .. } => "tensor_shape",
+            Error::NonFiniteWeight { .. } => "non_finite_weight",
+            Error::LevelsMismatch { .. } => "levels_mismatch",
+            Error::NonFiniteScores { .. } => "non_finite_scores",
+            Error::Device { .. } => "device",
+        }
+    }
+
+    /// Wraps an error of the operating system with the file that it concerns.
+    pub(crate) fn io(path: &Path, source: std::io::Error) -> Error {
+        Error::Io { path: path.to_path_buf(), source }
+    }
+}

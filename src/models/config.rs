@@ -1,0 +1,315 @@
+//! `config.json` and `sidereal.json`: what a model folder says of itself.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::backend::{NO_TOKEN, StepTokens};
+use crate::catalog::Catalog;
+use crate::catalog::sid::MAX_LEVELS;
+use crate::error::{Error, Result};
+use crate::request::Normalization;
+
+/// The largest size of any dimension that a configuration may give; guards the arithmetic.
+const MAX_DIMENSION: u64 = 1 << 24;
+
+/// A `config.json` in the layout of Hugging Face, asked key by key.
+pub struct Config {
+    path: PathBuf,
+    keys: Map<String, Value>,
+}
+
+impl Config {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// The operating system's, or [`Error::ModelConfig`] where it is no JSON object.
+    pub fn read(path: &Path) -> Result<Config> {
+        Ok(Config { path: path.to_path_buf(), keys: read_json(path)? })
+    }
+
+    /// A configuration in memory; `path` stands in its errors.
+    pub fn new(path: &Path, keys: Map<String, Value>) -> Config {
+        Config { path: path.to_path_buf(), keys }
+    }
+
+    /// An error about this file.
+    pub fn error(&self, reason: String) -> Error {
+        Error::ModelConfig { path: self.path.clone(), reason }
+    }
+
+    /// The network that the checkpoint is for, as `T5ForConditionalGeneration`.
+    pub fn architecture(&self) -> Result<&str> {
+        let first = self.keys.get("architectures").and_then(|names| names.get(0));
+        first.and_then(Value::as_str).ok_or_else(|| {
+            self.error("\"architectures\" must name the network, as in Hugging Face's files".into())
+        })
+    }
+
+    /// A positive whole number.
+    pub fn size(&self, key: &str) -> Result<usize> {
+        self.size_if_given(key)?.ok_or_else(|| self.error(format!("{key:?} is missing")))
+    }
+
+    /// A positive whole number with a default.
+    pub fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        Ok(self.size_if_given(key)?.unwrap_or(default))
+    }
+
+    fn size_if_given(&self, key: &str) -> Result<Option<usize>> {
+        let Some(value) = self.given(key) else { return Ok(None) };
+        match value.as_u64() {
+            Some(size @ 1..=MAX_DIMENSION) => Ok(Some(size as usize)),
+            _ => Err(self.error(format!(
+                "{key:?} is {value}, not a whole number between 1 and {MAX_DIMENSION}"
+            ))),
+        }
+    }
+
+    /// A token of a vocabulary of `vocab_size`, with a default.
+    pub fn token_or(&self, key: &str, vocab_size: usize, default: u32) -> Result<u32> {
+        let Some(value) = self.given(key) else { return Ok(default) };
+        match value.as_u64() {
+            Some(token) if token < vocab_size as u64 => Ok(token as u32),
+            _ => Err(self.error(format!("{key:?} is {value}, not a token below {vocab_size}"))),
+        }
+    }
+
+    /// A positive number with a default.
+    pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+        positive_number(&self.keys, key).map(|found| found.unwrap_or(default)).map_err(|value| {
+            self.error(format!("{key:?} is {value}, not a number above zero"))
+        })
+    }
+
+    /// A yes or no, where given.
+    pub fn flag(&self, key: &str) -> Result<Option<bool>> {
+        let Some(value) = self.given(key) else { return Ok(None) };
+        let flag = value.as_bool();
+        flag.map(Some).ok_or_else(|| self.error(format!("{key:?} is {value}, not true or false")))
+    }
+
+    /// A text with a default.
+    pub fn text_or<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
+        let Some(value) = self.given(key) else { return Ok(default) };
+        value.as_str().ok_or_else(|| self.error(format!("{key:?} is {value}, not a text")))
+    }
+
+    /// An object, where given.
+    pub fn object(&self, key: &str) -> Result<Option<Config>> {
+        let Some(value) = self.given(key) else { return Ok(None) };
+        let keys = value.as_object().cloned();
+        let keys = keys.ok_or_else(|| self.error(format!("{key:?} is {value}, not an object")))?;
+        Ok(Some(Config { path: self.path.clone(), keys }))
+    }
+
+    /// The key's value; null counts as absent.
+    fn given(&self, key: &str) -> Option<&Value> {
+        self.keys.get(key).filter(|value| !value.is_null())
+    }
+}
+
+fn positive_number(keys: &Map<String, Value>, key: &str) -> std::result::Result<Option<f64>, Value> {
+    match keys.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(value) => match value.as_f64() {
+            Some(number) if number.is_finite() && number > 0.0 => Ok(Some(number)),
+            _ => Err(value.clone()),
+        },
+    }
+}
+
+fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
+    let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
+    serde_json::from_slice(&text).map_err(|error| Error::ModelConfig {
+        path: path.to_path_buf(),
+        reason: error.to_string(),
+    })
+}
+
+/// How a model writes semantic IDs and reads histories, from `sidereal.json`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SidLayout {
+    /// By level and code: the token, or [`NO_TOKEN`].
+    pub levels: Vec<Vec<u32>>,
+    /// How a history becomes the model's input.
+    pub prompt: Prompt,
+    /// Tokens that are forced after the codes and count in the score.
+    pub suffix: Vec<u32>,
+    /// What scores are normalised over where a request does not say.
+    pub normalization: Normalization,
+}
+
+/// How a history becomes the model's input: `prefix`, the items' codes with `separator` between
+/// items, `suffix`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Prompt {
+    /// Tokens before the first item.
+    pub prefix: Vec<u32>,
+    /// Tokens after the last item.
+    pub suffix: Vec<u32>,
+    /// Tokens between two items.
+    pub separator: Vec<u32>,
+    /// The newest items that are kept; all where absent.
+    pub max_items: Option<usize>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LayoutFile {
+    levels: Vec<LevelEntry>,
+    #[serde(default)]
+    prompt: Prompt,
+    #[serde(default)]
+    suffix: Vec<u32>,
+    #[serde(default)]
+    normalize: Option<Normalization>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum LevelEntry {
+    First {
+        size: usize,
+        first_token: u32,
+    },
+    Template {
+        size: usize,
+        template: String,
+    },
+}
+
+impl SidLayout {
+    /// Reads `sidereal.json` of a model folder; token templates are looked up in the folder's
+    /// `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::ModelConfig`] where something is missing or outside the vocabulary.
+    pub fn read(folder: &Path, vocab_size: usize) -> Result<SidLayout> {
+        let path = folder.join("sidereal.json");
+        let file: LayoutFile = read_json(&path)?;
+        let error = |reason: String| Error::ModelConfig { path: path.clone(), reason };
+        if file.levels.is_empty() || file.levels.len() > MAX_LEVELS {
+            let found = file.levels.len();
+            return Err(error(format!("\"levels\" has {found} entries, 1 to {MAX_LEVELS} are possible")));
+        }
+        let needs_tokenizer =
+            file.levels.iter().any(|level| matches!(level, LevelEntry::Template { .. }));
+        let vocabulary = match needs_tokenizer {
+            true => read_vocabulary(&folder.join("tokenizer.json"))?,
+            false => HashMap::new(),
+        };
+        let mut levels = Vec::new();
+        for (number, level) in file.levels.iter().enumerate() {
+            let (LevelEntry::First { size, .. } | LevelEntry::Template { size, .. }) = *level;
+            if size == 0 || size > usize::from(u16::MAX) + 1 {
+                return Err(error(format!("level {number} has size {size}, 1 to 65536 are possible")));
+            }
+            let tokens: Vec<u32> = match level {
+                LevelEntry::First { first_token, .. } => {
+                    (0..size as u32).map(|code| first_token.saturating_add(code)).collect()
+                }
+                LevelEntry::Template { template, .. } => {
+                    if !template.contains("{}") {
+                        return Err(error(format!("template {template:?} has no {{}} for the code")));
+                    }
+                    let token = |code: usize| template.replace("{}", &code.to_string());
+                    let known = |code| vocabulary.get(&token(code)).copied().unwrap_or(NO_TOKEN);
+                    (0..size).map(known).collect()
+                }
+            };
+            if tokens.iter().all(|&token| token == NO_TOKEN) {
+                return Err(error(format!("level {number}: no code has a token in tokenizer.json")));
+            }
+            levels.push(tokens);
+        }
+        let Prompt { prefix, suffix, separator, max_items } = &file.prompt;
+        if *max_items == Some(0) {
+            return Err(error("\"max_items\" must be at least 1".into()));
+        }
+        let named = levels.iter().flatten().filter(|&&token| token != NO_TOKEN);
+        let named = named.chain(prefix).chain(suffix).chain(separator).chain(&file.suffix);
+        if let Some(token) = named.max().filter(|&&token| token as usize >= vocab_size) {
+            return Err(error(format!("token {token} is outside the vocabulary of {vocab_size}")));
+        }
+        Ok(SidLayout {
+            levels,
+            prompt: file.prompt,
+            suffix: file.suffix,
+            normalization: file.normalize.unwrap_or_default(),
+        })
+    }
+
+    /// What each decoding step may choose from.
+    pub fn steps(&self) -> Vec<StepTokens> {
+        let levels = self.levels.iter().map(|tokens| StepTokens::Level { tokens: tokens.clone() });
+        let suffix = self.suffix.iter().map(|&token| StepTokens::Forced { token });
+        levels.chain(suffix).collect()
+    }
+
+    /// Checks that every code of the catalog has a token.
+    ///
+    /// # Errors
+    /// [`Error::LevelsMismatch`] with the level and both numbers.
+    pub fn check(&self, catalog: &Catalog) -> Result<()> {
+        let trie = catalog.trie();
+        if trie.num_levels() != self.levels.len() {
+            let (model, catalog) = (self.levels.len(), trie.num_levels());
+            let reason = format!("the model writes {model} levels, the catalog has {catalog}");
+            return Err(Error::LevelsMismatch { reason });
+        }
+        for (level, tokens) in self.levels.iter().enumerate() {
+            let has_token =
+                |code: u16| tokens.get(usize::from(code)).is_some_and(|&token| token != NO_TOKEN);
+            if let Some(code) = trie.codes_at(level).iter().find(|&&code| !has_token(code)) {
+                let size = tokens.len();
+                let reason = format!(
+                    "level {level} of the catalog uses code {code}, for which the model has no \
+                     token (its level has {size} codes)"
+                );
+                return Err(Error::LevelsMismatch { reason });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The tokens of a `tokenizer.json`, added ones included.
+fn read_vocabulary(path: &Path) -> Result<HashMap<String, u32>> {
+    #[derive(Deserialize)]
+    struct File {
+        #[serde(default)]
+        added_tokens: Vec<AddedToken>,
+        model: Option<ModelVocabulary>,
+    }
+    #[derive(Deserialize)]
+    struct AddedToken {
+        id: u32,
+        content: String,
+    }
+    #[derive(Deserialize)]
+    struct ModelVocabulary {
+        #[serde(default)]
+        vocab: Value,
+    }
+    let file: File = read_json(path)?;
+    let mut vocabulary = HashMap::new();
+    match file.model.map(|model| model.vocab) {
+        // Byte-pair and word-level models map texts to numbers, unigram models list pairs.
+        Some(Value::Object(entries)) => {
+            let number = |(text, id): (String, Value)| Some((text, id.as_u64()? as u32));
+            vocabulary.extend(entries.into_iter().filter_map(number));
+        }
+        Some(Value::Array(entries)) => {
+            let texts = entries.into_iter().enumerate();
+            let number = |(id, entry): (usize, Value)| Some((entry[0].as_str()?.to_string(), id as u32));
+            vocabulary.extend(texts.filter_map(number));
+        }
+        _ => {}
+    }
+    vocabulary.extend(file.added_tokens.into_iter().map(|token| (token.content, token.id)));
+    Ok(vocabulary)
+}

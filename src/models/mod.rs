@@ -1,0 +1,129 @@
+//! Network families, each written once for all devices.
+//!
+//! A model folder is what Hugging Face writes, with a `sidereal.json` beside it ([`config`]). The
+//! architecture that its `config.json` names chooses the family:
+//!
+//! | architectures | family |
+//! | --- | --- |
+//! | `T5ForConditionalGeneration` | [`t5`] |
+//! | `Qwen3ForCausalLM`, `Qwen2ForCausalLM`, `LlamaForCausalLM` | [`decoder_only`] |
+
+use crate::backend::{Backend, Heads, SlotSpec, StepTokens};
+use crate::error::{Error, Result};
+use config::Config;
+use weights::Weights;
+
+pub mod config;
+pub mod decoder_only;
+pub mod t5;
+pub mod weights;
+
+/// What the engine must know of a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelSpec {
+    /// Tokens that the network knows.
+    pub vocab_size: usize,
+    /// The most positions of input and output together, where the network has a limit.
+    pub max_positions: Option<usize>,
+    /// Layers that keep KV for decoding.
+    pub num_layers: usize,
+    /// The heads of that KV.
+    pub heads: Heads,
+    /// The token that decoding starts with, where the decoder reads one.
+    pub start_token: Option<u32>,
+}
+
+impl ModelSpec {
+    /// The memory that a request needs.
+    pub fn slot(&self, context_len: usize, max_beams: usize, num_steps: usize) -> SlotSpec {
+        SlotSpec {
+            num_layers: self.num_layers,
+            heads: self.heads,
+            context_len,
+            max_beams,
+            num_steps,
+            start_token: self.start_token.unwrap_or(0),
+        }
+    }
+}
+
+/// A network with its weights on a device.
+pub trait Model<B: Backend>: Send + Sync {
+    /// What the engine must know of it.
+    fn spec(&self) -> &ModelSpec;
+    /// The output head.
+    fn head(&self) -> &B::Head;
+    /// Reads the prompts (one a slot, one after the other in `tokens`), leaves in the slots what
+    /// all beams share, and in `scratch.hidden` one row a slot: what the first step is scored by.
+    fn begin(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], scratch: &mut Scratch<B>);
+    /// Reads the beams' newest tokens and leaves in `scratch.hidden` one row a beam: what step
+    /// `step`, at least 1, is scored by.
+    fn decode(&self, backend: &B, step: usize, slots: &mut [B::Slot], scratch: &mut Scratch<B>);
+}
+
+/// The activations of a forward pass, kept from pass to pass so that nothing is allocated anew.
+pub struct Scratch<B: Backend> {
+    /// What the step is scored by: the final norm's output.
+    pub hidden: B::Buffer,
+    residual: B::Buffer,
+    normed: B::Buffer,
+    projected: B::Buffer,
+    attended: B::Buffer,
+    rotation: B::Buffer,
+    spare: B::Buffer,
+}
+
+impl<B: Backend> Scratch<B> {
+    /// Empty buffers.
+    pub fn new(backend: &B) -> Scratch<B> {
+        Scratch {
+            hidden: backend.buffer(),
+            residual: backend.buffer(),
+            normed: backend.buffer(),
+            projected: backend.buffer(),
+            attended: backend.buffer(),
+            rotation: backend.buffer(),
+            spare: backend.buffer(),
+        }
+    }
+}
+
+/// Puts a checkpoint on a device.
+///
+/// # Errors
+/// Those of the files: an architecture that is not served, a key that is missing or wrong, a tensor
+/// that is missing, left over, of another shape or not finite.
+pub fn load<B: Backend>(
+    backend: &B,
+    config: &Config,
+    mut weights: Weights,
+    steps: &[StepTokens],
+) -> Result<Box<dyn Model<B>>> {
+    let model: Box<dyn Model<B>> = match config.architecture()? {
+        "T5ForConditionalGeneration" => Box::new(t5::T5::load(backend, config, &mut weights, steps)?),
+        name @ ("Qwen3ForCausalLM" | "Qwen2ForCausalLM" | "LlamaForCausalLM") => {
+            let flavour = decoder_only::Flavour::of(name);
+            Box::new(decoder_only::DecoderOnly::load(backend, config, flavour, &mut weights, steps)?)
+        }
+        other => {
+            return Err(Error::Unsupported {
+                what: format!("architecture {other:?}"),
+                way_out: "T5ForConditionalGeneration, Qwen3ForCausalLM, Qwen2ForCausalLM and \
+                          LlamaForCausalLM are"
+                    .into(),
+            });
+        }
+    };
+    let is_known_spare =
+        |name: &str| t5::is_known_spare(name) || decoder_only::is_known_spare(name);
+    weights.finish(is_known_spare)?;
+    Ok(model)
+}
+
+/// The size of the vocabulary that a configuration names.
+///
+/// # Errors
+/// [`Error::ModelConfig`] where it names none.
+pub fn vocab_size(config: &Config) -> Result<usize> {
+    config.size("vocab_size")
+}

@@ -1,0 +1,417 @@
+//! T5: an encoder reads the history, a decoder writes the semantic ID (Raffel et al. 2020;
+//! TIGER, Rajput et al. 2023).
+//!
+//! What differs from a usual transformer: norms have neither mean nor bias; attention is not
+//! scaled by 1/sqrt(d); positions are a learned bias per bucket of relative distance, held by the
+//! first layer and shared by all; cross-attention has no position. A tied head is scaled by
+//! 1/sqrt(d_model).
+
+use super::config::Config;
+use super::weights::Weights;
+use super::{Model, ModelSpec, Scratch};
+use crate::backend::{Activation, Backend, Epilogue, Heads, Mask, Reach, StepTokens};
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// The network.
+pub struct T5<B: Backend> {
+    spec: ModelSpec,
+    epsilon: f32,
+    embedding: B::Table,
+    encoder: Vec<EncoderLayer<B>>,
+    encoder_bias: RelativeBias,
+    encoder_norm: B::Vector,
+    decoder: Vec<DecoderLayer<B>>,
+    /// `[num_heads, num_steps]` over the distance back.
+    decoder_bias: Vec<f32>,
+    decoder_norm: B::Vector,
+    head: B::Head,
+}
+
+struct EncoderLayer<B: Backend> {
+    attention: SelfAttention<B>,
+    feed_forward: FeedForward<B>,
+}
+
+struct DecoderLayer<B: Backend> {
+    attention: SelfAttention<B>,
+    cross_norm: B::Vector,
+    cross_query: B::Matrix,
+    cross_kv: B::Matrix,
+    cross_out: B::Matrix,
+    feed_forward: FeedForward<B>,
+}
+
+struct SelfAttention<B: Backend> {
+    norm: B::Vector,
+    qkv: B::Matrix,
+    out: B::Matrix,
+}
+
+struct FeedForward<B: Backend> {
+    norm: B::Vector,
+    /// The gate and the linear part stacked, where the layer is gated.
+    inner: B::Matrix,
+    outer: B::Matrix,
+    activation: Activation,
+    is_gated: bool,
+}
+
+/// The bias of attention by relative position, by bucket.
+struct RelativeBias {
+    /// `[num_buckets, num_heads]`
+    weight: Vec<f32>,
+    num_heads: usize,
+    num_buckets: usize,
+    max_distance: usize,
+    is_bidirectional: bool,
+}
+
+impl RelativeBias {
+    /// The bucket of key minus query position: exact for near ones, logarithmic for far ones, all
+    /// beyond `max_distance` together (Raffel et al. 2020, section 2.1; in f32 as published).
+    fn bucket(&self, distance: i64) -> usize {
+        let (mut num_buckets, mut first) = (self.num_buckets, 0);
+        if self.is_bidirectional {
+            num_buckets /= 2;
+            if distance > 0 {
+                first = num_buckets;
+            }
+        }
+        let back = match self.is_bidirectional {
+            true => distance.unsigned_abs() as usize,
+            false => (-distance).max(0) as usize,
+        };
+        let num_exact = num_buckets / 2;
+        if back < num_exact {
+            return first + back;
+        }
+        let ratio = (back as f32 / num_exact as f32).ln();
+        let range = (self.max_distance as f64 / num_exact as f64).ln() as f32;
+        let far = (ratio / range * (num_buckets - num_exact) as f32) as usize;
+        first + (num_exact + far).min(num_buckets - 1)
+    }
+
+    /// `[num_heads, distances]`
+    fn table(&self, distances: impl Iterator<Item = i64> + Clone) -> Vec<f32> {
+        let of_head = |head: usize| {
+            let weight = move |distance| self.weight[self.bucket(distance) * self.num_heads + head];
+            distances.clone().map(weight)
+        };
+        (0..self.num_heads).flat_map(of_head).collect()
+    }
+}
+
+impl<B: Backend> T5<B> {
+    /// Puts a checkpoint on a device.
+    ///
+    /// # Errors
+    /// See [`super::load`].
+    pub fn load(
+        backend: &B,
+        config: &Config,
+        weights: &mut Weights,
+        steps: &[StepTokens],
+    ) -> Result<T5<B>> {
+        let d_model = config.size("d_model")?;
+        let num_heads = config.size("num_heads")?;
+        let heads = Heads { num_heads, num_kv_heads: num_heads, head_dim: config.size("d_kv")? };
+        let num_layers = config.size("num_layers")?;
+        let num_decoder_layers = config.size_or("num_decoder_layers", num_layers)?;
+        let vocab_size = config.size("vocab_size")?;
+        let num_buckets = config.size_or("relative_attention_num_buckets", 32)?;
+        let max_distance = config.size_or("relative_attention_max_distance", 128)?;
+        if num_buckets < 4 || max_distance <= num_buckets / 2 {
+            return Err(config.error(format!(
+                "{num_buckets} relative_attention_num_buckets up to distance {max_distance} make no scale"
+            )));
+        }
+        let layers = Layers { config, d_model, heads, d_ff: config.size("d_ff")? };
+        let mut relative_bias = |stack: &str, is_bidirectional: bool| -> Result<RelativeBias> {
+            let name =
+                format!("{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight");
+            let weight = weights.take(&name, &[num_buckets, num_heads])?.to_vec();
+            Ok(RelativeBias { weight, num_heads, num_buckets, max_distance, is_bidirectional })
+        };
+        let encoder_bias = relative_bias("encoder", true)?;
+        let decoder_bias = relative_bias("decoder", false)?;
+        let embedding = weights.take("shared.weight", &[vocab_size, d_model])?;
+        let head = match weights.contains("lm_head.weight") {
+            true => weights.take("lm_head.weight", &[vocab_size, d_model])?,
+            false => embedding.clone(),
+        };
+        let is_tied = config.flag("tie_word_embeddings")?.unwrap_or(true);
+        let is_scaled = config.flag("scale_decoder_outputs")?.unwrap_or(is_tied);
+        let scale = if is_scaled { (d_model as f64).powf(-0.5) as f32 } else { 1.0 };
+        let final_norm = weights.take("decoder.final_layer_norm.weight", &[d_model])?;
+        // The scale of the head's input is the scale of its norm's weights.
+        let final_norm: Vec<f32> = final_norm.to_vec().iter().map(|x| x * scale).collect();
+
+        let encoder = (0..num_layers).map(|layer| {
+            Ok(EncoderLayer {
+                attention: layers.attention(backend, weights, &format!("encoder.block.{layer}.layer.0"))?,
+                feed_forward: layers.feed_forward(
+                    backend,
+                    weights,
+                    &format!("encoder.block.{layer}.layer.1"),
+                )?,
+            })
+        });
+        let encoder = encoder.collect::<Result<Vec<_>>>()?;
+        let decoder = (0..num_decoder_layers)
+            .map(|layer| layers.decoder(backend, weights, &format!("decoder.block.{layer}")))
+            .collect::<Result<Vec<_>>>()?;
+        let encoder_norm = weights.take("encoder.final_layer_norm.weight", &[d_model])?;
+        Ok(T5 {
+            spec: ModelSpec {
+                vocab_size,
+                max_positions: None,
+                num_layers: num_decoder_layers,
+                heads,
+                start_token: Some(config.token_or("decoder_start_token_id", vocab_size, 0)?),
+            },
+            epsilon: config.number_or("layer_norm_epsilon", 1e-6)? as f32,
+            embedding: backend.table(embedding),
+            encoder,
+            encoder_bias,
+            encoder_norm: backend.vector(&[encoder_norm]),
+            decoder,
+            decoder_bias: decoder_bias.table((0..steps.len() as i64).map(|back| -back)),
+            decoder_norm: backend.vector(&[Tensor::new(&[d_model], final_norm)]),
+            head: backend.head(head, steps),
+        })
+    }
+
+    fn encode(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], s: &mut Scratch<B>) {
+        let longest = slots.iter().map(|slot| backend.context_len(slot)).max().unwrap_or(0) as i64;
+        let bias = self.encoder_bias.table(1 - longest..longest);
+        backend.embed(&self.embedding, tokens, &mut s.residual);
+        for EncoderLayer { attention, feed_forward } in &self.encoder {
+            backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
+            backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
+            backend.attend_prefill(
+                &s.projected,
+                self.spec.heads,
+                Mask::Bidirectional,
+                1.0,
+                Some(&bias),
+                slots,
+                &mut s.attended,
+            );
+            backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
+            feed_forward.forward(backend, self.epsilon, s);
+        }
+        backend.rms_norm(&s.residual, &self.encoder_norm, self.epsilon, &mut s.normed);
+        for (layer, decoder) in self.decoder.iter().enumerate() {
+            backend.matmul(&s.normed, &decoder.cross_kv, None, Epilogue::Store, &mut s.projected);
+            backend.store_context(layer, &s.projected, 0, self.spec.heads, slots);
+        }
+    }
+}
+
+impl<B: Backend> Model<B> for T5<B> {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn head(&self) -> &B::Head {
+        &self.head
+    }
+
+    fn begin(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], scratch: &mut Scratch<B>) {
+        self.encode(backend, tokens, slots, scratch);
+        self.decode(backend, 0, slots, scratch);
+    }
+
+    fn decode(&self, backend: &B, _step: usize, slots: &mut [B::Slot], s: &mut Scratch<B>) {
+        let heads = self.spec.heads;
+        backend.embed_beams(&self.embedding, slots, &mut s.residual);
+        for (index, layer) in self.decoder.iter().enumerate() {
+            let attention = &layer.attention;
+            backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
+            backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
+            backend.append_tail(index, &s.projected, heads, slots);
+            backend.attend_beams(
+                index,
+                &s.projected,
+                heads,
+                Reach::Tail,
+                1.0,
+                Some(&self.decoder_bias),
+                slots,
+                &mut s.attended,
+            );
+            backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
+
+            backend.rms_norm(&s.residual, &layer.cross_norm, self.epsilon, &mut s.normed);
+            backend.matmul(&s.normed, &layer.cross_query, None, Epilogue::Store, &mut s.projected);
+            backend.attend_beams(
+                index,
+                &s.projected,
+                heads,
+                Reach::Context,
+                1.0,
+                None,
+                slots,
+                &mut s.attended,
+            );
+            backend.matmul(&s.attended, &layer.cross_out, None, Epilogue::Add, &mut s.residual);
+            layer.feed_forward.forward(backend, self.epsilon, s);
+        }
+        backend.rms_norm(&s.residual, &self.decoder_norm, self.epsilon, &mut s.hidden);
+    }
+}
+
+impl<B: Backend> FeedForward<B> {
+    /// Adds the layer's output to the residual stream.
+    fn forward(&self, backend: &B, epsilon: f32, s: &mut Scratch<B>) {
+        backend.rms_norm(&s.residual, &self.norm, epsilon, &mut s.normed);
+        if self.is_gated {
+            backend.matmul(&s.normed, &self.inner, None, Epilogue::Store, &mut s.projected);
+            backend.gate(&s.projected, self.activation, &mut s.spare);
+            backend.matmul(&s.spare, &self.outer, None, Epilogue::Add, &mut s.residual);
+        } else {
+            let activate = Epilogue::Activate(self.activation);
+            backend.matmul(&s.normed, &self.inner, None, activate, &mut s.projected);
+            backend.matmul(&s.projected, &self.outer, None, Epilogue::Add, &mut s.residual);
+        }
+    }
+}
+
+/// Loads the layers of both stacks.
+struct Layers<'a> {
+    config: &'a Config,
+    d_model: usize,
+    d_ff: usize,
+    heads: Heads,
+}
+
+impl Layers<'_> {
+    fn norm<B: Backend>(&self, backend: &B, weights: &mut Weights, layer: &str) -> Result<B::Vector> {
+        let weight = weights.take(&format!("{layer}.layer_norm.weight"), &[self.d_model])?;
+        Ok(backend.vector(&[weight]))
+    }
+
+    fn attention<B: Backend>(
+        &self,
+        backend: &B,
+        weights: &mut Weights,
+        layer: &str,
+    ) -> Result<SelfAttention<B>> {
+        let inner = self.heads.query_dim();
+        let mut take =
+            |name: &str, shape: [usize; 2]| weights.take(&format!("{layer}.SelfAttention.{name}.weight"), &shape);
+        let qkv = [
+            take("q", [inner, self.d_model])?,
+            take("k", [inner, self.d_model])?,
+            take("v", [inner, self.d_model])?,
+        ];
+        let out = take("o", [self.d_model, inner])?;
+        Ok(SelfAttention {
+            norm: self.norm(backend, weights, layer)?,
+            qkv: backend.matrix(&qkv),
+            out: backend.matrix(&[out]),
+        })
+    }
+
+    fn decoder<B: Backend>(
+        &self,
+        backend: &B,
+        weights: &mut Weights,
+        block: &str,
+    ) -> Result<DecoderLayer<B>> {
+        let inner = self.heads.query_dim();
+        let cross = format!("{block}.layer.1");
+        let mut take = |name: &str, shape: [usize; 2]| {
+            weights.take(&format!("{cross}.EncDecAttention.{name}.weight"), &shape)
+        };
+        let query = take("q", [inner, self.d_model])?;
+        let kv = [take("k", [inner, self.d_model])?, take("v", [inner, self.d_model])?];
+        let out = take("o", [self.d_model, inner])?;
+        Ok(DecoderLayer {
+            attention: self.attention(backend, weights, &format!("{block}.layer.0"))?,
+            cross_norm: self.norm(backend, weights, &cross)?,
+            cross_query: backend.matrix(&[query]),
+            cross_kv: backend.matrix(&kv),
+            cross_out: backend.matrix(&[out]),
+            feed_forward: self.feed_forward(backend, weights, &format!("{block}.layer.2"))?,
+        })
+    }
+
+    fn feed_forward<B: Backend>(
+        &self,
+        backend: &B,
+        weights: &mut Weights,
+        layer: &str,
+    ) -> Result<FeedForward<B>> {
+        let (activation, is_gated) = self.activation()?;
+        let mut take = |name: &str, shape: [usize; 2]| {
+            weights.take(&format!("{layer}.DenseReluDense.{name}.weight"), &shape)
+        };
+        let inner_shape = [self.d_ff, self.d_model];
+        let inner = match is_gated {
+            true => vec![take("wi_0", inner_shape)?, take("wi_1", inner_shape)?],
+            false => vec![take("wi", inner_shape)?],
+        };
+        let outer = take("wo", [self.d_model, self.d_ff])?;
+        Ok(FeedForward {
+            norm: self.norm(backend, weights, layer)?,
+            inner: backend.matrix(&inner),
+            outer: backend.matrix(&[outer]),
+            activation,
+            is_gated,
+        })
+    }
+
+    /// `feed_forward_proj`: an activation, perhaps behind `gated-`.
+    fn activation(&self) -> Result<(Activation, bool)> {
+        let name = self.config.text_or("feed_forward_proj", "relu")?;
+        Ok(match name {
+            "relu" => (Activation::Relu, false),
+            "gelu" => (Activation::Gelu, false),
+            "gelu_new" => (Activation::GeluTanh, false),
+            "silu" => (Activation::Silu, false),
+            "gated-relu" => (Activation::Relu, true),
+            "gated-gelu" => (Activation::GeluTanh, true), // by Hugging Face's definition
+            "gated-silu" => (Activation::Silu, true),
+            other => {
+                return Err(Error::Unsupported {
+                    what: format!("feed_forward_proj {other:?}"),
+                    way_out: "relu, gelu, gelu_new and silu are, plain or gated".into(),
+                });
+            }
+        })
+    }
+}
+
+/// Names that checkpoints carry beside the network: the shared embedding under its other names,
+/// and a bias of cross-attention that older exports hold and nobody reads.
+pub(super) fn is_known_spare(name: &str) -> bool {
+    matches!(
+        name,
+        "encoder.embed_tokens.weight"
+            | "decoder.embed_tokens.weight"
+            | "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn near_distances_have_their_own_bucket_and_far_ones_share() {
+        let bias = |is_bidirectional| RelativeBias {
+            weight: Vec::new(),
+            num_heads: 1,
+            num_buckets: 32,
+            max_distance: 128,
+            is_bidirectional,
+        };
+        let both = bias(true);
+        assert_eq!([0, -1, -7, -8, -16, -127, -5000].map(|d| both.bucket(d)), [0, 1, 7, 8, 10, 15, 15]);
+        assert_eq!([1, 7, 8, 32, 5000].map(|d| both.bucket(d)), [17, 23, 24, 28, 31]);
+        let back = bias(false);
+        assert_eq!([3, 0, -1, -15, -16, -32, -500].map(|d| back.bucket(d)), [0, 0, 1, 15, 16, 21, 31]);
+    }
+}

@@ -1,0 +1,278 @@
+//! What a caller asks and what comes back.
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::sid::Sid;
+use crate::error::{Error, Result};
+
+/// The largest beam width that a request may ask for.
+pub const MAX_BEAMS: usize = 4096;
+
+/// What the scores of a step are normalised over (natural log of a probability).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Normalization {
+    /// Log-softmax over the model's whole output vocabulary, then restriction to what is legal.
+    /// This is what Hugging Face's `generate` and most published evaluations do.
+    #[default]
+    Vocabulary,
+    /// Log-softmax over the codes of the level.
+    Level,
+    /// Log-softmax over the codes that are legal after the beam's prefix.
+    Children,
+}
+
+/// What may follow a prefix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Constraint {
+    /// Codes that lead to an item that the catalog has and the request allows.
+    #[default]
+    Trie,
+    /// Any code of the level; beams that end on no allowed item are dropped from the answer.
+    Level,
+    /// Any token of the vocabulary; beams that end on no allowed item are dropped from the answer.
+    None,
+}
+
+/// Which items of a semantic ID an answer lists where several share it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SharedSid {
+    /// All allowed ones, in the catalog's order.
+    #[default]
+    All,
+    /// The first allowed one.
+    First,
+}
+
+/// What the model reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// The user's items, oldest first, by the catalog's names.
+    History(Vec<String>),
+    /// The model's input tokens, given as they are.
+    Tokens(Vec<u32>),
+}
+
+/// One request for recommendations.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// What the model reads.
+    pub input: Input,
+    /// Items that must not come back. Names that the catalog does not have are ignored:
+    /// what is not there cannot be recommended.
+    pub exclude: Vec<String>,
+    /// The beam width: how many prefixes are kept at each level.
+    pub beams: usize,
+    /// How many items come back at most.
+    pub top_k: usize,
+    /// `None` takes the model's default (`normalize` in its `sidereal.json`, else `Vocabulary`).
+    pub normalization: Option<Normalization>,
+    /// What may follow a prefix.
+    pub constraint: Constraint,
+    /// Divides the logits before normalisation; above 0, 1 by default.
+    pub temperature: f32,
+    /// Which items of a shared semantic ID come back.
+    pub shared_sid: SharedSid,
+}
+
+impl Request {
+    /// A request with the defaults: 50 beams, 10 results, trie constraint.
+    pub fn new(input: Input) -> Request {
+        Request {
+            input,
+            exclude: Vec::new(),
+            beams: 50,
+            top_k: 10,
+            normalization: None,
+            constraint: Constraint::Trie,
+            temperature: 1.0,
+            shared_sid: SharedSid::All,
+        }
+    }
+
+    /// A request by the items of a history, oldest first.
+    pub fn from_history<S: Into<String>>(items: impl IntoIterator<Item = S>) -> Request {
+        Request::new(Input::History(items.into_iter().map(Into::into).collect()))
+    }
+
+    /// A request by the model's input tokens.
+    pub fn from_tokens(tokens: impl Into<Vec<u32>>) -> Request {
+        Request::new(Input::Tokens(tokens.into()))
+    }
+}
+
+/// One item of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recommendation {
+    /// The catalog's index of the item; its name and title are `catalog.item(index)`.
+    pub item: u32,
+    /// Its semantic ID.
+    pub sid: Sid,
+    /// Natural log of the probability of the semantic ID (and of the forced suffix, if any).
+    pub score: f32,
+}
+
+/// The answer to one [`Request`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// Best first; equal scores by smaller semantic ID, then by the catalog's order.
+    pub items: Vec<Recommendation>,
+    /// The catalog snapshot that was searched.
+    pub snapshot: u64,
+}
+
+/// An item's name in a file: a JSON string or whole number.
+#[derive(Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Name {
+    Text(String),
+    Number(u64),
+}
+
+impl From<Name> for String {
+    fn from(name: Name) -> String {
+        match name {
+            Name::Text(text) => text,
+            Name::Number(number) => number.to_string(),
+        }
+    }
+}
+
+/// One line of a requests file, before defaults are filled in.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RequestLine {
+    /// Echoed in the answer; a string or a number.
+    #[serde(default)]
+    pub id: Option<serde_json::Value>,
+    #[serde(default, deserialize_with = "names")]
+    history: Option<Vec<String>>,
+    #[serde(default)]
+    tokens: Option<Vec<i64>>,
+    #[serde(default, deserialize_with = "names")]
+    exclude: Option<Vec<String>>,
+    #[serde(default)]
+    filter: Option<String>,
+    #[serde(default)]
+    beams: Option<i64>,
+    #[serde(default)]
+    top_k: Option<i64>,
+    #[serde(default)]
+    normalize: Option<Normalization>,
+    #[serde(default)]
+    constraint: Option<Constraint>,
+    #[serde(default)]
+    temperature: Option<f32>,
+    #[serde(default)]
+    shared_sid: Option<SharedSid>,
+    #[serde(default, deserialize_with = "name")]
+    target: Option<String>,
+}
+
+fn names<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<Vec<String>>, D::Error> {
+    let names = Option::<Vec<Name>>::deserialize(deserializer)?;
+    Ok(names.map(|names| names.into_iter().map(String::from).collect()))
+}
+
+fn name<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<String>, D::Error> {
+    Ok(Option::<Name>::deserialize(deserializer)?.map(String::from))
+}
+
+/// What a caller wants where a line is silent.
+#[derive(Debug, Clone)]
+pub struct RequestDefaults {
+    /// Beam width.
+    pub beams: usize,
+    /// Results.
+    pub top_k: usize,
+    /// Normalisation; `None` for the model's default.
+    pub normalization: Option<Normalization>,
+    /// Constraint.
+    pub constraint: Constraint,
+}
+
+impl Default for RequestDefaults {
+    fn default() -> RequestDefaults {
+        let request = Request::new(Input::Tokens(Vec::new()));
+        RequestDefaults {
+            beams: request.beams,
+            top_k: request.top_k,
+            normalization: request.normalization,
+            constraint: request.constraint,
+        }
+    }
+}
+
+impl RequestLine {
+    /// Reads one line of JSON.
+    ///
+    /// # Errors
+    /// [`Error::MalformedRequest`] with the parser's words.
+    pub fn parse(line: &str) -> Result<RequestLine> {
+        serde_json::from_str(line)
+            .map_err(|error| Error::MalformedRequest { reason: error.to_string() })
+    }
+
+    /// The items of the history, empty where the line gives tokens.
+    pub fn history(&self) -> &[String] {
+        self.history.as_deref().unwrap_or_default()
+    }
+
+    /// The item that the user took next, where the line says so: evaluation needs it.
+    pub fn target(&self) -> Option<&str> {
+        self.target.as_deref()
+    }
+
+    /// The request, with `defaults` where the line is silent.
+    ///
+    /// # Errors
+    /// The caller's: a number out of range, both or neither of `history` and `tokens`.
+    pub fn to_request(&self, defaults: &RequestDefaults) -> Result<Request> {
+        if self.filter.is_some() {
+            return Err(Error::Unsupported {
+                what: "\"filter\"".into(),
+                way_out: "name single items in \"exclude\"".into(),
+            });
+        }
+        let input = match (&self.history, &self.tokens) {
+            (Some(_), Some(_)) => {
+                return Err(Error::InvalidField {
+                    field: "tokens",
+                    reason: "give either \"history\" or \"tokens\", not both".into(),
+                });
+            }
+            (Some(items), None) => Input::History(items.clone()),
+            (None, Some(tokens)) => Input::Tokens(tokens_in_range(tokens)?),
+            (None, None) => return Err(Error::EmptyInput),
+        };
+        let top_k = self.top_k.unwrap_or(defaults.top_k as i64);
+        let beams = self.beams.unwrap_or(defaults.beams as i64);
+        Ok(Request {
+            input,
+            exclude: self.exclude.clone().unwrap_or_default(),
+            beams: usize::try_from(beams)
+                .map_err(|_| Error::BeamWidth { width: beams, max: MAX_BEAMS })?,
+            top_k: usize::try_from(top_k).map_err(|_| Error::TopK { top_k })?,
+            normalization: self.normalize.or(defaults.normalization),
+            constraint: self.constraint.unwrap_or(defaults.constraint),
+            temperature: self.temperature.unwrap_or(1.0),
+            shared_sid: self.shared_sid.unwrap_or_default(),
+        })
+    }
+}
+
+fn tokens_in_range(tokens: &[i64]) -> Result<Vec<u32>> {
+    let convert = |(position, &token): (usize, &i64)| {
+        u32::try_from(token).map_err(|_| Error::InvalidField {
+            field: "tokens",
+            reason: format!("{token} at position {position} is not a token"),
+        })
+    };
+    tokens.iter().enumerate().map(convert).collect()
+}
