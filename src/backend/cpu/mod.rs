@@ -4,8 +4,10 @@
 //! 128 rows) that is what pays. Everything else is a fused loop written on `rten-simd`, so one
 //! binary uses AVX-512, AVX2 or NEON as the machine has it. There is no unsafe code here.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use rten_gemm::{GemmExecutor, GemmInputA, GemmInputB, GemmOptions, PackedBMatrix};
-use rten_tensor::NdTensorView;
+use rten_tensor::{Layout, NdTensorView};
 
 use super::{
     Activation, Backend, Beam, Epilogue, Heads, Mask, Reach, SearchRule, SlotSpec, StepTokens,
@@ -29,8 +31,10 @@ pub use head::Head;
 pub use slot::Slot;
 
 /// The operations on the CPU, on the threads of the rayon pool that calls them.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct CpuBackend;
+#[derive(Debug, Default)]
+pub struct CpuBackend {
+    matrix_flops: AtomicU64,
+}
 
 thread_local! {
     /// The matrix kernels for this machine; an executor does not go from thread to thread.
@@ -43,6 +47,11 @@ impl CpuBackend {
         GEMM.with(|gemm| gemm.kernel_name().to_string())
     }
 
+    /// Floating-point operations of all matrix products so far: what a benchmark divides by time.
+    pub fn matrix_flops(&self) -> u64 {
+        self.matrix_flops.load(Ordering::Relaxed)
+    }
+
     /// `out = scale * a b + beta * out (+ bias)`, `out` dense `[a.rows, b.columns]`.
     fn product(
         &self,
@@ -51,6 +60,8 @@ impl CpuBackend {
         options: GemmOptions<f32, f32, f32>,
         out: &mut [f32],
     ) {
+        let flops = 2 * a.shape()[0] * a.shape()[1] * b.cols();
+        self.matrix_flops.fetch_add(flops as u64, Ordering::Relaxed);
         let product = GEMM.with(|gemm| gemm.gemm(out, GemmInputA::Unpacked(a), b, options));
         product.expect("shapes were checked");
     }

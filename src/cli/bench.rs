@@ -1,0 +1,298 @@
+//! `sidereal bench`: latency, throughput, where the time goes.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Instant;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use sidereal::{Engine, Error, Phases, Request, RequestDefaults, RequestLine, Result};
+
+use super::measure::{Machine, cpu_time, peak_memory_bytes};
+use super::shapes::Shape;
+use super::{DeviceArguments, ModelArguments, Outcome, SearchArguments, write_error};
+
+#[derive(Args)]
+#[command(after_help = "\
+With --concurrency C, C requests are on their way at any time; a request's latency is the time from when
+its group was handed over until its answer came.
+
+Examples:
+  sidereal bench --shape tiger --beams 50 --history 20 --threads 1
+  sidereal bench --model DIR --catalog items.sidereal --requests requests.jsonl --concurrency 16 --json")]
+pub struct Arguments {
+    /// Model folder; or else --shape
+    #[arg(long, value_name = "DIR", required_unless_present = "shape")]
+    model: Option<PathBuf>,
+    /// Catalog: a built one, or a file of items; by default the one beside the model
+    #[arg(long, value_name = "FILE", requires = "model")]
+    catalog: Option<PathBuf>,
+    /// A model known by its shape, with random weights and items
+    #[arg(long, conflicts_with = "model")]
+    shape: Option<Shape>,
+    /// Requests to repeat; by default random histories
+    #[arg(long, value_name = "FILE", requires = "model")]
+    requests: Option<PathBuf>,
+    /// Items of a random history
+    #[arg(long, default_value_t = 20, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    history: u32,
+    #[command(flatten)]
+    search: SearchArguments,
+    #[command(flatten)]
+    device: DeviceArguments,
+    /// Requests on their way at a time
+    #[arg(long, default_value_t = 1, value_name = "C", value_parser = clap::value_parser!(u32).range(1..))]
+    concurrency: u32,
+    /// Times that the requests are gone through
+    #[arg(long, default_value_t = 5, value_name = "R", value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Random histories that are gone through where no requests are given.
+const RANDOM_REQUESTS: usize = 16;
+
+#[derive(Serialize)]
+struct Report {
+    requests: usize,
+    requests_per_second: f64,
+    latency_ms: Latency,
+    /// CPU time of all threads.
+    cpu_ms_per_request: Option<f64>,
+    /// Summed over threads.
+    seconds: Seconds,
+    /// Rate of matrix products over the whole run, and as a share of the machine's.
+    matrix_gflops: f64,
+    matrix_share: f64,
+    peak_memory_bytes: Option<u64>,
+    settings: Settings,
+    machine: Machine,
+}
+
+#[derive(Serialize)]
+struct Latency {
+    p50: f64,
+    p95: f64,
+    p99: f64,
+    max: f64,
+}
+
+#[derive(Serialize)]
+struct Seconds {
+    total: f64,
+    prefill: f64,
+    decode: f64,
+    search: f64,
+}
+
+#[derive(Serialize)]
+struct Settings {
+    model: String,
+    beams: usize,
+    concurrency: u32,
+    repeat: u32,
+    threads: usize,
+    version: &'static str,
+}
+
+pub fn run(arguments: &Arguments) -> Result<Outcome> {
+    let engine = open(arguments)?;
+    let defaults = arguments.search.defaults(usize::from(arguments.search.beams));
+    let requests = match &arguments.requests {
+        Some(path) => read_requests(path, &defaults)?,
+        None => random_requests(&engine, arguments.history as usize, &defaults),
+    };
+    engine.recommend(&requests[0])?; // warms caches and scratch memory, and fails early
+    let run = measure(&engine, &requests, arguments)?;
+    let machine = engine.run(Machine::measure);
+    let report = report(arguments, &engine, run, machine);
+    let text = match arguments.json {
+        true => serde_json::to_string_pretty(&report).expect("numbers have a JSON form"),
+        false => to_text(&report),
+    };
+    writeln!(std::io::stdout(), "{text}").map_err(write_error(None))?;
+    Ok(Outcome::Done)
+}
+
+fn open(arguments: &Arguments) -> Result<Engine> {
+    if let Some(shape) = arguments.shape {
+        let spinner = super::requests::spinner("drawing random weights");
+        let engine = shape.open(&arguments.device.options()?);
+        spinner.finish_and_clear();
+        return engine;
+    }
+    let model = ModelArguments {
+        model: arguments.model.clone().expect("required where there is no shape"),
+        catalog: arguments.catalog.clone(),
+        device: arguments.device.clone(),
+    };
+    model.open()
+}
+
+fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>> {
+    let error = |source: std::io::Error| Error::Io { path: path.to_path_buf(), source };
+    let file = std::fs::File::open(path).map_err(error)?;
+    let mut requests = Vec::new();
+    for line in BufReader::new(file).lines() {
+        let line = line.map_err(error)?;
+        if !line.trim().is_empty() {
+            requests.push(RequestLine::parse(&line)?.to_request(defaults)?);
+        }
+    }
+    match requests.is_empty() {
+        true => Err(error(std::io::Error::other("there are no requests"))),
+        false => Ok(requests),
+    }
+}
+
+fn random_requests(engine: &Engine, len: usize, defaults: &RequestDefaults) -> Vec<Request> {
+    let catalog = engine.catalog();
+    let mut rng = fastrand::Rng::with_seed(1);
+    let request = |_| {
+        let item = |_| catalog.name(rng.u32(0..catalog.num_items() as u32)).to_string();
+        let mut request = Request::from_history((0..len).map(item).collect::<Vec<String>>());
+        request.beams = defaults.beams;
+        request.top_k = defaults.top_k;
+        request.normalization = defaults.normalization;
+        request.constraint = defaults.constraint;
+        request
+    };
+    (0..RANDOM_REQUESTS).map(request).collect()
+}
+
+struct Run {
+    latencies_ms: Vec<f64>,
+    seconds: f64,
+    cpu_seconds: Option<f64>,
+    phases: Phases,
+    matrix_flops: u64,
+}
+
+fn measure(engine: &Engine, requests: &[Request], arguments: &Arguments) -> Result<Run> {
+    let bar = ProgressBar::new(requests.len() as u64 * u64::from(arguments.repeat));
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {per_sec} {elapsed}");
+    let bar = bar.with_style(style.expect("a sound template")).with_message("requests");
+    let latencies = Mutex::new(Vec::new());
+    let failure = Mutex::new(None);
+    let (phases, flops) = (engine.phases(), engine.run(|backend| backend.matrix_flops()));
+    let (start, cpu_start) = (Instant::now(), cpu_time());
+    for _ in 0..arguments.repeat {
+        for group in requests.chunks(arguments.concurrency as usize) {
+            let handed_over = Instant::now();
+            let note = |answer: Result<_>| {
+                let latency = handed_over.elapsed().as_secs_f64() * 1e3;
+                latencies.lock().expect("no holder panics").push(latency);
+                if let Err(error) = answer {
+                    failure.lock().expect("no holder panics").get_or_insert(error);
+                }
+                bar.inc(1);
+            };
+            match group {
+                [one] => note(engine.recommend(one)),
+                many => engine.recommend_all(many, |_, answer| note(answer)),
+            }
+        }
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let cpu_seconds = cpu_time().zip(cpu_start).map(|(end, start)| (end - start).as_secs_f64());
+    bar.finish_and_clear();
+    if let Some(error) = failure.into_inner().expect("no holder panics") {
+        return Err(error);
+    }
+    let end = engine.phases();
+    Ok(Run {
+        latencies_ms: latencies.into_inner().expect("no holder panics"),
+        seconds,
+        cpu_seconds,
+        phases: Phases {
+            prefill: end.prefill - phases.prefill,
+            decode: end.decode - phases.decode,
+            search: end.search - phases.search,
+        },
+        matrix_flops: engine.run(|backend| backend.matrix_flops()) - flops,
+    })
+}
+
+fn report(arguments: &Arguments, engine: &Engine, mut run: Run, machine: Machine) -> Report {
+    run.latencies_ms.sort_by(f64::total_cmp);
+    let requests = run.latencies_ms.len();
+    let quantile = |share: f64| run.latencies_ms[((requests - 1) as f64 * share).round() as usize];
+    let matrix_gflops = run.matrix_flops as f64 / run.seconds / 1e9;
+    let model = match (&arguments.model, arguments.shape) {
+        (Some(path), _) => path.display().to_string(),
+        (None, shape) => {
+            let value = shape.and_then(|shape| clap::ValueEnum::to_possible_value(&shape));
+            value.map(|value| value.get_name().to_string()).unwrap_or_default()
+        }
+    };
+    Report {
+        requests,
+        requests_per_second: requests as f64 / run.seconds,
+        latency_ms: Latency {
+            p50: quantile(0.5),
+            p95: quantile(0.95),
+            p99: quantile(0.99),
+            max: quantile(1.0),
+        },
+        cpu_ms_per_request: run.cpu_seconds.map(|seconds| seconds * 1e3 / requests as f64),
+        seconds: Seconds {
+            total: run.seconds,
+            prefill: run.phases.prefill.as_secs_f64(),
+            decode: run.phases.decode.as_secs_f64(),
+            search: run.phases.search.as_secs_f64(),
+        },
+        matrix_gflops,
+        matrix_share: matrix_gflops / machine.matrix_gflops,
+        peak_memory_bytes: peak_memory_bytes(),
+        settings: Settings {
+            model,
+            beams: arguments.search.beams.into(),
+            concurrency: arguments.concurrency,
+            repeat: arguments.repeat,
+            threads: engine.num_threads(),
+            version: env!("CARGO_PKG_VERSION"),
+        },
+        machine,
+    }
+}
+
+fn to_text(report: &Report) -> String {
+    let Report { latency_ms, seconds, machine, settings, .. } = report;
+    let busy = seconds.prefill + seconds.decode + seconds.search;
+    let share = |part: f64| 100.0 * part / busy;
+    let cpu = report.cpu_ms_per_request.map_or(String::new(), |ms| format!(", {ms:.2} ms of CPU each"));
+    let memory = report.peak_memory_bytes.map_or("unknown".into(), |bytes| {
+        format!("{:.0} MiB at most", bytes as f64 / f64::from(1 << 20))
+    });
+    format!(
+        "{} on {} ({} cores, {} threads used, {})\n\
+         {} requests of {} beams, {} at a time: {:.1} requests/s{cpu}\n\
+         latency  p50 {:.2} ms, p95 {:.2}, p99 {:.2}, max {:.2}\n\
+         time     prefill {:.0} %, decode {:.0} %, head and search {:.0} %\n\
+         matrices {:.1} GFLOP/s, {:.0} % of the {:.1} measured on this machine\n\
+         memory   {memory}",
+        settings.model,
+        machine.cpu,
+        machine.cores,
+        settings.threads,
+        machine.matrix_kernel,
+        report.requests,
+        settings.beams,
+        settings.concurrency,
+        report.requests_per_second,
+        latency_ms.p50,
+        latency_ms.p95,
+        latency_ms.p99,
+        latency_ms.max,
+        share(seconds.prefill),
+        share(seconds.decode),
+        share(seconds.search),
+        report.matrix_gflops,
+        report.matrix_share * 100.0,
+        machine.matrix_gflops,
+    )
+}

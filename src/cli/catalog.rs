@@ -1,0 +1,166 @@
+//! `sidereal catalog`: build and inspect.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use sidereal::catalog::{Catalog, CatalogBuilder, items};
+use sidereal::{Error, Result};
+
+use super::requests::progress_bar;
+use super::{Outcome, write_error};
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Compile a file of items into one memory-mapped file
+    Build(Build),
+    /// Print what a catalog holds
+    Inspect(Inspect),
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Items are JSON lines, {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\"}, or, where the name ends in
+.json, the field's index: {\"17\": [\"<a_3>\", \"<b_250>\", \"<c_7>\"], ...}. Several items may share a semantic ID.
+
+Example:
+  sidereal catalog build --items items.index.json --output items.sidereal")]
+pub struct Build {
+    /// File of items
+    #[arg(long, value_name = "FILE")]
+    items: PathBuf,
+    /// Where the catalog goes; an existing one is replaced at once
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  sidereal catalog inspect items.sidereal --json")]
+pub struct Inspect {
+    /// Catalog, or file of items
+    catalog: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(command: &Command) -> Result<Outcome> {
+    match command {
+        Command::Build(arguments) => build(arguments)?,
+        Command::Inspect(arguments) => inspect(arguments)?,
+    }
+    Ok(Outcome::Done)
+}
+
+fn build(arguments: &Build) -> Result<()> {
+    if items::is_items_file(&arguments.output) {
+        let reason = "ends as a file of items does; name the catalog otherwise, as items.sidereal";
+        return Err(Error::InvalidField { field: "--output", reason: reason.into() });
+    }
+    let bytes = std::fs::metadata(&arguments.items).ok().map(|metadata| metadata.len());
+    let progress = progress_bar(bytes, "reading items");
+    let mut builder = CatalogBuilder::default();
+    items::read(&arguments.items, |item| builder.add(item), |read| progress.set_position(read))?;
+    progress.set_message("laying out");
+    let catalog = builder.build()?;
+    catalog.save(&arguments.output)?;
+    progress.finish_and_clear();
+    let Summary { items, sids, levels, .. } = Summary::of(&catalog);
+    let output = arguments.output.display();
+    eprintln!("{output}: {items} items, {sids} semantic IDs of {levels} levels");
+    Ok(())
+}
+
+fn inspect(arguments: &Inspect) -> Result<()> {
+    let summary = Summary::of(&Catalog::open(&arguments.catalog)?);
+    let text = match arguments.json {
+        true => serde_json::to_string_pretty(&summary).expect("numbers have a JSON form"),
+        false => summary.to_text(&arguments.catalog),
+    };
+    writeln!(std::io::stdout(), "{text}").map_err(write_error(None))
+}
+
+#[derive(Serialize)]
+struct Summary {
+    items: usize,
+    sids: usize,
+    levels: usize,
+    /// Items that are not alone on their semantic ID.
+    collisions: usize,
+    largest_collision: usize,
+    /// By level: distinct codes.
+    codes_in_use: Vec<usize>,
+    /// By level: children of a node, on average and at most.
+    mean_fan_out: Vec<f64>,
+    largest_fan_out: Vec<usize>,
+    trie_bytes: usize,
+    trie_bytes_per_item: f64,
+    /// Of the compiled file; absent where the catalog was compiled from items just now.
+    file_bytes: Option<u64>,
+    titles: usize,
+}
+
+impl Summary {
+    fn of(catalog: &Catalog) -> Summary {
+        let trie = catalog.trie();
+        let levels = 0..trie.num_levels();
+        let codes_in_use =
+            |level| trie.codes_at(level).iter().collect::<BTreeSet<_>>().len();
+        let nodes = |level| trie.nodes_at(level);
+        let shared = (0..trie.num_leaves() as u32).map(|leaf| catalog.items(leaf).len());
+        Summary {
+            items: catalog.num_items(),
+            sids: trie.num_leaves(),
+            levels: trie.num_levels(),
+            collisions: shared.clone().filter(|&items| items > 1).sum(),
+            largest_collision: shared.max().unwrap_or(0),
+            codes_in_use: levels.clone().map(codes_in_use).collect(),
+            mean_fan_out: levels
+                .clone()
+                .map(|level| nodes(level + 1).len() as f64 / nodes(level).len() as f64)
+                .collect(),
+            largest_fan_out: levels
+                .map(|level| nodes(level).map(|node| trie.children(node).0.len()).max().unwrap_or(0))
+                .collect(),
+            trie_bytes: trie.size_bytes(),
+            trie_bytes_per_item: trie.size_bytes() as f64 / catalog.num_items() as f64,
+            file_bytes: catalog.file_bytes(),
+            titles: (0..catalog.num_items() as u32)
+                .filter(|&item| catalog.title(item).is_some())
+                .count(),
+        }
+    }
+
+    fn to_text(&self, path: &Path) -> String {
+        let mut text = format!(
+            "{}\n  items          {} ({} with a title)\n  semantic IDs   {} of {} levels\n  \
+             collisions     {} items share a semantic ID, at most {} one\n",
+            path.display(),
+            self.items,
+            self.titles,
+            self.sids,
+            self.levels,
+            self.collisions,
+            self.largest_collision,
+        );
+        for level in 0..self.levels {
+            text += &format!(
+                "  level {level}        {} codes in use, fan-out {:.1} on average, {} at most\n",
+                self.codes_in_use[level], self.mean_fan_out[level], self.largest_fan_out[level],
+            );
+        }
+        text += &format!(
+            "  trie           {} bytes, {:.2} an item\n",
+            self.trie_bytes, self.trie_bytes_per_item
+        );
+        match self.file_bytes {
+            Some(bytes) => text += &format!("  file           {bytes} bytes"),
+            None => text += "  file           not compiled (a file of items)",
+        }
+        text
+    }
+}

@@ -1,0 +1,179 @@
+//! `sidereal evaluate`: Recall and NDCG over requests whose next item is known.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+use sidereal::catalog::Catalog;
+use sidereal::{Answer, Error, RequestLine, Result};
+
+use super::requests::answer_file;
+use super::{ModelArguments, Outcome, SearchArguments, write_error};
+
+#[derive(Args)]
+#[command(after_help = "\
+Each request line has a \"target\": the item that the user took next. With one target, Recall@K is the share
+of requests that find it among the first K, and NDCG@K the mean of 1 / log2(rank + 1).
+
+Example:
+  sidereal evaluate --model models/industrial --requests models/industrial/test.jsonl --beams 20")]
+pub struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// Requests with targets, one JSON object a line; - for the standard input
+    #[arg(long, value_name = "FILE")]
+    requests: PathBuf,
+    #[command(flatten)]
+    search: SearchArguments,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+const CUTOFFS: [usize; 3] = [5, 10, 20];
+
+#[derive(Default)]
+struct Tally {
+    found: [u64; 3],
+    gain: [f64; 3],
+}
+
+impl Tally {
+    /// `rank` counts from one.
+    fn add(&mut self, rank: Option<usize>) {
+        for (at, cutoff) in CUTOFFS.into_iter().enumerate() {
+            if let Some(rank) = rank.filter(|&rank| rank <= cutoff) {
+                self.found[at] += 1;
+                self.gain[at] += 1.0 / (rank as f64 + 1.0).log2();
+            }
+        }
+    }
+
+    fn metrics(&self, requests: u64) -> Metrics {
+        let share = |sum: f64| sum / requests as f64;
+        Metrics {
+            recall_at_5: share(self.found[0] as f64),
+            recall_at_10: share(self.found[1] as f64),
+            recall_at_20: share(self.found[2] as f64),
+            ndcg_at_5: share(self.gain[0]),
+            ndcg_at_10: share(self.gain[1]),
+            ndcg_at_20: share(self.gain[2]),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Metrics {
+    recall_at_5: f64,
+    recall_at_10: f64,
+    recall_at_20: f64,
+    ndcg_at_5: f64,
+    ndcg_at_10: f64,
+    ndcg_at_20: f64,
+}
+
+#[derive(Serialize)]
+struct Report {
+    requests: u64,
+    failed: u64,
+    beams: u16,
+    /// The target counts as found where its semantic ID is.
+    by_sid: Metrics,
+    /// The target counts as found where the item itself is, after those listed before it.
+    by_item: Metrics,
+    seconds: f64,
+}
+
+pub fn run(arguments: &Arguments) -> Result<Outcome> {
+    let engine = arguments.model.open()?;
+    let start = std::time::Instant::now();
+    let (mut by_sid, mut by_item) = (Tally::default(), Tally::default());
+    let (mut requests, mut failed) = (0, 0);
+    let defaults = arguments.search.defaults(usize::MAX >> 1);
+    answer_file(&engine, &arguments.requests, &defaults, |answered| {
+        let line = answered.line_number;
+        let target = answered.line.as_ref().and_then(RequestLine::target);
+        match (&answered.answer, target) {
+            (Ok(answer), Some(target)) => {
+                let (sid_rank, item_rank) = ranks(engine.catalog(), answer, target);
+                by_sid.add(sid_rank);
+                by_item.add(item_rank);
+            }
+            (Ok(_), None) => {
+                let reason = "evaluation needs a \"target\"";
+                return Err(bad_line(&arguments.requests, line, reason));
+            }
+            (Err(error), _) => {
+                eprintln!("line {line}: {error}");
+                failed += 1;
+            }
+        }
+        requests += 1;
+        Ok(())
+    })?;
+    if requests == 0 {
+        return Err(bad_line(&arguments.requests, 1, "there are no requests"));
+    }
+    // A request that failed found nothing: it counts.
+    let report = Report {
+        requests,
+        failed,
+        beams: arguments.search.beams,
+        by_sid: by_sid.metrics(requests),
+        by_item: by_item.metrics(requests),
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    let text = match arguments.json {
+        true => serde_json::to_string_pretty(&report).expect("numbers have a JSON form"),
+        false => to_text(&report),
+    };
+    writeln!(std::io::stdout(), "{text}").map_err(write_error(None))?;
+    Ok(if failed == 0 { Outcome::Done } else { Outcome::SomeFailed })
+}
+
+fn bad_line(path: &Path, line: usize, reason: &str) -> Error {
+    let reason = format!("line {line}: {reason}");
+    Error::Io { path: path.to_path_buf(), source: std::io::Error::other(reason) }
+}
+
+/// The target's rank, from one, by semantic ID and by item.
+fn ranks(catalog: &Catalog, answer: &Answer, target: &str) -> (Option<usize>, Option<usize>) {
+    let Some(target) = catalog.find(target) else { return (None, None) };
+    let target_sid = catalog.sid(target);
+    let mut sids: Vec<_> = answer.items.iter().map(|found| found.sid).collect();
+    sids.dedup();
+    let sid_rank = sids.iter().position(|&sid| sid == target_sid).map(|at| at + 1);
+    let item_rank = answer.items.iter().position(|found| found.item == target).map(|at| at + 1);
+    (sid_rank, item_rank)
+}
+
+fn to_text(report: &Report) -> String {
+    let row = |name: &str, metrics: &Metrics| {
+        format!(
+            "{name:<16}{:>10.4}{:>10.4}{:>10.4}{:>10.4}{:>10.4}{:>10.4}",
+            metrics.recall_at_5,
+            metrics.recall_at_10,
+            metrics.recall_at_20,
+            metrics.ndcg_at_5,
+            metrics.ndcg_at_10,
+            metrics.ndcg_at_20,
+        )
+    };
+    format!(
+        "{} requests, {} failed, beam width {}, {:.1} s\n{:<16}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}\n{}\n{}",
+        report.requests,
+        report.failed,
+        report.beams,
+        report.seconds,
+        "",
+        "Recall@5",
+        "Recall@10",
+        "Recall@20",
+        "NDCG@5",
+        "NDCG@10",
+        "NDCG@20",
+        row("by semantic ID", &report.by_sid),
+        row("by item", &report.by_item),
+    )
+}

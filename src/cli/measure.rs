@@ -1,0 +1,72 @@
+//! What a benchmark says of the machine and of the process.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use sidereal::Tensor;
+use sidereal::backend::cpu::{Buffer, CpuBackend};
+use sidereal::backend::{Backend, Epilogue};
+
+/// The machine that figures belong to.
+#[derive(Serialize)]
+pub struct Machine {
+    pub cpu: String,
+    pub cores: usize,
+    pub matrix_kernel: String,
+    /// Measured now, f32, 512 x 1024 x 3072, on the benchmark's threads.
+    pub matrix_gflops: f64,
+}
+
+impl Machine {
+    /// Looks around and measures; on the threads of the caller's pool.
+    pub fn measure(backend: &CpuBackend) -> Machine {
+        Machine {
+            cpu: cpu_name().unwrap_or_else(|| std::env::consts::ARCH.into()),
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            matrix_kernel: backend.kernel_name(),
+            matrix_gflops: matrix_gflops(backend),
+        }
+    }
+}
+
+fn cpu_name() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_string())
+}
+
+/// The best of several products: what the machine can do at most.
+fn matrix_gflops(backend: &CpuBackend) -> f64 {
+    let (rows, columns, out) = (512, 1024, 3072);
+    let pseudo_random = |len: usize| (0..len).map(|i| ((i * 7919) % 1013) as f32 / 1013.0 - 0.5);
+    let weight = Tensor::new(&[out, columns], pseudo_random(out * columns).collect());
+    let weight = backend.matrix(&[weight]);
+    let x = Buffer::new(pseudo_random(rows * columns).collect(), columns);
+    let mut product = backend.buffer();
+    let mut best = f64::INFINITY;
+    for _ in 0..12 {
+        let start = Instant::now();
+        backend.matmul(&x, &weight, None, Epilogue::Store, &mut product);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    2.0 * (rows * columns * out) as f64 / best / 1e9
+}
+
+/// CPU time of all threads of this process so far, where the system tells.
+pub fn cpu_time() -> Option<Duration> {
+    #[cfg(unix)]
+    {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        Some(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+    }
+    #[cfg(not(unix))]
+    None
+}
+
+/// The most memory that this process held, where the system tells.
+pub fn peak_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kilobytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kilobytes * 1024)
+}

@@ -1,0 +1,201 @@
+//! What the commands have in common: arguments, opening of models and catalogs, exit codes.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use sidereal::catalog::Catalog;
+use sidereal::{Constraint, Engine, EngineOptions, Error, Normalization, RequestDefaults, Result};
+
+mod bench;
+mod catalog;
+mod evaluate;
+mod measure;
+mod recommend;
+mod requests;
+mod shapes;
+
+/// Exact recommendations from generative models: semantic IDs under a catalog's trie.
+#[derive(Parser)]
+#[command(version, max_term_width = 100, after_help = "\
+Examples:
+  sidereal recommend --model models/industrial --requests models/industrial/users.jsonl --top-k 5
+  sidereal catalog build --items items.jsonl --output items.sidereal
+  sidereal bench --shape tiger --beams 50 --history 20 --threads 1
+
+Exit codes: 0 all went well, 1 some requests failed, 2 nothing could run.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer requests: histories in, items out
+    Recommend(recommend::Arguments),
+    /// Build and inspect catalogs
+    #[command(subcommand)]
+    Catalog(catalog::Command),
+    /// Recall and NDCG over requests whose next item is known
+    Evaluate(evaluate::Arguments),
+    /// Measure latency, throughput and where the time goes
+    Bench(bench::Arguments),
+}
+
+/// Runs the command line.
+pub fn run() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Recommend(arguments) => recommend::run(&arguments),
+        Command::Catalog(command) => catalog::run(&command),
+        Command::Evaluate(arguments) => evaluate::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
+    };
+    match outcome {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::SomeFailed) => ExitCode::from(1),
+        // Whoever read our output has had enough of it, as `head` does.
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// How a command that could run ended.
+enum Outcome {
+    Done,
+    SomeFailed,
+}
+
+#[derive(Args)]
+struct ModelArguments {
+    /// Model folder: config.json, sidereal.json, safetensors
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Catalog: a built one, or a file of items; by default the one beside the model
+    #[arg(long, value_name = "FILE")]
+    catalog: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArguments,
+}
+
+#[derive(Args, Clone)]
+struct DeviceArguments {
+    /// Device to compute on
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Threads to compute on; 0 for all cores
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u16).range(..=1024))]
+    threads: u16,
+    /// The most input tokens of a request
+    #[arg(long, default_value_t = EngineOptions::default().max_context, value_name = "TOKENS")]
+    max_context: usize,
+}
+
+impl DeviceArguments {
+    fn options(&self) -> Result<EngineOptions> {
+        if self.device != "cpu" {
+            return Err(Error::Device {
+                device: self.device.clone(),
+                reason: "this build computes on \"cpu\"".into(),
+            });
+        }
+        Ok(EngineOptions { threads: self.threads.into(), max_context: self.max_context })
+    }
+}
+
+#[derive(Args)]
+struct SearchArguments {
+    /// Beam width: prefixes kept at each level
+    #[arg(long, default_value_t = 50, value_name = "W", value_parser = clap::value_parser!(u16).range(1..=sidereal::MAX_BEAMS as i64))]
+    beams: u16,
+    /// What may follow a prefix
+    #[arg(long, default_value = "trie")]
+    constraint: ConstraintName,
+    /// What scores are normalised over; by default what the model's sidereal.json says, else vocabulary
+    #[arg(long)]
+    normalize: Option<NormalizationName>,
+}
+
+impl SearchArguments {
+    fn defaults(&self, top_k: usize) -> RequestDefaults {
+        RequestDefaults {
+            beams: self.beams.into(),
+            top_k,
+            normalization: self.normalize.map(|name| match name {
+                NormalizationName::Vocabulary => Normalization::Vocabulary,
+                NormalizationName::Level => Normalization::Level,
+                NormalizationName::Children => Normalization::Children,
+            }),
+            constraint: match self.constraint {
+                ConstraintName::Trie => Constraint::Trie,
+                ConstraintName::Level => Constraint::Level,
+                ConstraintName::None => Constraint::None,
+            },
+        }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ConstraintName {
+    /// Codes that lead to an item that exists and is allowed
+    Trie,
+    /// Any code of the level
+    Level,
+    /// Any token of the vocabulary
+    None,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum NormalizationName {
+    /// The model's whole vocabulary
+    Vocabulary,
+    /// The codes of the level
+    Level,
+    /// The codes that are legal after the prefix
+    Children,
+}
+
+/// Names under which a catalog is looked for beside a model, the first that exists.
+const CATALOG_NAMES: [&str; 3] = ["catalog.sidereal", "items.jsonl", "items.index.json"];
+
+impl ModelArguments {
+    fn open_catalog(&self) -> Result<Arc<Catalog>> {
+        let path = match &self.catalog {
+            Some(path) => path.clone(),
+            None => catalog_beside(&self.model)?,
+        };
+        Ok(Arc::new(Catalog::open(&path)?))
+    }
+
+    fn open(&self) -> Result<Engine> {
+        let options = self.device.options()?;
+        let spinner = requests::spinner("opening the model");
+        let engine = Engine::open(&self.model, self.open_catalog()?, &options)?;
+        spinner.finish_and_clear();
+        Ok(engine)
+    }
+}
+
+fn catalog_beside(model: &Path) -> Result<PathBuf> {
+    let candidates = CATALOG_NAMES.map(|name| model.join(name));
+    candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::Io {
+        path: model.join(CATALOG_NAMES[0]),
+        source: std::io::Error::new(
+            std::io::ErrorKind::NotFound,
+            format!("no catalog beside the model ({}); name one with --catalog", CATALOG_NAMES.join(", ")),
+        ),
+    })
+}
+
+/// An error of writing to `path`, or to the standard output.
+fn write_error(path: Option<&Path>) -> impl Fn(std::io::Error) -> Error + '_ {
+    move |source| Error::Io {
+        path: path.unwrap_or(Path::new("standard output")).to_path_buf(),
+        source,
+    }
+}

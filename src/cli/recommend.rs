@@ -1,0 +1,199 @@
+//! `sidereal recommend`: histories in, items out.
+
+use std::fs::File;
+use std::io::{BufWriter, IsTerminal, Write};
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde::Serialize;
+use sidereal::catalog::Catalog;
+use sidereal::{Answer, Error, RequestLine, Result};
+
+use super::requests::{Answered, answer_file};
+use super::{ModelArguments, Outcome, SearchArguments, write_error};
+
+#[derive(Args)]
+#[command(after_help = "\
+A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"exclude\": [\"4\"], \"beams\": 50, \"top_k\": 10}
+                 or, instead of \"history\", \"tokens\": [...], the model's input as it is;
+                 further: \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\"
+An answer line:  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250, 7], \"score\": -2.31}], ...}
+A bad line is answered in its place with {\"id\": ..., \"error\": {\"code\": ..., \"message\": ...}}.
+
+Examples:
+  sidereal recommend --model models/industrial --requests models/industrial/users.jsonl --top-k 5
+  sidereal recommend --model DIR --catalog items.sidereal --requests - --beams 128 --output answers.jsonl
+  echo '{\"history\": [\"17\", \"4\"]}' | sidereal recommend --model DIR --requests - --format table")]
+pub struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// Requests, one JSON object a line; - for the standard input
+    #[arg(long, value_name = "FILE")]
+    requests: PathBuf,
+    #[command(flatten)]
+    search: SearchArguments,
+    /// Items of an answer at most
+    #[arg(long, default_value_t = 10, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
+    top_k: u32,
+    /// Where answers go; by default the standard output
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// How answers look; by default a table on a terminal and JSON lines elsewhere
+    #[arg(long)]
+    format: Option<Format>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people, with titles where the catalog has them
+    Table,
+    /// For programs, one JSON object a line
+    Jsonl,
+}
+
+pub fn run(arguments: &Arguments) -> Result<Outcome> {
+    let engine = arguments.model.open()?;
+    let output = arguments.output.as_deref();
+    let failed = write_error(output);
+    let mut writer: Box<dyn Write> = match output {
+        Some(path) => Box::new(BufWriter::new(File::create(path).map_err(&failed)?)),
+        None => Box::new(BufWriter::new(std::io::stdout())),
+    };
+    let is_seen = output.is_none() && std::io::stdout().is_terminal();
+    let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
+    let mut outcome = Outcome::Done;
+    let defaults = arguments.search.defaults(arguments.top_k as usize);
+    answer_file(&engine, &arguments.requests, &defaults, |answered| {
+        if answered.answer.is_err() {
+            outcome = Outcome::SomeFailed;
+        }
+        let written = match format {
+            Format::Table => write_table(&mut writer, engine.catalog(), &answered),
+            Format::Jsonl => write_line(&mut writer, engine.catalog(), &answered),
+        };
+        written.map_err(&failed)
+    })?;
+    writer.flush().map_err(&failed)?;
+    Ok(outcome)
+}
+
+#[derive(Serialize)]
+struct AnswerLine<'a> {
+    id: &'a serde_json::Value,
+    items: Vec<ItemEntry<'a>>,
+    snapshot: u64,
+}
+
+#[derive(Serialize)]
+struct ItemEntry<'a> {
+    item: &'a str,
+    sid: &'a [u16],
+    score: f32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    title: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct ErrorLine<'a> {
+    id: &'a serde_json::Value,
+    line: usize,
+    error: ErrorEntry,
+}
+
+#[derive(Serialize)]
+struct ErrorEntry {
+    code: &'static str,
+    message: String,
+}
+
+impl ErrorEntry {
+    fn new(error: &Error) -> ErrorEntry {
+        ErrorEntry { code: error.code(), message: error.to_string() }
+    }
+}
+
+fn write_line(
+    writer: &mut dyn Write,
+    catalog: &Catalog,
+    answered: &Answered,
+) -> std::io::Result<()> {
+    let Answered { id, line_number, .. } = answered;
+    match &answered.answer {
+        Ok(answer) => {
+            let entry = |found: &'_ sidereal::Recommendation| (found.item, found.sid, found.score);
+            let found: Vec<_> = answer.items.iter().map(entry).collect();
+            let items = found.iter().map(|(item, sid, score)| ItemEntry {
+                item: catalog.name(*item),
+                sid: sid.codes(),
+                score: *score,
+                title: catalog.title(*item),
+            });
+            let items = items.collect();
+            serde_json::to_writer(&mut *writer, &AnswerLine { id, items, snapshot: answer.snapshot })?;
+        }
+        Err(error) => {
+            let line = ErrorLine { id, line: *line_number, error: ErrorEntry::new(error) };
+            serde_json::to_writer(&mut *writer, &line)?;
+        }
+    }
+    writeln!(writer)
+}
+
+fn write_table(
+    writer: &mut dyn Write,
+    catalog: &Catalog,
+    answered: &Answered,
+) -> std::io::Result<()> {
+    let name = match &answered.id {
+        serde_json::Value::Null => format!("line {}", answered.line_number),
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    writeln!(writer, "{name}")?;
+    let line = answered.line.as_ref();
+    for item in line.map(RequestLine::history).unwrap_or_default() {
+        writeln!(writer, "  had  {}", label(catalog, item))?;
+    }
+    if let Some(target) = line.and_then(RequestLine::target) {
+        writeln!(writer, "  then {}", label(catalog, target))?;
+    }
+    match &answered.answer {
+        Ok(answer) => writeln!(writer, "{}\n", table(catalog, answer, line)),
+        Err(error) => writeln!(writer, "  error: {error}\n"),
+    }
+}
+
+fn label(catalog: &Catalog, item: &str) -> String {
+    let title = catalog.find(item).and_then(|item| catalog.title(item));
+    match title {
+        Some(title) => format!("{item}: {title}"),
+        None => item.to_string(),
+    }
+}
+
+fn table(catalog: &Catalog, answer: &Answer, line: Option<&RequestLine>) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["", "item", "title", "semantic ID", "score", "probability"]);
+    let target = line.and_then(RequestLine::target);
+    for (rank, found) in answer.items.iter().enumerate() {
+        let item = catalog.name(found.item);
+        let mark = if target == Some(item) { " ◀ taken next" } else { "" };
+        table.add_row([
+            format!("{}", rank + 1),
+            item.to_string(),
+            format!("{}{mark}", catalog.title(found.item).unwrap_or("")),
+            format!("{:?}", found.sid.codes()),
+            format!("{:.3}", found.score),
+            format!("{:.2} %", found.score.exp() * 100.0),
+        ]);
+    }
+    for column in [0, 4, 5] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table
+}

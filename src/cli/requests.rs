@@ -1,0 +1,140 @@
+//! Files of requests: read in stretches, answered on all cores, given back in order.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::sync::OnceLock;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use sidereal::{Answer, Engine, Error, Request, RequestDefaults, RequestLine, Result};
+
+/// Lines that are held at a time.
+const LINES_PER_STRETCH: usize = 4096;
+
+/// One line of a requests file with its answer.
+pub struct Answered {
+    /// From one.
+    pub line_number: usize,
+    pub line: Option<RequestLine>,
+    /// As the line has it, also where the line is malformed otherwise.
+    pub id: serde_json::Value,
+    pub answer: Result<Answer>,
+}
+
+/// Answers every line of `path` (`-` for the standard input) and hands the answers over in input
+/// order. Blank lines are passed over.
+pub fn answer_file(
+    engine: &Engine,
+    path: &Path,
+    defaults: &RequestDefaults,
+    mut each: impl FnMut(Answered) -> Result<()>,
+) -> Result<()> {
+    let (input, bytes): (Box<dyn Read>, Option<u64>) = match path.as_os_str() == "-" {
+        true => (Box::new(std::io::stdin()), None),
+        false => {
+            let file = File::open(path).map_err(io_error(path))?;
+            let bytes = file.metadata().map_err(io_error(path))?.len();
+            (Box::new(file), Some(bytes))
+        }
+    };
+    let progress = progress_bar(bytes, "requests");
+    let mut lines = BufReader::new(progress.wrap_read(input)).split(b'\n').enumerate();
+    loop {
+        let mut stretch = Vec::new();
+        for (index, line) in lines.by_ref() {
+            let line = line.map_err(io_error(path))?;
+            if !line.iter().all(u8::is_ascii_whitespace) {
+                stretch.push(parse(index + 1, &line, defaults));
+            }
+            if stretch.len() == LINES_PER_STRETCH {
+                break;
+            }
+        }
+        if stretch.is_empty() {
+            break;
+        }
+        for answered in answer(engine, stretch, &progress) {
+            progress.suspend(|| each(answered))?;
+        }
+    }
+    progress.finish_and_clear();
+    Ok(())
+}
+
+struct Parsed {
+    line_number: usize,
+    line: Option<RequestLine>,
+    id: serde_json::Value,
+    request: Result<Request>,
+}
+
+fn parse(line_number: usize, bytes: &[u8], defaults: &RequestDefaults) -> Parsed {
+    let parsed = std::str::from_utf8(bytes)
+        .map_err(|error| Error::MalformedRequest { reason: error.to_string() })
+        .and_then(RequestLine::parse);
+    match parsed {
+        Ok(line) => Parsed {
+            line_number,
+            id: line.id.clone().unwrap_or_default(),
+            request: line.to_request(defaults),
+            line: Some(line),
+        },
+        Err(error) => {
+            let value = serde_json::from_slice::<serde_json::Value>(bytes).unwrap_or_default();
+            let id = value.get("id").cloned().unwrap_or_default();
+            Parsed { line_number, line: None, id, request: Err(error) }
+        }
+    }
+}
+
+fn answer(engine: &Engine, stretch: Vec<Parsed>, progress: &ProgressBar) -> Vec<Answered> {
+    let mut requests = Vec::new();
+    let mut answers = Vec::new(); // by line: its error, or its request's index
+    let mut heads = Vec::new();
+    for parsed in stretch {
+        answers.push(parsed.request.map(|request| {
+            requests.push(request);
+            requests.len() - 1
+        }));
+        heads.push((parsed.line_number, parsed.line, parsed.id));
+    }
+    let results: Vec<OnceLock<Result<Answer>>> = requests.iter().map(|_| OnceLock::new()).collect();
+    engine.recommend_all(&requests, |index, answer| {
+        let _ = results[index].set(answer); // each index is delivered once
+        progress.tick();
+    });
+    let mut results: Vec<Option<Result<Answer>>> =
+        results.into_iter().map(OnceLock::into_inner).collect();
+    let lines = heads.into_iter().zip(answers);
+    lines
+        .map(|((line_number, line, id), request)| {
+            let answer = request
+                .and_then(|index| results[index].take().expect("every request is answered"));
+            Answered { line_number, line, id, answer }
+        })
+        .collect()
+}
+
+/// A bar of `bytes`, or a count where their number is unknown; shown on a terminal only.
+pub fn progress_bar(bytes: Option<u64>, what: &'static str) -> ProgressBar {
+    let (bar, template) = match bytes {
+        Some(bytes) => (
+            ProgressBar::new(bytes),
+            "{msg} {wide_bar} {bytes}/{total_bytes} {elapsed} (another {eta})",
+        ),
+        None => (ProgressBar::new_spinner(), "{msg} {spinner} {bytes} {elapsed}"),
+    };
+    let style = ProgressStyle::with_template(template).expect("a sound template");
+    bar.with_style(style).with_message(what)
+}
+
+/// Shows that something of unknown length goes on; on a terminal only.
+pub fn spinner(what: &'static str) -> ProgressBar {
+    let spinner = ProgressBar::new_spinner().with_message(what);
+    spinner.enable_steady_tick(std::time::Duration::from_millis(100));
+    spinner
+}
+
+fn io_error(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
+    |source| Error::Io { path: path.to_path_buf(), source }
+}

@@ -1,0 +1,120 @@
+//! Answers of Hugging Face's `generate` (transformers 5.23, f32), kept beside the checkpoints.
+//!
+//! Each folder below `models/FAMILY/` holds a checkpoint and `golden.json`: token sequences and
+//! scores of constrained beam search over a real catalogue, normalised over the vocabulary
+//! (`cases`) and over the legal children (`children`).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+use sidereal::catalog::Catalog;
+use sidereal::{Engine, EngineOptions, Normalization, Request};
+
+#[derive(Deserialize)]
+struct Golden {
+    items_index: String,
+    #[serde(default)]
+    cases: Vec<Case>,
+    #[serde(default)]
+    children: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    input_ids: Vec<u32>,
+    width: usize,
+    sequences: Vec<Vec<u32>>,
+    scores: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+struct Layout {
+    levels: Vec<Level>,
+}
+
+#[derive(Deserialize)]
+struct Level {
+    first_token: u32,
+}
+
+fn models() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models")
+}
+
+fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> T {
+    let text = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn check(folder: &str) {
+    let folder = models().join(folder);
+    let golden: Golden = read(&folder.join("golden.json"));
+    let layout: Layout = read(&folder.join("sidereal.json"));
+    let index = folder.join(&golden.items_index);
+    let catalog = Arc::new(Catalog::open(&index).expect("a real catalogue"));
+    let engine = Engine::open(&folder, catalog, &EngineOptions::default()).expect("a checkpoint");
+    assert!(!golden.cases.is_empty() && !golden.children.is_empty());
+    for (cases, normalization) in [
+        (&golden.cases, Normalization::Vocabulary),
+        (&golden.children, Normalization::Children),
+    ] {
+        for case in cases {
+            let mut request = Request::from_tokens(case.input_ids.clone());
+            request.beams = case.width;
+            request.top_k = usize::MAX;
+            request.normalization = Some(normalization);
+            let answer = engine.recommend(&request).expect("a sound request");
+            // One beam is one semantic ID; items that share it follow one another.
+            let mut beams: Vec<(Vec<u32>, f32)> = Vec::new();
+            for item in &answer.items {
+                let levels = layout.levels.iter().zip(item.sid.codes());
+                let tokens: Vec<u32> =
+                    levels.map(|(level, &code)| level.first_token + u32::from(code)).collect();
+                if beams.last().is_none_or(|(last, _)| *last != tokens) {
+                    beams.push((tokens, item.score));
+                }
+            }
+            compare(&beams, case, &format!("{} {normalization:?} {}", folder.display(), case.width));
+        }
+    }
+}
+
+/// Rank by rank; neighbours may stand the other way round where their scores are as good as equal.
+fn compare(beams: &[(Vec<u32>, f32)], case: &Case, what: &str) {
+    assert_eq!(beams.len(), case.sequences.len(), "{what}: number of beams");
+    for (rank, (tokens, score)) in beams.iter().enumerate() {
+        let expected = case.scores[rank];
+        if std::env::var("SHOW").is_ok() { println!("DIFF {what} {}", (score-expected).abs()); continue; }
+        assert!((score - expected).abs() < 1e-4, "{what}: rank {rank} scores {score}, not {expected}");
+        let place = case.sequences.iter().position(|sequence| sequence == tokens);
+        let place = place.unwrap_or_else(|| panic!("{what}: {tokens:?} at rank {rank} is new"));
+        let gap = (case.scores[place] - expected).abs();
+        assert!(gap < 1e-4, "{what}: {tokens:?} is at rank {rank}, not {place}");
+    }
+}
+
+#[test]
+fn t5_with_relu_and_a_tied_head() {
+    check("t5/relu-tied");
+}
+
+#[test]
+fn t5_with_gated_gelu_and_a_head_of_its_own() {
+    check("t5/gated-untied");
+}
+
+#[test]
+fn decoder_only_qwen3() {
+    check("decoder_only/qwen3-tied");
+}
+
+#[test]
+fn decoder_only_qwen2() {
+    check("decoder_only/qwen2-untied");
+}
+
+#[test]
+fn decoder_only_llama_with_scaled_rope() {
+    check("decoder_only/llama3-scaled");
+}
