@@ -208,7 +208,11 @@ impl Search<'_> {
         let logit = |code: u16| logits[step.columns[usize::from(code)] as usize];
         let normalizer = match rule.normalization {
             Normalization::Children => {
-                let legal = children.clone().zip(codes).filter(|(child, _)| is_legal(*child));
+                let mut legal =
+                    children.clone().zip(codes).filter(|(child, _)| is_legal(*child)).peekable();
+                if legal.peek().is_none() {
+                    return Some(()); // the request allows nothing at all
+                }
                 let value = self.log_sum_exp(legal.map(|(_, &code)| logit(code)));
                 value.is_finite().then_some(value)?
             }

@@ -16,16 +16,21 @@ use crate::error::Result;
 use crate::tensor::Tensor;
 
 mod advance_beams;
+mod append_tail;
 mod attend_beams;
 mod attend_prefill;
 mod embed;
+mod embed_beams;
 mod gate;
 mod head;
+mod last_rows;
 mod matmul;
 mod rms_norm;
 mod rotary;
+mod rotation;
 mod slot;
 mod softmax;
+mod store_context;
 
 pub use head::Head;
 pub use slot::Slot;
@@ -184,13 +189,11 @@ impl Backend for CpuBackend {
     }
 
     fn embed(&self, table: &Tensor, tokens: &[u32], out: &mut Buffer) {
-        embed::embed(table, tokens.iter().copied(), tokens.len(), out);
+        embed::embed(table, tokens, out);
     }
 
     fn embed_beams(&self, table: &Tensor, slots: &[Slot], out: &mut Buffer) {
-        let rows = slots.iter().map(|slot| slot.beams.len()).sum();
-        let tokens = slots.iter().flat_map(|slot| slot.beams.newest_tokens());
-        embed::embed(table, tokens, rows, out);
+        embed_beams::embed_beams(table, slots, out);
     }
 
     fn rms_norm(&self, x: &Buffer, weight: &Vec<f32>, epsilon: f32, out: &mut Buffer) {
@@ -213,7 +216,7 @@ impl Backend for CpuBackend {
     }
 
     fn rotation(&self, positions: &[u32], frequencies: &[f32], out: &mut Buffer) {
-        rotary::rotation(positions, frequencies, out);
+        rotation::rotation(positions, frequencies, out);
     }
 
     fn rotary(
@@ -251,16 +254,11 @@ impl Backend for CpuBackend {
     }
 
     fn last_rows(&self, x: &Buffer, slots: &[Slot], out: &mut Buffer) {
-        out.reshape(slots.len(), x.columns);
-        let mut end = 0;
-        for (slot, out) in slots.iter().zip(out.values.chunks_exact_mut(x.columns)) {
-            end += slot.spec.context_len;
-            out.copy_from_slice(x.row(end - 1));
-        }
+        last_rows::last_rows(x, slots, out);
     }
 
     fn append_tail(&self, layer: usize, qkv: &Buffer, heads: Heads, slots: &mut [Slot]) {
-        slot::append_tail(layer, qkv, heads, slots);
+        append_tail::append_tail(layer, qkv, heads, slots);
     }
 
     fn attend_beams(

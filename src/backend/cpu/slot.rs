@@ -1,6 +1,7 @@
 use rten_gemm::{GemmInputB, PackedBMatrix};
+use rten_tensor::NdTensorView;
 
-use super::{Buffer, CpuBackend, Heads, SlotSpec};
+use super::{CpuBackend, SlotSpec};
 use crate::backend::Beam;
 use crate::catalog::trie::Trie;
 use crate::error::{Error, Result};
@@ -24,6 +25,15 @@ pub(super) struct HeadContext {
 }
 
 impl HeadContext {
+    /// `keys`, `values`: `[context_len, head_dim]`
+    pub fn new(
+        backend: &CpuBackend,
+        keys: NdTensorView<f32, 2>,
+        values: NdTensorView<f32, 2>,
+    ) -> HeadContext {
+        HeadContext { keys: backend.pack(keys.transposed()), values: backend.pack(values) }
+    }
+
     pub fn keys(&self) -> GemmInputB<'_, f32> {
         GemmInputB::Packed(&self.keys)
     }
@@ -108,51 +118,5 @@ impl Slot {
                 failed_step: None,
             },
         }
-    }
-}
-
-impl CpuBackend {
-    pub(super) fn store_context(
-        &self,
-        layer: usize,
-        kv: &Buffer,
-        offset: usize,
-        heads: Heads,
-        slots: &mut [Slot],
-    ) {
-        let head_dim = heads.head_dim;
-        let mut first_row = 0;
-        for slot in slots {
-            let rows = first_row..first_row + slot.spec.context_len;
-            first_row = rows.end;
-            let pack = |head: usize| {
-                let keys = offset + head * head_dim;
-                let values = keys + heads.kv_dim();
-                let keys = kv.view(rows.clone(), keys..keys + head_dim);
-                let values = kv.view(rows.clone(), values..values + head_dim);
-                HeadContext {
-                    keys: self.pack(keys.transposed()),
-                    values: self.pack(values),
-                }
-            };
-            slot.contexts[layer] = (0..heads.num_kv_heads).map(pack).collect();
-        }
-    }
-}
-
-pub(super) fn append_tail(layer: usize, qkv: &Buffer, heads: Heads, slots: &mut [Slot]) {
-    let (query_dim, kv_dim) = (heads.query_dim(), heads.kv_dim());
-    let mut first_row = 0;
-    for slot in slots {
-        let rows = first_row..first_row + slot.beams.len();
-        first_row = rows.end;
-        let mut keys = Vec::with_capacity(rows.len() * kv_dim);
-        let mut values = Vec::with_capacity(rows.len() * kv_dim);
-        for row in rows {
-            let (row_keys, row_values) = qkv.row(row)[query_dim..].split_at(kv_dim);
-            keys.extend_from_slice(row_keys);
-            values.extend_from_slice(row_values);
-        }
-        slot.tails[layer].positions.push((keys, values));
     }
 }

@@ -1,0 +1,28 @@
+use super::slot::HeadContext;
+use super::{Buffer, CpuBackend, Heads, Slot};
+
+impl CpuBackend {
+    pub(super) fn store_context(
+        &self,
+        layer: usize,
+        kv: &Buffer,
+        offset: usize,
+        heads: Heads,
+        slots: &mut [Slot],
+    ) {
+        let head_dim = heads.head_dim;
+        let mut first_row = 0;
+        for slot in slots {
+            let rows = first_row..first_row + slot.spec.context_len;
+            first_row = rows.end;
+            let pack = |head: usize| {
+                let keys = offset + head * head_dim;
+                let values = keys + heads.kv_dim();
+                let keys = kv.view(rows.clone(), keys..keys + head_dim);
+                let values = kv.view(rows.clone(), values..values + head_dim);
+                HeadContext::new(self, keys, values)
+            };
+            slot.contexts[layer] = (0..heads.num_kv_heads).map(pack).collect();
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! What several tests need.
+#![allow(dead_code)] // each test file uses a part
+
+pub mod cases;
+pub mod truth;

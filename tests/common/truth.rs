@@ -1,0 +1,159 @@
+//! The operations as plain loops in f64: what every backend is held against.
+
+use sidereal::backend::{Activation, Heads, Mask};
+
+/// A dense matrix, row by row.
+#[derive(Clone)]
+pub struct Matrix {
+    pub values: Vec<f64>,
+    pub columns: usize,
+}
+
+impl Matrix {
+    pub fn new(values: &[f32], columns: usize) -> Matrix {
+        Matrix { values: values.iter().map(|&x| f64::from(x)).collect(), columns }
+    }
+
+    pub fn rows(&self) -> impl Iterator<Item = &[f64]> {
+        self.values.chunks_exact(self.columns)
+    }
+
+    pub fn row(&self, row: usize) -> &[f64] {
+        &self.values[row * self.columns..(row + 1) * self.columns]
+    }
+}
+
+pub fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+pub fn matmul(x: &Matrix, weight: &Matrix, bias: Option<&[f64]>) -> Matrix {
+    let mut values = Vec::new();
+    for row in x.rows() {
+        for (out, weight) in weight.rows().enumerate() {
+            values.push(dot(row, weight) + bias.map_or(0.0, |bias| bias[out]));
+        }
+    }
+    let columns = weight.values.len() / weight.columns;
+    Matrix { values, columns }
+}
+
+pub fn activate(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Relu => x.max(0.0),
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Gelu => x * normal_cdf(x),
+        Activation::GeluTanh => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+            0.5 * x * (1.0 + inner.tanh())
+        }
+    }
+}
+
+/// The normal distribution function, by the series of the error function (Abramowitz & Stegun
+/// 1964, 7.1.6); beyond eight it is 0 or 1 to the precision of f32.
+fn normal_cdf(x: f64) -> f64 {
+    if x.abs() > 8.0 {
+        return if x > 0.0 { 1.0 } else { 0.0 };
+    }
+    let z = x / 2f64.sqrt();
+    let (mut term, mut sum) = (z, z);
+    for n in 1..200 {
+        term *= 2.0 * z * z / (2 * n + 1) as f64;
+        sum += term;
+    }
+    0.5 * (1.0 + 2.0 / std::f64::consts::PI.sqrt() * (-z * z).exp() * sum)
+}
+
+pub fn rms_norm(x: &Matrix, weight: &[f64], epsilon: f64) -> Matrix {
+    let mut values = Vec::new();
+    for row in x.rows() {
+        let scale = (dot(row, row) / row.len() as f64 + epsilon).sqrt();
+        values.extend(row.iter().zip(weight).map(|(x, weight)| x / scale * weight));
+    }
+    Matrix { values, columns: x.columns }
+}
+
+/// First and second half of a head turned as pairs.
+pub fn rotate(head: &[f64], position: f64, frequencies: &[f32]) -> Vec<f64> {
+    let half = frequencies.len();
+    let turned = |i: usize| {
+        let (pair, is_second) = (i % half, i >= half);
+        let angle = position * f64::from(frequencies[pair]);
+        let (x, y) = (head[pair], head[pair + half]);
+        match is_second {
+            false => x * angle.cos() - y * angle.sin(),
+            true => y * angle.cos() + x * angle.sin(),
+        }
+    };
+    (0..2 * half).map(turned).collect()
+}
+
+/// One query over keys and values, each key's score with its bias.
+pub fn attend(query: &[f64], keys_values: &[(&[f64], &[f64], f64)], scale: f64) -> Vec<f64> {
+    let scores: Vec<f64> =
+        keys_values.iter().map(|(key, _, bias)| dot(query, key) * scale + bias).collect();
+    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+    let sum: f64 = weights.iter().sum();
+    let mut out = vec![0.0; query.len()];
+    for (weight, (_, value, _)) in weights.iter().zip(keys_values) {
+        for (out, value) in out.iter_mut().zip(*value) {
+            *out += weight / sum * value;
+        }
+    }
+    out
+}
+
+/// Attention within prompts of these lengths, one after the other in `qkv`.
+pub fn attend_prefill(
+    qkv: &Matrix,
+    heads: Heads,
+    mask: Mask,
+    scale: f64,
+    bias: impl Fn(usize, i64) -> f64,
+    lens: &[usize],
+) -> Matrix {
+    let head_dim = heads.head_dim;
+    let mut values = Vec::new();
+    let mut first = 0;
+    for &len in lens {
+        for query in 0..len {
+            for head in 0..heads.num_heads {
+                let kv_head = head / (heads.num_heads / heads.num_kv_heads);
+                let reach = if mask == Mask::Causal { query + 1 } else { len };
+                let kv: Vec<(&[f64], &[f64], f64)> = (0..reach)
+                    .map(|key| {
+                        let row = &qkv.row(first + key)[heads.query_dim()..];
+                        let at = kv_head * head_dim;
+                        let (keys, values) = row.split_at(heads.kv_dim());
+                        let bias = bias(head, key as i64 - query as i64);
+                        (&keys[at..at + head_dim], &values[at..at + head_dim], bias)
+                    })
+                    .collect();
+                let query = &qkv.row(first + query)[head * head_dim..(head + 1) * head_dim];
+                values.extend(attend(query, &kv, scale));
+            }
+        }
+        first += len;
+    }
+    Matrix { values, columns: heads.query_dim() }
+}
+
+pub fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
+    let largest = values.clone().fold(f64::NEG_INFINITY, f64::max);
+    largest + values.map(|value| (value - largest).exp()).sum::<f64>().ln()
+}
+
+/// How far `found` is from the truth, relative to the truth's norm; positions of values that are
+/// not finite must agree.
+pub fn relative_error(found: &[f32], truth: &[f64], what: &str) -> f64 {
+    assert_eq!(found.len(), truth.len(), "{what}: length");
+    let mut difference = 0.0;
+    for (at, (&found, &truth)) in found.iter().zip(truth).enumerate() {
+        assert!(found.is_finite() && truth.is_finite(), "{what}: {found} for {truth} at {at}");
+        difference += (f64::from(found) - truth).powi(2);
+    }
+    let norm: f64 = truth.iter().map(|x| x * x).sum();
+    (difference / norm.max(1e-30)).sqrt()
+}

@@ -1,0 +1,561 @@
+//! Every operation of the CPU backend against plain f64 loops, on random shapes.
+
+mod common;
+
+use std::collections::HashMap;
+
+use common::cases::Cases;
+use common::truth::{self, Matrix, relative_error};
+use sidereal::backend::cpu::{Buffer, CpuBackend, Slot};
+use sidereal::backend::{
+    Activation, Backend, Epilogue, Heads, Mask, NO_TOKEN, Reach, SearchRule, SlotSpec, StepTokens,
+};
+use sidereal::catalog::sid::Sid;
+use sidereal::catalog::{Catalog, CatalogBuilder, Item};
+use sidereal::{Constraint, Normalization, Tensor};
+
+/// f32 against the truth, norm-wise.
+const TOLERANCE: f64 = 1e-5;
+
+fn check(found: &Buffer, truth: &Matrix, what: &str) {
+    let error = relative_error(found.values(), &truth.values, what);
+    assert!(error < TOLERANCE, "{what}: relative error {error:.2e}");
+}
+
+fn slot(backend: &CpuBackend, context_len: usize, heads: Heads) -> Slot {
+    backend.open_slot(&SlotSpec {
+        num_layers: 1,
+        heads,
+        context_len,
+        max_beams: 64,
+        num_steps: 8,
+        start_token: 3,
+    })
+}
+
+#[test]
+fn embed_and_last_rows_copy_rows() {
+    let backend = CpuBackend::default();
+    for seed in 0..50 {
+        let mut cases = Cases::new(seed);
+        let (vocab, columns) = (cases.size(50), cases.size(40));
+        let weight = cases.numbers(vocab * columns);
+        let table = backend.table(Tensor::new(&[vocab, columns], weight.clone()));
+        let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
+        let count: usize = lens.iter().sum();
+        let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();
+        let (mut rows, mut last) = (backend.buffer(), backend.buffer());
+        backend.embed(&table, &tokens, &mut rows);
+        let row = |token: u32| &weight[token as usize * columns..][..columns];
+        let expected: Vec<f32> = tokens.iter().flat_map(|&token| row(token)).copied().collect();
+        assert_eq!(rows.values(), expected, "seed {seed}");
+
+        let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
+        let slots: Vec<Slot> = lens.iter().map(|&len| slot(&backend, len, heads)).collect();
+        backend.last_rows(&rows, &slots, &mut last);
+        let ends = lens.iter().scan(0, |end, len| {
+            *end += len;
+            Some(*end)
+        });
+        let expected: Vec<f32> = ends.flat_map(|end| row(tokens[end - 1])).copied().collect();
+        assert_eq!(last.values(), expected, "seed {seed}");
+    }
+}
+
+#[test]
+fn rms_norm_is_the_formula() {
+    let backend = CpuBackend::default();
+    for seed in 0..100 {
+        let mut cases = Cases::new(seed);
+        let (rows, columns) = (cases.size(70), cases.size(300));
+        let (x, weight) = (cases.numbers(rows * columns), cases.numbers(columns));
+        let mut out = backend.buffer();
+        let vector = backend.vector(&[Tensor::new(&[columns], weight.clone())]);
+        backend.rms_norm(&Buffer::new(x.clone(), columns), &vector, 1e-6, &mut out);
+        let weight = Matrix::new(&weight, columns);
+        let expected = truth::rms_norm(&Matrix::new(&x, columns), &weight.values, 1e-6);
+        check(&out, &expected, &format!("rms_norm seed {seed}"));
+    }
+}
+
+#[test]
+fn matmul_is_the_formula_with_every_epilogue() {
+    let backend = CpuBackend::default();
+    let activations =
+        [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu];
+    for seed in 0..120 {
+        let mut cases = Cases::new(seed);
+        let (rows, columns, out_columns) = (cases.size(130), cases.size(600), cases.size(300));
+        let x = cases.numbers(rows * columns);
+        let weight = cases.numbers(out_columns * columns);
+        let cut = cases.rng.usize(0..=out_columns) * columns;
+        let parts = [&weight[..cut], &weight[cut..]].map(|part| {
+            Tensor::new(&[part.len() / columns, columns], part.to_vec())
+        });
+        let bias = cases.rng.bool().then(|| cases.numbers(out_columns));
+        let epilogue = match cases.rng.usize(0..6) {
+            0 => Epilogue::Store,
+            1 => Epilogue::Add,
+            at => Epilogue::Activate(activations[at - 2]),
+        };
+        let before = cases.numbers(rows * out_columns);
+        let mut out = Buffer::new(before.clone(), out_columns);
+        backend.matmul(
+            &Buffer::new(x.clone(), columns),
+            &backend.matrix(&parts),
+            bias.clone().map(|bias| backend.vector(&[Tensor::new(&[out_columns], bias)])).as_ref(),
+            epilogue,
+            &mut out,
+        );
+        let bias = bias.map(|bias| Matrix::new(&bias, out_columns).values);
+        let (x, weight) = (Matrix::new(&x, columns), Matrix::new(&weight, columns));
+        let mut expected = truth::matmul(&x, &weight, bias.as_deref());
+        for (value, before) in expected.values.iter_mut().zip(before) {
+            match epilogue {
+                Epilogue::Store => {}
+                Epilogue::Add => *value += f64::from(before),
+                Epilogue::Activate(activation) => *value = truth::activate(activation, *value),
+            }
+        }
+        check(&out, &expected, &format!("matmul {epilogue:?} seed {seed}"));
+    }
+}
+
+#[test]
+fn a_row_of_a_product_does_not_depend_on_the_other_rows() {
+    let backend = CpuBackend::default();
+    for seed in 0..60 {
+        let mut cases = Cases::new(seed);
+        let (rows, columns, out_columns) = (cases.size(200), cases.size(1300), cases.size(150));
+        let x = cases.numbers(rows * columns);
+        let weight = Tensor::new(&[out_columns, columns], cases.numbers(out_columns * columns));
+        let weight = backend.matrix(&[weight]);
+        let product = |rows: &[f32]| {
+            let mut out = backend.buffer();
+            let x = Buffer::new(rows.to_vec(), columns);
+            backend.matmul(&x, &weight, None, Epilogue::Store, &mut out);
+            out
+        };
+        let together = product(&x);
+        for (row, together) in x.chunks(columns).zip(together.values().chunks(out_columns)) {
+            assert_eq!(product(row).values(), together, "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn gate_is_the_formula() {
+    let backend = CpuBackend::default();
+    let activations = [Activation::Silu, Activation::GeluTanh, Activation::Relu];
+    for (seed, activation) in (0..60).zip(activations.into_iter().cycle()) {
+        let mut cases = Cases::new(seed);
+        let (rows, columns) = (cases.size(60), cases.size(400));
+        let x = cases.numbers(rows * 2 * columns);
+        let mut out = backend.buffer();
+        backend.gate(&Buffer::new(x.clone(), 2 * columns), activation, &mut out);
+        let mut values = Vec::new();
+        for row in Matrix::new(&x, 2 * columns).rows() {
+            let (gates, linear) = row.split_at(columns);
+            let gated = gates.iter().zip(linear);
+            values.extend(gated.map(|(gate, linear)| truth::activate(activation, *gate) * linear));
+        }
+        check(&out, &Matrix { values, columns }, &format!("gate seed {seed}"));
+    }
+}
+
+#[test]
+fn rotation_and_rotary_turn_query_and_key_heads() {
+    let backend = CpuBackend::default();
+    for seed in 0..80 {
+        let mut cases = Cases::new(seed);
+        let heads = cases.heads();
+        let rows = cases.size(40);
+        let positions: Vec<u32> = (0..rows).map(|_| cases.rng.u32(0..3000)).collect();
+        let frequencies: Vec<f32> = (0..heads.head_dim / 2)
+            .map(|pair| 10_000f32.powf(-2.0 * pair as f32 / heads.head_dim as f32))
+            .collect();
+        let qkv = cases.numbers(rows * heads.qkv_dim());
+        let norms = cases.rng.bool().then(|| {
+            [cases.numbers(heads.head_dim), cases.numbers(heads.head_dim)]
+        });
+        let mut rotation = backend.buffer();
+        backend.rotation(&positions, &frequencies, &mut rotation);
+        let mut out = Buffer::new(qkv.clone(), heads.qkv_dim());
+        let vectors = norms.clone().map(|norms| {
+            norms.map(|norm| backend.vector(&[Tensor::new(&[heads.head_dim], norm)]))
+        });
+        let given = vectors.as_ref().map(|[query, key]| (query, key, 1e-6));
+        backend.rotary(&mut out, heads, given, &rotation);
+
+        let mut values = Vec::new();
+        for (row, &position) in Matrix::new(&qkv, heads.qkv_dim()).rows().zip(&positions) {
+            for (head, columns) in row.chunks_exact(heads.head_dim).enumerate() {
+                let is_query = head < heads.num_heads;
+                if head >= heads.num_heads + heads.num_kv_heads {
+                    values.extend_from_slice(columns);
+                    continue;
+                }
+                let mut columns = columns.to_vec();
+                if let Some(norms) = &norms {
+                    let norm = Matrix::new(&norms[usize::from(!is_query)], heads.head_dim);
+                    let one = Matrix { values: columns, columns: heads.head_dim };
+                    columns = truth::rms_norm(&one, &norm.values, 1e-6).values;
+                }
+                values.extend(truth::rotate(&columns, f64::from(position), &frequencies));
+            }
+        }
+        // Angles are products in f32, so far positions carry their rounding.
+        let expected = Matrix { values, columns: heads.qkv_dim() };
+        let error = relative_error(out.values(), &expected.values, "rotary");
+        assert!(error < 1e-4, "rotary seed {seed}: relative error {error:.2e}");
+    }
+}
+
+#[test]
+fn attend_prefill_is_the_formula() {
+    let backend = CpuBackend::default();
+    for seed in 0..60 {
+        let mut cases = Cases::new(seed);
+        let heads = cases.heads();
+        let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(300)).collect();
+        let qkv = cases.numbers(lens.iter().sum::<usize>() * heads.qkv_dim());
+        let mask = if cases.rng.bool() { Mask::Causal } else { Mask::Bidirectional };
+        let longest = lens.iter().copied().max().unwrap_or(1);
+        let width = 2 * longest - 1;
+        let bias = cases.rng.bool().then(|| cases.numbers(heads.num_heads * width));
+        let slots: Vec<Slot> = lens.iter().map(|&len| slot(&backend, len, heads)).collect();
+        let mut out = backend.buffer();
+        let x = Buffer::new(qkv.clone(), heads.qkv_dim());
+        backend.attend_prefill(&x, heads, mask, 0.3, bias.as_deref(), &slots, &mut out);
+        let of_distance = |head: usize, distance: i64| {
+            let at = head * width + (distance + longest as i64 - 1) as usize;
+            bias.as_ref().map_or(0.0, |bias| f64::from(bias[at]))
+        };
+        let qkv = Matrix::new(&qkv, heads.qkv_dim());
+        let scale = f64::from(0.3f32);
+        let expected = truth::attend_prefill(&qkv, heads, mask, scale, of_distance, &lens);
+        check(&out, &expected, &format!("attend_prefill {mask:?} {lens:?} seed {seed}"));
+    }
+}
+
+/// A search of one slot, followed in f64.
+struct Walk {
+    catalog: Catalog,
+    excluded: Vec<u32>,
+    normalization: Normalization,
+    constraint: Constraint,
+    beams: usize,
+    temperature: f32,
+    context: Vec<f32>,
+    context_len: usize,
+    /// By the tokens chosen so far: score, and the KV rows written at each of its positions.
+    prefixes: HashMap<Vec<u32>, f64>,
+    tails: HashMap<Vec<u32>, Vec<f32>>,
+}
+
+fn random_catalog(cases: &mut Cases, num_levels: usize, num_codes: u16) -> Catalog {
+    let mut builder = CatalogBuilder::default();
+    for item in 0..cases.size(60) {
+        let codes: Vec<u16> = (0..num_levels).map(|_| cases.rng.u16(0..num_codes)).collect();
+        let sid = Sid::new(&codes).expect("few levels");
+        let item = Item { name: item.to_string(), sid, title: String::new() };
+        builder.add(item).expect("levels agree");
+    }
+    builder.build().expect("names are unique")
+}
+
+impl Walk {
+    fn new(cases: &mut Cases, num_levels: usize, num_codes: u16, heads: Heads) -> Walk {
+        let catalog = random_catalog(cases, num_levels, num_codes);
+        let share = cases.rng.f32();
+        let items = 0..catalog.num_items() as u32;
+        let excluded = match cases.rng.bool() {
+            true => items.filter(|_| cases.rng.f32() < share).collect(),
+            false => Vec::new(),
+        };
+        let normalizations =
+            [Normalization::Vocabulary, Normalization::Level, Normalization::Children];
+        let normalization = normalizations[cases.rng.usize(0..3)];
+        let constraint = match (cases.rng.u8(0..4), normalization) {
+            (0, Normalization::Vocabulary | Normalization::Children) => Constraint::None,
+            (1, _) => Constraint::Level,
+            _ => Constraint::Trie,
+        };
+        let context_len = cases.size(200);
+        Walk {
+            catalog,
+            excluded,
+            normalization,
+            constraint,
+            beams: cases.size(50),
+            temperature: if cases.rng.bool() { 1.0 } else { 0.5 + cases.rng.f32() },
+            context: cases.numbers(context_len * 2 * heads.kv_dim()),
+            context_len,
+            prefixes: HashMap::from([(Vec::new(), 0.0)]),
+            tails: HashMap::new(),
+        }
+    }
+
+    fn rule(&self) -> SearchRule<'_> {
+        SearchRule {
+            catalog: &self.catalog,
+            legality: self.catalog.legality(&self.excluded),
+            beams: self.beams,
+            normalization: self.normalization,
+            constraint: self.constraint,
+            temperature: self.temperature,
+        }
+    }
+
+    /// Whether an allowed item's semantic ID starts with these codes.
+    fn is_legal(&self, codes: &[u16]) -> bool {
+        (0..self.catalog.num_items() as u32).any(|item| {
+            !self.excluded.contains(&item) && self.catalog.sid(item).codes().starts_with(codes)
+        })
+    }
+
+    /// Every continuation of a prefix with its score, by the definition.
+    fn continuations(
+        &self,
+        prefix: &[u32],
+        logits: &[f64],
+        steps: &[StepTokens],
+    ) -> Vec<(Vec<u32>, f64)> {
+        let scaled = |token: u32| logits[token as usize] / f64::from(self.temperature);
+        let code = |level: usize, token: u32| match &steps[level] {
+            StepTokens::Level { tokens } => tokens.iter().position(|&t| t == token),
+            StepTokens::Forced { .. } => None,
+        };
+        let step = prefix.len();
+        let (allowed, level): (Vec<u32>, Vec<u32>) = match &steps[step] {
+            StepTokens::Forced { token } => (vec![*token], vec![*token]),
+            StepTokens::Level { tokens } => {
+                let level: Vec<u32> = tokens.iter().copied().filter(|&t| t != NO_TOKEN).collect();
+                let allowed = match self.constraint {
+                    Constraint::None => (0..logits.len() as u32).collect(),
+                    Constraint::Level => level.clone(),
+                    Constraint::Trie => {
+                        let codes = prefix.iter().enumerate().map(|(l, &token)| code(l, token));
+                        let codes: Vec<u16> =
+                            codes.map(|code| code.expect("a legal prefix") as u16).collect();
+                        let legal = |&token: &u32| {
+                            let next = code(step, token).expect("a token of the level") as u16;
+                            self.is_legal(&[&codes[..], &[next]].concat())
+                        };
+                        level.iter().copied().filter(legal).collect()
+                    }
+                };
+                (allowed, level)
+            }
+        };
+        let over = match self.normalization {
+            Normalization::Vocabulary => (0..logits.len() as u32).collect(),
+            Normalization::Level => level,
+            Normalization::Children => allowed.clone(),
+        };
+        let normalizer = truth::log_sum_exp(over.iter().map(|&token| scaled(token)));
+        let score = self.prefixes[prefix];
+        let extend = |&token: &u32| {
+            ([prefix, &[token]].concat(), score + scaled(token) - normalizer)
+        };
+        allowed.iter().map(extend).collect()
+    }
+}
+
+#[test]
+fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
+    let backend = CpuBackend::default();
+    for seed in 0..250 {
+        let mut cases = Cases::new(seed);
+        let heads = cases.heads();
+        let (num_levels, num_codes) = (cases.rng.usize(1..5), cases.rng.u16(1..12));
+        let hidden_dim = cases.size(40);
+        // Levels lie anywhere in the vocabulary, one of them scattered, some codes without a token
+        // where no item uses them.
+        let vocab = 20 + 12 * (num_levels + 2) as u32;
+        let mut steps: Vec<StepTokens> = (0..num_levels as u32)
+            .map(|level| {
+                let first = 5 + level * 12;
+                let mut tokens: Vec<u32> = (first..first + u32::from(num_codes)).collect();
+                if cases.rng.bool() {
+                    cases.rng.shuffle(&mut tokens);
+                }
+                if cases.rng.bool() {
+                    tokens.push(NO_TOKEN);
+                }
+                StepTokens::Level { tokens }
+            })
+            .collect();
+        for _ in 0..cases.rng.usize(0..3) {
+            steps.push(StepTokens::Forced { token: cases.rng.u32(0..vocab) });
+        }
+        let head_weight = cases.numbers(vocab as usize * hidden_dim);
+        let head = Tensor::new(&[vocab as usize, hidden_dim], head_weight.clone());
+        let head = backend.head(head, &steps);
+        let head_weight = Matrix::new(&head_weight, hidden_dim);
+        let num_slots = cases.rng.usize(1..4);
+        let mut walks: Vec<Walk> = (0..num_slots)
+            .map(|_| Walk::new(&mut cases, num_levels, num_codes, heads))
+            .collect();
+        let mut slots: Vec<Slot> =
+            walks.iter().map(|walk| slot(&backend, walk.context_len, heads)).collect();
+        let context: Vec<f32> = walks.iter().flat_map(|walk| &walk.context).copied().collect();
+        let context = Buffer::new(context, 2 * heads.kv_dim());
+        backend.store_context(0, &context, 0, heads, &mut slots);
+        // Decoders behind an encoder write a position before the first step, others do not.
+        let starts_with_tail = cases.rng.bool();
+        let bias = cases.numbers(heads.num_heads * (steps.len() + 1));
+
+        for step in 0..steps.len() {
+            let what = format!("seed {seed} step {step}");
+            let rows: usize = slots.iter().map(|slot| backend.num_beams(slot)).sum();
+            if step > 0 || starts_with_tail {
+                check_tails(&backend, &mut cases, heads, &bias, &mut walks, &mut slots, &what);
+            }
+            let hidden = cases.numbers(rows * hidden_dim);
+            let logits = truth::matmul(&Matrix::new(&hidden, hidden_dim), &head_weight, None);
+            let before: Vec<Vec<Vec<u32>>> = slots
+                .iter()
+                .map(|slot| {
+                    let beams = backend.read_beams(slot).expect("finite scores");
+                    beams.into_iter().map(|beam| beam.tokens).collect()
+                })
+                .collect();
+            let rules: Vec<SearchRule<'_>> = walks.iter().map(Walk::rule).collect();
+            let hidden = Buffer::new(hidden, hidden_dim);
+            backend.advance_beams(&hidden, &head, step, &rules, &mut slots);
+            drop(rules);
+
+            let mut row = 0;
+            for (walk, (slot, before)) in walks.iter_mut().zip(slots.iter().zip(before)) {
+                let mut all = Vec::new();
+                for prefix in &before {
+                    all.extend(walk.continuations(prefix, logits.row(row), &steps));
+                    row += 1;
+                }
+                all.sort_by(|a, b| b.1.total_cmp(&a.1));
+                let found = backend.read_beams(slot).expect("finite scores");
+                let expected = match steps[step] {
+                    StepTokens::Forced { .. } => all.len(),
+                    StepTokens::Level { .. } => all.len().min(walk.beams),
+                };
+                assert_eq!(found.len(), expected, "{what}: number of beams");
+                let scores: HashMap<_, _> = all.iter().cloned().collect();
+                for (rank, beam) in found.iter().enumerate() {
+                    let score = scores.get(&beam.tokens);
+                    let score = score.unwrap_or_else(|| panic!("{what}: {beam:?} is not legal"));
+                    let at_rank = all[rank].1;
+                    let found = f64::from(beam.score);
+                    assert!((found - score).abs() < 1e-4, "{what}: {found}, not {score}");
+                    assert!((found - at_rank).abs() < 1e-4, "{what}: rank {rank}");
+                }
+                walk.prefixes =
+                    found.iter().map(|beam| (beam.tokens.clone(), scores[&beam.tokens])).collect();
+            }
+        }
+    }
+}
+
+/// Writes a position of random KV for every beam, then attends in every way.
+fn check_tails(
+    backend: &CpuBackend,
+    cases: &mut Cases,
+    heads: Heads,
+    bias: &[f32],
+    walks: &mut [Walk],
+    slots: &mut [Slot],
+    what: &str,
+) {
+    let rows: usize = slots.iter().map(|slot| backend.num_beams(slot)).sum();
+    let qkv = Buffer::new(cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
+    backend.append_tail(0, &qkv, heads, slots);
+    let mut row = 0;
+    for (walk, slot) in walks.iter_mut().zip(&*slots) {
+        for beam in backend.read_beams(slot).expect("finite scores") {
+            let kv = &qkv.values()[row * heads.qkv_dim()..][heads.query_dim()..heads.qkv_dim()];
+            walk.tails.insert(beam.tokens, kv.to_vec());
+            row += 1;
+        }
+    }
+    for reach in [Reach::Context, Reach::Tail, Reach::ContextAndTail] {
+        let tail_bias = (reach == Reach::Tail).then_some(bias);
+        let mut out = backend.buffer();
+        backend.attend_beams(0, &qkv, heads, reach, 0.4, tail_bias, slots, &mut out);
+        let mut values = Vec::new();
+        let mut row = 0;
+        for (walk, slot) in walks.iter().zip(&*slots) {
+            let context = Matrix::new(&walk.context, 2 * heads.kv_dim());
+            for beam in backend.read_beams(slot).expect("finite scores") {
+                let tail: Vec<Matrix> = (0..=beam.tokens.len())
+                    .filter_map(|len| walk.tails.get(&beam.tokens[..len]))
+                    .map(|kv| Matrix::new(kv, 2 * heads.kv_dim()))
+                    .collect();
+                let query = Matrix::new(&qkv.values()[row * heads.qkv_dim()..], 1).values;
+                for head in 0..heads.num_heads {
+                    let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim;
+                    fn parts(kv: &[f64], at: usize, heads: Heads) -> (&[f64], &[f64]) {
+                        let (keys, values) = kv.split_at(heads.kv_dim());
+                        (&keys[at..at + heads.head_dim], &values[at..at + heads.head_dim])
+                    }
+                    let mut keys_values = Vec::new();
+                    if reach != Reach::Tail {
+                        keys_values.extend(context.rows().map(|kv| {
+                            let (keys, values) = parts(kv, at, heads);
+                            (keys, values, 0.0)
+                        }));
+                    }
+                    if reach != Reach::Context {
+                        keys_values.extend(tail.iter().enumerate().map(|(position, kv)| {
+                            let (keys, values) = parts(&kv.values, at, heads);
+                            let back = tail.len() - 1 - position;
+                            let row = bias.len() / heads.num_heads;
+                            let bias = tail_bias.map_or(0.0, |bias| f64::from(bias[head * row + back]));
+                            (keys, values, bias)
+                        }));
+                    }
+                    let query = &query[head * heads.head_dim..(head + 1) * heads.head_dim];
+                    values.extend(truth::attend(query, &keys_values, f64::from(0.4f32)));
+                }
+                row += 1;
+            }
+        }
+        let expected = Matrix { values, columns: heads.query_dim() };
+        check(&out, &expected, &format!("attend_beams {reach:?} {what}"));
+    }
+}
+
+#[test]
+fn embed_beams_reads_each_beams_newest_token() {
+    let backend = CpuBackend::default();
+    let mut cases = Cases::new(1);
+    let heads = cases.heads();
+    let catalog = random_catalog(&mut cases, 2, 6);
+    let steps: Vec<StepTokens> =
+        [0, 6].map(|first| StepTokens::Level { tokens: (first..first + 6).collect() }).into();
+    let weight = cases.numbers(12 * 5);
+    let tensor = Tensor::new(&[12, 5], weight.clone());
+    let (head, table) = (backend.head(tensor.clone(), &steps), backend.table(tensor));
+    let mut slots = vec![slot(&backend, 1, heads)];
+    let mut rows = backend.buffer();
+    backend.embed_beams(&table, &slots, &mut rows);
+    assert_eq!(rows.values(), &weight[3 * 5..4 * 5], "the start token's row");
+    for step in 0..2 {
+        let rule = SearchRule {
+            catalog: &catalog,
+            legality: catalog.legality(&[]),
+            beams: 9,
+            normalization: Normalization::Vocabulary,
+            constraint: Constraint::Trie,
+            temperature: 1.0,
+        };
+        let beams = backend.num_beams(&slots[0]);
+        let hidden = Buffer::new(cases.numbers(beams * 5), 5);
+        backend.advance_beams(&hidden, &head, step, &[rule], &mut slots);
+        backend.embed_beams(&table, &slots, &mut rows);
+        let beams = backend.read_beams(&slots[0]).expect("finite scores");
+        let newest = beams.iter().map(|beam| beam.tokens[step] as usize);
+        let expected: Vec<f32> =
+            newest.flat_map(|token| &weight[token * 5..(token + 1) * 5]).copied().collect();
+        assert_eq!(rows.values(), expected);
+    }
+}
