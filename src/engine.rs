@@ -270,17 +270,26 @@ impl<B: Backend> Engine<B> {
                 return Err(Error::BeamWidth { width: beams as i64, max });
             }
         }
-        let tokens = match &request.input {
-            Input::History(items) => self.history_tokens(items)?,
-            Input::Tokens(tokens) => tokens.clone(),
-        };
-        self.check_tokens(&tokens)?;
+        let tokens = self.input_tokens(&request.input)?;
         let find = |name: &String| self.catalog.find(name);
         let mut excluded: Vec<u32> = request.exclude.iter().filter_map(find).collect();
         excluded.sort_unstable();
         excluded.dedup();
         let legality = self.catalog.legality(&excluded);
         Ok(Plan { request, tokens, excluded, legality, normalization })
+    }
+
+    /// The tokens that the model reads for an input.
+    ///
+    /// # Errors
+    /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
+    pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
+        let tokens = match input {
+            Input::History(items) => self.history_tokens(items)?,
+            Input::Tokens(tokens) => tokens.clone(),
+        };
+        self.check_tokens(&tokens)?;
+        Ok(tokens)
     }
 
     fn history_tokens(&self, items: &[String]) -> Result<Vec<u32>> {

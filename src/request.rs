@@ -215,8 +215,11 @@ impl RequestLine {
     /// # Errors
     /// [`Error::MalformedRequest`] with the parser's words.
     pub fn parse(line: &str) -> Result<RequestLine> {
-        serde_json::from_str(line)
-            .map_err(|error| Error::MalformedRequest { reason: error.to_string() })
+        let malformed = |reason: String| Error::MalformedRequest { reason };
+        if !line.trim_start().starts_with('{') {
+            return Err(malformed("a request is a JSON object, {\"history\": [...], ...}".into()));
+        }
+        serde_json::from_str(line).map_err(|error| malformed(error.to_string()))
     }
 
     /// The items of the history, empty where the line gives tokens.

@@ -210,7 +210,13 @@ impl SidLayout {
             }
             let tokens: Vec<u32> = match level {
                 LevelEntry::First { first_token, .. } => {
-                    (0..size as u32).map(|code| first_token.saturating_add(code)).collect()
+                    let end = *first_token as usize + size;
+                    if end > vocab_size {
+                        return Err(error(format!(
+                            "level {number} ends at token {end}, outside the vocabulary of {vocab_size}"
+                        )));
+                    }
+                    (*first_token..end as u32).collect()
                 }
                 LevelEntry::Template { template, .. } => {
                     if !template.contains("{}") {

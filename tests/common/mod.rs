@@ -2,4 +2,5 @@
 #![allow(dead_code)] // each test file uses a part
 
 pub mod cases;
+pub mod tiny;
 pub mod truth;
