@@ -1,4 +1,374 @@
-//! Skeleton.
-use candle_core as _;
-use candle_nn as _;
-use candle_transformers as _;
+//! A second truth, written by others: our logits are those of candle-transformers.
+//!
+//! Both compute in f32 on the same weights. Ours takes prompts of several lengths through one
+//! constrained search. Before each of its steps, the logits of every beam over the whole
+//! vocabulary stand against one pass of candle's network, without a cache, over the prompt and the
+//! beam's tokens: positions, slots and the ancestors of beams are compared as well as the layers.
+//!
+//! `cargo test --release --features candle-truth --test candle -- --nocapture` prints how far the
+//! two are apart.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::{llama, qwen2, qwen3, t5};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use sidereal::backend::cpu::CpuBackend;
+use sidereal::backend::{Backend, SearchRule};
+use sidereal::catalog::Catalog;
+use sidereal::models::config::{Config, SidLayout};
+use sidereal::models::weights::Weights;
+use sidereal::models::{self, Scratch};
+use sidereal::{Constraint, Normalization};
+
+/// Beams that each search keeps.
+const BEAMS: usize = 12;
+/// Tokens of one more prompt: more than any distance that T5's buckets tell apart.
+const LONG_PROMPT: usize = 300;
+/// How far two logits may be apart.
+const TOLERANCE: f64 = 1e-4;
+
+#[derive(Deserialize)]
+struct Golden {
+    items_index: String,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    input_ids: Vec<u32>,
+}
+
+/// What a model folder holds; a test may change it before both sides read it.
+struct Checkpoint {
+    folder: PathBuf,
+    config: Map<String, Value>,
+    tensors: HashMap<String, Tensor>,
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> T {
+    let text = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+impl Checkpoint {
+    fn read(folder: &str) -> Checkpoint {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("models")
+            .join(folder);
+        let weights = folder.join("model.safetensors");
+        Checkpoint {
+            config: read(&folder.join("config.json")),
+            tensors: candle_core::safetensors::load(weights, &Device::Cpu).expect("a checkpoint"),
+            folder,
+        }
+    }
+
+    fn tensor(&self, name: &str) -> Tensor {
+        let tensor = self.tensors.get(name);
+        tensor
+            .unwrap_or_else(|| panic!("{name} is missing"))
+            .clone()
+    }
+
+    fn number(&self, key: &str) -> f64 {
+        let number = self.config[key].as_f64();
+        number.unwrap_or_else(|| panic!("{key} is no number"))
+    }
+
+    /// The weights as candle reads them.
+    fn variables(&self) -> VarBuilder<'static> {
+        VarBuilder::from_tensors(self.tensors.clone(), DType::F32, &Device::Cpu)
+    }
+
+    /// The output head, `[vocabulary][columns]`: the embedding where the two are tied.
+    fn head(&self) -> Vec<Vec<f32>> {
+        let names = [
+            "lm_head.weight",
+            "model.embed_tokens.weight",
+            "shared.weight",
+        ];
+        let head = names.iter().find_map(|&name| self.tensors.get(name));
+        let head = head.expect("every network has a head or an embedding");
+        head.to_vec2().expect("the head is a matrix of f32")
+    }
+
+    /// The prompts of the golden cases, each once, and a long one.
+    fn prompts(&self, golden: &Golden) -> Vec<Vec<u32>> {
+        let mut prompts: Vec<Vec<u32>> = Vec::new();
+        for case in &golden.cases {
+            if !prompts.contains(&case.input_ids) {
+                prompts.push(case.input_ids.clone());
+            }
+        }
+        let tokens = prompts.iter().flatten().copied().cycle();
+        let long: Vec<u32> = tokens.take(LONG_PROMPT).collect();
+        assert_eq!(long.len(), LONG_PROMPT, "the golden cases have tokens");
+        prompts.push(long);
+        prompts
+    }
+
+    /// Compares our logits with those of `truth`, which is given a prompt and what a beam wrote.
+    fn compare(
+        &self,
+        tolerance: f64,
+        mut truth: impl FnMut(&[u32], &[u32]) -> candle_core::Result<Tensor>,
+    ) {
+        let golden: Golden = read(&self.folder.join("golden.json"));
+        let prompts = self.prompts(&golden);
+        let catalog = Catalog::open(&self.folder.join(&golden.items_index)).expect("a catalogue");
+        let head = self.head();
+        let layout = SidLayout::read(&self.folder, head.len()).expect("a layout");
+        let steps = layout.steps();
+
+        // Ours reads weights from files only.
+        let files = tempfile::tempdir().expect("a folder can be made");
+        candle_core::safetensors::save(&self.tensors, files.path().join("model.safetensors"))
+            .expect("weights can be written");
+        let weights = Weights::open(files.path()).expect("a checkpoint");
+        let config = Config::new(&self.folder.join("config.json"), self.config.clone());
+        let backend = CpuBackend::default();
+        let model = models::load(&backend, &config, weights, &steps).expect("a network");
+
+        let open = |prompt: &Vec<u32>| {
+            let spec = model.spec().slot(prompt.len(), BEAMS, steps.len());
+            backend.open_slot(&spec)
+        };
+        let rule = |_| SearchRule {
+            catalog: &catalog,
+            legality: catalog.legality(&[]),
+            beams: BEAMS,
+            normalization: Normalization::Vocabulary,
+            constraint: Constraint::Trie,
+            temperature: 1.0,
+        };
+        let mut slots: Vec<_> = prompts.iter().map(open).collect();
+        let rules: Vec<SearchRule<'_>> = prompts.iter().map(rule).collect();
+        let mut scratch = Scratch::new(&backend);
+        let (mut num_compared, mut worst, mut largest) = (0, 0.0f64, 0.0f64);
+        model.begin(&backend, &prompts.concat(), &mut slots, &mut scratch);
+        for step in 0..steps.len() {
+            if step > 0 {
+                let hidden = &scratch.hidden;
+                backend.advance_beams(hidden, model.head(), step - 1, &rules, &mut slots);
+                model.decode(&backend, step, &mut slots, &mut scratch);
+            }
+            let hidden = &scratch.hidden;
+            let mut rows = hidden.values().chunks_exact(hidden.num_columns());
+            for (prompt, slot) in prompts.iter().zip(&slots) {
+                let beams = backend.read_beams(slot).expect("scores are finite");
+                assert_eq!(beams.len(), if step == 0 { 1 } else { BEAMS });
+                for beam in beams {
+                    let ours = logits(rows.next().expect("every beam has a row"), &head);
+                    let theirs = truth(prompt, &beam.tokens)
+                        .and_then(|logits| logits.flatten_all()?.to_vec1())
+                        .expect("candle runs the network");
+                    let what = format!("{} tokens, then {:?}", prompt.len(), beam.tokens);
+                    worst = worst.max(difference(&ours, &theirs, tolerance, &what));
+                    largest = ours
+                        .iter()
+                        .fold(largest, |most, logit| most.max(logit.abs()));
+                    num_compared += 1;
+                }
+            }
+            assert!(rows.next().is_none(), "every row is a beam's");
+        }
+        let folder = self.folder.display();
+        println!("{folder}: {num_compared} beams within {worst:.1e}, logits up to {largest:.1}");
+    }
+}
+
+/// `head hidden`, in f64.
+fn logits(hidden: &[f32], head: &[Vec<f32>]) -> Vec<f64> {
+    let product = |weights: &Vec<f32>| {
+        let pairs = weights.iter().zip(hidden);
+        pairs.map(|(&x, &y)| f64::from(x) * f64::from(y)).sum()
+    };
+    assert_eq!(head[0].len(), hidden.len(), "columns of the head");
+    head.iter().map(product).collect()
+}
+
+/// The largest difference, which must be within the tolerance.
+fn difference(ours: &[f64], theirs: &[f32], tolerance: f64, what: &str) -> f64 {
+    assert_eq!(ours.len(), theirs.len(), "{what}: size of the vocabulary");
+    let (mut worst, mut worst_token) = (0.0, 0);
+    for (token, (ours, &theirs)) in ours.iter().zip(theirs).enumerate() {
+        let are_finite = ours.is_finite() && theirs.is_finite();
+        assert!(
+            are_finite,
+            "{what}: token {token} has logits {ours} and {theirs}"
+        );
+        let difference = (ours - f64::from(theirs)).abs();
+        if difference > worst {
+            (worst, worst_token) = (difference, token);
+        }
+    }
+    let (ours, theirs) = (ours[worst_token], theirs[worst_token]);
+    assert!(
+        worst < tolerance,
+        "{what}: token {worst_token} has logit {ours}, candle's is {theirs}"
+    );
+    worst
+}
+
+/// Tokens as candle's networks take them, `[1, tokens]`.
+fn batch(tokens: &[u32]) -> candle_core::Result<Tensor> {
+    Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)
+}
+
+/// candle-transformers departs from Hugging Face's T5 in two places that this works around.
+///
+/// It multiplies what a tied head reads by `sqrt(d_model)` where Hugging Face divides. So candle is
+/// always given a head of its own, which it does not scale, with the embedding's weights where
+/// ours has a tied one; and its logits are scaled here, as Hugging Face would.
+///
+/// It gives distances in the decoder the buckets of the encoder. They are the same for the near
+/// distances that have a bucket each, and a semantic ID has no far ones.
+fn compare_t5(checkpoint: &Checkpoint, tolerance: f64) {
+    let keys = &checkpoint.config;
+    let is_true = |key: &str| keys.get(key).and_then(Value::as_bool);
+    let is_tied = is_true("tie_word_embeddings").unwrap_or(true);
+    let scale = match is_true("scale_decoder_outputs").unwrap_or(is_tied) {
+        true => checkpoint.number("d_model").powf(-0.5),
+        false => 1.0,
+    };
+    let start_token = checkpoint.number("decoder_start_token_id") as u32;
+    let num_near = checkpoint.number("relative_attention_num_buckets") as usize / 4;
+
+    let mut tensors = checkpoint.tensors.clone();
+    let head = tensors.entry("lm_head.weight".into());
+    head.or_insert_with(|| checkpoint.tensor("shared.weight"));
+    let mut keys = keys.clone();
+    keys.insert("tie_word_embeddings".into(), false.into());
+    keys.insert("use_cache".into(), false.into());
+    let config: t5::Config = serde_json::from_value(keys.into()).expect("candle knows T5's keys");
+    let variables = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let model = t5::T5ForConditionalGeneration::load(variables, &config);
+    let mut model = model.expect("a checkpoint");
+    checkpoint.compare(tolerance, |prompt, written| {
+        let read = [&[start_token], written].concat();
+        assert!(
+            read.len() <= num_near,
+            "the decoder has near distances only"
+        );
+        model.forward(&batch(prompt)?, &batch(&read)?)? * scale
+    });
+}
+
+fn compare_qwen3(checkpoint: &Checkpoint) {
+    let config: qwen3::Config = in_the_spelling_of_transformers_4(&checkpoint.config);
+    let model = qwen3::ModelForCausalLM::new(&config, checkpoint.variables());
+    let mut model = model.expect("a checkpoint");
+    checkpoint.compare(TOLERANCE, |prompt, written| {
+        model.clear_kv_cache();
+        model.forward(&batch(&[prompt, written].concat())?, 0)
+    });
+}
+
+/// The configuration of a decoder-only network as candle reads it: the base of RoPE stands beside
+/// its scaling, and a window has a size even where it is not used.
+fn in_the_spelling_of_transformers_4<T: DeserializeOwned>(config: &Map<String, Value>) -> T {
+    let mut config = config.clone();
+    let rope = config.remove("rope_parameters");
+    let rope = rope.expect("the spelling of transformers 5");
+    config.insert("rope_theta".into(), rope["rope_theta"].clone());
+    if rope["rope_type"] != "default" {
+        config.insert("rope_scaling".into(), rope);
+    }
+    if config.get("sliding_window").is_some_and(Value::is_null) {
+        let window = config["max_position_embeddings"].clone();
+        config.insert("sliding_window".into(), window);
+    }
+    serde_json::from_value(config.into()).expect("candle knows the keys")
+}
+
+#[test]
+fn t5_with_relu_and_a_tied_head_is_that_of_candle() {
+    compare_t5(&Checkpoint::read("t5/relu-tied"), TOLERANCE);
+}
+
+#[test]
+fn t5_with_gated_gelu_and_an_unscaled_head_is_that_of_candle() {
+    // The logits of this checkpoint reach 36, and rounding alone moves them: each of the two is
+    // up to 2e-3 away from the same network in f64. So the tolerance goes by their size.
+    let largest_logit = 36.0;
+    let checkpoint = Checkpoint::read("t5/gated-untied");
+    compare_t5(&checkpoint, largest_logit * TOLERANCE);
+}
+
+#[test]
+fn t5_with_gated_gelu_and_a_head_of_its_own_is_that_of_candle() {
+    let mut checkpoint = Checkpoint::read("t5/gated-untied");
+    // A trained T5 holds the scale of its attention in the weights of the queries. This checkpoint
+    // does not, which makes its softmax steep and its logits sensitive; with it, they are neither.
+    let scale = checkpoint.number("d_kv").powf(-0.5);
+    for (name, weight) in &mut checkpoint.tensors {
+        if name.ends_with(".q.weight") {
+            *weight = (&*weight * scale).expect("weights are numbers");
+        }
+    }
+    // Each token has the embedding of another, at the size of a head that nothing scales.
+    let scale = checkpoint.number("d_model").powf(-0.5);
+    let shared = checkpoint.tensor("shared.weight");
+    let head = shared.roll(1, 0).and_then(|rows| rows * scale);
+    let head = head.expect("the embedding is a matrix");
+    checkpoint.tensors.insert("lm_head.weight".into(), head);
+    // The checkpoints of T5 1.1 spell it so.
+    checkpoint.config.remove("scale_decoder_outputs");
+    let keys = &mut checkpoint.config;
+    keys.insert("tie_word_embeddings".into(), false.into());
+    compare_t5(&checkpoint, TOLERANCE);
+}
+
+#[test]
+fn qwen3_is_that_of_candle() {
+    compare_qwen3(&Checkpoint::read("decoder_only/qwen3-tied"));
+}
+
+#[test]
+fn qwen3_with_biases_is_that_of_candle() {
+    let mut checkpoint = Checkpoint::read("decoder_only/qwen3-tied");
+    let keys = &mut checkpoint.config;
+    keys.insert("attention_bias".into(), true.into());
+    for layer in 0..checkpoint.number("num_hidden_layers") as usize {
+        for projection in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+            let name = format!("model.layers.{layer}.self_attn.{projection}");
+            let weight = checkpoint.tensor(&format!("{name}.weight"));
+            // Any numbers of a weight's size will do: here, the first column.
+            let bias = weight
+                .narrow(1, 0, 1)
+                .and_then(|column| column.flatten_all());
+            let bias = bias.expect("a matrix");
+            checkpoint.tensors.insert(format!("{name}.bias"), bias);
+        }
+    }
+    compare_qwen3(&checkpoint);
+}
+
+#[test]
+fn qwen2_is_that_of_candle() {
+    let checkpoint = Checkpoint::read("decoder_only/qwen2-untied");
+    let config: qwen2::Config = in_the_spelling_of_transformers_4(&checkpoint.config);
+    let model = qwen2::ModelForCausalLM::new(&config, checkpoint.variables());
+    let mut model = model.expect("a checkpoint");
+    checkpoint.compare(TOLERANCE, |prompt, written| {
+        model.clear_kv_cache();
+        model.forward(&batch(&[prompt, written].concat())?, 0)
+    });
+}
+
+#[test]
+fn llama_with_scaled_rope_is_that_of_candle() {
+    let checkpoint = Checkpoint::read("decoder_only/llama3-scaled");
+    let config: llama::LlamaConfig = in_the_spelling_of_transformers_4(&checkpoint.config);
+    let config = config.into_config(false);
+    let model = llama::Llama::load(checkpoint.variables(), &config).expect("a checkpoint");
+    let mut no_cache = llama::Cache::new(false, DType::F32, &config, &Device::Cpu).expect("RoPE");
+    checkpoint.compare(TOLERANCE, |prompt, written| {
+        model.forward(&batch(&[prompt, written].concat())?, 0, &mut no_cache)
+    });
+}

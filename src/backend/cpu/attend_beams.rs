@@ -7,7 +7,7 @@ use rten_tensor::NdTensorView;
 use super::attend_prefill::scatter_heads;
 use super::slot::{Beams, Tail};
 use super::softmax::{ExpSum, Largest};
-use super::{Buffer, CpuBackend, Heads, Reach, Slot, scaled};
+use super::{Buffer, CpuBackend, Heads, Reach, Slot};
 
 impl CpuBackend {
     pub(super) fn attend_beams(
@@ -71,7 +71,7 @@ impl CpuBackend {
         let context_len = context.map_or(0, |_| slot.spec.context_len);
         scores.resize(num_rows * context_len, 0.0);
         if let Some(context) = context {
-            self.product(queries, context.keys(), scaled(scale), scores);
+            self.product(queries, context.keys(), scale, scores);
         }
         let tail_len = match reach {
             Reach::Context => 0,
@@ -95,7 +95,7 @@ impl CpuBackend {
         }
         if let Some(context) = context {
             let weights = NdTensorView::from_data([num_rows, context_len], &scores[..]);
-            self.product(weights, context.values(), scaled(1.0), out);
+            self.product(weights, context.values(), 1.0, out);
         } else {
             out.fill(0.0);
         }

@@ -4,7 +4,7 @@ use rten_simd::SimdOp;
 use rten_tensor::NdTensorView;
 
 use super::softmax::{ExpSum, Largest};
-use super::{Buffer, CpuBackend, Heads, Mask, Slot, scaled};
+use super::{Buffer, CpuBackend, Heads, Mask, Slot};
 
 /// Queries that are worked on together, so that their scores stay in the cache.
 const QUERIES_PER_TILE: usize = 128;
@@ -71,7 +71,7 @@ impl CpuBackend {
             scores.resize((end - start) * reach, 0.0);
             let queries = qkv.view(rows, head * head_dim..(head + 1) * head_dim);
             let keys = qkv.view(context.clone(), keys..keys + head_dim);
-            self.product(queries, GemmInputB::Unpacked(keys.transposed()), scaled(scale), scores);
+            self.product(queries, GemmInputB::Unpacked(keys.transposed()), scale, scores);
             for (query, row) in (start..end).zip(scores.chunks_exact_mut(reach)) {
                 let (seen, unseen) = row.split_at_mut(match mask {
                     Mask::Causal => query + 1,
@@ -89,7 +89,7 @@ impl CpuBackend {
             }
             let weights = NdTensorView::from_data([end - start, reach], &scores[..]);
             let values = qkv.view(context, values..values + head_dim);
-            self.product(weights, GemmInputB::Unpacked(values), scaled(1.0), out);
+            self.product(weights, GemmInputB::Unpacked(values), 1.0, out);
         }
     }
 }

@@ -69,7 +69,7 @@ impl Logits {
 }
 
 impl Head {
-    pub(super) fn new(backend: &CpuBackend, weight: &Tensor, steps: &[StepTokens]) -> Head {
+    pub(super) fn new(weight: &Tensor, steps: &[StepTokens]) -> Head {
         let (vocab_size, num_in) = (weight.shape()[0], weight.shape()[1]);
         let steps: Vec<StepColumns> = steps.iter().map(StepColumns::new).collect();
         let mut cuts = BTreeSet::from([0, vocab_size as u32]);
@@ -82,7 +82,7 @@ impl Head {
                 let tokens = start..stretch[1].min(start + COLUMNS_PER_CHUNK as u32);
                 values.resize(tokens.len() * num_in, 0.0);
                 weight.read(start as usize * num_in..tokens.end as usize * num_in, &mut values);
-                chunks.push(Chunk { tokens, weight: Matrix::new(backend, &values, num_in) });
+                chunks.push(Chunk { tokens, weight: Matrix::new(&values, num_in) });
             }
         }
         Head { chunks, steps, vocab_size: vocab_size as u32 }

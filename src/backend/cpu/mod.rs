@@ -1,8 +1,8 @@
 //! The CPU backend: f32, any number of threads, no GPU needed.
 //!
-//! Matrix products are those of `rten-gemm` with the weights packed once: at beam widths (10 to
-//! 128 rows) that is what pays. Everything else is a fused loop written on `rten-simd`, so one
-//! binary uses AVX-512, AVX2 or NEON as the machine has it. There is no unsafe code here.
+//! Products with weights are [`matmul`]'s own, those of activations (attention) `rten-gemm`'s.
+//! Everything else is a fused loop. All are written on `rten-simd`, so one binary uses AVX-512,
+//! AVX2 or NEON as the machine has it. There is no unsafe code here.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -33,6 +33,7 @@ mod softmax;
 mod store_context;
 
 pub use head::Head;
+pub use matmul::Matrix;
 pub use slot::Slot;
 
 /// The operations on the CPU, on the threads of the rayon pool that calls them.
@@ -57,16 +58,14 @@ impl CpuBackend {
         self.matrix_flops.load(Ordering::Relaxed)
     }
 
-    /// `out = scale * a b + beta * out (+ bias)`, `out` dense `[a.rows, b.columns]`.
-    fn product(
-        &self,
-        a: NdTensorView<f32, 2>,
-        b: GemmInputB<f32>,
-        options: GemmOptions<f32, f32, f32>,
-        out: &mut [f32],
-    ) {
-        let flops = 2 * a.shape()[0] * a.shape()[1] * b.cols();
-        self.matrix_flops.fetch_add(flops as u64, Ordering::Relaxed);
+    fn count_flops(&self, rows: usize, inner: usize, columns: usize) {
+        self.matrix_flops.fetch_add(2 * (rows * inner * columns) as u64, Ordering::Relaxed);
+    }
+
+    /// `out = scale * a b`, `out` dense `[a.rows, b.columns]`: products of activations.
+    fn product(&self, a: NdTensorView<f32, 2>, b: GemmInputB<f32>, scale: f32, out: &mut [f32]) {
+        let options = GemmOptions { alpha: scale, ..GemmOptions::default() };
+        self.count_flops(a.shape()[0], a.shape()[1], b.cols());
         let product = GEMM.with(|gemm| gemm.gemm(out, GemmInputA::Unpacked(a), b, options));
         product.expect("shapes were checked");
     }
@@ -75,10 +74,6 @@ impl CpuBackend {
     fn pack(&self, view: NdTensorView<f32, 2>) -> PackedBMatrix<f32> {
         GEMM.with(|gemm| gemm.prepack_b(view))
     }
-}
-
-fn scaled<'a>(scale: f32) -> GemmOptions<'a, f32, f32, f32> {
-    GemmOptions { alpha: scale, ..GemmOptions::default() }
 }
 
 /// Activations `[rows, columns]`, dense.
@@ -141,13 +136,6 @@ impl Buffer {
     }
 }
 
-/// A weight matrix `[out, in]`, transposed and packed for products.
-pub struct Matrix {
-    packed: PackedBMatrix<f32>,
-    num_in: usize,
-    num_out: usize,
-}
-
 impl Backend for CpuBackend {
     type Buffer = Buffer;
     type Matrix = Matrix;
@@ -157,7 +145,7 @@ impl Backend for CpuBackend {
     type Slot = Slot;
 
     fn matrix(&self, parts: &[Tensor]) -> Matrix {
-        matmul::stack(self, parts)
+        Matrix::stack(parts)
     }
 
     fn vector(&self, parts: &[Tensor]) -> Vec<f32> {
@@ -169,7 +157,7 @@ impl Backend for CpuBackend {
     }
 
     fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Head {
-        Head::new(self, &weight, steps)
+        Head::new(&weight, steps)
     }
 
     fn buffer(&self) -> Buffer {
