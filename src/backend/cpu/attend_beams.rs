@@ -5,6 +5,7 @@ use rten_simd::{Isa, SimdIterable, SimdOp};
 use rten_tensor::NdTensorView;
 
 use super::attend_prefill::scatter_heads;
+use super::scratch::Scratch;
 use super::slot::{Beams, Tail};
 use super::softmax::{ExpSum, Largest};
 use super::{Buffer, CpuBackend, Heads, Reach, Slot};
@@ -23,7 +24,7 @@ impl CpuBackend {
     ) {
         let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
         out.reshape(queries.num_rows(), query_dim);
-        let mut by_head = vec![0.0; out.values.len()];
+        let mut by_head = Scratch::new(out.values.len());
         let mut first_row = 0;
         for slot in slots {
             let num_rows = slot.beams.len();
@@ -32,7 +33,7 @@ impl CpuBackend {
             }
             let block = &mut by_head[first_row * query_dim..][..num_rows * query_dim];
             block.par_chunks_mut(num_rows * head_dim).enumerate().for_each_init(
-                Scratch::default,
+                HeadScratch::new,
                 |scratch, (head, out)| {
                     let bias = tail_bias.map(|bias| {
                         let row = bias.len() / heads.num_heads;
@@ -53,13 +54,13 @@ impl CpuBackend {
         &self,
         attention: &HeadAttention<'_>,
         reach: Reach,
-        scratch: &mut Scratch,
+        scratch: &mut HeadScratch,
         out: &mut [f32],
     ) {
         let HeadAttention { layer, queries, heads, head, first_row, scale, slot, .. } = *attention;
         let head_dim = heads.head_dim;
         let num_rows = out.len() / head_dim;
-        let Scratch { scores, tail_scores, sums } = scratch;
+        let HeadScratch { scores, tail_scores, sums } = scratch;
         let queries = queries.view(
             first_row..first_row + num_rows,
             head * head_dim..(head + 1) * head_dim,
@@ -69,7 +70,7 @@ impl CpuBackend {
             _ => Some(&slot.contexts[layer][head / (heads.num_heads / heads.num_kv_heads)]),
         };
         let context_len = context.map_or(0, |_| slot.spec.context_len);
-        scores.resize(num_rows * context_len, 0.0);
+        scores.resize(num_rows * context_len);
         if let Some(context) = context {
             self.product(queries, context.keys(), scale, scores);
         }
@@ -77,12 +78,12 @@ impl CpuBackend {
             Reach::Context => 0,
             _ => slot.tails[layer].positions.len(),
         };
-        tail_scores.resize(num_rows * tail_len, 0.0);
+        tail_scores.resize(num_rows * tail_len);
         TailScores { attention, tail: &slot.tails[layer], scores: tail_scores }.dispatch();
 
         // One softmax over context and tail together; the division by its sum comes last.
-        sums.clear();
-        for row in 0..num_rows {
+        sums.resize(num_rows);
+        for (row, out_sum) in sums.iter_mut().enumerate() {
             let context = &mut scores[row * context_len..(row + 1) * context_len];
             let tail = &mut tail_scores[row * tail_len..(row + 1) * tail_len];
             let largest = tail.iter().fold(Largest(context).dispatch(), |a, &b| a.max(b));
@@ -91,7 +92,7 @@ impl CpuBackend {
                 *score = (*score - largest).exp();
                 sum += *score;
             }
-            sums.push(sum);
+            *out_sum = sum;
         }
         if let Some(context) = context {
             let weights = NdTensorView::from_data([num_rows, context_len], &scores[..]);
@@ -104,11 +105,16 @@ impl CpuBackend {
     }
 }
 
-#[derive(Default)]
-struct Scratch {
-    scores: Vec<f32>,
-    tail_scores: Vec<f32>,
-    sums: Vec<f32>,
+struct HeadScratch {
+    scores: Scratch,
+    tail_scores: Scratch,
+    sums: Scratch,
+}
+
+impl HeadScratch {
+    fn new() -> HeadScratch {
+        HeadScratch { scores: Scratch::new(0), tail_scores: Scratch::new(0), sums: Scratch::new(0) }
+    }
 }
 
 /// The attention of one query head of one slot.

@@ -3,6 +3,7 @@ use rten_gemm::GemmInputB;
 use rten_simd::SimdOp;
 use rten_tensor::NdTensorView;
 
+use super::scratch::Scratch;
 use super::softmax::{ExpSum, Largest};
 use super::{Buffer, CpuBackend, Heads, Mask, Slot};
 
@@ -22,14 +23,14 @@ impl CpuBackend {
     ) {
         let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
         out.reshape(qkv.num_rows(), query_dim);
-        let mut by_head = vec![0.0; out.values.len()];
+        let mut by_head = Scratch::new(out.values.len());
         let longest = slots.iter().map(|slot| slot.spec.context_len).max().unwrap_or(0);
         let mut first_row = 0;
         for slot in slots {
             let len = slot.spec.context_len;
             let block = &mut by_head[first_row * query_dim..][..len * query_dim];
             block.par_chunks_mut(len * head_dim).enumerate().for_each_init(
-                Vec::new,
+                || Scratch::new(0),
                 |scores, (head, out)| {
                     let bias = relative_bias.map(|bias| {
                         let row = 2 * longest - 1;
@@ -49,7 +50,7 @@ impl CpuBackend {
         prompt: &Prompt<'_>,
         mask: Mask,
         scale: f32,
-        scores: &mut Vec<f32>,
+        scores: &mut Scratch,
         out: &mut [f32],
     ) {
         let Prompt { qkv, heads, head, first_row, len, bias } = *prompt;
@@ -68,7 +69,7 @@ impl CpuBackend {
             };
             let rows = first_row + start..first_row + end;
             let context = first_row..first_row + reach;
-            scores.resize((end - start) * reach, 0.0);
+            scores.resize((end - start) * reach);
             let queries = qkv.view(rows, head * head_dim..(head + 1) * head_dim);
             let keys = qkv.view(context.clone(), keys..keys + head_dim);
             self.product(queries, GemmInputB::Unpacked(keys.transposed()), scale, scores);

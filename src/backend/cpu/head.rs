@@ -3,6 +3,7 @@ use std::ops::Range;
 
 use rten_simd::SimdOp;
 
+use super::scratch::Scratch;
 use super::softmax::LogSumExpParts;
 use super::{Buffer, CpuBackend, Epilogue, Matrix, StepTokens};
 use crate::backend::NO_TOKEN;
@@ -50,12 +51,11 @@ impl StepColumns {
 }
 
 /// The logits of a step.
-#[derive(Default)]
 pub(super) struct Logits {
     /// The tokens of the columns.
     pub span: Range<u32>,
     /// `[rows, span]`
-    pub values: Vec<f32>,
+    pub values: Scratch,
     /// `[rows]`: the log of the summed exponentials over the whole vocabulary; empty where nobody
     /// asked.
     pub normalizers: Vec<f32>,
@@ -101,7 +101,7 @@ impl Head {
         let span = if whole { 0..self.vocab_size } else { self.steps[step].span.clone() };
         let num_rows = hidden.num_rows();
         let columns = span.len();
-        let mut values = vec![0.0; num_rows * columns];
+        let mut values = Scratch::new(num_rows * columns);
         let mut sums = vec![RunningLogSumExp::default(); num_rows];
         let mut chunk_logits = Buffer::default();
         for chunk in &self.chunks {

@@ -227,19 +227,25 @@ impl Tile<'_> {
             }
         }
         for (sums, out) in stored.iter_mut().zip(out) {
-            // The last panel may be wider than what is left of the output.
-            let out = &mut out[columns.clone()];
             if let Some(bias) = self.bias {
                 let bias = &bias[columns.clone()];
                 sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias);
             }
-            if self.adds {
-                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += *sum);
-            } else {
-                out.copy_from_slice(&sums[..out.len()]);
+            let out = &mut out[columns.clone()];
+            match <&mut [f32; PANEL]>::try_from(&mut *out) {
+                Ok(out) if self.adds => add(out, sums),
+                Ok(out) => *out = *sums,
+                // The last panel may be wider than what is left of the output.
+                Err(_) if self.adds => add(out, sums),
+                Err(_) => out.copy_from_slice(&sums[..out.len()]),
             }
         }
     }
+}
+
+#[inline(always)]
+fn add(out: &mut [f32], sums: &[f32]) {
+    out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
 }
 
 pub(super) fn activate(activation: Activation, values: &mut [f32]) {

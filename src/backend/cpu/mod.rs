@@ -28,6 +28,7 @@ mod matmul;
 mod rms_norm;
 mod rotary;
 mod rotation;
+mod scratch;
 mod slot;
 mod softmax;
 mod store_context;

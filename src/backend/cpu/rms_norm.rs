@@ -1,5 +1,4 @@
 use rayon::prelude::*;
-use rten_simd::functional::simd_map;
 use rten_simd::ops::{BitOps, NumOps};
 use rten_simd::{Isa, SimdIterable, SimdOp};
 
@@ -11,16 +10,16 @@ pub(super) fn rms_norm(x: &Buffer, weight: &[f32], epsilon: f32, out: &mut Buffe
     out.reshape(x.num_rows(), x.columns);
     let per_task = (VALUES_PER_TASK / x.columns).max(1) * x.columns;
     out.values.par_chunks_mut(per_task).zip(x.values.par_chunks(per_task)).for_each(|(out, x)| {
-        out.copy_from_slice(x);
-        NormRows { rows: out, weight, epsilon }.dispatch();
+        NormRows { x: Some(x), weight, epsilon, out }.dispatch();
     });
 }
 
-/// The RMS norm of each stretch of `weight.len()` values, in place.
+/// The RMS norm of each stretch of `weight.len()` values of `x`, or of `out` itself.
 pub(super) struct NormRows<'a> {
-    pub rows: &'a mut [f32],
+    pub x: Option<&'a [f32]>,
     pub weight: &'a [f32],
     pub epsilon: f32,
+    pub out: &'a mut [f32],
 }
 
 impl SimdOp for NormRows<'_> {
@@ -29,27 +28,30 @@ impl SimdOp for NormRows<'_> {
     #[inline(always)]
     fn eval<I: Isa>(self, isa: I) {
         let ops = isa.f32();
-        let columns = self.weight.len();
-        for row in self.rows.chunks_exact_mut(columns) {
-            let squares = row.simd_iter(ops).fold_unroll::<4>(
+        let (columns, lanes) = (self.weight.len(), ops.len());
+        for (row, out) in self.out.chunks_exact_mut(columns).enumerate() {
+            if let Some(x) = self.x {
+                out.copy_from_slice(&x[row * columns..(row + 1) * columns]);
+            }
+            let squares = out.simd_iter(ops).fold_unroll::<4>(
                 ops.zero(),
                 #[inline(always)]
                 |sum, x| ops.mul_add(x, x, sum),
                 #[inline(always)]
                 |a, b| ops.add(a, b),
             );
-            let mean = ops.sum(squares) / columns as f32;
-            let scale = ops.splat(1.0 / (mean + self.epsilon).sqrt());
-            let mut weights = self.weight.simd_iter_pad(ops);
-            simd_map(
-                ops,
-                row,
-                #[inline(always)]
-                |x| {
-                    let weight = weights.next().expect("as long as the row");
-                    ops.mul(ops.mul(x, scale), weight)
-                },
-            );
+            let scale = 1.0 / (ops.sum(squares) / columns as f32 + self.epsilon).sqrt();
+            let vectors = columns / lanes * lanes;
+            let (whole, rest) = out.split_at_mut(vectors);
+            let (weights, last_weights) = self.weight.split_at(vectors);
+            let scales = ops.splat(scale);
+            for (out, weight) in whole.chunks_exact_mut(lanes).zip(weights.chunks_exact(lanes)) {
+                let scaled = ops.mul(ops.mul(ops.load(out), scales), ops.load(weight));
+                ops.store(scaled, out);
+            }
+            for (out, weight) in rest.iter_mut().zip(last_weights) {
+                *out = *out * scale * weight;
+            }
         }
     }
 }

@@ -20,8 +20,8 @@ pub(super) fn rotary(
         for (row, rotation) in rows.chunks_exact_mut(columns).zip(rotations.chunks(head_dim)) {
             let (queries, keys) = row[..query_dim + heads.kv_dim()].split_at_mut(query_dim);
             if let Some((query_norm, key_norm, epsilon)) = norms {
-                NormRows { rows: queries, weight: query_norm, epsilon }.dispatch();
-                NormRows { rows: keys, weight: key_norm, epsilon }.dispatch();
+                NormRows { x: None, weight: query_norm, epsilon, out: queries }.dispatch();
+                NormRows { x: None, weight: key_norm, epsilon, out: keys }.dispatch();
             }
             let (cosines, sines) = rotation.split_at(head_dim / 2);
             let turn_heads = queries.chunks_exact_mut(head_dim).chain(keys.chunks_exact_mut(head_dim));

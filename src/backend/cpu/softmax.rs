@@ -12,12 +12,13 @@ impl SimdOp for Largest<'_> {
     #[inline(always)]
     fn eval<I: Isa>(self, isa: I) -> f32 {
         let ops = isa.f32();
-        let largest = self.0.simd_iter(ops).fold(
-            ops.splat(f32::NEG_INFINITY),
-            #[inline(always)]
-            |a, b| ops.max(a, b),
-        );
-        largest.to_array().into_iter().fold(f32::NEG_INFINITY, f32::max)
+        let mut largest = ops.splat(f32::NEG_INFINITY);
+        let vectors = self.0.chunks_exact(ops.len());
+        let rest = vectors.remainder();
+        for vector in vectors {
+            largest = ops.max(ops.load(vector), largest);
+        }
+        largest.to_array().into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max)
     }
 }
 
