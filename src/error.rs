@@ -11,16 +11,22 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     // The caller's: change the request.
     /// A history names an item that the catalog does not have.
-    #[error("item {item:?} is not in the catalog; leave it out of the history or rebuild the catalog with it")]
+    #[error(
+        "item {item:?} is not in the catalog; leave it out of the history or rebuild the catalog with it"
+    )]
     UnknownItem {
         /// The item as the request names it.
         item: String,
     },
     /// A request has neither history nor tokens, or an empty one.
-    #[error("the request is empty; give at least one item in \"history\" or one token in \"tokens\"")]
+    #[error(
+        "the request is empty; give at least one item in \"history\" or one token in \"tokens\""
+    )]
     EmptyInput,
     /// A token is not in the model's vocabulary.
-    #[error("token {token} at position {position} is outside the model's vocabulary of {vocab_size} tokens")]
+    #[error(
+        "token {token} at position {position} is outside the model's vocabulary of {vocab_size} tokens"
+    )]
     TokenOutOfRange {
         /// The token.
         token: u64,
@@ -30,7 +36,9 @@ pub enum Error {
         vocab_size: usize,
     },
     /// The input has more tokens than the model or the engine takes.
-    #[error("the input has {len} tokens, the engine takes at most {max}; send the newest items only, or set max_items in the model's sidereal.json")]
+    #[error(
+        "the input has {len} tokens, the engine takes at most {max}; send the newest items only, or set max_items in the model's sidereal.json"
+    )]
     HistoryTooLong {
         /// Tokens of the input.
         len: usize,
@@ -124,7 +132,9 @@ pub enum Error {
         name: String,
     },
     /// The checkpoint has a tensor that its configuration does not account for.
-    #[error("the checkpoint has a tensor {name:?} that its config.json does not account for; is it another architecture's?")]
+    #[error(
+        "the checkpoint has a tensor {name:?} that its config.json does not account for; is it another architecture's?"
+    )]
     UnexpectedTensor {
         /// The tensor's name.
         name: String,
@@ -140,7 +150,9 @@ pub enum Error {
         expected: Vec<usize>,
     },
     /// A weight is NaN or infinite.
-    #[error("tensor {name:?} holds a weight that is not finite, the first at index {index}; the checkpoint is broken, export it again")]
+    #[error(
+        "tensor {name:?} holds a weight that is not finite, the first at index {index}; the checkpoint is broken, export it again"
+    )]
     NonFiniteWeight {
         /// The tensor's name.
         name: String,
@@ -156,7 +168,9 @@ pub enum Error {
 
     // The device's or the model's arithmetic.
     /// The network's output is NaN or infinite for this input.
-    #[error("the model's scores are not finite for this request (step {step}); its activations overflow f32")]
+    #[error(
+        "the model's scores are not finite for this request (step {step}); its activations overflow f32"
+    )]
     NonFiniteScores {
         /// The decoding step, from zero.
         step: usize,
@@ -201,6 +215,9 @@ impl Error {
 
     /// Wraps an error of the operating system with the file that it concerns.
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Error {
-        Error::Io { path: path.to_path_buf(), source }
+        Error::Io {
+            path: path.to_path_buf(),
+            source,
+        }
     }
 }

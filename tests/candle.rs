@@ -31,6 +31,12 @@ const BEAMS: usize = 12;
 const LONG_PROMPT: usize = 300;
 /// How far two logits may be apart.
 const TOLERANCE: f64 = 1e-4;
+/// The same, as a share of the largest logit, for the T5 checkpoints as they are: their random
+/// weights lack the scale of attention, so their softmax is steep and rounding alone moves logits
+/// far. Each side is up to 2e-4 (`relu-tied`) and 2e-3 (`gated-untied`) away from the same network
+/// in f64, and with other orders of summation the two were up to 4e-4 and 5e-3 apart. With soft
+/// attention the same checkpoints are held to [`TOLERANCE`].
+const STEEP_TOLERANCE: f64 = 2e-4;
 
 #[derive(Deserialize)]
 struct Golden {
@@ -112,8 +118,8 @@ impl Checkpoint {
         prompts
     }
 
-    /// Gives the queries of a T5 the scale of attention, `1 / sqrt(d_kv)`, that a trained one holds in
-    /// their weights.
+    /// Gives the queries of a T5 the scale of attention, `1 / sqrt(d_kv)`, that a trained one holds
+    /// in their weights.
     fn soften_attention(&mut self) {
         let scale = self.number("d_kv").powf(-0.5);
         for (name, weight) in &mut self.tensors {
@@ -231,11 +237,6 @@ fn batch(tokens: &[u32]) -> candle_core::Result<Tensor> {
     Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)
 }
 
-/// The T5 checkpoints have random weights without the scale of attention, so their softmax is steep
-/// and their logits are sensitive: each side is up to 2e-4 (tied) and 2e-3 (gated) away from the same
-/// network in f64, and another order of summation moves them by as much. As they are kept, their
-/// tolerance goes by the largest logit, 5 and 36; with soft attention it is that of all networks.
-///
 /// candle-transformers departs from Hugging Face's T5 in two places that this works around.
 ///
 /// It multiplies what a tied head reads by `sqrt(d_model)` where Hugging Face divides. So candle is
@@ -246,9 +247,9 @@ fn batch(tokens: &[u32]) -> candle_core::Result<Tensor> {
 /// distances that have a bucket each, and a semantic ID has no far ones.
 fn compare_t5(checkpoint: &Checkpoint, tolerance: f64) {
     let keys = &checkpoint.config;
-    let is_true = |key: &str| keys.get(key).and_then(Value::as_bool);
-    let is_tied = is_true("tie_word_embeddings").unwrap_or(true);
-    let scale = match is_true("scale_decoder_outputs").unwrap_or(is_tied) {
+    let flag = |key: &str| keys.get(key).and_then(Value::as_bool);
+    let is_tied = flag("tie_word_embeddings").unwrap_or(true);
+    let scale = match flag("scale_decoder_outputs").unwrap_or(is_tied) {
         true => checkpoint.number("d_model").powf(-0.5),
         false => 1.0,
     };
@@ -304,12 +305,12 @@ fn in_the_spelling_of_transformers_4<T: DeserializeOwned>(config: &Map<String, V
 
 #[test]
 fn t5_with_relu_and_a_tied_head_agrees_with_candle() {
-    compare_t5(&Checkpoint::read("t5/relu-tied"), 5.0 * TOLERANCE);
+    compare_t5(&Checkpoint::read("t5/relu-tied"), 5.0 * STEEP_TOLERANCE);
 }
 
 #[test]
 fn t5_with_gated_gelu_and_an_unscaled_head_agrees_with_candle() {
-    compare_t5(&Checkpoint::read("t5/gated-untied"), 36.0 * TOLERANCE);
+    compare_t5(&Checkpoint::read("t5/gated-untied"), 36.0 * STEEP_TOLERANCE);
 }
 
 #[test]

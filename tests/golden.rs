@@ -1,15 +1,17 @@
-//! Answers of Hugging Face's `generate` (transformers 5.23, f32), kept beside the checkpoints.
+//! Answers of the published networks, kept beside the checkpoints.
 //!
 //! Each folder below `models/FAMILY/` holds a checkpoint and `golden.json`: token sequences and
 //! scores of constrained beam search over a real catalogue, normalised over the vocabulary
-//! (`cases`) and over the legal children (`children`).
+//! (`cases`) and over the legal children (`children`). Five folders are answers of Hugging Face's
+//! `generate` (transformers 5.23, f32), with the same network's scores in f64 beside them; the
+//! others are a plain search over the network in f64. `models/golden.py` makes them.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
 use sidereal::catalog::Catalog;
-use sidereal::{Engine, EngineOptions, Normalization, Request};
+use sidereal::{Engine, EngineOptions, Input, Normalization, Request};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -18,14 +20,38 @@ struct Golden {
     cases: Vec<Case>,
     #[serde(default)]
     children: Vec<Case>,
+    /// Whether `sidereal.json` makes the input from the history.
+    #[serde(default)]
+    from_history: bool,
 }
 
 #[derive(Deserialize)]
 struct Case {
     input_ids: Vec<u32>,
     width: usize,
+    /// Where the answer is to a history rather than to `input_ids` themselves.
+    history: Vec<String>,
     sequences: Vec<Vec<u32>>,
     scores: Vec<f32>,
+    /// The truth in f64, where `scores` are of f32.
+    exact_scores: Option<Vec<f64>>,
+}
+
+impl Golden {
+    /// Scores agree within 1e-4, but no closer than f32 itself determines them: 2.5 times the
+    /// distance of the f32 answers from the truth. That matters for one ill-conditioned checkpoint
+    /// alone, where the distance is 1e-3 (and where transformers on another machine differs from
+    /// these very answers by 3e-4).
+    fn tolerance(&self) -> f32 {
+        let distances = self.cases.iter().chain(&self.children).flat_map(|case| {
+            let exact = case.exact_scores.iter().flatten();
+            case.scores
+                .iter()
+                .zip(exact)
+                .map(|(score, exact)| (f64::from(*score) - exact).abs())
+        });
+        (2.5 * distances.fold(0.0, f64::max)).max(1e-4) as f32
+    }
 }
 
 #[derive(Deserialize)]
@@ -54,7 +80,7 @@ fn check(folder: &str) {
     let index = folder.join(&golden.items_index);
     let catalog = Arc::new(Catalog::open(&index).expect("a real catalogue"));
     let engine = Engine::open(&folder, catalog, &EngineOptions::default()).expect("a checkpoint");
-    assert!(!golden.cases.is_empty() && !golden.children.is_empty());
+    assert!(!golden.cases.is_empty() || !golden.children.is_empty());
     for (cases, normalization) in [
         (&golden.cases, Normalization::Vocabulary),
         (&golden.children, Normalization::Children),
@@ -65,32 +91,52 @@ fn check(folder: &str) {
             request.top_k = usize::MAX;
             request.normalization = Some(normalization);
             let answer = engine.recommend(&request).expect("a sound request");
+            if golden.from_history {
+                let mut by_history = request.clone();
+                by_history.input = Input::History(case.history.clone());
+                assert_eq!(engine.recommend(&by_history).expect("known items"), answer);
+            }
             // One beam is one semantic ID; items that share it follow one another.
             let mut beams: Vec<(Vec<u32>, f32)> = Vec::new();
             for item in &answer.items {
                 let levels = layout.levels.iter().zip(item.sid.codes());
-                let tokens: Vec<u32> =
-                    levels.map(|(level, &code)| level.first_token + u32::from(code)).collect();
+                let tokens: Vec<u32> = levels
+                    .map(|(level, &code)| level.first_token + u32::from(code))
+                    .collect();
                 if beams.last().is_none_or(|(last, _)| *last != tokens) {
                     beams.push((tokens, item.score));
                 }
             }
-            compare(&beams, case, &format!("{} {normalization:?} {}", folder.display(), case.width));
+            compare(
+                &beams,
+                case,
+                golden.tolerance(),
+                &format!("{} {normalization:?} {}", folder.display(), case.width),
+            );
         }
     }
 }
 
 /// Rank by rank; neighbours may stand the other way round where their scores are as good as equal.
-fn compare(beams: &[(Vec<u32>, f32)], case: &Case, what: &str) {
+fn compare(beams: &[(Vec<u32>, f32)], case: &Case, tolerance: f32, what: &str) {
     assert_eq!(beams.len(), case.sequences.len(), "{what}: number of beams");
     for (rank, (tokens, score)) in beams.iter().enumerate() {
         let expected = case.scores[rank];
-        if std::env::var("SHOW").is_ok() { println!("DIFF {what} {}", (score-expected).abs()); continue; }
-        assert!((score - expected).abs() < 1e-4, "{what}: rank {rank} scores {score}, not {expected}");
-        let place = case.sequences.iter().position(|sequence| sequence == tokens);
+        let difference = (score - expected).abs();
+        assert!(
+            difference < tolerance,
+            "{what}: rank {rank} scores {score}, not {expected}"
+        );
+        let place = case
+            .sequences
+            .iter()
+            .position(|sequence| sequence == tokens);
         let place = place.unwrap_or_else(|| panic!("{what}: {tokens:?} at rank {rank} is new"));
         let gap = (case.scores[place] - expected).abs();
-        assert!(gap < 1e-4, "{what}: {tokens:?} is at rank {rank}, not {place}");
+        assert!(
+            gap < tolerance,
+            "{what}: {tokens:?} is at rank {rank}, not {place}"
+        );
     }
 }
 
@@ -117,4 +163,24 @@ fn decoder_only_qwen2() {
 #[test]
 fn decoder_only_llama_with_scaled_rope() {
     check("decoder_only/llama3-scaled");
+}
+
+#[test]
+fn t5_with_an_encoder_deeper_than_its_decoder() {
+    check("t5/uneven-depth");
+}
+
+#[test]
+fn decoder_only_with_forced_suffix_in_bfloat16_shards() {
+    check("decoder_only/qwen3-suffix");
+}
+
+#[test]
+fn decoder_only_llama_in_float16_and_the_older_spelling() {
+    check("decoder_only/llama-tied");
+}
+
+#[test]
+fn decoder_only_with_a_prompt_around_the_newest_items() {
+    check("decoder_only/qwen3-prompt");
 }

@@ -267,13 +267,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn last_rows(&self, x: &Self::Buffer, slots: &[Self::Slot], out: &mut Self::Buffer);
     /// Appends the keys and values of the beams' newest tokens to their tails. `qkv` as in
     /// [`attend_prefill`](Backend::attend_prefill), one row a beam.
-    fn append_tail(
-        &self,
-        layer: usize,
-        qkv: &Self::Buffer,
-        heads: Heads,
-        slots: &mut [Self::Slot],
-    );
+    fn append_tail(&self, layer: usize, qkv: &Self::Buffer, heads: Heads, slots: &mut [Self::Slot]);
     /// Attention of each beam over what it reaches; the first `heads.query_dim()` columns of
     /// `queries` are the queries, `out`: `[rows, heads.query_dim()]`. The context is read once for
     /// all beams of a slot (Hydragen, Juravsky et al. 2024). `tail_bias`, if given, is

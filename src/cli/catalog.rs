@@ -59,17 +59,31 @@ pub fn run(command: &Command) -> Result<Outcome> {
 fn build(arguments: &Build) -> Result<()> {
     if items::is_items_file(&arguments.output) {
         let reason = "ends as a file of items does; name the catalog otherwise, as items.sidereal";
-        return Err(Error::InvalidField { field: "--output", reason: reason.into() });
+        return Err(Error::InvalidField {
+            field: "--output",
+            reason: reason.into(),
+        });
     }
-    let bytes = std::fs::metadata(&arguments.items).ok().map(|metadata| metadata.len());
+    let bytes = std::fs::metadata(&arguments.items)
+        .ok()
+        .map(|metadata| metadata.len());
     let progress = progress_bar(bytes, "reading items");
     let mut builder = CatalogBuilder::default();
-    items::read(&arguments.items, |item| builder.add(item), |read| progress.set_position(read))?;
+    items::read(
+        &arguments.items,
+        |item| builder.add(item),
+        |read| progress.set_position(read),
+    )?;
     progress.set_message("laying out");
     let catalog = builder.build()?;
     catalog.save(&arguments.output)?;
     progress.finish_and_clear();
-    let Summary { items, sids, levels, .. } = Summary::of(&catalog);
+    let Summary {
+        items,
+        sids,
+        levels,
+        ..
+    } = Summary::of(&catalog);
     let output = arguments.output.display();
     eprintln!("{output}: {items} items, {sids} semantic IDs of {levels} levels");
     Ok(())
@@ -108,8 +122,7 @@ impl Summary {
     fn of(catalog: &Catalog) -> Summary {
         let trie = catalog.trie();
         let levels = 0..trie.num_levels();
-        let codes_in_use =
-            |level| trie.codes_at(level).iter().collect::<BTreeSet<_>>().len();
+        let codes_in_use = |level| trie.codes_at(level).iter().collect::<BTreeSet<_>>().len();
         let nodes = |level| trie.nodes_at(level);
         let shared = (0..trie.num_leaves() as u32).map(|leaf| catalog.items(leaf).len());
         Summary {
@@ -124,7 +137,12 @@ impl Summary {
                 .map(|level| nodes(level + 1).len() as f64 / nodes(level).len() as f64)
                 .collect(),
             largest_fan_out: levels
-                .map(|level| nodes(level).map(|node| trie.children(node).0.len()).max().unwrap_or(0))
+                .map(|level| {
+                    nodes(level)
+                        .map(|node| trie.children(node).0.len())
+                        .max()
+                        .unwrap_or(0)
+                })
                 .collect(),
             trie_bytes: trie.size_bytes(),
             trie_bytes_per_item: trie.size_bytes() as f64 / catalog.num_items() as f64,

@@ -18,13 +18,17 @@ mod shapes;
 
 /// Exact recommendations from generative models: semantic IDs under a catalog's trie.
 #[derive(Parser)]
-#[command(version, max_term_width = 100, after_help = "\
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "\
 Examples:
   sidereal recommend --model models/industrial --requests models/industrial/users.jsonl --top-k 5
   sidereal catalog build --items items.jsonl --output items.sidereal
   sidereal bench --shape tiger --beams 50 --history 20 --threads 1
 
-Exit codes: 0 all went well, 1 some requests failed, 2 nothing could run.")]
+Exit codes: 0 all went well, 1 some requests failed, 2 nothing could run."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -104,7 +108,10 @@ impl DeviceArguments {
                 reason: "this build computes on \"cpu\"".into(),
             });
         }
-        Ok(EngineOptions { threads: self.threads.into(), max_context: self.max_context })
+        Ok(EngineOptions {
+            threads: self.threads.into(),
+            max_context: self.max_context,
+        })
     }
 }
 
@@ -183,13 +190,19 @@ impl ModelArguments {
 
 fn catalog_beside(model: &Path) -> Result<PathBuf> {
     let candidates = CATALOG_NAMES.map(|name| model.join(name));
-    candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::Io {
-        path: model.join(CATALOG_NAMES[0]),
-        source: std::io::Error::new(
-            std::io::ErrorKind::NotFound,
-            format!("no catalog beside the model ({}); name one with --catalog", CATALOG_NAMES.join(", ")),
-        ),
-    })
+    candidates
+        .into_iter()
+        .find(|path| path.exists())
+        .ok_or_else(|| Error::Io {
+            path: model.join(CATALOG_NAMES[0]),
+            source: std::io::Error::new(
+                std::io::ErrorKind::NotFound,
+                format!(
+                    "no catalog beside the model ({}); name one with --catalog",
+                    CATALOG_NAMES.join(", ")
+                ),
+            ),
+        })
 }
 
 /// An error of writing to `path`, or to the standard output.

@@ -37,7 +37,12 @@ impl Shape {
     }
 
     fn config(self) -> Value {
-        let qwen3 = |vocab: u32, hidden: u32, inner: u32, layers: u32, heads: [u32; 3], tied: bool| {
+        let qwen3 = |vocab: u32,
+                     hidden: u32,
+                     inner: u32,
+                     layers: u32,
+                     heads: [u32; 3],
+                     tied: bool| {
             json!({
                 "architectures": ["Qwen3ForCausalLM"], "vocab_size": vocab, "hidden_size": hidden,
                 "intermediate_size": inner, "num_hidden_layers": layers,
@@ -68,7 +73,11 @@ impl Shape {
             let code = |_| (rng.f32() * rng.f32() * num_codes as f32) as u16;
             let codes: Vec<u16> = (0..num_levels).map(code).collect();
             let sid = Sid::new(&codes)?;
-            builder.add(Item { name: item.to_string(), sid, title: String::new() })?;
+            builder.add(Item {
+                name: item.to_string(),
+                sid,
+                title: String::new(),
+            })?;
         }
         let catalog: Arc<Catalog> = Arc::new(builder.build()?);
         let level = |level: u32| {
@@ -77,13 +86,23 @@ impl Shape {
         };
         let layout = SidLayout {
             levels: (0..num_levels as u32).map(level).collect(),
-            prompt: Prompt { prefix: vec![1], ..Prompt::default() },
+            prompt: Prompt {
+                prefix: vec![1],
+                ..Prompt::default()
+            },
             suffix: Vec::new(),
             normalization: Normalization::Vocabulary,
         };
         let keys = self.config().as_object().cloned().unwrap_or_default();
         let config = Config::new(Path::new("config.json"), keys);
         let weights = Weights::random(7);
-        Engine::from_parts(CpuBackend::default(), &config, weights, layout, catalog, options)
+        Engine::from_parts(
+            CpuBackend::default(),
+            &config,
+            weights,
+            layout,
+            catalog,
+            options,
+        )
     }
 }

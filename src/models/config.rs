@@ -27,22 +27,34 @@ impl Config {
     /// # Errors
     /// The operating system's, or [`Error::ModelConfig`] where it is no JSON object.
     pub fn read(path: &Path) -> Result<Config> {
-        Ok(Config { path: path.to_path_buf(), keys: read_json(path)? })
+        Ok(Config {
+            path: path.to_path_buf(),
+            keys: read_json(path)?,
+        })
     }
 
     /// A configuration in memory; `path` stands in its errors.
     pub fn new(path: &Path, keys: Map<String, Value>) -> Config {
-        Config { path: path.to_path_buf(), keys }
+        Config {
+            path: path.to_path_buf(),
+            keys,
+        }
     }
 
     /// An error about this file.
     pub fn error(&self, reason: String) -> Error {
-        Error::ModelConfig { path: self.path.clone(), reason }
+        Error::ModelConfig {
+            path: self.path.clone(),
+            reason,
+        }
     }
 
     /// The network that the checkpoint is for, as `T5ForConditionalGeneration`.
     pub fn architecture(&self) -> Result<&str> {
-        let first = self.keys.get("architectures").and_then(|names| names.get(0));
+        let first = self
+            .keys
+            .get("architectures")
+            .and_then(|names| names.get(0));
         first.and_then(Value::as_str).ok_or_else(|| {
             self.error("\"architectures\" must name the network, as in Hugging Face's files".into())
         })
@@ -50,7 +62,8 @@ impl Config {
 
     /// A positive whole number.
     pub fn size(&self, key: &str) -> Result<usize> {
-        self.size_if_given(key)?.ok_or_else(|| self.error(format!("{key:?} is missing")))
+        self.size_if_given(key)?
+            .ok_or_else(|| self.error(format!("{key:?} is missing")))
     }
 
     /// A positive whole number with a default.
@@ -59,7 +72,9 @@ impl Config {
     }
 
     fn size_if_given(&self, key: &str) -> Result<Option<usize>> {
-        let Some(value) = self.given(key) else { return Ok(None) };
+        let Some(value) = self.given(key) else {
+            return Ok(None);
+        };
         match value.as_u64() {
             Some(size @ 1..=MAX_DIMENSION) => Ok(Some(size as usize)),
             _ => Err(self.error(format!(
@@ -70,39 +85,55 @@ impl Config {
 
     /// A token of a vocabulary of `vocab_size`, with a default.
     pub fn token_or(&self, key: &str, vocab_size: usize, default: u32) -> Result<u32> {
-        let Some(value) = self.given(key) else { return Ok(default) };
+        let Some(value) = self.given(key) else {
+            return Ok(default);
+        };
         match value.as_u64() {
             Some(token) if token < vocab_size as u64 => Ok(token as u32),
-            _ => Err(self.error(format!("{key:?} is {value}, not a token below {vocab_size}"))),
+            _ => Err(self.error(format!(
+                "{key:?} is {value}, not a token below {vocab_size}"
+            ))),
         }
     }
 
     /// A positive number with a default.
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
-        positive_number(&self.keys, key).map(|found| found.unwrap_or(default)).map_err(|value| {
-            self.error(format!("{key:?} is {value}, not a number above zero"))
-        })
+        positive_number(&self.keys, key)
+            .map(|found| found.unwrap_or(default))
+            .map_err(|value| self.error(format!("{key:?} is {value}, not a number above zero")))
     }
 
     /// A yes or no, where given.
     pub fn flag(&self, key: &str) -> Result<Option<bool>> {
-        let Some(value) = self.given(key) else { return Ok(None) };
+        let Some(value) = self.given(key) else {
+            return Ok(None);
+        };
         let flag = value.as_bool();
-        flag.map(Some).ok_or_else(|| self.error(format!("{key:?} is {value}, not true or false")))
+        flag.map(Some)
+            .ok_or_else(|| self.error(format!("{key:?} is {value}, not true or false")))
     }
 
     /// A text with a default.
     pub fn text_or<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
-        let Some(value) = self.given(key) else { return Ok(default) };
-        value.as_str().ok_or_else(|| self.error(format!("{key:?} is {value}, not a text")))
+        let Some(value) = self.given(key) else {
+            return Ok(default);
+        };
+        value
+            .as_str()
+            .ok_or_else(|| self.error(format!("{key:?} is {value}, not a text")))
     }
 
     /// An object, where given.
     pub fn object(&self, key: &str) -> Result<Option<Config>> {
-        let Some(value) = self.given(key) else { return Ok(None) };
+        let Some(value) = self.given(key) else {
+            return Ok(None);
+        };
         let keys = value.as_object().cloned();
         let keys = keys.ok_or_else(|| self.error(format!("{key:?} is {value}, not an object")))?;
-        Ok(Some(Config { path: self.path.clone(), keys }))
+        Ok(Some(Config {
+            path: self.path.clone(),
+            keys,
+        }))
     }
 
     /// The key's value; null counts as absent.
@@ -111,7 +142,10 @@ impl Config {
     }
 }
 
-fn positive_number(keys: &Map<String, Value>, key: &str) -> std::result::Result<Option<f64>, Value> {
+fn positive_number(
+    keys: &Map<String, Value>,
+    key: &str,
+) -> std::result::Result<Option<f64>, Value> {
     match keys.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.as_f64() {
@@ -172,14 +206,8 @@ struct LayoutFile {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum LevelEntry {
-    First {
-        size: usize,
-        first_token: u32,
-    },
-    Template {
-        size: usize,
-        template: String,
-    },
+    First { size: usize, first_token: u32 },
+    Template { size: usize, template: String },
 }
 
 impl SidLayout {
@@ -191,13 +219,20 @@ impl SidLayout {
     pub fn read(folder: &Path, vocab_size: usize) -> Result<SidLayout> {
         let path = folder.join("sidereal.json");
         let file: LayoutFile = read_json(&path)?;
-        let error = |reason: String| Error::ModelConfig { path: path.clone(), reason };
+        let error = |reason: String| Error::ModelConfig {
+            path: path.clone(),
+            reason,
+        };
         if file.levels.is_empty() || file.levels.len() > MAX_LEVELS {
             let found = file.levels.len();
-            return Err(error(format!("\"levels\" has {found} entries, 1 to {MAX_LEVELS} are possible")));
+            return Err(error(format!(
+                "\"levels\" has {found} entries, 1 to {MAX_LEVELS} are possible"
+            )));
         }
-        let needs_tokenizer =
-            file.levels.iter().any(|level| matches!(level, LevelEntry::Template { .. }));
+        let needs_tokenizer = file
+            .levels
+            .iter()
+            .any(|level| matches!(level, LevelEntry::Template { .. }));
         let vocabulary = match needs_tokenizer {
             true => read_vocabulary(&folder.join("tokenizer.json"))?,
             false => HashMap::new(),
@@ -206,7 +241,9 @@ impl SidLayout {
         for (number, level) in file.levels.iter().enumerate() {
             let (LevelEntry::First { size, .. } | LevelEntry::Template { size, .. }) = *level;
             if size == 0 || size > usize::from(u16::MAX) + 1 {
-                return Err(error(format!("level {number} has size {size}, 1 to 65536 are possible")));
+                return Err(error(format!(
+                    "level {number} has size {size}, 1 to 65536 are possible"
+                )));
             }
             let tokens: Vec<u32> = match level {
                 LevelEntry::First { first_token, .. } => {
@@ -220,7 +257,9 @@ impl SidLayout {
                 }
                 LevelEntry::Template { template, .. } => {
                     if !template.contains("{}") {
-                        return Err(error(format!("template {template:?} has no {{}} for the code")));
+                        return Err(error(format!(
+                            "template {template:?} has no {{}} for the code"
+                        )));
                     }
                     let token = |code: usize| template.replace("{}", &code.to_string());
                     let known = |code| vocabulary.get(&token(code)).copied().unwrap_or(NO_TOKEN);
@@ -228,18 +267,31 @@ impl SidLayout {
                 }
             };
             if tokens.iter().all(|&token| token == NO_TOKEN) {
-                return Err(error(format!("level {number}: no code has a token in tokenizer.json")));
+                return Err(error(format!(
+                    "level {number}: no code has a token in tokenizer.json"
+                )));
             }
             levels.push(tokens);
         }
-        let Prompt { prefix, suffix, separator, max_items } = &file.prompt;
+        let Prompt {
+            prefix,
+            suffix,
+            separator,
+            max_items,
+        } = &file.prompt;
         if *max_items == Some(0) {
             return Err(error("\"max_items\" must be at least 1".into()));
         }
         let named = levels.iter().flatten().filter(|&&token| token != NO_TOKEN);
-        let named = named.chain(prefix).chain(suffix).chain(separator).chain(&file.suffix);
+        let named = named
+            .chain(prefix)
+            .chain(suffix)
+            .chain(separator)
+            .chain(&file.suffix);
         if let Some(token) = named.max().filter(|&&token| token as usize >= vocab_size) {
-            return Err(error(format!("token {token} is outside the vocabulary of {vocab_size}")));
+            return Err(error(format!(
+                "token {token} is outside the vocabulary of {vocab_size}"
+            )));
         }
         Ok(SidLayout {
             levels,
@@ -251,8 +303,13 @@ impl SidLayout {
 
     /// What each decoding step may choose from.
     pub fn steps(&self) -> Vec<StepTokens> {
-        let levels = self.levels.iter().map(|tokens| StepTokens::Level { tokens: tokens.clone() });
-        let suffix = self.suffix.iter().map(|&token| StepTokens::Forced { token });
+        let levels = self.levels.iter().map(|tokens| StepTokens::Level {
+            tokens: tokens.clone(),
+        });
+        let suffix = self
+            .suffix
+            .iter()
+            .map(|&token| StepTokens::Forced { token });
         levels.chain(suffix).collect()
     }
 
@@ -268,8 +325,11 @@ impl SidLayout {
             return Err(Error::LevelsMismatch { reason });
         }
         for (level, tokens) in self.levels.iter().enumerate() {
-            let has_token =
-                |code: u16| tokens.get(usize::from(code)).is_some_and(|&token| token != NO_TOKEN);
+            let has_token = |code: u16| {
+                tokens
+                    .get(usize::from(code))
+                    .is_some_and(|&token| token != NO_TOKEN)
+            };
             if let Some(code) = trie.codes_at(level).iter().find(|&&code| !has_token(code)) {
                 let size = tokens.len();
                 let reason = format!(
@@ -311,11 +371,16 @@ fn read_vocabulary(path: &Path) -> Result<HashMap<String, u32>> {
         }
         Some(Value::Array(entries)) => {
             let texts = entries.into_iter().enumerate();
-            let number = |(id, entry): (usize, Value)| Some((entry[0].as_str()?.to_string(), id as u32));
+            let number =
+                |(id, entry): (usize, Value)| Some((entry[0].as_str()?.to_string(), id as u32));
             vocabulary.extend(texts.filter_map(number));
         }
         _ => {}
     }
-    vocabulary.extend(file.added_tokens.into_iter().map(|token| (token.content, token.id)));
+    vocabulary.extend(
+        file.added_tokens
+            .into_iter()
+            .map(|token| (token.content, token.id)),
+    );
     Ok(vocabulary)
 }

@@ -75,7 +75,8 @@ impl<B: Backend> DecoderOnly<B> {
             num_kv_heads: config.size_or("num_key_value_heads", num_heads)?,
             head_dim: config.size_or("head_dim", (hidden_size / num_heads).max(1))?,
         };
-        if !heads.num_heads.is_multiple_of(heads.num_kv_heads) || !heads.head_dim.is_multiple_of(2) {
+        if !heads.num_heads.is_multiple_of(heads.num_kv_heads) || !heads.head_dim.is_multiple_of(2)
+        {
             return Err(config.error(format!(
                 "{} attention heads of {} columns cannot share {} key-value heads",
                 heads.num_heads, heads.head_dim, heads.num_kv_heads
@@ -126,9 +127,20 @@ impl<B: Backend> DecoderOnly<B> {
 
     /// Queries, keys and values of a layer, turned to their positions.
     fn project(&self, backend: &B, layer: &Layer<B>, s: &mut Scratch<B>) {
-        backend.rms_norm(&s.residual, &layer.attention_norm, self.epsilon, &mut s.normed);
+        backend.rms_norm(
+            &s.residual,
+            &layer.attention_norm,
+            self.epsilon,
+            &mut s.normed,
+        );
         let bias = layer.qkv_bias.as_ref();
-        backend.matmul(&s.normed, &layer.qkv, bias, Epilogue::Store, &mut s.projected);
+        backend.matmul(
+            &s.normed,
+            &layer.qkv,
+            bias,
+            Epilogue::Store,
+            &mut s.projected,
+        );
         let norms = layer.query_key_norms.as_ref();
         let norms = norms.map(|(query, key)| (query, key, self.epsilon));
         backend.rotary(&mut s.projected, self.spec.heads, norms, &s.rotation);
@@ -137,9 +149,26 @@ impl<B: Backend> DecoderOnly<B> {
     /// The rest of a layer after its attention.
     fn finish_layer(&self, backend: &B, layer: &Layer<B>, s: &mut Scratch<B>) {
         let bias = layer.out_bias.as_ref();
-        backend.matmul(&s.attended, &layer.out, bias, Epilogue::Add, &mut s.residual);
-        backend.rms_norm(&s.residual, &layer.feed_forward_norm, self.epsilon, &mut s.normed);
-        backend.matmul(&s.normed, &layer.gate_up, None, Epilogue::Store, &mut s.projected);
+        backend.matmul(
+            &s.attended,
+            &layer.out,
+            bias,
+            Epilogue::Add,
+            &mut s.residual,
+        );
+        backend.rms_norm(
+            &s.residual,
+            &layer.feed_forward_norm,
+            self.epsilon,
+            &mut s.normed,
+        );
+        backend.matmul(
+            &s.normed,
+            &layer.gate_up,
+            None,
+            Epilogue::Store,
+            &mut s.projected,
+        );
         backend.gate(&s.projected, Activation::Silu, &mut s.spare);
         backend.matmul(&s.spare, &layer.down, None, Epilogue::Add, &mut s.residual);
     }
@@ -160,8 +189,14 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
 
     fn begin(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], s: &mut Scratch<B>) {
         let heads = self.spec.heads;
-        let positions = slots.iter().flat_map(|slot| 0..backend.context_len(slot) as u32);
-        backend.rotation(&positions.collect::<Vec<u32>>(), &self.frequencies, &mut s.rotation);
+        let positions = slots
+            .iter()
+            .flat_map(|slot| 0..backend.context_len(slot) as u32);
+        backend.rotation(
+            &positions.collect::<Vec<u32>>(),
+            &self.frequencies,
+            &mut s.rotation,
+        );
         backend.embed(&self.embedding, tokens, &mut s.residual);
         for (index, layer) in self.layers.iter().enumerate() {
             self.project(backend, layer, s);
@@ -169,14 +204,31 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
             if index + 1 < self.layers.len() {
                 let scale = self.scale();
                 let mask = Mask::Causal;
-                backend.attend_prefill(&s.projected, heads, mask, scale, None, slots, &mut s.attended);
+                backend.attend_prefill(
+                    &s.projected,
+                    heads,
+                    mask,
+                    scale,
+                    None,
+                    slots,
+                    &mut s.attended,
+                );
             } else {
                 // Nothing after the last layer reads any row but the last of each prompt.
                 backend.last_rows(&s.residual, slots, &mut s.spare);
                 std::mem::swap(&mut s.residual, &mut s.spare);
                 backend.last_rows(&s.projected, slots, &mut s.spare);
                 let (reach, scale) = (Reach::Context, self.scale());
-                backend.attend_beams(index, &s.spare, heads, reach, scale, None, slots, &mut s.attended);
+                backend.attend_beams(
+                    index,
+                    &s.spare,
+                    heads,
+                    reach,
+                    scale,
+                    None,
+                    slots,
+                    &mut s.attended,
+                );
             }
             self.finish_layer(backend, layer, s);
         }
@@ -189,7 +241,11 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
             let position = backend.context_len(slot) + step - 1;
             std::iter::repeat_n(position as u32, backend.num_beams(slot))
         });
-        backend.rotation(&positions.collect::<Vec<u32>>(), &self.frequencies, &mut s.rotation);
+        backend.rotation(
+            &positions.collect::<Vec<u32>>(),
+            &self.frequencies,
+            &mut s.rotation,
+        );
         backend.embed_beams(&self.embedding, slots, &mut s.residual);
         for (index, layer) in self.layers.iter().enumerate() {
             self.project(backend, layer, s);
@@ -277,7 +333,10 @@ impl LayerLoader {
 /// What would give wrong answers if it were passed over.
 fn refuse_what_is_not_served(config: &Config) -> Result<()> {
     let unsupported = |what: String, way_out: &str| {
-        Err(Error::Unsupported { what, way_out: way_out.into() })
+        Err(Error::Unsupported {
+            what,
+            way_out: way_out.into(),
+        })
     };
     let activation = config.text_or("hidden_act", "silu")?;
     if activation != "silu" {
@@ -305,7 +364,9 @@ fn rotary_frequencies(config: &Config, head_dim: usize) -> Result<Vec<f32>> {
         None => config.object("rope_scaling")?,
     };
     let theta = match &scaling {
-        Some(scaling) => scaling.number_or("rope_theta", config.number_or("rope_theta", 10_000.0)?)?,
+        Some(scaling) => {
+            scaling.number_or("rope_theta", config.number_or("rope_theta", 10_000.0)?)?
+        }
         None => config.number_or("rope_theta", 10_000.0)?,
     };
     let plain = (0..head_dim / 2).map(|pair| {
@@ -313,7 +374,9 @@ fn rotary_frequencies(config: &Config, head_dim: usize) -> Result<Vec<f32>> {
         (1.0 / theta.powf(exponent)) as f32
     });
     let plain: Vec<f32> = plain.collect();
-    let Some(scaling) = scaling else { return Ok(plain) };
+    let Some(scaling) = scaling else {
+        return Ok(plain);
+    };
     let kind = scaling.text_or("rope_type", scaling.text_or("type", "default")?)?;
     match kind {
         "default" => Ok(plain),

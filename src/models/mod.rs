@@ -100,10 +100,18 @@ pub fn load<B: Backend>(
     steps: &[StepTokens],
 ) -> Result<Box<dyn Model<B>>> {
     let model: Box<dyn Model<B>> = match config.architecture()? {
-        "T5ForConditionalGeneration" => Box::new(t5::T5::load(backend, config, &mut weights, steps)?),
+        "T5ForConditionalGeneration" => {
+            Box::new(t5::T5::load(backend, config, &mut weights, steps)?)
+        }
         name @ ("Qwen3ForCausalLM" | "Qwen2ForCausalLM" | "LlamaForCausalLM") => {
             let flavour = decoder_only::Flavour::of(name);
-            Box::new(decoder_only::DecoderOnly::load(backend, config, flavour, &mut weights, steps)?)
+            Box::new(decoder_only::DecoderOnly::load(
+                backend,
+                config,
+                flavour,
+                &mut weights,
+                steps,
+            )?)
         }
         other => {
             return Err(Error::Unsupported {
