@@ -1,1 +1,159 @@
-fn main() {}
+//! The operations at the shapes of real models: `cargo bench --bench operations`.
+#![allow(missing_docs)] // criterion's macro writes a public function
+
+use std::hint::black_box;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use sidereal::Tensor;
+use sidereal::backend::cpu::{Buffer, CpuBackend, Slot};
+use sidereal::backend::{Backend, Epilogue, Heads, Mask, Reach, SearchRule, SlotSpec, StepTokens};
+use sidereal::catalog::sid::Sid;
+use sidereal::catalog::{Catalog, CatalogBuilder, Item};
+use sidereal::{Constraint, Normalization};
+
+#[path = "../tests/common/cases.rs"]
+#[allow(dead_code)] // the tests use the rest
+mod cases;
+
+use cases::Cases;
+
+const TIGER: Heads = Heads { num_heads: 6, num_kv_heads: 6, head_dim: 64 };
+
+fn slot(backend: &CpuBackend, heads: Heads, context_len: usize, max_beams: usize) -> Slot {
+    backend.open_slot(&SlotSpec {
+        num_layers: 1,
+        heads,
+        context_len,
+        max_beams,
+        num_steps: 4,
+        start_token: 0,
+    })
+}
+
+fn matmul(criterion: &mut Criterion) {
+    let backend = CpuBackend::default();
+    let mut cases = Cases::new(1);
+    let mut group = criterion.benchmark_group("matmul");
+    for (rows, num_in, num_out) in
+        [(50, 128, 1152), (50, 1024, 128), (128, 128, 1024), (50, 1024, 6144), (512, 1024, 3072)]
+    {
+        let weight = Tensor::new(&[num_out, num_in], cases.numbers(num_out * num_in));
+        let weight = backend.matrix(&[weight]);
+        let x = Buffer::new(cases.numbers(rows * num_in), num_in);
+        let mut out = backend.buffer();
+        group.throughput(Throughput::Elements(2 * (rows * num_in * num_out) as u64));
+        let name = format!("{rows}x{num_in}x{num_out}");
+        group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
+            bencher
+                .iter(|| backend.matmul(black_box(&x), &weight, None, Epilogue::Store, &mut out));
+        });
+    }
+    group.finish();
+}
+
+fn attention(criterion: &mut Criterion) {
+    let backend = CpuBackend::default();
+    let mut cases = Cases::new(2);
+    let mut group = criterion.benchmark_group("attend_prefill");
+    for tokens in [81, 301] {
+        let qkv = Buffer::new(cases.numbers(tokens * TIGER.qkv_dim()), TIGER.qkv_dim());
+        let slots = [slot(&backend, TIGER, tokens, 1)];
+        let mut out = backend.buffer();
+        group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
+            bencher.iter(|| {
+                let mask = Mask::Bidirectional;
+                backend.attend_prefill(&qkv, TIGER, mask, 1.0, None, &slots, &mut out);
+            });
+        });
+    }
+    group.finish();
+}
+
+fn random_catalog(cases: &mut Cases, items: usize) -> Catalog {
+    let mut builder = CatalogBuilder::default();
+    for item in 0..items {
+        let codes: Vec<u16> =
+            (0..3).map(|_| (cases.rng.f32() * cases.rng.f32() * 256.0) as u16).collect();
+        let sid = Sid::new(&codes).expect("three levels");
+        let item = Item { name: item.to_string(), sid, title: String::new() };
+        builder.add(item).expect("levels agree");
+    }
+    builder.build().expect("names are unique")
+}
+
+/// A search of two levels, then attention over context and tails, and the third level.
+fn search(criterion: &mut Criterion) {
+    let backend = CpuBackend::default();
+    let mut cases = Cases::new(3);
+    let catalog = random_catalog(&mut cases, 100_000);
+    let steps: Vec<StepTokens> = [0, 256, 512]
+        .map(|first| StepTokens::Level { tokens: (first..first + 256).collect() })
+        .into();
+    let head = Tensor::new(&[3026, 128], cases.numbers(3026 * 128));
+    let head = backend.head(head, &steps);
+    for beams in [50, 128, 512] {
+        let rule = |excluded: &[u32]| SearchRule {
+            catalog: &catalog,
+            legality: catalog.legality(excluded),
+            beams,
+            normalization: Normalization::Level,
+            constraint: Constraint::Trie,
+            temperature: 1.0,
+        };
+        let excluded: Vec<u32> = (0..catalog.num_items() as u32).step_by(50).collect();
+        let mut group = criterion.benchmark_group("advance_beams, three levels");
+        for (name, excluded) in [("all items", &[][..]), ("2000 excluded", &excluded[..])] {
+            let name = BenchmarkId::new(name, beams);
+            group.bench_function(name, |bencher| {
+                bencher.iter(|| {
+                    let mut slots = vec![slot(&backend, TIGER, 81, beams)];
+                    for step in 0..3 {
+                        let rows = backend.num_beams(&slots[0]);
+                        let hidden = Buffer::new(vec![0.5; rows * 128], 128);
+                        let rules = [rule(excluded)];
+                        backend.advance_beams(&hidden, &head, step, &rules, &mut slots);
+                    }
+                    backend.read_beams(&slots[0]).expect("finite scores")
+                });
+            });
+        }
+        group.finish();
+    }
+    let mut group = criterion.benchmark_group("attend_beams");
+    for (beams, context) in [(50, 81), (128, 301)] {
+        let mut slots = vec![slot(&backend, TIGER, context, beams)];
+        let kv = Buffer::new(cases.numbers(context * 2 * TIGER.kv_dim()), 2 * TIGER.kv_dim());
+        backend.store_context(0, &kv, 0, TIGER, &mut slots);
+        let rule = SearchRule {
+            catalog: &catalog,
+            legality: catalog.legality(&[]),
+            beams,
+            normalization: Normalization::Level,
+            constraint: Constraint::Trie,
+            temperature: 1.0,
+        };
+        let hidden = Buffer::new(cases.numbers(128), 128);
+        backend.advance_beams(&hidden, &head, 0, &[rule], &mut slots);
+        let rows = backend.num_beams(&slots[0]);
+        let qkv = Buffer::new(cases.numbers(rows * TIGER.qkv_dim()), TIGER.qkv_dim());
+        backend.append_tail(0, &qkv, TIGER, &mut slots);
+        let mut out = backend.buffer();
+        group.bench_function(
+            BenchmarkId::from_parameter(format!("{rows} beams, {context}")),
+            |b| {
+                b.iter(|| {
+                    let reach = Reach::ContextAndTail;
+                    backend.attend_beams(0, &qkv, TIGER, reach, 0.1, None, &slots, &mut out);
+                });
+            },
+        );
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(30);
+    targets = matmul, attention, search
+}
+criterion_main!(benches);

@@ -43,10 +43,7 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> EngineOptions {
-        EngineOptions {
-            threads: 0,
-            max_context: 8192,
-        }
+        EngineOptions { threads: 0, max_context: 8192 }
     }
 }
 
@@ -134,21 +131,13 @@ impl<B: Backend> Engine<B> {
         let model = pool.install(|| models::load(&backend, config, weights, &steps))?;
         // What the decoder writes takes positions as well: all steps but the last are read again.
         let written = steps.len() - 1;
-        let max_positions = model
-            .spec()
-            .max_positions
-            .map(|max| max.saturating_sub(written));
+        let max_positions = model.spec().max_positions.map(|max| max.saturating_sub(written));
         let workers = match pool.current_num_threads() {
             1 => Vec::new(),
-            threads => (0..threads)
-                .map(|_| thread_pool(1))
-                .collect::<Result<_>>()?,
+            threads => (0..threads).map(|_| thread_pool(1)).collect::<Result<_>>()?,
         };
         let codes = layout.levels.iter().map(|tokens| {
-            let tokens = tokens
-                .iter()
-                .enumerate()
-                .filter(|&(_, &token)| token != NO_TOKEN);
+            let tokens = tokens.iter().enumerate().filter(|&(_, &token)| token != NO_TOKEN);
             tokens.map(|(code, &token)| (token, code as u16)).collect()
         });
         Ok(Engine {
@@ -224,10 +213,7 @@ impl<B: Backend> Engine<B> {
         let run_waves = |pool: &ThreadPool| {
             while let Some((indices, plans)) = waves.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let answers = pool.install(|| self.run_wave(plans));
-                indices
-                    .iter()
-                    .zip(answers)
-                    .for_each(|(&index, answer)| deliver(index, answer));
+                indices.iter().zip(answers).for_each(|(&index, answer)| deliver(index, answer));
             }
         };
         if self.workers.is_empty() || waves.len() == 1 {
@@ -268,45 +254,27 @@ impl<B: Backend> Engine<B> {
 
     /// Checks a request and works out what it needs.
     fn plan<'a>(&self, request: &'a Request) -> Result<Plan<'a>> {
-        let Request {
-            beams,
-            top_k,
-            temperature,
-            constraint,
-            ..
-        } = *request;
+        let Request { beams, top_k, temperature, constraint, .. } = *request;
         if beams == 0 || beams > MAX_BEAMS {
-            return Err(Error::BeamWidth {
-                width: beams as i64,
-                max: MAX_BEAMS,
-            });
+            return Err(Error::BeamWidth { width: beams as i64, max: MAX_BEAMS });
         }
         if top_k == 0 {
             return Err(Error::TopK { top_k: 0 });
         }
         if !(temperature.is_finite() && temperature > 0.0 && (1.0 / temperature).is_finite()) {
             let reason = format!("{temperature} is not a number above zero");
-            return Err(Error::InvalidField {
-                field: "temperature",
-                reason,
-            });
+            return Err(Error::InvalidField { field: "temperature", reason });
         }
         let normalization = request.normalization.unwrap_or(self.layout.normalization);
         if constraint == Constraint::None {
             if normalization == Normalization::Level {
                 let reason = "\"level\" needs a constraint to the level or the trie".into();
-                return Err(Error::InvalidField {
-                    field: "normalize",
-                    reason,
-                });
+                return Err(Error::InvalidField { field: "normalize", reason });
             }
             let vocab_size = self.model.spec().vocab_size;
             if beams * vocab_size > MAX_UNCONSTRAINED_LOGITS {
                 let max = MAX_UNCONSTRAINED_LOGITS / vocab_size;
-                return Err(Error::BeamWidth {
-                    width: beams as i64,
-                    max,
-                });
+                return Err(Error::BeamWidth { width: beams as i64, max });
             }
         }
         let tokens = self.input_tokens(&request.input)?;
@@ -315,13 +283,7 @@ impl<B: Backend> Engine<B> {
         excluded.sort_unstable();
         excluded.dedup();
         let legality = self.catalog.legality(&excluded);
-        Ok(Plan {
-            request,
-            tokens,
-            excluded,
-            legality,
-            normalization,
-        })
+        Ok(Plan { request, tokens, excluded, legality, normalization })
     }
 
     /// The tokens that the model reads for an input.
@@ -347,9 +309,7 @@ impl<B: Backend> Engine<B> {
             return Err(Error::EmptyInput);
         }
         let prompt = &self.layout.prompt;
-        let newest = prompt
-            .max_items
-            .map_or(0, |max| items.len().saturating_sub(max));
+        let newest = prompt.max_items.map_or(0, |max| items.len().saturating_sub(max));
         let mut tokens = prompt.prefix.clone();
         for (position, &item) in items[newest..].iter().enumerate() {
             if position > 0 {
@@ -368,23 +328,13 @@ impl<B: Backend> Engine<B> {
             return Err(Error::EmptyInput);
         }
         if tokens.len() > self.max_context {
-            return Err(Error::HistoryTooLong {
-                len: tokens.len(),
-                max: self.max_context,
-            });
+            return Err(Error::HistoryTooLong { len: tokens.len(), max: self.max_context });
         }
         let vocab_size = self.model.spec().vocab_size;
-        match tokens
-            .iter()
-            .position(|&token| token as usize >= vocab_size)
-        {
+        match tokens.iter().position(|&token| token as usize >= vocab_size) {
             Some(position) => {
                 let token = u64::from(tokens[position]);
-                Err(Error::TokenOutOfRange {
-                    token,
-                    position,
-                    vocab_size,
-                })
+                Err(Error::TokenOutOfRange { token, position, vocab_size })
             }
             None => Ok(()),
         }
@@ -400,10 +350,7 @@ impl<B: Backend> Engine<B> {
         };
         let mut slots: Vec<B::Slot> = plans.iter().map(open).collect();
         let rules: Vec<SearchRule<'_>> = plans.iter().map(|plan| self.rule(plan)).collect();
-        let tokens: Vec<u32> = plans
-            .iter()
-            .flat_map(|plan| plan.tokens.iter().copied())
-            .collect();
+        let tokens: Vec<u32> = plans.iter().flat_map(|plan| plan.tokens.iter().copied()).collect();
         let spare = self.scratches.lock().expect("no holder panics").pop();
         let mut scratch = spare.unwrap_or_else(|| Scratch::new(&self.backend));
 
@@ -419,10 +366,7 @@ impl<B: Backend> Engine<B> {
                 backend.advance_beams(&scratch.hidden, model.head(), step, &rules, &mut slots);
             });
         }
-        self.scratches
-            .lock()
-            .expect("no holder panics")
-            .push(scratch);
+        self.scratches.lock().expect("no holder panics").push(scratch);
         let answer =
             |(plan, slot): (&Plan<'_>, &B::Slot)| Ok(self.answer(plan, &backend.read_beams(slot)?));
         plans.iter().zip(&slots).map(answer).collect()
@@ -446,27 +390,17 @@ impl<B: Backend> Engine<B> {
             |item: &u32| catalog.is_available(*item) && plan.excluded.binary_search(item).is_err();
         let of_beam = |beam: &Beam| {
             let leaf = beam.leaf.or_else(|| self.leaf_of_tokens(&beam.tokens));
-            let items = leaf
-                .map_or(0..0, |leaf| catalog.items(leaf))
-                .filter(is_allowed);
+            let items = leaf.map_or(0..0, |leaf| catalog.items(leaf)).filter(is_allowed);
             let most = match plan.request.shared_sid {
                 SharedSid::All => usize::MAX,
                 SharedSid::First => 1,
             };
             let score = beam.score;
-            let recommend = move |item| Recommendation {
-                item,
-                sid: catalog.sid(item),
-                score,
-            };
+            let recommend = move |item| Recommendation { item, sid: catalog.sid(item), score };
             items.take(most).map(recommend).collect::<Vec<_>>()
         };
         Answer {
-            items: beams
-                .iter()
-                .flat_map(of_beam)
-                .take(plan.request.top_k)
-                .collect(),
+            items: beams.iter().flat_map(of_beam).take(plan.request.top_k).collect(),
             snapshot: catalog.snapshot(),
         }
     }
@@ -474,12 +408,7 @@ impl<B: Backend> Engine<B> {
     /// The leaf that tokens of an unconstrained search name, if they name one.
     fn leaf_of_tokens(&self, tokens: &[u32]) -> Option<u32> {
         let code = |(codes, token): (&HashMap<u32, u16>, &u32)| codes.get(token).copied();
-        let codes = self
-            .codes
-            .iter()
-            .zip(tokens)
-            .map(code)
-            .collect::<Option<Vec<u16>>>()?;
+        let codes = self.codes.iter().zip(tokens).map(code).collect::<Option<Vec<u16>>>()?;
         self.catalog.trie().leaf(&codes)
     }
 }
@@ -492,12 +421,6 @@ fn timed(clock: &AtomicU64, work: impl FnOnce()) {
 
 fn thread_pool(threads: usize) -> Result<ThreadPool> {
     let name = |index: usize| format!("sidereal-{index}");
-    let pool = ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .thread_name(name)
-        .build();
-    pool.map_err(|error| Error::Device {
-        device: "cpu".into(),
-        reason: error.to_string(),
-    })
+    let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build();
+    pool.map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })
 }

@@ -215,9 +215,6 @@ impl Error {
 
     /// Wraps an error of the operating system with the file that it concerns.
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Error {
-        Error::Io {
-            path: path.to_path_buf(),
-            source,
-        }
+        Error::Io { path: path.to_path_buf(), source }
     }
 }

@@ -1,13 +1,62 @@
-//! Sidereal.
+//! Sidereal: exact recommendations from generative models.
+//!
+//! A generative recommender *writes* the next item as a semantic ID, a few discrete codes, instead
+//! of scoring every item. Sidereal runs such models: a long history in, three or four codes out,
+//! tens to hundreds of beams, and every answer an item that exists and that the caller allows.
+//!
+//! ```no_run
+//! use std::{path::Path, sync::Arc};
+//! use sidereal::{Engine, EngineOptions, Request, catalog::Catalog};
+//!
+//! # fn main() -> sidereal::Result<()> {
+//! let catalog = Arc::new(Catalog::open(Path::new("models/industrial/items.jsonl"))?);
+//! let engine = Engine::open(Path::new("models/industrial"), catalog, &EngineOptions::default())?;
+//! let mut request = Request::from_history(["168", "278"]);
+//! request.exclude = vec!["168".into()];
+//! for found in engine.recommend(&request)?.items {
+//!     println!("{} {:.3}", engine.catalog().name(found.item), found.score);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The life of a request
+//!
+//! 1. [`Engine::recommend`] checks it and turns its history into tokens ([`models::config`]).
+//! 2. It joins a wave and gets a slot: room for its context, its beams and their tails ([`engine`]).
+//! 3. The network reads the tokens once and leaves what all beams share ([`models`]).
+//! 4. At each level the output head is evaluated for the codes that the level can have, and the best
+//!    legal continuations of all beams become the new beams ([`backend`], [`catalog::trie`]).
+//! 5. The network reads the beams' newest codes: their KV goes to the tails, which are never copied.
+//! 6. After the last level the beams are leaves of the catalog's trie; their items are the answer.
+//!
+//! # The floors
+//!
+//! A module uses lower floors only, and a test holds it to that: the command line > [`engine`] >
+//! [`models`] > [`backend`] > [`catalog`] > requests, errors, semantic IDs, tensors.
+//!
+//! # What is absent, deliberately
+//!
+//! - The catalog holds no weights, no device, no thread and no clock.
+//! - The backend does not know what a request is; networks hold no `unsafe` and no `cfg`, and each
+//!   is written once for all devices.
+//! - A forbidden code is not a code with a low score: it is never considered.
+//! - An answer does not depend on the other requests of a wave or on the number of threads, to the
+//!   last bit.
+
 pub mod backend;
 pub mod catalog;
-mod engine;
+pub mod engine;
 mod error;
 mod mapping;
 pub mod models;
 mod request;
 mod tensor;
+
 pub use engine::{Engine, EngineOptions, Phases};
 pub use error::{Error, Result};
-pub use request::*;
+pub use request::{
+    Answer, Constraint, Input, MAX_BEAMS, Normalization, Recommendation, Request, RequestDefaults,
+    RequestLine, SharedSid,
+};
 pub use tensor::{Dtype, Tensor};

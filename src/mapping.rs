@@ -25,9 +25,7 @@ impl Mapping {
         // user of mapped files, the caller must not truncate the file while it is open: replace
         // files by rename, as `catalog build` does.
         let map = unsafe { memmap2::Mmap::map(&file) };
-        Ok(Mapping {
-            map: Some(map.map_err(|error| Error::io(path, error))?),
-        })
+        Ok(Mapping { map: Some(map.map_err(|error| Error::io(path, error))?) })
     }
 
     pub fn bytes(&self) -> &[u8] {

@@ -217,9 +217,7 @@ impl RequestLine {
     pub fn parse(line: &str) -> Result<RequestLine> {
         let malformed = |reason: String| Error::MalformedRequest { reason };
         if !line.trim_start().starts_with('{') {
-            return Err(malformed(
-                "a request is a JSON object, {\"history\": [...], ...}".into(),
-            ));
+            return Err(malformed("a request is a JSON object, {\"history\": [...], ...}".into()));
         }
         serde_json::from_str(line).map_err(|error| malformed(error.to_string()))
     }
@@ -261,10 +259,8 @@ impl RequestLine {
         Ok(Request {
             input,
             exclude: self.exclude.clone().unwrap_or_default(),
-            beams: usize::try_from(beams).map_err(|_| Error::BeamWidth {
-                width: beams,
-                max: MAX_BEAMS,
-            })?,
+            beams: usize::try_from(beams)
+                .map_err(|_| Error::BeamWidth { width: beams, max: MAX_BEAMS })?,
             top_k: usize::try_from(top_k).map_err(|_| Error::TopK { top_k })?,
             normalization: self.normalize.or(defaults.normalization),
             constraint: self.constraint.unwrap_or(defaults.constraint),

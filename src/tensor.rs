@@ -39,11 +39,7 @@ pub struct Tensor {
 #[derive(Clone)]
 enum Data {
     Owned(Arc<Vec<f32>>),
-    Mapped {
-        mapping: Arc<Mapping>,
-        bytes: Range<usize>,
-        dtype: Dtype,
-    },
+    Mapped { mapping: Arc<Mapping>, bytes: Range<usize>, dtype: Dtype },
 }
 
 impl Tensor {
@@ -52,15 +48,8 @@ impl Tensor {
     /// # Panics
     /// Where `values` is not as long as `shape` says.
     pub fn new(shape: &[usize], values: Vec<f32>) -> Tensor {
-        assert_eq!(
-            values.len(),
-            shape.iter().product::<usize>(),
-            "values must fill {shape:?}"
-        );
-        Tensor {
-            shape: shape.to_vec(),
-            data: Data::Owned(Arc::new(values)),
-        }
+        assert_eq!(values.len(), shape.iter().product::<usize>(), "values must fill {shape:?}");
+        Tensor { shape: shape.to_vec(), data: Data::Owned(Arc::new(values)) }
     }
 
     /// A stretch of a mapped file, already checked to be inside it and of the right length.
@@ -71,14 +60,7 @@ impl Tensor {
         dtype: Dtype,
     ) -> Tensor {
         assert_eq!(bytes.len(), shape.iter().product::<usize>() * dtype.size());
-        Tensor {
-            shape: shape.to_vec(),
-            data: Data::Mapped {
-                mapping,
-                bytes,
-                dtype,
-            },
-        }
+        Tensor { shape: shape.to_vec(), data: Data::Mapped { mapping, bytes, dtype } }
     }
 
     /// Its dimensions.
@@ -98,18 +80,10 @@ impl Tensor {
 
     /// The numbers of a flat range, in f32.
     pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
-        assert_eq!(
-            range.len(),
-            out.len(),
-            "the output must be as long as the range"
-        );
+        assert_eq!(range.len(), out.len(), "the output must be as long as the range");
         match &self.data {
             Data::Owned(values) => out.copy_from_slice(&values[range]),
-            Data::Mapped {
-                mapping,
-                bytes,
-                dtype,
-            } => {
+            Data::Mapped { mapping, bytes, dtype } => {
                 let size = dtype.size();
                 let start = bytes.start + range.start * size;
                 let bytes = &mapping.bytes()[start..start + range.len() * size];
@@ -125,29 +99,21 @@ impl Tensor {
     /// All numbers, in f32.
     pub fn to_vec(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.len()];
-        values
-            .par_chunks_mut(CHUNK)
-            .enumerate()
-            .for_each(|(chunk, values)| {
-                let start = chunk * CHUNK;
-                self.read(start..start + values.len(), values);
-            });
+        values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+            let start = chunk * CHUNK;
+            self.read(start..start + values.len(), values);
+        });
         values
     }
 
     /// The flat index of the first number that is NaN or infinite.
     pub fn first_non_finite(&self) -> Option<usize> {
-        (0..self.len().div_ceil(CHUNK))
-            .into_par_iter()
-            .find_map_first(|chunk| {
-                let range = chunk * CHUNK..self.len().min((chunk + 1) * CHUNK);
-                let mut values = vec![0.0; range.len()];
-                self.read(range.clone(), &mut values);
-                values
-                    .iter()
-                    .position(|value| !value.is_finite())
-                    .map(|at| range.start + at)
-            })
+        (0..self.len().div_ceil(CHUNK)).into_par_iter().find_map_first(|chunk| {
+            let range = chunk * CHUNK..self.len().min((chunk + 1) * CHUNK);
+            let mut values = vec![0.0; range.len()];
+            self.read(range.clone(), &mut values);
+            values.iter().position(|value| !value.is_finite()).map(|at| range.start + at)
+        })
     }
 }
 

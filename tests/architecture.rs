@@ -34,19 +34,14 @@ fn sources(folder: &str) -> Vec<(String, String)> {
 /// The code of a file without its unit tests and comments.
 fn code(text: &str) -> String {
     let text = text.split("#[cfg(test)]").next().unwrap_or_default();
-    let lines = text
-        .lines()
-        .map(|line| line.split("//").next().unwrap_or_default());
+    let lines = text.lines().map(|line| line.split("//").next().unwrap_or_default());
     lines.collect::<Vec<_>>().join("\n")
 }
 
 /// The floor of a module path such as `catalog::sid`: a higher one may use lower ones only.
 fn floor(module: &str) -> u8 {
     let mut parts = module.split("::");
-    match (
-        parts.next().unwrap_or_default(),
-        parts.next().unwrap_or_default(),
-    ) {
+    match (parts.next().unwrap_or_default(), parts.next().unwrap_or_default()) {
         ("error" | "request" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
         ("catalog", _) => 1,
         ("backend", _) => 2,
@@ -58,10 +53,7 @@ fn floor(module: &str) -> u8 {
 }
 
 fn module_of(file: &str) -> String {
-    let path = file
-        .trim_start_matches("src/")
-        .trim_end_matches(".rs")
-        .trim_end_matches("/mod");
+    let path = file.trim_start_matches("src/").trim_end_matches(".rs").trim_end_matches("/mod");
     path.replace('/', "::")
 }
 
@@ -111,40 +103,24 @@ fn the_command_line_uses_the_public_interface_alone() {
 /// The methods of the trait `Backend` after its part on opening.
 fn backend_operations() -> Vec<String> {
     let text = std::fs::read_to_string(root().join("src/backend/mod.rs")).expect("the trait");
-    let (_, operations) = text
-        .split_once("// Networks.")
-        .expect("the part on networks");
-    let names = operations
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("fn "));
+    let (_, operations) = text.split_once("// Networks.").expect("the part on networks");
+    let names = operations.lines().filter_map(|line| line.trim().strip_prefix("fn "));
     let name = |line: &str| line.split('(').next().unwrap_or_default().to_string();
-    names
-        .map(name)
-        .filter(|name| name != "read_beams")
-        .collect()
+    names.map(name).filter(|name| name != "read_beams").collect()
 }
 
 #[test]
 fn an_operation_has_one_name_everywhere() {
     let operations = backend_operations();
-    assert_eq!(
-        operations, OPERATIONS,
-        "tests/common/cases.rs names the trait's operations"
-    );
+    assert_eq!(operations, OPERATIONS, "tests/common/cases.rs names the trait's operations");
     let tests = std::fs::read_to_string(root().join("tests/operations.rs")).expect("the tests");
     for operation in operations {
         let file = format!("src/backend/cpu/{operation}.rs");
         let text = std::fs::read_to_string(root().join(&file));
         let text = text.unwrap_or_else(|_| panic!("{operation} has no {file}"));
-        assert!(
-            text.contains(&format!("fn {operation}")),
-            "{file} does not define {operation}"
-        );
+        assert!(text.contains(&format!("fn {operation}")), "{file} does not define {operation}");
         let calls = format!("backend.{operation}(");
-        assert!(
-            tests.contains(&calls),
-            "tests/operations.rs does not test {operation}"
-        );
+        assert!(tests.contains(&calls), "tests/operations.rs does not test {operation}");
     }
 }
 
@@ -153,24 +129,15 @@ fn a_family_has_one_name_everywhere() {
     let shared = ["mod", "config", "weights"];
     let golden = std::fs::read_to_string(root().join("tests/golden.rs")).expect("the tests");
     for (file, _) in sources("src/models") {
-        let family = module_of(&file)
-            .replace("models::", "")
-            .replace("models", "mod");
+        let family = module_of(&file).replace("models::", "").replace("models", "mod");
         if shared.contains(&family.as_str()) {
             continue;
         }
         let folder = root().join("models").join(&family);
-        let cases = std::fs::read_dir(&folder)
-            .expect("a folder of checkpoints")
-            .flatten();
-        let cases = cases
-            .filter(|case| case.path().join("golden.json").exists())
-            .count();
+        let cases = std::fs::read_dir(&folder).expect("a folder of checkpoints").flatten();
+        let cases = cases.filter(|case| case.path().join("golden.json").exists()).count();
         assert!(cases > 0, "models/{family} holds no golden answers");
-        assert!(
-            golden.contains(&format!("fn {family}_")),
-            "tests/golden.rs has no {family}_ test"
-        );
+        assert!(golden.contains(&format!("fn {family}_")), "tests/golden.rs has no {family}_ test");
     }
 }
 
@@ -189,10 +156,7 @@ fn unsafe_code_lives_where_memory_is_mapped() {
 fn each_floor_does_without_what_is_not_its_own() {
     let absent: [(&str, &[&str]); 4] = [
         // Bookkeeping: no device, no thread, no clock.
-        (
-            "src/catalog",
-            &["rayon", "std::thread", "Instant", "SystemTime", "backend"],
-        ),
+        ("src/catalog", &["rayon", "std::thread", "Instant", "SystemTime", "backend"]),
         // The backend does not know what a request is.
         ("src/backend", &["Request", "Answer", "Engine"]),
         // A network is written once for all devices.

@@ -54,10 +54,7 @@ fn small_catalog() -> Vec<u8> {
     let items = items.collect::<Vec<_>>().join("\n");
     let items = write(&folder, "items.jsonl", items);
     let path = folder.path().join("c.sidereal");
-    Catalog::open(&items)
-        .expect("sound items")
-        .save(&path)
-        .expect("a writable folder");
+    Catalog::open(&items).expect("sound items").save(&path).expect("a writable folder");
     std::fs::read(path).expect("the file just written")
 }
 
@@ -66,11 +63,7 @@ fn a_catalog_cut_at_any_length_is_an_error() {
     let (folder, bytes) = (temp(), small_catalog());
     for len in 0..bytes.len() {
         let path = write(&folder, "c.sidereal", &bytes[..len]);
-        assert_error!(
-            Catalog::open(&path),
-            Error::CatalogFile { .. },
-            "catalog build"
-        );
+        assert_error!(Catalog::open(&path), Error::CatalogFile { .. }, "catalog build");
     }
 }
 
@@ -83,10 +76,7 @@ fn a_flipped_bit_anywhere_in_a_catalog_is_an_error() {
         damaged[at] ^= 1 << rng.u8(0..8);
         let path = write(&folder, "c.sidereal", &damaged);
         let outcome = Catalog::open(&path);
-        assert!(
-            matches!(outcome, Err(Error::CatalogFile { .. })),
-            "byte {at}"
-        );
+        assert!(matches!(outcome, Err(Error::CatalogFile { .. })), "byte {at}");
     }
 }
 
@@ -101,11 +91,7 @@ fn a_catalog_with_forged_checksums_never_panics() {
         let mut forged = bytes.clone();
         for _ in 0..rng.usize(1..4) {
             let at = rng.usize(8..forged.len());
-            forged[at] = if rng.bool() {
-                rng.u8(..)
-            } else {
-                forged[at] ^ 1
-            };
+            forged[at] = if rng.bool() { rng.u8(..) } else { forged[at] ^ 1 };
         }
         sign(&mut forged);
         let path = write(&folder, "c.sidereal", &forged);
@@ -124,10 +110,7 @@ fn a_catalog_with_forged_checksums_never_panics() {
             }
         }
     }
-    assert!(
-        refused > 1000 && opened > 100,
-        "{refused} refused, {opened} opened"
-    );
+    assert!(refused > 1000 && opened > 100, "{refused} refused, {opened} opened");
 }
 
 /// Puts right the checksums of sections and head, as far as the head still makes sense.
@@ -145,9 +128,7 @@ fn sign(bytes: &mut [u8]) {
     for section in 0..sections.min(64) {
         let at = HEADER + section * 32;
         let (offset, len) = (number(bytes, at + 8), number(bytes, at + 16));
-        let end = len
-            .checked_next_multiple_of(64)
-            .and_then(|len| offset.checked_add(len));
+        let end = len.checked_next_multiple_of(64).and_then(|len| offset.checked_add(len));
         if let Some(content) = end.and_then(|end| bytes.get(offset..end)) {
             let checksum = xxhash_rust::xxh3::xxh3_64(content);
             bytes[at + 24..at + 32].copy_from_slice(&checksum.to_le_bytes());
@@ -161,34 +142,17 @@ fn sign(bytes: &mut [u8]) {
 fn what_is_no_catalog_is_an_error() {
     let folder = temp();
     let foreign = write(&folder, "f.sidereal", b"PK\x03\x04 something else entirely");
-    assert_error!(
-        Catalog::open(&foreign),
-        Error::CatalogFile { .. },
-        "not a compiled"
-    );
+    assert_error!(Catalog::open(&foreign), Error::CatalogFile { .. }, "not a compiled");
     let empty = write(&folder, "e.sidereal", b"");
-    assert_error!(
-        Catalog::open(&empty),
-        Error::CatalogFile { .. },
-        "not a compiled"
-    );
+    assert_error!(Catalog::open(&empty), Error::CatalogFile { .. }, "not a compiled");
     assert_error!(Catalog::open(folder.path()), Error::Io { .. }, "director");
     let missing = folder.path().join("missing.sidereal");
-    assert_error!(
-        Catalog::open(&missing),
-        Error::Io { .. },
-        "missing.sidereal"
-    );
+    assert_error!(Catalog::open(&missing), Error::Io { .. }, "missing.sidereal");
     let mut future = small_catalog();
     future[8] = 77;
     sign(&mut future);
     let future = write(&folder, "v.sidereal", future);
-    assert_error!(
-        Catalog::open(&future),
-        Error::CatalogFile { .. },
-        "format 77",
-        "build it again"
-    );
+    assert_error!(Catalog::open(&future), Error::CatalogFile { .. }, "format 77", "build it again");
 }
 
 // Files of items.
@@ -200,10 +164,7 @@ fn bad_lines_of_items_are_named() {
         (r#"{"item": "2", "sid": [1, 2]}"#, "has 2 levels"),
         (r#"{"item": "2", "sid": [1, 2, "#, "EOF"),
         (r#"{"item": "2", "sid": []}"#, "0 levels"),
-        (
-            r#"{"item": "2", "sid": [1, 2, 3, 4, 5, 6, 7, 8, 9]}"#,
-            "9 levels",
-        ),
+        (r#"{"item": "2", "sid": [1, 2, 3, 4, 5, 6, 7, 8, 9]}"#, "9 levels"),
         (r#"{"item": "2", "sid": [1, 2, 65536]}"#, "over 65535"),
         (r#"{"item": "2", "sid": [1, 2, -3]}"#, "Code"),
         (r#"{"item": "2", "sid": [1, 2, "<c_>"]}"#, "no number"),
@@ -215,19 +176,10 @@ fn bad_lines_of_items_are_named() {
     ] {
         let folder = temp();
         let path = write(&folder, "items.jsonl", format!("{good}\n{line}\n"));
-        assert_error!(
-            Catalog::open(&path),
-            Error::ItemsFile { .. },
-            "line 2",
-            reason
-        );
+        assert_error!(Catalog::open(&path), Error::ItemsFile { .. }, "line 2", reason);
     }
     let folder = temp();
-    let path = write(
-        &folder,
-        "items.jsonl",
-        b"{\"item\": \"\xff\", \"sid\": [1]}\n",
-    );
+    let path = write(&folder, "items.jsonl", b"{\"item\": \"\xff\", \"sid\": [1]}\n");
     assert_error!(Catalog::open(&path), Error::ItemsFile { .. }, "line 1");
 }
 
@@ -235,10 +187,7 @@ fn bad_lines_of_items_are_named() {
 fn bad_entries_of_an_index_are_named() {
     for (index, reason) in [
         (r#"{"1": ["<a_1>", "<b_2>"], "2": ["<a_1>"]}"#, "item \"2\""),
-        (
-            r#"{"1": ["<a_1>", "<b_2>"], "2": ["<a_1>", "<b_"]}"#,
-            "no number",
-        ),
+        (r#"{"1": ["<a_1>", "<b_2>"], "2": ["<a_1>", "<b_"]}"#, "no number"),
         (r#"{"1": ["<a_1>", "<b_2>"], "2": ["<a"#, "EOF"),
         (r#"{"1": ["<a_99999>"]}"#, "65535"),
         (r#"[["<a_1>"]]"#, "an object of items"),
@@ -258,11 +207,7 @@ fn items_must_be_some_and_have_names_of_their_own() {
     let none = write(&folder, "none.json", "{}");
     assert_error!(Catalog::open(&none), Error::InvalidField { .. }, "no items");
     let twice = write(&folder, "twice.json", r#"{"a": [1], "b": [2], "a": [3]}"#);
-    assert_error!(
-        Catalog::open(&twice),
-        Error::InvalidField { .. },
-        "\"a\" appears twice"
-    );
+    assert_error!(Catalog::open(&twice), Error::InvalidField { .. }, "\"a\" appears twice");
 }
 
 // Checkpoints.
@@ -296,21 +241,11 @@ impl Folder {
         let mut tensors = parsed
             .tensors()
             .into_iter()
-            .map(|(name, view)| {
-                (
-                    name,
-                    view.dtype(),
-                    view.shape().to_vec(),
-                    view.data().to_vec(),
-                )
-            })
+            .map(|(name, view)| (name, view.dtype(), view.shape().to_vec(), view.data().to_vec()))
             .collect();
         edit(&mut tensors);
         let views = tensors.iter().map(|(name, dtype, shape, data)| {
-            (
-                name,
-                TensorView::new(*dtype, shape.clone(), data).expect("a consistent tensor"),
-            )
+            (name, TensorView::new(*dtype, shape.clone(), data).expect("a consistent tensor"))
         });
         let bytes = safetensors::serialize(views, None).expect("a checkpoint");
         std::fs::write(path, bytes).expect("a writable folder");
@@ -323,14 +258,7 @@ impl Folder {
     fn open_with(&self, catalog: &str) -> Result<Engine, Error> {
         let catalog = models().join(format!("catalogs/{catalog}.index.json"));
         let catalog = Arc::new(Catalog::open(&catalog).expect("a real catalogue"));
-        Engine::open(
-            self.0.path(),
-            catalog,
-            &EngineOptions {
-                threads: 1,
-                ..Default::default()
-            },
-        )
+        Engine::open(self.0.path(), catalog, &EngineOptions { threads: 1, ..Default::default() })
     }
 }
 
@@ -342,37 +270,21 @@ fn tensors_must_be_there_fit_and_be_accounted_for() {
     folder.edit_weights(|tensors| {
         tensors.retain(|(name, ..)| !name.ends_with("1.mlp.up_proj.weight"))
     });
-    assert_error!(
-        folder.open(),
-        Error::MissingTensor { .. },
-        "model.layers.1.mlp.up_proj.weight"
-    );
+    assert_error!(folder.open(), Error::MissingTensor { .. }, "model.layers.1.mlp.up_proj.weight");
 
     let folder = Folder::of(QWEN3);
     folder.edit_weights(|tensors| {
         let data = vec![0; 8];
         tensors.push(("model.layers.0.extra".into(), Dtype::F32, vec![2], data));
     });
-    assert_error!(
-        folder.open(),
-        Error::UnexpectedTensor { .. },
-        "model.layers.0.extra"
-    );
+    assert_error!(folder.open(), Error::UnexpectedTensor { .. }, "model.layers.0.extra");
 
     let folder = Folder::of(QWEN3);
     folder.edit_weights(|tensors| {
-        let found = tensors
-            .iter_mut()
-            .find(|(name, ..)| name.ends_with("0.mlp.down_proj.weight"));
+        let found = tensors.iter_mut().find(|(name, ..)| name.ends_with("0.mlp.down_proj.weight"));
         found.expect("a feed-forward layer").2.reverse();
     });
-    assert_error!(
-        folder.open(),
-        Error::TensorShape { .. },
-        "down_proj",
-        "[192, 96]",
-        "[96, 192]"
-    );
+    assert_error!(folder.open(), Error::TensorShape { .. }, "down_proj", "[192, 96]", "[96, 192]");
 
     let folder = Folder::of(QWEN3);
     folder.edit_weights(|tensors| {
@@ -392,20 +304,13 @@ fn weights_must_be_finite() {
     ] {
         let folder = Folder::of(QWEN3);
         folder.edit_weights(|tensors| {
-            let found = tensors
-                .iter_mut()
-                .find(|(name, ..)| name == "model.embed_tokens.weight");
+            let found = tensors.iter_mut().find(|(name, ..)| name == "model.embed_tokens.weight");
             let (_, old, shape, data) = found.expect("the embedding");
             let size = number.len();
             (*old, *data) = (dtype, vec![0; shape.iter().product::<usize>() * size]);
             data[777 * size..778 * size].copy_from_slice(&number);
         });
-        assert_error!(
-            folder.open(),
-            Error::NonFiniteWeight { .. },
-            "embed_tokens",
-            "index 777"
-        );
+        assert_error!(folder.open(), Error::NonFiniteWeight { .. }, "embed_tokens", "index 777");
     }
 }
 
@@ -416,12 +321,7 @@ fn a_damaged_weights_file_is_an_error() {
     let bytes = std::fs::read(&path).expect("the weights");
     for len in [0, 1, 7, 8, 9, 100, bytes.len() / 2, bytes.len() - 1] {
         std::fs::write(&path, &bytes[..len]).expect("a writable folder");
-        assert_error!(
-            folder.open(),
-            Error::WeightsFile { .. },
-            "safetensors",
-            "again"
-        );
+        assert_error!(folder.open(), Error::WeightsFile { .. }, "safetensors", "again");
     }
     for header in [u64::MAX, 1 << 40, bytes.len() as u64] {
         let mut hostile = bytes.clone();
@@ -441,16 +341,8 @@ fn shards_must_lie_in_the_folder() {
         "model.safetensors.index.json",
         r#"{"weight_map": {"a": "../b.safetensors"}}"#,
     );
-    assert_error!(
-        folder.open(),
-        Error::WeightsFile { .. },
-        "not a file of this folder"
-    );
-    write(
-        &folder.0,
-        "model.safetensors.index.json",
-        r#"{"weight_map": {"a": "b.safetensors"}}"#,
-    );
+    assert_error!(folder.open(), Error::WeightsFile { .. }, "not a file of this folder");
+    write(&folder.0, "model.safetensors.index.json", r#"{"weight_map": {"a": "b.safetensors"}}"#);
     assert_error!(folder.open(), Error::Io { .. }, "b.safetensors");
     write(&folder.0, "model.safetensors.index.json", "{");
     assert_error!(folder.open(), Error::WeightsFile { .. }, "EOF");
@@ -473,26 +365,13 @@ fn configurations_must_make_sense() {
     ] {
         let folder = Folder::of(QWEN3);
         folder.edit("config.json", |config| config[key] = value);
-        assert_error!(
-            folder.open(),
-            Error::ModelConfig { .. },
-            "config.json",
-            word
-        );
+        assert_error!(folder.open(), Error::ModelConfig { .. }, "config.json", word);
     }
     for (key, value, word) in [
-        (
-            "architectures",
-            json!(["MambaForCausalLM"]),
-            "MambaForCausalLM",
-        ),
+        ("architectures", json!(["MambaForCausalLM"]), "MambaForCausalLM"),
         ("hidden_act", json!("gelu"), "silu is"),
         ("use_sliding_window", json!(true), "full attention is"),
-        (
-            "rope_parameters",
-            json!({"rope_type": "yarn", "rope_theta": 1e4}),
-            "llama3 are",
-        ),
+        ("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}), "llama3 are"),
         ("mlp_bias", json!(true), "without biases"),
     ] {
         let folder = Folder::of(QWEN3);
@@ -500,23 +379,11 @@ fn configurations_must_make_sense() {
         assert_error!(folder.open(), Error::Unsupported { .. }, word);
     }
     let folder = Folder::of("t5/relu-tied");
-    folder.edit("config.json", |config| {
-        config["feed_forward_proj"] = json!("gated-swish")
-    });
-    assert_error!(
-        folder.open_with("instruments"),
-        Error::Unsupported { .. },
-        "gated-swish"
-    );
+    folder.edit("config.json", |config| config["feed_forward_proj"] = json!("gated-swish"));
+    assert_error!(folder.open_with("instruments"), Error::Unsupported { .. }, "gated-swish");
     let folder = Folder::of("t5/relu-tied");
-    folder.edit("config.json", |config| {
-        config["decoder_start_token_id"] = json!(99_999)
-    });
-    assert_error!(
-        folder.open_with("instruments"),
-        Error::ModelConfig { .. },
-        "99999"
-    );
+    folder.edit("config.json", |config| config["decoder_start_token_id"] = json!(99_999));
+    assert_error!(folder.open_with("instruments"), Error::ModelConfig { .. }, "99999");
     std::fs::remove_file(folder.0.path().join("config.json")).expect("the configuration");
     assert_error!(folder.open(), Error::Io { .. }, "config.json");
 }
@@ -526,30 +393,15 @@ fn layouts_must_make_sense() {
     let level = |first: u64| json!({"size": 256, "first_token": first});
     for (layout, word) in [
         (json!({"levels": []}), "1 to 8"),
-        (
-            json!({"levels": [level(5), level(5_000_000)]}),
-            "outside the vocabulary",
-        ),
+        (json!({"levels": [level(5), level(5_000_000)]}), "outside the vocabulary"),
         (json!({"levels": [{"size": 0, "first_token": 5}]}), "size 0"),
-        (
-            json!({"levels": [{"size": 70_000, "first_token": 5}]}),
-            "65536",
-        ),
-        (
-            json!({"levels": [level(u64::from(u32::MAX))]}),
-            "outside the vocabulary",
-        ),
+        (json!({"levels": [{"size": 70_000, "first_token": 5}]}), "65536"),
+        (json!({"levels": [level(u64::from(u32::MAX))]}), "outside the vocabulary"),
         (json!({"levels": [{"size": 4, "template": "<a>"}]}), "{}"),
         (json!({"levels": [level(1)], "sufix": [1]}), "sufix"),
         (json!({"levels": [level(1)], "suffix": [12_345]}), "12345"),
-        (
-            json!({"levels": [level(1)], "prompt": {"max_items": 0}}),
-            "max_items",
-        ),
-        (
-            json!({"levels": [level(1)], "normalize": "softmax"}),
-            "softmax",
-        ),
+        (json!({"levels": [level(1)], "prompt": {"max_items": 0}}), "max_items"),
+        (json!({"levels": [level(1)], "normalize": "softmax"}), "softmax"),
         (json!([1]), "sidereal.json"),
     ] {
         let folder = Folder::of(QWEN3);
@@ -557,12 +409,7 @@ fn layouts_must_make_sense() {
             write(&folder.0, "tokenizer.json", r#"{"added_tokens": []}"#);
         }
         folder.edit("sidereal.json", |old| *old = layout);
-        assert_error!(
-            folder.open(),
-            Error::ModelConfig { .. },
-            "sidereal.json",
-            word
-        );
+        assert_error!(folder.open(), Error::ModelConfig { .. }, "sidereal.json", word);
     }
     let folder = Folder::of(QWEN3);
     folder.edit("sidereal.json", |old| {
@@ -578,15 +425,8 @@ fn levels_of_model_and_catalog_must_match() {
     let folder = Folder::of(QWEN3);
     let outcome = folder.open_with("instruments");
     assert_error!(outcome, Error::LevelsMismatch { .. }, "3 levels", "has 4");
-    folder.edit("sidereal.json", |layout| {
-        layout["levels"][1]["size"] = json!(200)
-    });
-    assert_error!(
-        folder.open(),
-        Error::LevelsMismatch { .. },
-        "level 1",
-        "200 codes"
-    );
+    folder.edit("sidereal.json", |layout| layout["levels"][1]["size"] = json!(200));
+    assert_error!(folder.open(), Error::LevelsMismatch { .. }, "level 1", "200 codes");
 }
 
 // Requests.
@@ -609,32 +449,14 @@ fn requests_out_of_range_are_refused() {
     assert_error!(unknown, Error::UnknownItem { .. }, "\"x\"", "history");
     let empty = engine.recommend(&Request::from_history(Vec::<String>::new()));
     assert_error!(empty, Error::EmptyInput, "history");
-    assert_error!(
-        engine.recommend(&Request::from_tokens([])),
-        Error::EmptyInput,
-        "tokens"
-    );
+    assert_error!(engine.recommend(&Request::from_tokens([])), Error::EmptyInput, "tokens");
     let outside = engine.recommend(&Request::from_tokens([5, 876]));
-    assert_error!(
-        outside,
-        Error::TokenOutOfRange { .. },
-        "token 876",
-        "position 1",
-        "876 tokens"
-    );
+    assert_error!(outside, Error::TokenOutOfRange { .. }, "token 876", "position 1", "876 tokens");
     let long = engine.recommend(&Request::from_tokens(vec![5; 2047]));
     assert_error!(long, Error::HistoryTooLong { .. }, "2047", "2046", "newest");
-    assert!(
-        engine
-            .recommend(&Request::from_tokens(vec![5; 2046]))
-            .is_ok()
-    );
+    assert!(engine.recommend(&Request::from_tokens(vec![5; 2046])).is_ok());
     assert_error!(with(&|r| r.beams = 0), Error::BeamWidth { .. }, "0", "4096");
-    assert_error!(
-        with(&|r| r.beams = MAX_BEAMS + 1),
-        Error::BeamWidth { .. },
-        "4097"
-    );
+    assert_error!(with(&|r| r.beams = MAX_BEAMS + 1), Error::BeamWidth { .. }, "4097");
     assert!(with(&|r| r.beams = MAX_BEAMS).is_ok());
     assert_error!(with(&|r| r.top_k = 0), Error::TopK { .. }, "at least 1");
     for temperature in [0.0, -1.0, f32::NAN, f32::INFINITY, 1e-45] {
@@ -682,10 +504,7 @@ fn activations_that_overflow_are_an_error() {
     });
     let engine = folder.open().expect("finite weights");
     let mut request = Request::from_history(["17"]);
-    for normalization in [
-        sidereal::Normalization::Vocabulary,
-        sidereal::Normalization::Children,
-    ] {
+    for normalization in [sidereal::Normalization::Vocabulary, sidereal::Normalization::Children] {
         request.normalization = Some(normalization);
         let outcome = engine.recommend(&request);
         assert_error!(outcome, Error::NonFiniteScores { .. }, "overflow");

@@ -18,13 +18,8 @@ fn random_request(rng: &mut fastrand::Rng, catalog: &Catalog) -> Request {
     let history = (0..rng.usize(1..12)).map(|_| catalog.name(rng.u32(0..items)).to_string());
     let mut request = Request::from_history(history.collect::<Vec<String>>());
     let share = if rng.bool() { 0.0 } else { rng.f32() };
-    let excluded = (0..items)
-        .filter(|_| rng.f32() < share)
-        .collect::<Vec<u32>>();
-    request.exclude = excluded
-        .iter()
-        .map(|&item| catalog.name(item).to_string())
-        .collect();
+    let excluded = (0..items).filter(|_| rng.f32() < share).collect::<Vec<u32>>();
+    request.exclude = excluded.iter().map(|&item| catalog.name(item).to_string()).collect();
     request.beams = rng.usize(1..30);
     request.top_k = usize::MAX;
     request.normalization = Some(match rng.u8(0..3) {
@@ -43,10 +38,7 @@ fn allowed(catalog: &Catalog, request: &Request) -> BTreeMap<Sid, Vec<u32>> {
     let mut allowed: BTreeMap<Sid, Vec<u32>> = BTreeMap::new();
     for item in 0..catalog.num_items() as u32 {
         if catalog.is_available(item)
-            && !request
-                .exclude
-                .iter()
-                .any(|name| name == catalog.name(item))
+            && !request.exclude.iter().any(|name| name == catalog.name(item))
         {
             allowed.entry(catalog.sid(item)).or_default().push(item);
         }
@@ -59,9 +51,8 @@ fn for_each_model(mut check: impl FnMut(u64, &Tiny, &Engine, &[Request], &[Answe
         let tiny = Tiny::new(seed);
         let mut rng = fastrand::Rng::with_seed(seed ^ 0xbea);
         let engine = tiny.open(1);
-        let requests: Vec<Request> = (0..REQUESTS_PER_MODEL)
-            .map(|_| random_request(&mut rng, &tiny.catalog))
-            .collect();
+        let requests: Vec<Request> =
+            (0..REQUESTS_PER_MODEL).map(|_| random_request(&mut rng, &tiny.catalog)).collect();
         let answer = |request| engine.recommend(request).expect("a sound request");
         let answers: Vec<Answer> = requests.iter().map(answer).collect();
         check(seed, &tiny, &engine, &requests, &answers);
@@ -84,11 +75,7 @@ fn answers_are_legal_complete_and_in_order() {
                 }
                 items.entry(found.sid).or_default().push(found.item);
             }
-            assert_eq!(
-                sids.len(),
-                expected,
-                "{what}: as many semantic IDs as there can be"
-            );
+            assert_eq!(sids.len(), expected, "{what}: as many semantic IDs as there can be");
             assert_eq!(items.len(), expected, "{what}: each of them once");
             for pair in sids.windows(2) {
                 let in_order =
@@ -122,9 +109,7 @@ fn a_wide_enough_beam_equals_scoring_every_sid_alone() {
                 alone.beams = 1;
                 let others = (0..tiny.catalog.num_items() as u32)
                     .filter(|item| !allowed[&found.sid].contains(item));
-                alone.exclude = others
-                    .map(|item| tiny.catalog.name(item).to_string())
-                    .collect();
+                alone.exclude = others.map(|item| tiny.catalog.name(item).to_string()).collect();
                 let alone = engine.recommend(&alone).expect("a sound request");
                 assert_eq!(alone.items[0].sid, found.sid, "seed {seed} {request:?}");
                 assert_eq!(alone.items[0].score, found.score, "seed {seed} {request:?}");
@@ -132,10 +117,7 @@ fn a_wide_enough_beam_equals_scoring_every_sid_alone() {
             }
         }
     });
-    assert!(
-        compared > 10_000,
-        "only {compared} semantic IDs were scored alone"
-    );
+    assert!(compared > 10_000, "only {compared} semantic IDs were scored alone");
 }
 
 #[test]
@@ -148,10 +130,7 @@ fn an_answer_is_the_same_alone_in_any_crowd_and_on_any_number_of_threads() {
             crowded.recommend_all(requests, |index, answer| {
                 let answer = answer.expect("a sound request");
                 let before = crowd.lock().expect("no holder panics")[index].replace(answer);
-                assert!(
-                    before.is_none(),
-                    "seed {seed}: request {index} was answered twice"
-                );
+                assert!(before.is_none(), "seed {seed}: request {index} was answered twice");
             });
             let crowd = crowd.into_inner().expect("no holder panics");
             for (index, answer) in answers.iter().enumerate() {
@@ -211,17 +190,8 @@ fn top_k_counts_items_and_the_first_of_a_shared_sid_can_stand_for_it() {
         first.shared_sid = SharedSid::First;
         let answer = engine.recommend(&first).expect("a sound request");
         let allowed = allowed(&tiny.catalog, request);
-        assert!(
-            answer
-                .items
-                .iter()
-                .all(|found| allowed[&found.sid][0] == found.item)
-        );
-        assert_eq!(
-            answer.items.len(),
-            request.beams.min(allowed.len()),
-            "seed {seed}"
-        );
+        assert!(answer.items.iter().all(|found| allowed[&found.sid][0] == found.item));
+        assert_eq!(answer.items.len(), request.beams.min(allowed.len()), "seed {seed}");
     });
 }
 
@@ -236,9 +206,7 @@ fn a_history_and_its_tokens_are_one_input() {
         let by_name = by_name.expect("a sound request");
         let tokens = engine.input_tokens(&Input::History(vec![tiny.catalog.name(0).into(); 2]));
         let tokens = tokens.expect("known items");
-        let by_tokens = engine
-            .recommend(&Request::from_tokens(tokens))
-            .expect("a sound request");
+        let by_tokens = engine.recommend(&Request::from_tokens(tokens)).expect("a sound request");
         assert_eq!(by_name, by_tokens, "seed {seed}");
     }
 }
@@ -248,9 +216,7 @@ fn withdrawn_items_are_gone_and_may_still_stand_in_histories() {
     for seed in 0..200 {
         let mut tiny = Tiny::new(seed);
         let catalog = std::sync::Arc::get_mut(&mut tiny.catalog).expect("nobody else holds it");
-        let gone: Vec<u32> = (0..catalog.num_items() as u32)
-            .filter(|item| item % 3 == 0)
-            .collect();
+        let gone: Vec<u32> = (0..catalog.num_items() as u32).filter(|item| item % 3 == 0).collect();
         catalog.withdraw(&gone);
         let mut request = Request::from_history([tiny.catalog.name(0)]);
         (request.beams, request.top_k) = (64, usize::MAX);

@@ -63,9 +63,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> T {
 
 impl Checkpoint {
     fn read(folder: &str) -> Checkpoint {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("models")
-            .join(folder);
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(folder);
         let weights = folder.join("model.safetensors");
         Checkpoint {
             config: read(&folder.join("config.json")),
@@ -76,9 +74,7 @@ impl Checkpoint {
 
     fn tensor(&self, name: &str) -> Tensor {
         let tensor = self.tensors.get(name);
-        tensor
-            .unwrap_or_else(|| panic!("{name} is missing"))
-            .clone()
+        tensor.unwrap_or_else(|| panic!("{name} is missing")).clone()
     }
 
     fn number(&self, key: &str) -> f64 {
@@ -93,11 +89,7 @@ impl Checkpoint {
 
     /// The output head, `[vocabulary][columns]`: the embedding where the two are tied.
     fn head(&self) -> Vec<Vec<f32>> {
-        let names = [
-            "lm_head.weight",
-            "model.embed_tokens.weight",
-            "shared.weight",
-        ];
+        let names = ["lm_head.weight", "model.embed_tokens.weight", "shared.weight"];
         let head = names.iter().find_map(|&name| self.tensors.get(name));
         let head = head.expect("every network has a head or an embedding");
         head.to_vec2().expect("the head is a matrix of f32")
@@ -186,9 +178,7 @@ impl Checkpoint {
                         .expect("candle runs the network");
                     let what = format!("{} tokens, then {:?}", prompt.len(), beam.tokens);
                     worst = worst.max(difference(&ours, &theirs, tolerance, &what));
-                    largest = ours
-                        .iter()
-                        .fold(largest, |most, logit| most.max(logit.abs()));
+                    largest = ours.iter().fold(largest, |most, logit| most.max(logit.abs()));
                     num_compared += 1;
                 }
             }
@@ -215,10 +205,7 @@ fn difference(ours: &[f64], theirs: &[f32], tolerance: f64, what: &str) -> f64 {
     let (mut worst, mut worst_token) = (0.0, 0);
     for (token, (ours, &theirs)) in ours.iter().zip(theirs).enumerate() {
         let are_finite = ours.is_finite() && theirs.is_finite();
-        assert!(
-            are_finite,
-            "{what}: token {token} has logits {ours} and {theirs}"
-        );
+        assert!(are_finite, "{what}: token {token} has logits {ours} and {theirs}");
         let difference = (ours - f64::from(theirs)).abs();
         if difference > worst {
             (worst, worst_token) = (difference, token);
@@ -268,10 +255,7 @@ fn compare_t5(checkpoint: &Checkpoint, tolerance: f64) {
     let mut model = model.expect("a checkpoint");
     checkpoint.compare(tolerance, |prompt, written| {
         let read = [&[start_token], written].concat();
-        assert!(
-            read.len() <= num_near,
-            "the decoder has near distances only"
-        );
+        assert!(read.len() <= num_near, "the decoder has near distances only");
         model.forward(&batch(prompt)?, &batch(&read)?)? * scale
     });
 }
@@ -352,9 +336,7 @@ fn qwen3_with_biases_agrees_with_candle() {
             let name = format!("model.layers.{layer}.self_attn.{projection}");
             let weight = checkpoint.tensor(&format!("{name}.weight"));
             // Any numbers of a weight's size will do: here, the first column.
-            let bias = weight
-                .narrow(1, 0, 1)
-                .and_then(|column| column.flatten_all());
+            let bias = weight.narrow(1, 0, 1).and_then(|column| column.flatten_all());
             let bias = bias.expect("a matrix");
             checkpoint.tensors.insert(format!("{name}.bias"), bias);
         }

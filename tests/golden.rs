@@ -45,10 +45,7 @@ impl Golden {
     fn tolerance(&self) -> f32 {
         let distances = self.cases.iter().chain(&self.children).flat_map(|case| {
             let exact = case.exact_scores.iter().flatten();
-            case.scores
-                .iter()
-                .zip(exact)
-                .map(|(score, exact)| (f64::from(*score) - exact).abs())
+            case.scores.iter().zip(exact).map(|(score, exact)| (f64::from(*score) - exact).abs())
         });
         (2.5 * distances.fold(0.0, f64::max)).max(1e-4) as f32
     }
@@ -81,10 +78,9 @@ fn check(folder: &str) {
     let catalog = Arc::new(Catalog::open(&index).expect("a real catalogue"));
     let engine = Engine::open(&folder, catalog, &EngineOptions::default()).expect("a checkpoint");
     assert!(!golden.cases.is_empty() || !golden.children.is_empty());
-    for (cases, normalization) in [
-        (&golden.cases, Normalization::Vocabulary),
-        (&golden.children, Normalization::Children),
-    ] {
+    for (cases, normalization) in
+        [(&golden.cases, Normalization::Vocabulary), (&golden.children, Normalization::Children)]
+    {
         for case in cases {
             let mut request = Request::from_tokens(case.input_ids.clone());
             request.beams = case.width;
@@ -100,9 +96,8 @@ fn check(folder: &str) {
             let mut beams: Vec<(Vec<u32>, f32)> = Vec::new();
             for item in &answer.items {
                 let levels = layout.levels.iter().zip(item.sid.codes());
-                let tokens: Vec<u32> = levels
-                    .map(|(level, &code)| level.first_token + u32::from(code))
-                    .collect();
+                let tokens: Vec<u32> =
+                    levels.map(|(level, &code)| level.first_token + u32::from(code)).collect();
                 if beams.last().is_none_or(|(last, _)| *last != tokens) {
                     beams.push((tokens, item.score));
                 }
@@ -123,20 +118,11 @@ fn compare(beams: &[(Vec<u32>, f32)], case: &Case, tolerance: f32, what: &str) {
     for (rank, (tokens, score)) in beams.iter().enumerate() {
         let expected = case.scores[rank];
         let difference = (score - expected).abs();
-        assert!(
-            difference < tolerance,
-            "{what}: rank {rank} scores {score}, not {expected}"
-        );
-        let place = case
-            .sequences
-            .iter()
-            .position(|sequence| sequence == tokens);
+        assert!(difference < tolerance, "{what}: rank {rank} scores {score}, not {expected}");
+        let place = case.sequences.iter().position(|sequence| sequence == tokens);
         let place = place.unwrap_or_else(|| panic!("{what}: {tokens:?} at rank {rank} is new"));
         let gap = (case.scores[place] - expected).abs();
-        assert!(
-            gap < tolerance,
-            "{what}: {tokens:?} is at rank {rank}, not {place}"
-        );
+        assert!(gap < tolerance, "{what}: {tokens:?} is at rank {rank}, not {place}");
     }
 }
 

@@ -47,18 +47,10 @@ fn embed_and_last_rows_copy_rows() {
         let (mut rows, mut last) = (backend.buffer(), backend.buffer());
         backend.embed(&table, &tokens, &mut rows);
         let row = |token: u32| &weight[token as usize * columns..][..columns];
-        let expected: Vec<f32> = tokens
-            .iter()
-            .flat_map(|&token| row(token))
-            .copied()
-            .collect();
+        let expected: Vec<f32> = tokens.iter().flat_map(|&token| row(token)).copied().collect();
         assert_eq!(rows.values(), expected, "seed {seed}");
 
-        let heads = Heads {
-            num_heads: 1,
-            num_kv_heads: 1,
-            head_dim: 2,
-        };
+        let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
         let slots: Vec<Slot> = lens.iter().map(|&len| slot(&backend, len, heads)).collect();
         backend.last_rows(&rows, &slots, &mut last);
         let ends = lens.iter().scan(0, |end, len| {
@@ -89,12 +81,7 @@ fn rms_norm_is_the_formula() {
 #[test]
 fn matmul_is_the_formula_with_every_epilogue() {
     let backend = CpuBackend::default();
-    let activations = [
-        Activation::Relu,
-        Activation::Gelu,
-        Activation::GeluTanh,
-        Activation::Silu,
-    ];
+    let activations = [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu];
     for seed in 0..120 {
         let mut cases = Cases::new(seed);
         let (rows, columns, out_columns) = (cases.size(130), cases.size(600), cases.size(300));
@@ -114,9 +101,7 @@ fn matmul_is_the_formula_with_every_epilogue() {
         backend.matmul(
             &Buffer::new(x.clone(), columns),
             &backend.matrix(&parts),
-            bias.clone()
-                .map(|bias| backend.vector(&[Tensor::new(&[out_columns], bias)]))
-                .as_ref(),
+            bias.clone().map(|bias| backend.vector(&[Tensor::new(&[out_columns], bias)])).as_ref(),
             epilogue,
             &mut out,
         );
@@ -141,10 +126,7 @@ fn a_row_of_a_product_does_not_depend_on_the_other_rows() {
         let mut cases = Cases::new(seed);
         let (rows, columns, out_columns) = (cases.size(200), cases.size(1300), cases.size(150));
         let x = cases.numbers(rows * columns);
-        let weight = Tensor::new(
-            &[out_columns, columns],
-            cases.numbers(out_columns * columns),
-        );
+        let weight = Tensor::new(&[out_columns, columns], cases.numbers(out_columns * columns));
         let weight = backend.matrix(&[weight]);
         let product = |rows: &[f32]| {
             let mut out = backend.buffer();
@@ -175,11 +157,7 @@ fn gate_is_the_formula() {
             let gated = gates.iter().zip(linear);
             values.extend(gated.map(|(gate, linear)| truth::activate(activation, *gate) * linear));
         }
-        check(
-            &out,
-            &Matrix { values, columns },
-            &format!("gate seed {seed}"),
-        );
+        check(&out, &Matrix { values, columns }, &format!("gate seed {seed}"));
     }
 }
 
@@ -219,25 +197,16 @@ fn rotation_and_rotary_turn_query_and_key_heads() {
                 let mut columns = columns.to_vec();
                 if let Some(norms) = &norms {
                     let norm = Matrix::new(&norms[usize::from(!is_query)], heads.head_dim);
-                    let one = Matrix {
-                        values: columns,
-                        columns: heads.head_dim,
-                    };
+                    let one = Matrix { values: columns, columns: heads.head_dim };
                     columns = truth::rms_norm(&one, &norm.values, 1e-6).values;
                 }
                 values.extend(truth::rotate(&columns, f64::from(position), &frequencies));
             }
         }
         // Angles are products in f32, so far positions carry their rounding.
-        let expected = Matrix {
-            values,
-            columns: heads.qkv_dim(),
-        };
+        let expected = Matrix { values, columns: heads.qkv_dim() };
         let error = relative_error(out.values(), &expected.values, "rotary");
-        assert!(
-            error < 1e-4,
-            "rotary seed {seed}: relative error {error:.2e}"
-        );
+        assert!(error < 1e-4, "rotary seed {seed}: relative error {error:.2e}");
     }
 }
 
@@ -249,17 +218,10 @@ fn attend_prefill_is_the_formula() {
         let heads = cases.heads();
         let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(300)).collect();
         let qkv = cases.numbers(lens.iter().sum::<usize>() * heads.qkv_dim());
-        let mask = if cases.rng.bool() {
-            Mask::Causal
-        } else {
-            Mask::Bidirectional
-        };
+        let mask = if cases.rng.bool() { Mask::Causal } else { Mask::Bidirectional };
         let longest = lens.iter().copied().max().unwrap_or(1);
         let width = 2 * longest - 1;
-        let bias = cases
-            .rng
-            .bool()
-            .then(|| cases.numbers(heads.num_heads * width));
+        let bias = cases.rng.bool().then(|| cases.numbers(heads.num_heads * width));
         let slots: Vec<Slot> = lens.iter().map(|&len| slot(&backend, len, heads)).collect();
         let mut out = backend.buffer();
         let x = Buffer::new(qkv.clone(), heads.qkv_dim());
@@ -271,11 +233,7 @@ fn attend_prefill_is_the_formula() {
         let qkv = Matrix::new(&qkv, heads.qkv_dim());
         let scale = f64::from(0.3f32);
         let expected = truth::attend_prefill(&qkv, heads, mask, scale, of_distance, &lens);
-        check(
-            &out,
-            &expected,
-            &format!("attend_prefill {mask:?} {lens:?} seed {seed}"),
-        );
+        check(&out, &expected, &format!("attend_prefill {mask:?} {lens:?} seed {seed}"));
     }
 }
 
@@ -297,15 +255,9 @@ struct Walk {
 fn random_catalog(cases: &mut Cases, num_levels: usize, num_codes: u16) -> Catalog {
     let mut builder = CatalogBuilder::default();
     for item in 0..cases.size(60) {
-        let codes: Vec<u16> = (0..num_levels)
-            .map(|_| cases.rng.u16(0..num_codes))
-            .collect();
+        let codes: Vec<u16> = (0..num_levels).map(|_| cases.rng.u16(0..num_codes)).collect();
         let sid = Sid::new(&codes).expect("few levels");
-        let item = Item {
-            name: item.to_string(),
-            sid,
-            title: String::new(),
-        };
+        let item = Item { name: item.to_string(), sid, title: String::new() };
         builder.add(item).expect("levels agree");
     }
     builder.build().expect("names are unique")
@@ -320,11 +272,8 @@ impl Walk {
             true => items.filter(|_| cases.rng.f32() < share).collect(),
             false => Vec::new(),
         };
-        let normalizations = [
-            Normalization::Vocabulary,
-            Normalization::Level,
-            Normalization::Children,
-        ];
+        let normalizations =
+            [Normalization::Vocabulary, Normalization::Level, Normalization::Children];
         let normalization = normalizations[cases.rng.usize(0..3)];
         let constraint = match (cases.rng.u8(0..4), normalization) {
             (0, Normalization::Vocabulary | Normalization::Children) => Constraint::None,
@@ -338,11 +287,7 @@ impl Walk {
             normalization,
             constraint,
             beams: cases.size(50),
-            temperature: if cases.rng.bool() {
-                1.0
-            } else {
-                0.5 + cases.rng.f32()
-            },
+            temperature: if cases.rng.bool() { 1.0 } else { 0.5 + cases.rng.f32() },
             context: cases.numbers(context_len * 2 * heads.kv_dim()),
             context_len,
             prefixes: HashMap::from([(Vec::new(), 0.0)]),
@@ -390,9 +335,8 @@ impl Walk {
                     Constraint::Level => level.clone(),
                     Constraint::Trie => {
                         let codes = prefix.iter().enumerate().map(|(l, &token)| code(l, token));
-                        let codes: Vec<u16> = codes
-                            .map(|code| code.expect("a legal prefix") as u16)
-                            .collect();
+                        let codes: Vec<u16> =
+                            codes.map(|code| code.expect("a legal prefix") as u16).collect();
                         let legal = |&token: &u32| {
                             let next = code(step, token).expect("a token of the level") as u16;
                             self.is_legal(&[&codes[..], &[next]].concat())
@@ -410,12 +354,8 @@ impl Walk {
         };
         let normalizer = truth::log_sum_exp(over.iter().map(|&token| scaled(token)));
         let score = self.prefixes[prefix];
-        let extend = |&token: &u32| {
-            (
-                [prefix, &[token]].concat(),
-                score + scaled(token) - normalizer,
-            )
-        };
+        let extend =
+            |&token: &u32| ([prefix, &[token]].concat(), score + scaled(token) - normalizer);
         allowed.iter().map(extend).collect()
     }
 }
@@ -445,27 +385,18 @@ fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
             })
             .collect();
         for _ in 0..cases.rng.usize(0..3) {
-            steps.push(StepTokens::Forced {
-                token: cases.rng.u32(0..vocab),
-            });
+            steps.push(StepTokens::Forced { token: cases.rng.u32(0..vocab) });
         }
         let head_weight = cases.numbers(vocab as usize * hidden_dim);
         let head = Tensor::new(&[vocab as usize, hidden_dim], head_weight.clone());
         let head = backend.head(head, &steps);
         let head_weight = Matrix::new(&head_weight, hidden_dim);
         let num_slots = cases.rng.usize(1..4);
-        let mut walks: Vec<Walk> = (0..num_slots)
-            .map(|_| Walk::new(&mut cases, num_levels, num_codes, heads))
-            .collect();
-        let mut slots: Vec<Slot> = walks
-            .iter()
-            .map(|walk| slot(&backend, walk.context_len, heads))
-            .collect();
-        let context: Vec<f32> = walks
-            .iter()
-            .flat_map(|walk| &walk.context)
-            .copied()
-            .collect();
+        let mut walks: Vec<Walk> =
+            (0..num_slots).map(|_| Walk::new(&mut cases, num_levels, num_codes, heads)).collect();
+        let mut slots: Vec<Slot> =
+            walks.iter().map(|walk| slot(&backend, walk.context_len, heads)).collect();
+        let context: Vec<f32> = walks.iter().flat_map(|walk| &walk.context).copied().collect();
         let context = Buffer::new(context, 2 * heads.kv_dim());
         backend.store_context(0, &context, 0, heads, &mut slots);
         // Decoders behind an encoder write a position before the first step, others do not.
@@ -476,9 +407,7 @@ fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
             let what = format!("seed {seed} step {step}");
             let rows: usize = slots.iter().map(|slot| backend.num_beams(slot)).sum();
             if step > 0 || starts_with_tail {
-                check_tails(
-                    &backend, &mut cases, heads, &bias, &mut walks, &mut slots, &what,
-                );
+                check_tails(&backend, &mut cases, heads, &bias, &mut walks, &mut slots, &what);
             }
             let hidden = cases.numbers(rows * hidden_dim);
             let logits = truth::matmul(&Matrix::new(&hidden, hidden_dim), &head_weight, None);
@@ -517,10 +446,8 @@ fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
                     assert!((found - score).abs() < 1e-4, "{what}: {found}, not {score}");
                     assert!((found - at_rank).abs() < 1e-4, "{what}: rank {rank}");
                 }
-                walk.prefixes = found
-                    .iter()
-                    .map(|beam| (beam.tokens.clone(), scores[&beam.tokens]))
-                    .collect();
+                walk.prefixes =
+                    found.iter().map(|beam| (beam.tokens.clone(), scores[&beam.tokens])).collect();
             }
         }
     }
@@ -565,10 +492,7 @@ fn check_tails(
                     let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim;
                     fn parts(kv: &[f64], at: usize, heads: Heads) -> (&[f64], &[f64]) {
                         let (keys, values) = kv.split_at(heads.kv_dim());
-                        (
-                            &keys[at..at + heads.head_dim],
-                            &values[at..at + heads.head_dim],
-                        )
+                        (&keys[at..at + heads.head_dim], &values[at..at + heads.head_dim])
                     }
                     let mut keys_values = Vec::new();
                     if reach != Reach::Tail {
@@ -593,10 +517,7 @@ fn check_tails(
                 row += 1;
             }
         }
-        let expected = Matrix {
-            values,
-            columns: heads.query_dim(),
-        };
+        let expected = Matrix { values, columns: heads.query_dim() };
         check(&out, &expected, &format!("attend_beams {reach:?} {what}"));
     }
 }
@@ -607,22 +528,15 @@ fn embed_beams_reads_each_beams_newest_token() {
     let mut cases = Cases::new(1);
     let heads = cases.heads();
     let catalog = random_catalog(&mut cases, 2, 6);
-    let steps: Vec<StepTokens> = [0, 6]
-        .map(|first| StepTokens::Level {
-            tokens: (first..first + 6).collect(),
-        })
-        .into();
+    let steps: Vec<StepTokens> =
+        [0, 6].map(|first| StepTokens::Level { tokens: (first..first + 6).collect() }).into();
     let weight = cases.numbers(12 * 5);
     let tensor = Tensor::new(&[12, 5], weight.clone());
     let (head, table) = (backend.head(tensor.clone(), &steps), backend.table(tensor));
     let mut slots = vec![slot(&backend, 1, heads)];
     let mut rows = backend.buffer();
     backend.embed_beams(&table, &slots, &mut rows);
-    assert_eq!(
-        rows.values(),
-        &weight[3 * 5..4 * 5],
-        "the start token's row"
-    );
+    assert_eq!(rows.values(), &weight[3 * 5..4 * 5], "the start token's row");
     for step in 0..2 {
         let rule = SearchRule {
             catalog: &catalog,
@@ -638,10 +552,8 @@ fn embed_beams_reads_each_beams_newest_token() {
         backend.embed_beams(&table, &slots, &mut rows);
         let beams = backend.read_beams(&slots[0]).expect("finite scores");
         let newest = beams.iter().map(|beam| beam.tokens[step] as usize);
-        let expected: Vec<f32> = newest
-            .flat_map(|token| &weight[token * 5..(token + 1) * 5])
-            .copied()
-            .collect();
+        let expected: Vec<f32> =
+            newest.flat_map(|token| &weight[token * 5..(token + 1) * 5]).copied().collect();
         assert_eq!(rows.values(), expected);
     }
 }

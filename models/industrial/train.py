@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Train and evaluate the demo model of this folder: a small Qwen3-shaped generative recommender.
 
-    python train.py --data DATA --output FOLDER --minutes 12       train, save, evaluate
+    python train.py --data DATA --output FOLDER                    train, save, evaluate
     python train.py --data DATA --evaluate FOLDER                  evaluate a saved checkpoint
 
 DATA holds `items.jsonl` ({"item", "sid", "title"}, as in this folder) and the rows `valid.jsonl` and
-`test.jsonl` ({"history": [...], "target": ..., "user": ...}) of MiniOneRec's Industrial_and_Scientific.
+`test.jsonl` ({"id": "USER-ROW", "history": [...], "target": ...}), which are those of this folder.
 Needs torch, transformers and safetensors; a CPU is enough.
 
 A history is written as its items' codes behind a begin token; the model learns to write the next
@@ -53,7 +53,8 @@ class Data:
         sequences = {}
         for rows, takes_targets in ((self.valid, not holdout), (self.test, False)):
             for row in rows:
-                sequence = sequences.setdefault(row["user"], list(row["history"]))
+                user = row["id"].split("-")[0]
+                sequence = sequences.setdefault(user, list(row["history"]))
                 if takes_targets:
                     sequence.append(row["target"])
         self.sequences = list(sequences.values())
@@ -224,7 +225,7 @@ def main():
     parser.add_argument("--output", help="folder for the checkpoint")
     parser.add_argument("--evaluate", help="checkpoint to evaluate instead of training")
     parser.add_argument("--holdout", action="store_true", help="keep validation targets out of training, evaluate on them")
-    parser.add_argument("--minutes", type=float, default=12, help="CPU time of training")
+    parser.add_argument("--minutes", type=float, default=6, help="CPU time of training")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dropout", type=float, default=0.3)
@@ -232,7 +233,7 @@ def main():
     parser.add_argument("--decay", type=float, default=0.05, help="weight decay")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--average", type=float, default=0.998, help="decay of the weights' moving average")
-    parser.add_argument("--batch-tokens", type=int, default=6000)
+    parser.add_argument("--batch-tokens", type=int, default=2000)
     parser.add_argument("--no-crops", dest="crops", action="store_false")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

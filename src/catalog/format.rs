@@ -89,12 +89,7 @@ pub(super) fn save(catalog: &Catalog, path: &Path) -> Result<()> {
     for (kind, bytes) in &contents {
         let checksum = checksum_padded(bytes);
         let (kind, bytes) = (*kind as u64, bytes.len());
-        table.push(Section {
-            kind,
-            offset: offset as u64,
-            bytes: bytes as u64,
-            checksum,
-        });
+        table.push(Section { kind, offset: offset as u64, bytes: bytes as u64, checksum });
         offset += bytes.next_multiple_of(ALIGN);
     }
     let mut depth_start = [0; MAX_LEVELS + 2];
@@ -136,10 +131,7 @@ pub(super) fn save(catalog: &Catalog, path: &Path) -> Result<()> {
 
 pub(super) fn open(path: &Path) -> Result<Catalog> {
     let mapping = Arc::new(Mapping::open(path)?);
-    parse(&mapping).map_err(|reason| Error::CatalogFile {
-        path: path.to_path_buf(),
-        reason,
-    })
+    parse(&mapping).map_err(|reason| Error::CatalogFile { path: path.to_path_buf(), reason })
 }
 
 fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Catalog, String> {
@@ -152,15 +144,11 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Catalog, String> {
     let header: Header = bytemuck::pod_read_unaligned(header);
     if header.version != VERSION {
         let found = header.version;
-        return Err(format!(
-            "the file is of format {found}, this version reads {VERSION}"
-        ));
+        return Err(format!("the file is of format {found}, this version reads {VERSION}"));
     }
     if header.file_bytes != bytes.len() as u64 {
         let (found, expected) = (bytes.len(), header.file_bytes);
-        return Err(format!(
-            "the file has {found} bytes and should have {expected}"
-        ));
+        return Err(format!("the file has {found} bytes and should have {expected}"));
     }
     let damaged = || "the file is damaged (checksum)".to_string();
     if header.num_sections > 64 {
@@ -192,18 +180,13 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Catalog, String> {
 
     let num_levels = header.num_levels as usize;
     if num_levels == 0 || num_levels > MAX_LEVELS {
-        return Err(format!(
-            "the catalog has {num_levels} levels, 1 to {MAX_LEVELS} are possible"
-        ));
+        return Err(format!("the catalog has {num_levels} levels, 1 to {MAX_LEVELS} are possible"));
     }
     let depth_start = header.depth_start[..num_levels + 2].to_vec();
     if depth_start[..2] != [0, 1] || !depth_start.is_sorted() {
         return Err("the trie's node counts are out of order".into());
     }
-    let sections = Sections {
-        mapping,
-        table: &table,
-    };
+    let sections = Sections { mapping, table: &table };
     let trie = Trie {
         depth_start,
         first_edge: sections.column(Kind::FirstEdge)?,
@@ -214,16 +197,11 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Catalog, String> {
     let first_item: Column<u32> = sections.column(Kind::FirstItem)?;
     let names = sections.texts(Kind::NameBytes, Kind::NameStart)?;
     let by_name: Column<u32> = sections.column(Kind::ByName)?;
-    let has_titles = table
-        .iter()
-        .any(|section| section.kind == Kind::TitleStart as u64);
-    let titles = has_titles
-        .then(|| sections.texts(Kind::TitleBytes, Kind::TitleStart))
-        .transpose()?;
+    let has_titles = table.iter().any(|section| section.kind == Kind::TitleStart as u64);
+    let titles =
+        has_titles.then(|| sections.texts(Kind::TitleBytes, Kind::TitleStart)).transpose()?;
 
-    let texts_defect = names
-        .defect(num_items)
-        .or_else(|| titles.as_ref()?.defect(num_items));
+    let texts_defect = names.defect(num_items).or_else(|| titles.as_ref()?.defect(num_items));
     if let Some(defect) = trie.defect().or(texts_defect) {
         return Err(defect.into());
     }
@@ -237,14 +215,7 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Catalog, String> {
     if !covers_items || !names_in_order {
         return Err("the table of items does not fit the trie".into());
     }
-    Ok(Catalog::new(
-        trie,
-        first_item,
-        names,
-        by_name,
-        titles,
-        Some(header.file_bytes),
-    ))
+    Ok(Catalog::new(trie, first_item, names, by_name, titles, Some(header.file_bytes)))
 }
 
 struct Sections<'a> {
@@ -254,10 +225,7 @@ struct Sections<'a> {
 
 impl Sections<'_> {
     fn column<T: Pod>(&self, kind: Kind) -> std::result::Result<Column<T>, String> {
-        let section = self
-            .table
-            .iter()
-            .find(|section| section.kind == kind as u64);
+        let section = self.table.iter().find(|section| section.kind == kind as u64);
         let range = |section: &Section| -> Range<usize> {
             section.offset as usize..(section.offset + section.bytes) as usize
         };
@@ -266,10 +234,7 @@ impl Sections<'_> {
     }
 
     fn texts(&self, bytes: Kind, start: Kind) -> std::result::Result<Texts, String> {
-        Ok(Texts {
-            bytes: self.column(bytes)?,
-            start: self.column(start)?,
-        })
+        Ok(Texts { bytes: self.column(bytes)?, start: self.column(start)? })
     }
 }
 

@@ -39,18 +39,11 @@ pub fn read(
         reason,
     };
     let mut place_and_add = |place: &dyn Fn() -> String, item: Result<Item>| {
-        item.and_then(&mut add)
-            .map_err(|error| fail(place(), error.to_string()))
+        item.and_then(&mut add).map_err(|error| fail(place(), error.to_string()))
     };
-    let is_index = path
-        .extension()
-        .is_some_and(|extension| extension == "json");
+    let is_index = path.extension().is_some_and(|extension| extension == "json");
     if is_index {
-        let reader = Counting {
-            inner: BufReader::new(file),
-            read: 0,
-            progress,
-        };
+        let reader = Counting { inner: BufReader::new(file), read: 0, progress };
         let mut failure = None;
         let mut take = |name: String, codes: Vec<Code>| {
             let place = || format!("item {name:?}");
@@ -68,17 +61,11 @@ pub fn read(
             None => parsed.map_err(|error| json_error(path, &fail, "index", error)),
         };
     }
-    let mut lines = Counting {
-        inner: BufReader::new(file),
-        read: 0,
-        progress,
-    };
+    let mut lines = Counting { inner: BufReader::new(file), read: 0, progress };
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
-        let read = lines
-            .read_line_bytes(&mut line)
-            .map_err(|error| Error::io(path, error))?;
+        let read = lines.read_line_bytes(&mut line).map_err(|error| Error::io(path, error))?;
         if read == 0 {
             break;
         }
@@ -88,10 +75,7 @@ pub fn read(
         let place = || format!("line {number}");
         let item: ItemLine =
             serde_json::from_slice(&line).map_err(|error| fail(place(), error.to_string()))?;
-        place_and_add(
-            &place,
-            codes_to_item(item.item.into(), &item.sid, item.title),
-        )?;
+        place_and_add(&place, codes_to_item(item.item.into(), &item.sid, item.title))?;
     }
     Ok(())
 }
@@ -104,10 +88,7 @@ fn json_error(
 ) -> Error {
     match error.classify() {
         serde_json::error::Category::Io => Error::io(path, error.into()),
-        _ => fail(
-            format!("{what} at line {}", error.line()),
-            error.to_string(),
-        ),
+        _ => fail(format!("{what} at line {}", error.line()), error.to_string()),
     }
 }
 
@@ -131,37 +112,26 @@ impl Code {
             Code::Number(number) => Some(*number),
             Code::Text(text) => last_number(text),
         };
-        number
-            .and_then(|number| u16::try_from(number).ok())
-            .ok_or_else(|| Error::InvalidField {
-                field: "sid",
-                reason: match self {
-                    Code::Number(number) => format!("code {number} is over 65535"),
-                    Code::Text(text) => format!("code {text:?} holds no number up to 65535"),
-                },
-            })
+        number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| Error::InvalidField {
+            field: "sid",
+            reason: match self {
+                Code::Number(number) => format!("code {number} is over 65535"),
+                Code::Text(text) => format!("code {text:?} holds no number up to 65535"),
+            },
+        })
     }
 }
 
 fn last_number(text: &str) -> Option<u64> {
     let end = text.rfind(|c: char| c.is_ascii_digit())? + 1;
     let start = text[..end].rfind(|c: char| !c.is_ascii_digit());
-    let start = start.map_or(0, |at| {
-        at + text[at..].chars().next().map_or(1, char::len_utf8)
-    });
+    let start = start.map_or(0, |at| at + text[at..].chars().next().map_or(1, char::len_utf8));
     text[start..end].parse().ok()
 }
 
 fn codes_to_item(name: String, codes: &[Code], title: Option<String>) -> Result<Item> {
-    let codes = codes
-        .iter()
-        .map(Code::value)
-        .collect::<Result<Vec<u16>>>()?;
-    Ok(Item {
-        name,
-        sid: Sid::new(&codes)?,
-        title: title.unwrap_or_default(),
-    })
+    let codes = codes.iter().map(Code::value).collect::<Result<Vec<u16>>>()?;
+    Ok(Item { name, sid: Sid::new(&codes)?, title: title.unwrap_or_default() })
 }
 
 /// Feeds the entries of one JSON object to `take`, without holding them all.

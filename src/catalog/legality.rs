@@ -72,10 +72,7 @@ pub struct Legality {
 
 impl Legality {
     pub(super) fn new(available: Arc<RankBitmap>, blocked: Vec<u32>) -> Legality {
-        debug_assert!(
-            blocked.is_sorted_by(|a, b| a < b),
-            "blocked leaves must be sorted"
-        );
+        debug_assert!(blocked.is_sorted_by(|a, b| a < b), "blocked leaves must be sorted");
         let available = (!available.is_full()).then_some(available);
         Legality { available, blocked }
     }

@@ -82,17 +82,12 @@ impl Catalog {
 
     /// The item's title, where the catalog has titles.
     pub fn title(&self, item: u32) -> Option<&str> {
-        self.titles
-            .as_ref()
-            .map(|titles| titles.get(item))
-            .filter(|title| !title.is_empty())
+        self.titles.as_ref().map(|titles| titles.get(item)).filter(|title| !title.is_empty())
     }
 
     /// The item of a name.
     pub fn find(&self, name: &str) -> Option<u32> {
-        let at = self
-            .by_name
-            .binary_search_by(|&item| self.name(item).cmp(name));
+        let at = self.by_name.binary_search_by(|&item| self.name(item).cmp(name));
         at.ok().map(|at| self.by_name[at])
     }
 
@@ -108,9 +103,7 @@ impl Catalog {
 
     /// Whether the item can be recommended at all.
     pub fn is_available(&self, item: u32) -> bool {
-        self.available_items
-            .as_ref()
-            .is_none_or(|items| items.contains(item))
+        self.available_items.as_ref().is_none_or(|items| items.contains(item))
     }
 
     /// The number of the state that a search sees now; it grows with every change.
@@ -140,10 +133,7 @@ impl Catalog {
     /// `excluded` is sorted and without repetition. A semantic ID stays legal while one of its
     /// items is available and not excluded.
     pub fn legality(&self, excluded: &[u32]) -> Legality {
-        assert!(
-            excluded.is_sorted_by(|a, b| a < b),
-            "excluded items must be sorted, distinct"
-        );
+        assert!(excluded.is_sorted_by(|a, b| a < b), "excluded items must be sorted, distinct");
         let mut blocked = Vec::new();
         let mut rest = excluded;
         while let Some(&item) = rest.first() {
@@ -160,10 +150,7 @@ impl Catalog {
     }
 
     fn leaf_of(&self, item: u32) -> u32 {
-        assert!(
-            (item as usize) < self.num_items(),
-            "item {item} is not in the catalog"
-        );
+        assert!((item as usize) < self.num_items(), "item {item} is not in the catalog");
         self.first_item.partition_point(|&first| first <= item) as u32 - 1
     }
 
@@ -214,25 +201,16 @@ impl CatalogBuilder {
     /// [`Error::InvalidField`] where it has no name or another number of levels than the first.
     pub fn add(&mut self, item: Item) -> Result<()> {
         if item.name.is_empty() {
-            return Err(Error::InvalidField {
-                field: "item",
-                reason: "the name is empty".into(),
-            });
+            return Err(Error::InvalidField { field: "item", reason: "the name is empty".into() });
         }
-        let num_levels = self
-            .items
-            .first()
-            .map_or(item.sid.num_levels(), |i| i.sid.num_levels());
+        let num_levels = self.items.first().map_or(item.sid.num_levels(), |i| i.sid.num_levels());
         if item.sid.num_levels() != num_levels {
             let reason = format!(
                 "item {:?} has {} levels, the items before it have {num_levels}",
                 item.name,
                 item.sid.num_levels()
             );
-            return Err(Error::InvalidField {
-                field: "sid",
-                reason,
-            });
+            return Err(Error::InvalidField { field: "sid", reason });
         }
         self.items.push(item);
         Ok(())
@@ -245,10 +223,7 @@ impl CatalogBuilder {
     pub fn build(mut self) -> Result<Catalog> {
         if self.items.is_empty() {
             let reason = "there are no items; a catalog needs at least one".into();
-            return Err(Error::InvalidField {
-                field: "items",
-                reason,
-            });
+            return Err(Error::InvalidField { field: "items", reason });
         }
         self.items.sort_by_key(|item| item.sid);
         let mut sids = Vec::new();
@@ -263,18 +238,9 @@ impl CatalogBuilder {
         let name = |item: &u32| &self.items[*item as usize].name;
         let mut by_name: Vec<u32> = (0..self.items.len() as u32).collect();
         by_name.sort_unstable_by_key(name);
-        if let Some(twins) = by_name
-            .windows(2)
-            .find(|pair| name(&pair[0]) == name(&pair[1]))
-        {
-            let reason = format!(
-                "item {:?} appears twice; names must be unique",
-                name(&twins[0])
-            );
-            return Err(Error::InvalidField {
-                field: "item",
-                reason,
-            });
+        if let Some(twins) = by_name.windows(2).find(|pair| name(&pair[0]) == name(&pair[1])) {
+            let reason = format!("item {:?} appears twice; names must be unique", name(&twins[0]));
+            return Err(Error::InvalidField { field: "item", reason });
         }
         let has_titles = self.items.iter().any(|item| !item.title.is_empty());
         let titles = has_titles.then(|| self.items.iter().map(|i| i.title.as_str()).collect());
@@ -315,10 +281,7 @@ impl Texts {
         let Ok(text) = std::str::from_utf8(&self.bytes) else {
             return Some("a text is not UTF-8");
         };
-        let whole = self
-            .start
-            .iter()
-            .all(|&start| text.is_char_boundary(start as usize));
+        let whole = self.start.iter().all(|&start| text.is_char_boundary(start as usize));
         (!whole).then_some("a text starts inside a character")
     }
 }
@@ -330,10 +293,7 @@ impl<'a> FromIterator<&'a str> for Texts {
             bytes.extend_from_slice(text.as_bytes());
             start.push(bytes.len() as u64);
         }
-        Texts {
-            bytes: bytes.into(),
-            start: start.into(),
-        }
+        Texts { bytes: bytes.into(), start: start.into() }
     }
 }
 
@@ -346,11 +306,7 @@ mod tests {
         let items = [("b", [1, 1]), ("a", [0, 2]), ("c", [1, 1]), ("d", [0, 1])];
         for (name, codes) in items {
             let sid = Sid::new(&codes).expect("two levels");
-            let item = Item {
-                name: name.into(),
-                sid,
-                title: String::new(),
-            };
+            let item = Item { name: name.into(), sid, title: String::new() };
             builder.add(item).expect("levels agree");
         }
         builder.build().expect("names are unique")

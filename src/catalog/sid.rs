@@ -26,10 +26,7 @@ impl Sid {
                 reason: format!("has {} levels, 1 to {MAX_LEVELS} are possible", codes.len()),
             });
         }
-        let mut sid = Sid {
-            codes: [0; MAX_LEVELS],
-            num_levels: codes.len() as u8,
-        };
+        let mut sid = Sid { codes: [0; MAX_LEVELS], num_levels: codes.len() as u8 };
         sid.codes[..codes.len()].copy_from_slice(codes);
         Ok(sid)
     }

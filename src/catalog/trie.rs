@@ -35,26 +35,14 @@ impl Trie {
     /// # Panics
     /// Where they are not, or where there are 2^31 or more.
     pub fn build(sids: &[Sid]) -> Trie {
-        assert!(
-            sids.is_sorted_by(|a, b| a < b),
-            "semantic IDs must be sorted and distinct"
-        );
+        assert!(sids.is_sorted_by(|a, b| a < b), "semantic IDs must be sorted and distinct");
         assert!(sids.len() < 1 << 31, "node numbers are 32 bits");
         let num_levels = sids.first().map_or(1, Sid::num_levels);
-        assert!(
-            sids.iter().all(|sid| sid.num_levels() == num_levels),
-            "levels must agree"
-        );
+        assert!(sids.iter().all(|sid| sid.num_levels() == num_levels), "levels must agree");
 
         // How many leading codes each semantic ID has in common with the one before it.
         let shared: Vec<u8> = (0..sids.len())
-            .map(|i| {
-                if i == 0 {
-                    0
-                } else {
-                    shared_codes(&sids[i - 1], &sids[i])
-                }
-            })
+            .map(|i| if i == 0 { 0 } else { shared_codes(&sids[i - 1], &sids[i]) })
             .collect();
         let mut depth_start = vec![0, 1];
         let (mut first_edge, mut code, mut first_leaf) = (Vec::new(), Vec::new(), Vec::new());
@@ -138,10 +126,7 @@ impl Trie {
     /// The node reached from `node` by `code`.
     pub fn child(&self, node: u32, code: u16) -> Option<u32> {
         let (children, codes) = self.children(node);
-        codes
-            .binary_search(&code)
-            .ok()
-            .map(|at| children.start + at as u32)
+        codes.binary_search(&code).ok().map(|at| children.start + at as u32)
     }
 
     /// The leaf of a semantic ID.
@@ -149,9 +134,7 @@ impl Trie {
         if codes.len() != self.num_levels() {
             return None;
         }
-        let node = codes
-            .iter()
-            .try_fold(Trie::ROOT, |node, &code| self.child(node, code))?;
+        let node = codes.iter().try_fold(Trie::ROOT, |node, &code| self.child(node, code))?;
         Some(node - self.depth_start[self.num_levels()])
     }
 
@@ -226,11 +209,7 @@ impl Trie {
 }
 
 fn shared_codes(a: &Sid, b: &Sid) -> u8 {
-    a.codes()
-        .iter()
-        .zip(b.codes())
-        .take_while(|(a, b)| a == b)
-        .count() as u8
+    a.codes().iter().zip(b.codes()).take_while(|(a, b)| a == b).count() as u8
 }
 
 #[cfg(test)]
@@ -238,10 +217,7 @@ mod tests {
     use super::*;
 
     fn trie(sids: &[[u16; 3]]) -> Trie {
-        let sids: Vec<Sid> = sids
-            .iter()
-            .map(|codes| Sid::new(codes).expect("three"))
-            .collect();
+        let sids: Vec<Sid> = sids.iter().map(|codes| Sid::new(codes).expect("three")).collect();
         Trie::build(&sids)
     }
 
@@ -261,10 +237,7 @@ mod tests {
         let trie = trie(&[[0, 1, 2], [0, 1, 5], [0, 3, 0], [4, 0, 0]]);
         assert_eq!(trie.leaves(Trie::ROOT, 0), 0..4);
         assert_eq!((trie.leaves(1, 1), trie.leaves(2, 1)), (0..3, 3..4));
-        assert_eq!(
-            (trie.leaves(3, 2), trie.leaves(4, 2), trie.leaves(5, 2)),
-            (0..2, 2..3, 3..4)
-        );
+        assert_eq!((trie.leaves(3, 2), trie.leaves(4, 2), trie.leaves(5, 2)), (0..2, 2..3, 3..4));
         assert_eq!(trie.leaves(8, 3), 2..3);
         assert_eq!(trie.leaf(&[0, 3, 0]), Some(2));
         assert_eq!(trie.codes(2).codes(), [0, 3, 0]);
@@ -274,9 +247,6 @@ mod tests {
     #[test]
     fn an_empty_trie_has_a_root_without_children() {
         let trie = Trie::build(&[]);
-        assert_eq!(
-            (trie.num_leaves(), trie.children(Trie::ROOT).0.len()),
-            (0, 0)
-        );
+        assert_eq!((trie.num_leaves(), trie.children(Trie::ROOT).0.len()), (0, 0));
     }
 }

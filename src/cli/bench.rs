@@ -101,9 +101,7 @@ struct Settings {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let engine = open(arguments)?;
-    let defaults = arguments
-        .search
-        .defaults(usize::from(arguments.search.beams));
+    let defaults = arguments.search.defaults(usize::from(arguments.search.beams));
     let requests = match &arguments.requests {
         Some(path) => read_requests(path, &defaults)?,
         None => random_requests(&engine, arguments.history as usize, &defaults),
@@ -128,10 +126,7 @@ fn open(arguments: &Arguments) -> Result<Engine> {
         return engine;
     }
     let model = ModelArguments {
-        model: arguments
-            .model
-            .clone()
-            .expect("required where there is no shape"),
+        model: arguments.model.clone().expect("required where there is no shape"),
         catalog: arguments.catalog.clone(),
         device: arguments.device.clone(),
     };
@@ -139,10 +134,7 @@ fn open(arguments: &Arguments) -> Result<Engine> {
 }
 
 fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>> {
-    let error = |source: std::io::Error| Error::Io {
-        path: path.to_path_buf(),
-        source,
-    };
+    let error = |source: std::io::Error| Error::Io { path: path.to_path_buf(), source };
     let file = std::fs::File::open(path).map_err(error)?;
     let mut requests = Vec::new();
     for line in BufReader::new(file).lines() {
@@ -161,11 +153,7 @@ fn random_requests(engine: &Engine, len: usize, defaults: &RequestDefaults) -> V
     let catalog = engine.catalog();
     let mut rng = fastrand::Rng::with_seed(1);
     let request = |_| {
-        let item = |_| {
-            catalog
-                .name(rng.u32(0..catalog.num_items() as u32))
-                .to_string()
-        };
+        let item = |_| catalog.name(rng.u32(0..catalog.num_items() as u32)).to_string();
         let mut request = Request::from_history((0..len).map(item).collect::<Vec<String>>());
         request.beams = defaults.beams;
         request.top_k = defaults.top_k;
@@ -187,15 +175,10 @@ struct Run {
 fn measure(engine: &Engine, requests: &[Request], arguments: &Arguments) -> Result<Run> {
     let bar = ProgressBar::new(requests.len() as u64 * u64::from(arguments.repeat));
     let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {per_sec} {elapsed}");
-    let bar = bar
-        .with_style(style.expect("a sound template"))
-        .with_message("requests");
+    let bar = bar.with_style(style.expect("a sound template")).with_message("requests");
     let latencies = Mutex::new(Vec::new());
     let failure = Mutex::new(None);
-    let (phases, flops) = (
-        engine.phases(),
-        engine.run(|backend| backend.matrix_flops()),
-    );
+    let (phases, flops) = (engine.phases(), engine.run(|backend| backend.matrix_flops()));
     let (start, cpu_start) = (Instant::now(), cpu_time());
     for _ in 0..arguments.repeat {
         for group in requests.chunks(arguments.concurrency as usize) {
@@ -204,10 +187,7 @@ fn measure(engine: &Engine, requests: &[Request], arguments: &Arguments) -> Resu
                 let latency = handed_over.elapsed().as_secs_f64() * 1e3;
                 latencies.lock().expect("no holder panics").push(latency);
                 if let Err(error) = answer {
-                    failure
-                        .lock()
-                        .expect("no holder panics")
-                        .get_or_insert(error);
+                    failure.lock().expect("no holder panics").get_or_insert(error);
                 }
                 bar.inc(1);
             };
@@ -218,9 +198,7 @@ fn measure(engine: &Engine, requests: &[Request], arguments: &Arguments) -> Resu
         }
     }
     let seconds = start.elapsed().as_secs_f64();
-    let cpu_seconds = cpu_time()
-        .zip(cpu_start)
-        .map(|(end, start)| (end - start).as_secs_f64());
+    let cpu_seconds = cpu_time().zip(cpu_start).map(|(end, start)| (end - start).as_secs_f64());
     bar.finish_and_clear();
     if let Some(error) = failure.into_inner().expect("no holder panics") {
         return Err(error);
@@ -248,9 +226,7 @@ fn report(arguments: &Arguments, engine: &Engine, mut run: Run, machine: Machine
         (Some(path), _) => path.display().to_string(),
         (None, shape) => {
             let value = shape.and_then(|shape| clap::ValueEnum::to_possible_value(&shape));
-            value
-                .map(|value| value.get_name().to_string())
-                .unwrap_or_default()
+            value.map(|value| value.get_name().to_string()).unwrap_or_default()
         }
     };
     Report {
@@ -262,9 +238,7 @@ fn report(arguments: &Arguments, engine: &Engine, mut run: Run, machine: Machine
             p99: quantile(0.99),
             max: quantile(1.0),
         },
-        cpu_ms_per_request: run
-            .cpu_seconds
-            .map(|seconds| seconds * 1e3 / requests as f64),
+        cpu_ms_per_request: run.cpu_seconds.map(|seconds| seconds * 1e3 / requests as f64),
         seconds: Seconds {
             total: run.seconds,
             prefill: run.phases.prefill.as_secs_f64(),
@@ -287,18 +261,11 @@ fn report(arguments: &Arguments, engine: &Engine, mut run: Run, machine: Machine
 }
 
 fn to_text(report: &Report) -> String {
-    let Report {
-        latency_ms,
-        seconds,
-        machine,
-        settings,
-        ..
-    } = report;
+    let Report { latency_ms, seconds, machine, settings, .. } = report;
     let busy = seconds.prefill + seconds.decode + seconds.search;
     let share = |part: f64| 100.0 * part / busy;
-    let cpu = report
-        .cpu_ms_per_request
-        .map_or(String::new(), |ms| format!(", {ms:.2} ms of CPU each"));
+    let cpu =
+        report.cpu_ms_per_request.map_or(String::new(), |ms| format!(", {ms:.2} ms of CPU each"));
     let memory = report.peak_memory_bytes.map_or("unknown".into(), |bytes| {
         format!("{:.0} MiB at most", bytes as f64 / f64::from(1 << 20))
     });

@@ -59,31 +59,17 @@ pub fn run(command: &Command) -> Result<Outcome> {
 fn build(arguments: &Build) -> Result<()> {
     if items::is_items_file(&arguments.output) {
         let reason = "ends as a file of items does; name the catalog otherwise, as items.sidereal";
-        return Err(Error::InvalidField {
-            field: "--output",
-            reason: reason.into(),
-        });
+        return Err(Error::InvalidField { field: "--output", reason: reason.into() });
     }
-    let bytes = std::fs::metadata(&arguments.items)
-        .ok()
-        .map(|metadata| metadata.len());
+    let bytes = std::fs::metadata(&arguments.items).ok().map(|metadata| metadata.len());
     let progress = progress_bar(bytes, "reading items");
     let mut builder = CatalogBuilder::default();
-    items::read(
-        &arguments.items,
-        |item| builder.add(item),
-        |read| progress.set_position(read),
-    )?;
+    items::read(&arguments.items, |item| builder.add(item), |read| progress.set_position(read))?;
     progress.set_message("laying out");
     let catalog = builder.build()?;
     catalog.save(&arguments.output)?;
     progress.finish_and_clear();
-    let Summary {
-        items,
-        sids,
-        levels,
-        ..
-    } = Summary::of(&catalog);
+    let Summary { items, sids, levels, .. } = Summary::of(&catalog);
     let output = arguments.output.display();
     eprintln!("{output}: {items} items, {sids} semantic IDs of {levels} levels");
     Ok(())
@@ -138,10 +124,7 @@ impl Summary {
                 .collect(),
             largest_fan_out: levels
                 .map(|level| {
-                    nodes(level)
-                        .map(|node| trie.children(node).0.len())
-                        .max()
-                        .unwrap_or(0)
+                    nodes(level).map(|node| trie.children(node).0.len()).max().unwrap_or(0)
                 })
                 .collect(),
             trie_bytes: trie.size_bytes(),

@@ -129,19 +129,12 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         false => to_text(&report),
     };
     writeln!(std::io::stdout(), "{text}").map_err(write_error(None))?;
-    Ok(if failed == 0 {
-        Outcome::Done
-    } else {
-        Outcome::SomeFailed
-    })
+    Ok(if failed == 0 { Outcome::Done } else { Outcome::SomeFailed })
 }
 
 fn bad_line(path: &Path, line: usize, reason: &str) -> Error {
     let reason = format!("line {line}: {reason}");
-    Error::Io {
-        path: path.to_path_buf(),
-        source: std::io::Error::other(reason),
-    }
+    Error::Io { path: path.to_path_buf(), source: std::io::Error::other(reason) }
 }
 
 /// The target's rank, from one, by semantic ID and by item.
@@ -152,15 +145,8 @@ fn ranks(catalog: &Catalog, answer: &Answer, target: &str) -> (Option<usize>, Op
     let target_sid = catalog.sid(target);
     let mut sids: Vec<_> = answer.items.iter().map(|found| found.sid).collect();
     sids.dedup();
-    let sid_rank = sids
-        .iter()
-        .position(|&sid| sid == target_sid)
-        .map(|at| at + 1);
-    let item_rank = answer
-        .items
-        .iter()
-        .position(|found| found.item == target)
-        .map(|at| at + 1);
+    let sid_rank = sids.iter().position(|&sid| sid == target_sid).map(|at| at + 1);
+    let item_rank = answer.items.iter().position(|found| found.item == target).map(|at| at + 1);
     (sid_rank, item_rank)
 }
 

@@ -108,10 +108,7 @@ impl DeviceArguments {
                 reason: "this build computes on \"cpu\"".into(),
             });
         }
-        Ok(EngineOptions {
-            threads: self.threads.into(),
-            max_context: self.max_context,
-        })
+        Ok(EngineOptions { threads: self.threads.into(), max_context: self.max_context })
     }
 }
 
@@ -190,19 +187,16 @@ impl ModelArguments {
 
 fn catalog_beside(model: &Path) -> Result<PathBuf> {
     let candidates = CATALOG_NAMES.map(|name| model.join(name));
-    candidates
-        .into_iter()
-        .find(|path| path.exists())
-        .ok_or_else(|| Error::Io {
-            path: model.join(CATALOG_NAMES[0]),
-            source: std::io::Error::new(
-                std::io::ErrorKind::NotFound,
-                format!(
-                    "no catalog beside the model ({}); name one with --catalog",
-                    CATALOG_NAMES.join(", ")
-                ),
+    candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::Io {
+        path: model.join(CATALOG_NAMES[0]),
+        source: std::io::Error::new(
+            std::io::ErrorKind::NotFound,
+            format!(
+                "no catalog beside the model ({}); name one with --catalog",
+                CATALOG_NAMES.join(", ")
             ),
-        })
+        ),
+    })
 }
 
 /// An error of writing to `path`, or to the standard output.

@@ -61,11 +61,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         None => Box::new(BufWriter::new(std::io::stdout())),
     };
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
-    let format = arguments.format.unwrap_or(if is_seen {
-        Format::Table
-    } else {
-        Format::Jsonl
-    });
+    let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
     let defaults = arguments.search.defaults(arguments.top_k as usize);
     answer_file(&engine, &arguments.requests, &defaults, |answered| {
@@ -113,10 +109,7 @@ struct ErrorEntry {
 
 impl ErrorEntry {
     fn new(error: &Error) -> ErrorEntry {
-        ErrorEntry {
-            code: error.code(),
-            message: error.to_string(),
-        }
+        ErrorEntry { code: error.code(), message: error.to_string() }
     }
 }
 
@@ -125,9 +118,7 @@ fn write_line(
     catalog: &Catalog,
     answered: &Answered,
 ) -> std::io::Result<()> {
-    let Answered {
-        id, line_number, ..
-    } = answered;
+    let Answered { id, line_number, .. } = answered;
     match &answered.answer {
         Ok(answer) => {
             let entry = |found: &'_ sidereal::Recommendation| (found.item, found.sid, found.score);
@@ -141,19 +132,11 @@ fn write_line(
             let items = items.collect();
             serde_json::to_writer(
                 &mut *writer,
-                &AnswerLine {
-                    id,
-                    items,
-                    snapshot: answer.snapshot,
-                },
+                &AnswerLine { id, items, snapshot: answer.snapshot },
             )?;
         }
         Err(error) => {
-            let line = ErrorLine {
-                id,
-                line: *line_number,
-                error: ErrorEntry::new(error),
-            };
+            let line = ErrorLine { id, line: *line_number, error: ErrorEntry::new(error) };
             serde_json::to_writer(&mut *writer, &line)?;
         }
     }
@@ -200,11 +183,7 @@ fn table(catalog: &Catalog, answer: &Answer, line: Option<&RequestLine>) -> Tabl
     let target = line.and_then(RequestLine::target);
     for (rank, found) in answer.items.iter().enumerate() {
         let item = catalog.name(found.item);
-        let mark = if target == Some(item) {
-            " ◀ taken next"
-        } else {
-            ""
-        };
+        let mark = if target == Some(item) { " ◀ taken next" } else { "" };
         table.add_row([
             format!("{}", rank + 1),
             item.to_string(),

@@ -38,9 +38,7 @@ pub fn answer_file(
         }
     };
     let progress = progress_bar(bytes, "requests");
-    let mut lines = BufReader::new(progress.wrap_read(input))
-        .split(b'\n')
-        .enumerate();
+    let mut lines = BufReader::new(progress.wrap_read(input)).split(b'\n').enumerate();
     loop {
         let mut stretch = Vec::new();
         for (index, line) in lines.by_ref() {
@@ -72,9 +70,7 @@ struct Parsed {
 
 fn parse(line_number: usize, bytes: &[u8], defaults: &RequestDefaults) -> Parsed {
     let parsed = std::str::from_utf8(bytes)
-        .map_err(|error| Error::MalformedRequest {
-            reason: error.to_string(),
-        })
+        .map_err(|error| Error::MalformedRequest { reason: error.to_string() })
         .and_then(RequestLine::parse);
     match parsed {
         Ok(line) => Parsed {
@@ -86,12 +82,7 @@ fn parse(line_number: usize, bytes: &[u8], defaults: &RequestDefaults) -> Parsed
         Err(error) => {
             let value = serde_json::from_slice::<serde_json::Value>(bytes).unwrap_or_default();
             let id = value.get("id").cloned().unwrap_or_default();
-            Parsed {
-                line_number,
-                line: None,
-                id,
-                request: Err(error),
-            }
+            Parsed { line_number, line: None, id, request: Err(error) }
         }
     }
 }
@@ -119,12 +110,7 @@ fn answer(engine: &Engine, stretch: Vec<Parsed>, progress: &ProgressBar) -> Vec<
         .map(|((line_number, line, id), request)| {
             let answer =
                 request.and_then(|index| results[index].take().expect("every request is answered"));
-            Answered {
-                line_number,
-                line,
-                id,
-                answer,
-            }
+            Answered { line_number, line, id, answer }
         })
         .collect()
 }
@@ -136,10 +122,7 @@ pub fn progress_bar(bytes: Option<u64>, what: &'static str) -> ProgressBar {
             ProgressBar::new(bytes),
             "{msg} {wide_bar} {bytes}/{total_bytes} {elapsed} (another {eta})",
         ),
-        None => (
-            ProgressBar::new_spinner(),
-            "{msg} {spinner} {bytes} {elapsed}",
-        ),
+        None => (ProgressBar::new_spinner(), "{msg} {spinner} {bytes} {elapsed}"),
     };
     let style = ProgressStyle::with_template(template).expect("a sound template");
     bar.with_style(style).with_message(what)
@@ -153,8 +136,5 @@ pub fn spinner(what: &'static str) -> ProgressBar {
 }
 
 fn io_error(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
-    |source| Error::Io {
-        path: path.to_path_buf(),
-        source,
-    }
+    |source| Error::Io { path: path.to_path_buf(), source }
 }

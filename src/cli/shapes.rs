@@ -73,11 +73,7 @@ impl Shape {
             let code = |_| (rng.f32() * rng.f32() * num_codes as f32) as u16;
             let codes: Vec<u16> = (0..num_levels).map(code).collect();
             let sid = Sid::new(&codes)?;
-            builder.add(Item {
-                name: item.to_string(),
-                sid,
-                title: String::new(),
-            })?;
+            builder.add(Item { name: item.to_string(), sid, title: String::new() })?;
         }
         let catalog: Arc<Catalog> = Arc::new(builder.build()?);
         let level = |level: u32| {
@@ -86,23 +82,13 @@ impl Shape {
         };
         let layout = SidLayout {
             levels: (0..num_levels as u32).map(level).collect(),
-            prompt: Prompt {
-                prefix: vec![1],
-                ..Prompt::default()
-            },
+            prompt: Prompt { prefix: vec![1], ..Prompt::default() },
             suffix: Vec::new(),
             normalization: Normalization::Vocabulary,
         };
         let keys = self.config().as_object().cloned().unwrap_or_default();
         let config = Config::new(Path::new("config.json"), keys);
         let weights = Weights::random(7);
-        Engine::from_parts(
-            CpuBackend::default(),
-            &config,
-            weights,
-            layout,
-            catalog,
-            options,
-        )
+        Engine::from_parts(CpuBackend::default(), &config, weights, layout, catalog, options)
     }
 }

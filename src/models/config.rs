@@ -27,34 +27,22 @@ impl Config {
     /// # Errors
     /// The operating system's, or [`Error::ModelConfig`] where it is no JSON object.
     pub fn read(path: &Path) -> Result<Config> {
-        Ok(Config {
-            path: path.to_path_buf(),
-            keys: read_json(path)?,
-        })
+        Ok(Config { path: path.to_path_buf(), keys: read_json(path)? })
     }
 
     /// A configuration in memory; `path` stands in its errors.
     pub fn new(path: &Path, keys: Map<String, Value>) -> Config {
-        Config {
-            path: path.to_path_buf(),
-            keys,
-        }
+        Config { path: path.to_path_buf(), keys }
     }
 
     /// An error about this file.
     pub fn error(&self, reason: String) -> Error {
-        Error::ModelConfig {
-            path: self.path.clone(),
-            reason,
-        }
+        Error::ModelConfig { path: self.path.clone(), reason }
     }
 
     /// The network that the checkpoint is for, as `T5ForConditionalGeneration`.
     pub fn architecture(&self) -> Result<&str> {
-        let first = self
-            .keys
-            .get("architectures")
-            .and_then(|names| names.get(0));
+        let first = self.keys.get("architectures").and_then(|names| names.get(0));
         first.and_then(Value::as_str).ok_or_else(|| {
             self.error("\"architectures\" must name the network, as in Hugging Face's files".into())
         })
@@ -62,8 +50,7 @@ impl Config {
 
     /// A positive whole number.
     pub fn size(&self, key: &str) -> Result<usize> {
-        self.size_if_given(key)?
-            .ok_or_else(|| self.error(format!("{key:?} is missing")))
+        self.size_if_given(key)?.ok_or_else(|| self.error(format!("{key:?} is missing")))
     }
 
     /// A positive whole number with a default.
@@ -90,9 +77,7 @@ impl Config {
         };
         match value.as_u64() {
             Some(token) if token < vocab_size as u64 => Ok(token as u32),
-            _ => Err(self.error(format!(
-                "{key:?} is {value}, not a token below {vocab_size}"
-            ))),
+            _ => Err(self.error(format!("{key:?} is {value}, not a token below {vocab_size}"))),
         }
     }
 
@@ -109,8 +94,7 @@ impl Config {
             return Ok(None);
         };
         let flag = value.as_bool();
-        flag.map(Some)
-            .ok_or_else(|| self.error(format!("{key:?} is {value}, not true or false")))
+        flag.map(Some).ok_or_else(|| self.error(format!("{key:?} is {value}, not true or false")))
     }
 
     /// A text with a default.
@@ -118,9 +102,7 @@ impl Config {
         let Some(value) = self.given(key) else {
             return Ok(default);
         };
-        value
-            .as_str()
-            .ok_or_else(|| self.error(format!("{key:?} is {value}, not a text")))
+        value.as_str().ok_or_else(|| self.error(format!("{key:?} is {value}, not a text")))
     }
 
     /// An object, where given.
@@ -130,10 +112,7 @@ impl Config {
         };
         let keys = value.as_object().cloned();
         let keys = keys.ok_or_else(|| self.error(format!("{key:?} is {value}, not an object")))?;
-        Ok(Some(Config {
-            path: self.path.clone(),
-            keys,
-        }))
+        Ok(Some(Config { path: self.path.clone(), keys }))
     }
 
     /// The key's value; null counts as absent.
@@ -157,10 +136,8 @@ fn positive_number(
 
 fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
     let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-    serde_json::from_slice(&text).map_err(|error| Error::ModelConfig {
-        path: path.to_path_buf(),
-        reason: error.to_string(),
-    })
+    serde_json::from_slice(&text)
+        .map_err(|error| Error::ModelConfig { path: path.to_path_buf(), reason: error.to_string() })
 }
 
 /// How a model writes semantic IDs and reads histories, from `sidereal.json`.
@@ -219,20 +196,15 @@ impl SidLayout {
     pub fn read(folder: &Path, vocab_size: usize) -> Result<SidLayout> {
         let path = folder.join("sidereal.json");
         let file: LayoutFile = read_json(&path)?;
-        let error = |reason: String| Error::ModelConfig {
-            path: path.clone(),
-            reason,
-        };
+        let error = |reason: String| Error::ModelConfig { path: path.clone(), reason };
         if file.levels.is_empty() || file.levels.len() > MAX_LEVELS {
             let found = file.levels.len();
             return Err(error(format!(
                 "\"levels\" has {found} entries, 1 to {MAX_LEVELS} are possible"
             )));
         }
-        let needs_tokenizer = file
-            .levels
-            .iter()
-            .any(|level| matches!(level, LevelEntry::Template { .. }));
+        let needs_tokenizer =
+            file.levels.iter().any(|level| matches!(level, LevelEntry::Template { .. }));
         let vocabulary = match needs_tokenizer {
             true => read_vocabulary(&folder.join("tokenizer.json"))?,
             false => HashMap::new(),
@@ -273,25 +245,14 @@ impl SidLayout {
             }
             levels.push(tokens);
         }
-        let Prompt {
-            prefix,
-            suffix,
-            separator,
-            max_items,
-        } = &file.prompt;
+        let Prompt { prefix, suffix, separator, max_items } = &file.prompt;
         if *max_items == Some(0) {
             return Err(error("\"max_items\" must be at least 1".into()));
         }
         let named = levels.iter().flatten().filter(|&&token| token != NO_TOKEN);
-        let named = named
-            .chain(prefix)
-            .chain(suffix)
-            .chain(separator)
-            .chain(&file.suffix);
+        let named = named.chain(prefix).chain(suffix).chain(separator).chain(&file.suffix);
         if let Some(token) = named.max().filter(|&&token| token as usize >= vocab_size) {
-            return Err(error(format!(
-                "token {token} is outside the vocabulary of {vocab_size}"
-            )));
+            return Err(error(format!("token {token} is outside the vocabulary of {vocab_size}")));
         }
         Ok(SidLayout {
             levels,
@@ -303,13 +264,8 @@ impl SidLayout {
 
     /// What each decoding step may choose from.
     pub fn steps(&self) -> Vec<StepTokens> {
-        let levels = self.levels.iter().map(|tokens| StepTokens::Level {
-            tokens: tokens.clone(),
-        });
-        let suffix = self
-            .suffix
-            .iter()
-            .map(|&token| StepTokens::Forced { token });
+        let levels = self.levels.iter().map(|tokens| StepTokens::Level { tokens: tokens.clone() });
+        let suffix = self.suffix.iter().map(|&token| StepTokens::Forced { token });
         levels.chain(suffix).collect()
     }
 
@@ -325,11 +281,8 @@ impl SidLayout {
             return Err(Error::LevelsMismatch { reason });
         }
         for (level, tokens) in self.levels.iter().enumerate() {
-            let has_token = |code: u16| {
-                tokens
-                    .get(usize::from(code))
-                    .is_some_and(|&token| token != NO_TOKEN)
-            };
+            let has_token =
+                |code: u16| tokens.get(usize::from(code)).is_some_and(|&token| token != NO_TOKEN);
             if let Some(code) = trie.codes_at(level).iter().find(|&&code| !has_token(code)) {
                 let size = tokens.len();
                 let reason = format!(
@@ -377,10 +330,6 @@ fn read_vocabulary(path: &Path) -> Result<HashMap<String, u32>> {
         }
         _ => {}
     }
-    vocabulary.extend(
-        file.added_tokens
-            .into_iter()
-            .map(|token| (token.content, token.id)),
-    );
+    vocabulary.extend(file.added_tokens.into_iter().map(|token| (token.content, token.id)));
     Ok(vocabulary)
 }

@@ -127,20 +127,9 @@ impl<B: Backend> DecoderOnly<B> {
 
     /// Queries, keys and values of a layer, turned to their positions.
     fn project(&self, backend: &B, layer: &Layer<B>, s: &mut Scratch<B>) {
-        backend.rms_norm(
-            &s.residual,
-            &layer.attention_norm,
-            self.epsilon,
-            &mut s.normed,
-        );
+        backend.rms_norm(&s.residual, &layer.attention_norm, self.epsilon, &mut s.normed);
         let bias = layer.qkv_bias.as_ref();
-        backend.matmul(
-            &s.normed,
-            &layer.qkv,
-            bias,
-            Epilogue::Store,
-            &mut s.projected,
-        );
+        backend.matmul(&s.normed, &layer.qkv, bias, Epilogue::Store, &mut s.projected);
         let norms = layer.query_key_norms.as_ref();
         let norms = norms.map(|(query, key)| (query, key, self.epsilon));
         backend.rotary(&mut s.projected, self.spec.heads, norms, &s.rotation);
@@ -149,26 +138,9 @@ impl<B: Backend> DecoderOnly<B> {
     /// The rest of a layer after its attention.
     fn finish_layer(&self, backend: &B, layer: &Layer<B>, s: &mut Scratch<B>) {
         let bias = layer.out_bias.as_ref();
-        backend.matmul(
-            &s.attended,
-            &layer.out,
-            bias,
-            Epilogue::Add,
-            &mut s.residual,
-        );
-        backend.rms_norm(
-            &s.residual,
-            &layer.feed_forward_norm,
-            self.epsilon,
-            &mut s.normed,
-        );
-        backend.matmul(
-            &s.normed,
-            &layer.gate_up,
-            None,
-            Epilogue::Store,
-            &mut s.projected,
-        );
+        backend.matmul(&s.attended, &layer.out, bias, Epilogue::Add, &mut s.residual);
+        backend.rms_norm(&s.residual, &layer.feed_forward_norm, self.epsilon, &mut s.normed);
+        backend.matmul(&s.normed, &layer.gate_up, None, Epilogue::Store, &mut s.projected);
         backend.gate(&s.projected, Activation::Silu, &mut s.spare);
         backend.matmul(&s.spare, &layer.down, None, Epilogue::Add, &mut s.residual);
     }
@@ -189,14 +161,8 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
 
     fn begin(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], s: &mut Scratch<B>) {
         let heads = self.spec.heads;
-        let positions = slots
-            .iter()
-            .flat_map(|slot| 0..backend.context_len(slot) as u32);
-        backend.rotation(
-            &positions.collect::<Vec<u32>>(),
-            &self.frequencies,
-            &mut s.rotation,
-        );
+        let positions = slots.iter().flat_map(|slot| 0..backend.context_len(slot) as u32);
+        backend.rotation(&positions.collect::<Vec<u32>>(), &self.frequencies, &mut s.rotation);
         backend.embed(&self.embedding, tokens, &mut s.residual);
         for (index, layer) in self.layers.iter().enumerate() {
             self.project(backend, layer, s);
@@ -241,11 +207,7 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
             let position = backend.context_len(slot) + step - 1;
             std::iter::repeat_n(position as u32, backend.num_beams(slot))
         });
-        backend.rotation(
-            &positions.collect::<Vec<u32>>(),
-            &self.frequencies,
-            &mut s.rotation,
-        );
+        backend.rotation(&positions.collect::<Vec<u32>>(), &self.frequencies, &mut s.rotation);
         backend.embed_beams(&self.embedding, slots, &mut s.residual);
         for (index, layer) in self.layers.iter().enumerate() {
             self.project(backend, layer, s);
@@ -332,12 +294,8 @@ impl LayerLoader {
 
 /// What would give wrong answers if it were passed over.
 fn refuse_what_is_not_served(config: &Config) -> Result<()> {
-    let unsupported = |what: String, way_out: &str| {
-        Err(Error::Unsupported {
-            what,
-            way_out: way_out.into(),
-        })
-    };
+    let unsupported =
+        |what: String, way_out: &str| Err(Error::Unsupported { what, way_out: way_out.into() });
     let activation = config.text_or("hidden_act", "silu")?;
     if activation != "silu" {
         return unsupported(format!("hidden_act {activation:?}"), "silu is");
@@ -400,9 +358,9 @@ fn llama3_frequencies(scaling: &Config, plain: &[f32]) -> Result<Vec<f32>> {
     let high = scaling.number_or("high_freq_factor", 4.0)? as f32;
     let trained_len = scaling.size_or("original_max_position_embeddings", 8192)? as f32;
     if high <= low {
-        return Err(scaling.error(format!(
-            "high_freq_factor {high} must be above low_freq_factor {low}"
-        )));
+        return Err(
+            scaling.error(format!("high_freq_factor {high} must be above low_freq_factor {low}"))
+        );
     }
     let scale = |&frequency: &f32| {
         let wavelength = 2.0 * std::f32::consts::PI / frequency;

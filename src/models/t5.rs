@@ -115,11 +115,7 @@ impl<B: Backend> T5<B> {
     ) -> Result<T5<B>> {
         let d_model = config.size("d_model")?;
         let num_heads = config.size("num_heads")?;
-        let heads = Heads {
-            num_heads,
-            num_kv_heads: num_heads,
-            head_dim: config.size("d_kv")?,
-        };
+        let heads = Heads { num_heads, num_kv_heads: num_heads, head_dim: config.size("d_kv")? };
         let num_layers = config.size("num_layers")?;
         let num_decoder_layers = config.size_or("num_decoder_layers", num_layers)?;
         let vocab_size = config.size("vocab_size")?;
@@ -130,23 +126,12 @@ impl<B: Backend> T5<B> {
                 "{num_buckets} relative_attention_num_buckets up to distance {max_distance} make no scale"
             )));
         }
-        let layers = Layers {
-            config,
-            d_model,
-            heads,
-            d_ff: config.size("d_ff")?,
-        };
+        let layers = Layers { config, d_model, heads, d_ff: config.size("d_ff")? };
         let mut relative_bias = |stack: &str, is_bidirectional: bool| -> Result<RelativeBias> {
             let name =
                 format!("{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight");
             let weight = weights.take(&name, &[num_buckets, num_heads])?.to_vec();
-            Ok(RelativeBias {
-                weight,
-                num_heads,
-                num_buckets,
-                max_distance,
-                is_bidirectional,
-            })
+            Ok(RelativeBias { weight, num_heads, num_buckets, max_distance, is_bidirectional })
         };
         let encoder_bias = relative_bias("encoder", true)?;
         let decoder_bias = relative_bias("decoder", false)?;
@@ -157,11 +142,7 @@ impl<B: Backend> T5<B> {
         };
         let is_tied = config.flag("tie_word_embeddings")?.unwrap_or(true);
         let is_scaled = config.flag("scale_decoder_outputs")?.unwrap_or(is_tied);
-        let scale = if is_scaled {
-            (d_model as f64).powf(-0.5) as f32
-        } else {
-            1.0
-        };
+        let scale = if is_scaled { (d_model as f64).powf(-0.5) as f32 } else { 1.0 };
         let final_norm = weights.take("decoder.final_layer_norm.weight", &[d_model])?;
         // The scale of the head's input is the scale of its norm's weights.
         let final_norm: Vec<f32> = final_norm.to_vec().iter().map(|x| x * scale).collect();
@@ -206,26 +187,12 @@ impl<B: Backend> T5<B> {
     }
 
     fn encode(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], s: &mut Scratch<B>) {
-        let longest = slots
-            .iter()
-            .map(|slot| backend.context_len(slot))
-            .max()
-            .unwrap_or(0) as i64;
+        let longest = slots.iter().map(|slot| backend.context_len(slot)).max().unwrap_or(0) as i64;
         let bias = self.encoder_bias.table(1 - longest..longest);
         backend.embed(&self.embedding, tokens, &mut s.residual);
-        for EncoderLayer {
-            attention,
-            feed_forward,
-        } in &self.encoder
-        {
+        for EncoderLayer { attention, feed_forward } in &self.encoder {
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
-            backend.matmul(
-                &s.normed,
-                &attention.qkv,
-                None,
-                Epilogue::Store,
-                &mut s.projected,
-            );
+            backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
             backend.attend_prefill(
                 &s.projected,
                 self.spec.heads,
@@ -235,24 +202,12 @@ impl<B: Backend> T5<B> {
                 slots,
                 &mut s.attended,
             );
-            backend.matmul(
-                &s.attended,
-                &attention.out,
-                None,
-                Epilogue::Add,
-                &mut s.residual,
-            );
+            backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
             feed_forward.forward(backend, self.epsilon, s);
         }
         backend.rms_norm(&s.residual, &self.encoder_norm, self.epsilon, &mut s.normed);
         for (layer, decoder) in self.decoder.iter().enumerate() {
-            backend.matmul(
-                &s.normed,
-                &decoder.cross_kv,
-                None,
-                Epilogue::Store,
-                &mut s.projected,
-            );
+            backend.matmul(&s.normed, &decoder.cross_kv, None, Epilogue::Store, &mut s.projected);
             backend.store_context(layer, &s.projected, 0, self.spec.heads, slots);
         }
     }
@@ -278,13 +233,7 @@ impl<B: Backend> Model<B> for T5<B> {
         for (index, layer) in self.decoder.iter().enumerate() {
             let attention = &layer.attention;
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
-            backend.matmul(
-                &s.normed,
-                &attention.qkv,
-                None,
-                Epilogue::Store,
-                &mut s.projected,
-            );
+            backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
             backend.append_tail(index, &s.projected, heads, slots);
             backend.attend_beams(
                 index,
@@ -296,22 +245,10 @@ impl<B: Backend> Model<B> for T5<B> {
                 slots,
                 &mut s.attended,
             );
-            backend.matmul(
-                &s.attended,
-                &attention.out,
-                None,
-                Epilogue::Add,
-                &mut s.residual,
-            );
+            backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
 
             backend.rms_norm(&s.residual, &layer.cross_norm, self.epsilon, &mut s.normed);
-            backend.matmul(
-                &s.normed,
-                &layer.cross_query,
-                None,
-                Epilogue::Store,
-                &mut s.projected,
-            );
+            backend.matmul(&s.normed, &layer.cross_query, None, Epilogue::Store, &mut s.projected);
             backend.attend_beams(
                 index,
                 &s.projected,
@@ -322,13 +259,7 @@ impl<B: Backend> Model<B> for T5<B> {
                 slots,
                 &mut s.attended,
             );
-            backend.matmul(
-                &s.attended,
-                &layer.cross_out,
-                None,
-                Epilogue::Add,
-                &mut s.residual,
-            );
+            backend.matmul(&s.attended, &layer.cross_out, None, Epilogue::Add, &mut s.residual);
             layer.feed_forward.forward(backend, self.epsilon, s);
         }
         backend.rms_norm(&s.residual, &self.decoder_norm, self.epsilon, &mut s.hidden);
@@ -340,25 +271,13 @@ impl<B: Backend> FeedForward<B> {
     fn forward(&self, backend: &B, epsilon: f32, s: &mut Scratch<B>) {
         backend.rms_norm(&s.residual, &self.norm, epsilon, &mut s.normed);
         if self.is_gated {
-            backend.matmul(
-                &s.normed,
-                &self.inner,
-                None,
-                Epilogue::Store,
-                &mut s.projected,
-            );
+            backend.matmul(&s.normed, &self.inner, None, Epilogue::Store, &mut s.projected);
             backend.gate(&s.projected, self.activation, &mut s.spare);
             backend.matmul(&s.spare, &self.outer, None, Epilogue::Add, &mut s.residual);
         } else {
             let activate = Epilogue::Activate(self.activation);
             backend.matmul(&s.normed, &self.inner, None, activate, &mut s.projected);
-            backend.matmul(
-                &s.projected,
-                &self.outer,
-                None,
-                Epilogue::Add,
-                &mut s.residual,
-            );
+            backend.matmul(&s.projected, &self.outer, None, Epilogue::Add, &mut s.residual);
         }
     }
 }
@@ -417,10 +336,7 @@ impl Layers<'_> {
             weights.take(&format!("{cross}.EncDecAttention.{name}.weight"), &shape)
         };
         let query = take("q", [inner, self.d_model])?;
-        let kv = [
-            take("k", [inner, self.d_model])?,
-            take("v", [inner, self.d_model])?,
-        ];
+        let kv = [take("k", [inner, self.d_model])?, take("v", [inner, self.d_model])?];
         let out = take("o", [self.d_model, inner])?;
         Ok(DecoderLayer {
             attention: self.attention(backend, weights, &format!("{block}.layer.0"))?,
@@ -507,10 +423,7 @@ mod tests {
             [0, -1, -7, -8, -16, -127, -5000].map(|d| both.bucket(d)),
             [0, 1, 7, 8, 10, 15, 15]
         );
-        assert_eq!(
-            [1, 7, 8, 32, 5000].map(|d| both.bucket(d)),
-            [17, 23, 24, 28, 31]
-        );
+        assert_eq!([1, 7, 8, 32, 5000].map(|d| both.bucket(d)), [17, 23, 24, 28, 31]);
         let back = bias(false);
         assert_eq!(
             [3, 0, -1, -15, -16, -32, -500].map(|d| back.bucket(d)),

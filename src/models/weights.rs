@@ -33,10 +33,7 @@ impl Weights {
         let mut tensors = BTreeMap::new();
         for path in weight_files(folder)? {
             let mapping = Arc::new(Mapping::open(&path)?);
-            let error = |reason: String| Error::WeightsFile {
-                path: path.clone(),
-                reason,
-            };
+            let error = |reason: String| Error::WeightsFile { path: path.clone(), reason };
             let parsed = SafeTensors::deserialize(mapping.bytes())
                 .map_err(|source| error(format!("not a whole safetensors file ({source})")))?;
             let first_byte = mapping.bytes().as_ptr().addr();
@@ -48,10 +45,7 @@ impl Weights {
                     other => {
                         let reason =
                             format!("tensor {name:?} is {other:?}; f32, f16, bf16 can be read");
-                        return Err(Error::ModelConfig {
-                            path: path.clone(),
-                            reason,
-                        });
+                        return Err(Error::ModelConfig { path: path.clone(), reason });
                     }
                 };
                 let start = view.data().as_ptr().addr() - first_byte;
@@ -62,27 +56,18 @@ impl Weights {
                 }
             }
         }
-        Ok(Weights {
-            source: Source::Files(tensors),
-            taken: HashSet::new(),
-        })
+        Ok(Weights { source: Source::Files(tensors), taken: HashSet::new() })
     }
 
     /// Weights drawn at random, of whatever names and shapes a network asks for.
     pub fn random(seed: u64) -> Weights {
         let rng = fastrand::Rng::with_seed(seed);
-        Weights {
-            source: Source::Random(rng),
-            taken: HashSet::new(),
-        }
+        Weights { source: Source::Random(rng), taken: HashSet::new() }
     }
 
     /// Weights in memory.
     pub fn from_tensors(tensors: impl IntoIterator<Item = (String, Tensor)>) -> Weights {
-        Weights {
-            source: Source::Files(tensors.into_iter().collect()),
-            taken: HashSet::new(),
-        }
+        Weights { source: Source::Files(tensors.into_iter().collect()), taken: HashSet::new() }
     }
 
     /// Whether the checkpoint has a tensor of this name.
@@ -110,10 +95,7 @@ impl Weights {
                     });
                 }
                 if let Some(index) = tensor.first_non_finite() {
-                    return Err(Error::NonFiniteWeight {
-                        name: name.into(),
-                        index,
-                    });
+                    return Err(Error::NonFiniteWeight { name: name.into(), index });
                 }
                 self.taken.insert(name.into());
                 Ok(tensor)
@@ -148,10 +130,7 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
         return Ok(vec![folder.join("model.safetensors")]);
     }
     let text = std::fs::read(&index_path).map_err(|error| Error::io(&index_path, error))?;
-    let bad = |reason: String| Error::WeightsFile {
-        path: index_path.clone(),
-        reason,
-    };
+    let bad = |reason: String| Error::WeightsFile { path: index_path.clone(), reason };
     let index: Index = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
     let mut names: Vec<&String> = index.weight_map.values().collect();
     names.sort();

@@ -27,9 +27,7 @@ pub struct Cases {
 
 impl Cases {
     pub fn new(seed: u64) -> Cases {
-        Cases {
-            rng: fastrand::Rng::with_seed(seed),
-        }
+        Cases { rng: fastrand::Rng::with_seed(seed) }
     }
 
     /// Numbers between -1 and 1.
@@ -51,10 +49,6 @@ impl Cases {
         let num_kv_heads = self.rng.usize(1..4);
         let num_heads = num_kv_heads * self.rng.usize(1..4);
         let dims = [2, 6, 16, 24, 64, 128];
-        Heads {
-            num_heads,
-            num_kv_heads,
-            head_dim: dims[self.rng.usize(0..dims.len())],
-        }
+        Heads { num_heads, num_kv_heads, head_dim: dims[self.rng.usize(0..dims.len())] }
     }
 }

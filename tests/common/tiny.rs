@@ -44,33 +44,18 @@ impl Tiny {
             true => t5(&mut rng, vocab_size),
             false => decoder_only(&mut rng, vocab_size),
         };
-        Tiny {
-            seed,
-            config,
-            layout,
-            catalog,
-        }
+        Tiny { seed, config, layout, catalog }
     }
 
     pub fn open(&self, threads: usize) -> Engine {
         let keys = self.config.as_object().cloned().expect("an object");
         let config = Config::new(Path::new("config.json"), keys);
-        let options = EngineOptions {
-            threads,
-            ..EngineOptions::default()
-        };
+        let options = EngineOptions { threads, ..EngineOptions::default() };
         let weights = Weights::random(self.seed);
         let catalog = Arc::clone(&self.catalog);
         let backend = CpuBackend::default();
-        Engine::from_parts(
-            backend,
-            &config,
-            weights,
-            self.layout.clone(),
-            catalog,
-            &options,
-        )
-        .expect("a sound model")
+        Engine::from_parts(backend, &config, weights, self.layout.clone(), catalog, &options)
+            .expect("a sound model")
     }
 }
 
@@ -102,11 +87,7 @@ pub fn random_catalog(rng: &mut fastrand::Rng, num_levels: usize, num_codes: u16
     for item in 0..rng.usize(1..25) {
         let codes: Vec<u16> = (0..num_levels).map(|_| rng.u16(0..num_codes)).collect();
         let sid = Sid::new(&codes).expect("few levels");
-        let item = Item {
-            name: item.to_string(),
-            sid,
-            title: String::new(),
-        };
+        let item = Item { name: item.to_string(), sid, title: String::new() };
         builder.add(item).expect("levels agree");
     }
     builder.build().expect("names are unique")

@@ -11,10 +11,7 @@ pub struct Matrix {
 
 impl Matrix {
     pub fn new(values: &[f32], columns: usize) -> Matrix {
-        Matrix {
-            values: values.iter().map(|&x| f64::from(x)).collect(),
-            columns,
-        }
+        Matrix { values: values.iter().map(|&x| f64::from(x)).collect(), columns }
     }
 
     pub fn rows(&self) -> impl Iterator<Item = &[f64]> {
@@ -74,10 +71,7 @@ pub fn rms_norm(x: &Matrix, weight: &[f64], epsilon: f64) -> Matrix {
         let scale = (dot(row, row) / row.len() as f64 + epsilon).sqrt();
         values.extend(row.iter().zip(weight).map(|(x, weight)| x / scale * weight));
     }
-    Matrix {
-        values,
-        columns: x.columns,
-    }
+    Matrix { values, columns: x.columns }
 }
 
 /// First and second half of a head turned as pairs.
@@ -97,10 +91,8 @@ pub fn rotate(head: &[f64], position: f64, frequencies: &[f32]) -> Vec<f64> {
 
 /// One query over keys and values, each key's score with its bias.
 pub fn attend(query: &[f64], keys_values: &[(&[f64], &[f64], f64)], scale: f64) -> Vec<f64> {
-    let scores: Vec<f64> = keys_values
-        .iter()
-        .map(|(key, _, bias)| dot(query, key) * scale + bias)
-        .collect();
+    let scores: Vec<f64> =
+        keys_values.iter().map(|(key, _, bias)| dot(query, key) * scale + bias).collect();
     let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
     let sum: f64 = weights.iter().sum();
@@ -145,19 +137,12 @@ pub fn attend_prefill(
         }
         first += len;
     }
-    Matrix {
-        values,
-        columns: heads.query_dim(),
-    }
+    Matrix { values, columns: heads.query_dim() }
 }
 
 pub fn log_sum_exp(values: impl Iterator<Item = f64> + Clone) -> f64 {
     let largest = values.clone().fold(f64::NEG_INFINITY, f64::max);
-    largest
-        + values
-            .map(|value| (value - largest).exp())
-            .sum::<f64>()
-            .ln()
+    largest + values.map(|value| (value - largest).exp()).sum::<f64>().ln()
 }
 
 /// How far `found` is from the truth, relative to the truth's norm; positions of values that are
@@ -166,10 +151,7 @@ pub fn relative_error(found: &[f32], truth: &[f64], what: &str) -> f64 {
     assert_eq!(found.len(), truth.len(), "{what}: length");
     let mut difference = 0.0;
     for (at, (&found, &truth)) in found.iter().zip(truth).enumerate() {
-        assert!(
-            found.is_finite() && truth.is_finite(),
-            "{what}: {found} for {truth} at {at}"
-        );
+        assert!(found.is_finite() && truth.is_finite(), "{what}: {found} for {truth} at {at}");
         difference += (f64::from(found) - truth).powi(2);
     }
     let norm: f64 = truth.iter().map(|x| x * x).sum();

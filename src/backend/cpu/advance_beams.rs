@@ -22,15 +22,12 @@ impl CpuBackend {
         let is_forced = head.steps[step].is_forced;
         let whole = !is_forced && rules.iter().any(|rule| rule.constraint == Constraint::None);
         let inverse_temperatures =
-            rules
-                .iter()
-                .any(SearchRule::needs_vocabulary)
-                .then(|| -> Vec<f32> {
-                    let of_slot = |(rule, slot): (&SearchRule<'_>, &Slot)| {
-                        std::iter::repeat_n(1.0 / rule.temperature, slot.beams.len())
-                    };
-                    rules.iter().zip(&*slots).flat_map(of_slot).collect()
-                });
+            rules.iter().any(SearchRule::needs_vocabulary).then(|| -> Vec<f32> {
+                let of_slot = |(rule, slot): (&SearchRule<'_>, &Slot)| {
+                    std::iter::repeat_n(1.0 / rule.temperature, slot.beams.len())
+                };
+                rules.iter().zip(&*slots).flat_map(of_slot).collect()
+            });
         let logits = head.logits(self, hidden, step, whole, inverse_temperatures.as_deref());
         let mut first_row = 0;
         let searches: Vec<(Range<usize>, &SearchRule<'_>, &mut Slot)> = rules
@@ -43,13 +40,7 @@ impl CpuBackend {
             })
             .collect();
         searches.into_par_iter().for_each(|(rows, rule, slot)| {
-            let search = Search {
-                head,
-                step,
-                rule,
-                logits: &logits,
-                rows,
-            };
+            let search = Search { head, step, rule, logits: &logits, rows };
             let tail_len = slot.tails.first().map_or(0, |tail| tail.positions.len());
             match search.best(&slot.beams) {
                 Some(best) => search.replace(&mut slot.beams, &best, tail_len),
@@ -83,18 +74,9 @@ impl Candidate {
     fn new(score: f32, place: u32, parent: usize, token: u32) -> Candidate {
         // The bits of a float, less the sign's trouble, order as the float does.
         let bits = (score + 0.0).to_bits();
-        let rising = if bits >> 31 == 1 {
-            !bits
-        } else {
-            bits | 1 << 31
-        };
+        let rising = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
         let key = u64::from(!rising) << 32 | u64::from(place);
-        Candidate {
-            key,
-            score,
-            parent: parent as u32,
-            token,
-        }
+        Candidate { key, score, parent: parent as u32, token }
     }
 
     fn place(&self) -> u32 {
@@ -112,11 +94,7 @@ struct Best {
 
 impl Best {
     fn new(width: usize) -> Best {
-        Best {
-            candidates: Vec::new(),
-            width,
-            threshold: f32::NEG_INFINITY,
-        }
+        Best { candidates: Vec::new(), width, threshold: f32::NEG_INFINITY }
     }
 
     #[inline]
@@ -129,9 +107,8 @@ impl Best {
 
     fn prune(&mut self) {
         if self.candidates.len() > self.width {
-            let (_, last, _) = self
-                .candidates
-                .select_nth_unstable_by_key(self.width - 1, |best| best.key);
+            let (_, last, _) =
+                self.candidates.select_nth_unstable_by_key(self.width - 1, |best| best.key);
             self.threshold = last.score;
             self.candidates.truncate(self.width);
         }
@@ -139,8 +116,7 @@ impl Best {
 
     fn into_sorted(mut self) -> Vec<Candidate> {
         self.prune();
-        self.candidates
-            .sort_unstable_by_key(|candidate| candidate.key);
+        self.candidates.sort_unstable_by_key(|candidate| candidate.key);
         self.candidates
     }
 }
@@ -214,12 +190,7 @@ impl Search<'_> {
             }
             Normalization::Level | Normalization::Children => 0.0,
         };
-        best.offer(Candidate::new(
-            beams.scores[beam] + gain,
-            beams.places[beam],
-            beam,
-            token,
-        ));
+        best.offer(Candidate::new(beams.scores[beam] + gain, beams.places[beam], beam, token));
         Some(())
     }
 
@@ -237,11 +208,8 @@ impl Search<'_> {
         let logit = |code: u16| logits[step.columns[usize::from(code)] as usize];
         let normalizer = match rule.normalization {
             Normalization::Children => {
-                let mut legal = children
-                    .clone()
-                    .zip(codes)
-                    .filter(|(child, _)| is_legal(*child))
-                    .peekable();
+                let mut legal =
+                    children.clone().zip(codes).filter(|(child, _)| is_legal(*child)).peekable();
                 if legal.peek().is_none() {
                     return Some(()); // the request allows nothing at all
                 }
@@ -270,12 +238,7 @@ impl Search<'_> {
             let score = beams.scores[beam] + (self.scaled(logits[column]) - normalizer);
             if score >= best.threshold {
                 let token = self.logits.span.start + column as u32;
-                best.offer(Candidate::new(
-                    score,
-                    first_place + code as u32,
-                    beam,
-                    token,
-                ));
+                best.offer(Candidate::new(score, first_place + code as u32, beam, token));
             }
         }
         Some(())

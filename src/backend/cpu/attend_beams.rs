@@ -32,26 +32,18 @@ impl CpuBackend {
                 continue;
             }
             let block = &mut by_head[first_row * query_dim..][..num_rows * query_dim];
-            block
-                .par_chunks_mut(num_rows * head_dim)
-                .enumerate()
-                .for_each_init(HeadScratch::new, |scratch, (head, out)| {
+            block.par_chunks_mut(num_rows * head_dim).enumerate().for_each_init(
+                HeadScratch::new,
+                |scratch, (head, out)| {
                     let bias = tail_bias.map(|bias| {
                         let row = bias.len() / heads.num_heads;
                         &bias[head * row..(head + 1) * row]
                     });
-                    let attention = HeadAttention {
-                        layer,
-                        queries,
-                        heads,
-                        head,
-                        first_row,
-                        scale,
-                        bias,
-                        slot,
-                    };
+                    let attention =
+                        HeadAttention { layer, queries, heads, head, first_row, scale, bias, slot };
                     self.attend_beams_head(&attention, reach, scratch, out);
-                });
+                },
+            );
             let out = &mut out.values[first_row * query_dim..][..num_rows * query_dim];
             scatter_heads(block, heads, out);
             first_row += num_rows;
@@ -65,27 +57,12 @@ impl CpuBackend {
         scratch: &mut HeadScratch,
         out: &mut [f32],
     ) {
-        let HeadAttention {
-            layer,
-            queries,
-            heads,
-            head,
-            first_row,
-            scale,
-            slot,
-            ..
-        } = *attention;
+        let HeadAttention { layer, queries, heads, head, first_row, scale, slot, .. } = *attention;
         let head_dim = heads.head_dim;
         let num_rows = out.len() / head_dim;
-        let HeadScratch {
-            scores,
-            tail_scores,
-            sums,
-        } = scratch;
-        let queries = queries.view(
-            first_row..first_row + num_rows,
-            head * head_dim..(head + 1) * head_dim,
-        );
+        let HeadScratch { scores, tail_scores, sums } = scratch;
+        let queries =
+            queries.view(first_row..first_row + num_rows, head * head_dim..(head + 1) * head_dim);
         let context = match reach {
             Reach::Tail => None,
             _ => Some(&slot.contexts[layer][head / (heads.num_heads / heads.num_kv_heads)]),
@@ -100,26 +77,15 @@ impl CpuBackend {
             _ => slot.tails[layer].positions.len(),
         };
         tail_scores.resize(num_rows * tail_len);
-        TailScores {
-            attention,
-            tail: &slot.tails[layer],
-            scores: tail_scores,
-        }
-        .dispatch();
+        TailScores { attention, tail: &slot.tails[layer], scores: tail_scores }.dispatch();
 
         // One softmax over context and tail together; the division by its sum comes last.
         sums.resize(num_rows);
         for (row, out_sum) in sums.iter_mut().enumerate() {
             let context = &mut scores[row * context_len..(row + 1) * context_len];
             let tail = &mut tail_scores[row * tail_len..(row + 1) * tail_len];
-            let largest = tail
-                .iter()
-                .fold(Largest(context).dispatch(), |a, &b| a.max(b));
-            let mut sum = ExpSum {
-                values: context,
-                offset: largest,
-            }
-            .dispatch();
+            let largest = tail.iter().fold(Largest(context).dispatch(), |a, &b| a.max(b));
+            let mut sum = ExpSum { values: context, offset: largest }.dispatch();
             for score in tail {
                 *score = (*score - largest).exp();
                 sum += *score;
@@ -133,14 +99,7 @@ impl CpuBackend {
             out.fill(0.0);
         }
         let tail = &slot.tails[layer];
-        AddTail {
-            attention,
-            tail,
-            weights: tail_scores,
-            sums,
-            out,
-        }
-        .dispatch();
+        AddTail { attention, tail, weights: tail_scores, sums, out }.dispatch();
     }
 }
 
@@ -152,11 +111,7 @@ struct HeadScratch {
 
 impl HeadScratch {
     fn new() -> HeadScratch {
-        HeadScratch {
-            scores: Scratch::new(0),
-            tail_scores: Scratch::new(0),
-            sums: Scratch::new(0),
-        }
+        HeadScratch { scores: Scratch::new(0), tail_scores: Scratch::new(0), sums: Scratch::new(0) }
     }
 }
 
@@ -182,11 +137,7 @@ impl<'a> HeadAttention<'a> {
 
     /// Where a KV row of the tail that belongs to this head lies: row `row` of position `position`.
     fn kv<'t>(&self, matrix: &'t [f32], row: u32) -> &'t [f32] {
-        let Heads {
-            num_heads,
-            num_kv_heads,
-            head_dim,
-        } = self.heads;
+        let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
         let kv_head = self.head / (num_heads / num_kv_heads);
         &matrix[row as usize * self.heads.kv_dim() + kv_head * head_dim..][..head_dim]
     }
@@ -194,11 +145,7 @@ impl<'a> HeadAttention<'a> {
 
 /// The row of each position of a beam's tail: its ancestors', then its own.
 fn tail_rows(beams: &Beams, beam: usize) -> impl Iterator<Item = u32> {
-    beams
-        .ancestors_of(beam)
-        .iter()
-        .copied()
-        .chain(std::iter::once(beam as u32))
+    beams.ancestors_of(beam).iter().copied().chain(std::iter::once(beam as u32))
 }
 
 /// `scores`: `[rows, tail_len]`, the scaled and biased products of queries and tail keys.
@@ -214,11 +161,7 @@ impl SimdOp for TailScores<'_> {
     #[inline(always)]
     fn eval<I: Isa>(self, isa: I) {
         let ops = isa.f32();
-        let Self {
-            attention,
-            tail,
-            scores,
-        } = self;
+        let Self { attention, tail, scores } = self;
         if scores.is_empty() {
             return;
         }
@@ -234,9 +177,7 @@ impl SimdOp for TailScores<'_> {
                     #[inline(always)]
                     |sum, q| ops.mul_add(q, keys.next().expect("as long as the query"), sum),
                 );
-                let bias = attention
-                    .bias
-                    .map_or(0.0, |bias| bias[tail_len - 1 - position]);
+                let bias = attention.bias.map_or(0.0, |bias| bias[tail_len - 1 - position]);
                 *score = ops.sum(products) * attention.scale + bias;
             }
         }
@@ -258,13 +199,7 @@ impl SimdOp for AddTail<'_> {
     #[inline(always)]
     fn eval<I: Isa>(self, isa: I) {
         let ops = isa.f32();
-        let Self {
-            attention,
-            tail,
-            weights,
-            sums,
-            out,
-        } = self;
+        let Self { attention, tail, weights, sums, out } = self;
         let tail_len = weights.len() / sums.len();
         for (row, out) in out.chunks_exact_mut(attention.heads.head_dim).enumerate() {
             let weights = &weights[row * tail_len..(row + 1) * tail_len];

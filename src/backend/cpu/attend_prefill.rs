@@ -24,36 +24,22 @@ impl CpuBackend {
         let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
         out.reshape(qkv.num_rows(), query_dim);
         let mut by_head = Scratch::new(out.values.len());
-        let longest = slots
-            .iter()
-            .map(|slot| slot.spec.context_len)
-            .max()
-            .unwrap_or(0);
+        let longest = slots.iter().map(|slot| slot.spec.context_len).max().unwrap_or(0);
         let mut first_row = 0;
         for slot in slots {
             let len = slot.spec.context_len;
             let block = &mut by_head[first_row * query_dim..][..len * query_dim];
-            block
-                .par_chunks_mut(len * head_dim)
-                .enumerate()
-                .for_each_init(
-                    || Scratch::new(0),
-                    |scores, (head, out)| {
-                        let bias = relative_bias.map(|bias| {
-                            let row = 2 * longest - 1;
-                            &bias[head * row..(head + 1) * row][longest - len..][..2 * len - 1]
-                        });
-                        let prompt = Prompt {
-                            qkv,
-                            heads,
-                            head,
-                            first_row,
-                            len,
-                            bias,
-                        };
-                        self.attend_head(&prompt, mask, scale, scores, out);
-                    },
-                );
+            block.par_chunks_mut(len * head_dim).enumerate().for_each_init(
+                || Scratch::new(0),
+                |scores, (head, out)| {
+                    let bias = relative_bias.map(|bias| {
+                        let row = 2 * longest - 1;
+                        &bias[head * row..(head + 1) * row][longest - len..][..2 * len - 1]
+                    });
+                    let prompt = Prompt { qkv, heads, head, first_row, len, bias };
+                    self.attend_head(&prompt, mask, scale, scores, out);
+                },
+            );
             scatter_heads(
                 block,
                 heads,
@@ -71,14 +57,7 @@ impl CpuBackend {
         scores: &mut Scratch,
         out: &mut [f32],
     ) {
-        let Prompt {
-            qkv,
-            heads,
-            head,
-            first_row,
-            len,
-            bias,
-        } = *prompt;
+        let Prompt { qkv, heads, head, first_row, len, bias } = *prompt;
         let head_dim = heads.head_dim;
         let kv_head = head / (heads.num_heads / heads.num_kv_heads);
         let keys = heads.query_dim() + kv_head * head_dim;
@@ -97,12 +76,7 @@ impl CpuBackend {
             scores.resize((end - start) * reach);
             let queries = qkv.view(rows, head * head_dim..(head + 1) * head_dim);
             let keys = qkv.view(context.clone(), keys..keys + head_dim);
-            self.product(
-                queries,
-                GemmInputB::Unpacked(keys.transposed()),
-                scale,
-                scores,
-            );
+            self.product(queries, GemmInputB::Unpacked(keys.transposed()), scale, scores);
             for (query, row) in (start..end).zip(scores.chunks_exact_mut(reach)) {
                 let (seen, unseen) = row.split_at_mut(match mask {
                     Mask::Causal => query + 1,
@@ -111,16 +85,10 @@ impl CpuBackend {
                 unseen.fill(0.0);
                 if let Some(bias) = bias {
                     let bias = &bias[len - 1 - query..];
-                    seen.iter_mut()
-                        .zip(bias)
-                        .for_each(|(score, bias)| *score += bias);
+                    seen.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
                 }
                 let largest = Largest(seen).dispatch();
-                let sum = ExpSum {
-                    values: seen,
-                    offset: largest,
-                }
-                .dispatch();
+                let sum = ExpSum { values: seen, offset: largest }.dispatch();
                 let share = 1.0 / sum;
                 seen.iter_mut().for_each(|score| *score *= share);
             }

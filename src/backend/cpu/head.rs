@@ -46,17 +46,9 @@ impl StepColumns {
         let start = known().min().unwrap_or(0);
         let end = known().max().map_or(0, |last| last + 1);
         let column = |&token: &u32| {
-            if token == NO_TOKEN {
-                token
-            } else {
-                token - start
-            }
+            if token == NO_TOKEN { token } else { token - start }
         };
-        StepColumns {
-            span: start..end,
-            columns: tokens.iter().map(column).collect(),
-            is_forced,
-        }
+        StepColumns { span: start..end, columns: tokens.iter().map(column).collect(), is_forced }
     }
 }
 
@@ -83,11 +75,7 @@ impl Head {
         let (vocab_size, num_in) = (weight.shape()[0], weight.shape()[1]);
         let steps: Vec<StepColumns> = steps.iter().map(StepColumns::new).collect();
         let mut cuts = BTreeSet::from([0, vocab_size as u32]);
-        cuts.extend(
-            steps
-                .iter()
-                .flat_map(|step| [step.span.start, step.span.end]),
-        );
+        cuts.extend(steps.iter().flat_map(|step| [step.span.start, step.span.end]));
         let cuts: Vec<u32> = cuts.into_iter().collect();
         let mut chunks = Vec::new();
         let mut values = Vec::new();
@@ -95,21 +83,11 @@ impl Head {
             for start in (stretch[0]..stretch[1]).step_by(COLUMNS_PER_CHUNK) {
                 let tokens = start..stretch[1].min(start + COLUMNS_PER_CHUNK as u32);
                 values.resize(tokens.len() * num_in, 0.0);
-                weight.read(
-                    start as usize * num_in..tokens.end as usize * num_in,
-                    &mut values,
-                );
-                chunks.push(Chunk {
-                    tokens,
-                    weight: Matrix::new(&values, num_in),
-                });
+                weight.read(start as usize * num_in..tokens.end as usize * num_in, &mut values);
+                chunks.push(Chunk { tokens, weight: Matrix::new(&values, num_in) });
             }
         }
-        Head {
-            chunks,
-            steps,
-            vocab_size: vocab_size as u32,
-        }
+        Head { chunks, steps, vocab_size: vocab_size as u32 }
     }
 
     /// The logits of a step, over its span or, if `whole`, all tokens. `inverse_temperatures`,
@@ -122,11 +100,7 @@ impl Head {
         whole: bool,
         inverse_temperatures: Option<&[f32]>,
     ) -> Logits {
-        let span = if whole {
-            0..self.vocab_size
-        } else {
-            self.steps[step].span.clone()
-        };
+        let span = if whole { 0..self.vocab_size } else { self.steps[step].span.clone() };
         let num_rows = hidden.num_rows();
         let columns = span.len();
         let mut values = Scratch::new(num_rows * columns);
@@ -137,13 +111,7 @@ impl Head {
             if !inside && inverse_temperatures.is_none() {
                 continue;
             }
-            backend.matmul(
-                hidden,
-                &chunk.weight,
-                None,
-                Epilogue::Store,
-                &mut chunk_logits,
-            );
+            backend.matmul(hidden, &chunk.weight, None, Epilogue::Store, &mut chunk_logits);
             if let Some(inverse_temperatures) = inverse_temperatures {
                 for (row, sum) in sums.iter_mut().enumerate() {
                     sum.add(chunk_logits.row(row), inverse_temperatures[row]);
@@ -161,11 +129,7 @@ impl Head {
             Some(_) => sums.iter().map(RunningLogSumExp::value).collect(),
             None => Vec::new(),
         };
-        Logits {
-            span,
-            values,
-            normalizers,
-        }
+        Logits { span, values, normalizers }
     }
 }
 
@@ -178,10 +142,7 @@ pub(super) struct RunningLogSumExp {
 
 impl Default for RunningLogSumExp {
     fn default() -> RunningLogSumExp {
-        RunningLogSumExp {
-            largest: f32::NEG_INFINITY,
-            sum: 0.0,
-        }
+        RunningLogSumExp { largest: f32::NEG_INFINITY, sum: 0.0 }
     }
 }
 

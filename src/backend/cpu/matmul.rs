@@ -40,10 +40,7 @@ impl Matrix {
     /// Stacks `[out_i, in]` matrices.
     pub(super) fn stack(parts: &[Tensor]) -> Matrix {
         let num_in = parts[0].shape()[1];
-        assert!(
-            parts.iter().all(|part| part.shape()[1] == num_in),
-            "parts must agree"
-        );
+        assert!(parts.iter().all(|part| part.shape()[1] == num_in), "parts must agree");
         match parts {
             [whole] => Matrix::new(&whole.to_vec(), num_in),
             _ => {
@@ -58,21 +55,14 @@ impl Matrix {
         let num_out = values.len() / num_in;
         let mut panels = vec![0.0; num_out.div_ceil(PANEL) * num_in * PANEL];
         let rows = values.par_chunks(PANEL * num_in);
-        panels
-            .par_chunks_mut(PANEL * num_in)
-            .zip(rows)
-            .for_each(|(panel, rows)| {
-                for (column, row) in rows.chunks_exact(num_in).enumerate() {
-                    for (at, value) in row.iter().enumerate() {
-                        panel[at * PANEL + column] = *value;
-                    }
+        panels.par_chunks_mut(PANEL * num_in).zip(rows).for_each(|(panel, rows)| {
+            for (column, row) in rows.chunks_exact(num_in).enumerate() {
+                for (at, value) in row.iter().enumerate() {
+                    panel[at * PANEL + column] = *value;
                 }
-            });
-        Matrix {
-            panels,
-            num_in,
-            num_out,
-        }
+            }
+        });
+        Matrix { panels, num_in, num_out }
     }
 }
 
@@ -86,10 +76,7 @@ impl CpuBackend {
         out: &mut Buffer,
     ) {
         let (num_rows, num_in, num_out) = (x.num_rows(), weight.num_in, weight.num_out);
-        assert_eq!(
-            x.columns, num_in,
-            "rows must be as wide as the weight's input"
-        );
+        assert_eq!(x.columns, num_in, "rows must be as wide as the weight's input");
         if epilogue == Epilogue::Add {
             assert_eq!((out.num_rows(), out.columns), (num_rows, num_out));
         } else {
@@ -104,20 +91,10 @@ impl CpuBackend {
             let panels = &weight.panels[first * num_in * PANEL..];
             let bias = bias.map(|bias| &bias[first * PANEL..]);
             let adds = epilogue == Epilogue::Add;
-            for (x, out) in x
-                .values
-                .chunks(ROWS_PER_BLOCK * num_in)
-                .zip(out.chunks_mut(ROWS_PER_BLOCK))
+            for (x, out) in
+                x.values.chunks(ROWS_PER_BLOCK * num_in).zip(out.chunks_mut(ROWS_PER_BLOCK))
             {
-                Product {
-                    x,
-                    num_in,
-                    panels,
-                    bias,
-                    adds,
-                    out,
-                }
-                .dispatch();
+                Product { x, num_in, panels, bias, adds, out }.dispatch();
             }
             if let Epilogue::Activate(activation) = epilogue {
                 out.iter_mut().for_each(|row| activate(activation, row));
@@ -129,9 +106,7 @@ impl CpuBackend {
 /// The rows of `out` cut into stretches of columns: by stretch, then by row.
 fn split_columns(out: &mut [f32], columns: usize, stretch: usize) -> Vec<Vec<&mut [f32]>> {
     let mut tasks: Vec<Vec<&mut [f32]>> = Vec::new();
-    tasks.resize_with(columns.div_ceil(stretch), || {
-        Vec::with_capacity(out.len() / columns)
-    });
+    tasks.resize_with(columns.div_ceil(stretch), || Vec::with_capacity(out.len() / columns));
     for row in out.chunks_exact_mut(columns) {
         for (task, part) in tasks.iter_mut().zip(row.chunks_mut(stretch)) {
             task.push(part);
@@ -178,13 +153,8 @@ impl Product<'_, '_> {
         for first_column in (0..columns).step_by(PANEL) {
             let panel = panels.next().expect("a panel for each stretch of columns");
             let next = panels.peek().copied().unwrap_or_default();
-            let tile = Tile {
-                panel,
-                num_in: self.num_in,
-                first_column,
-                bias: self.bias,
-                adds: self.adds,
-            };
+            let tile =
+                Tile { panel, num_in: self.num_in, first_column, bias: self.bias, adds: self.adds };
             let ahead = next.len().div_ceil(num_tiles).next_multiple_of(LINE);
             let mut ahead = next.chunks(ahead.max(LINE));
             let rows = self.x.chunks(rows_per_tile * self.num_in);
@@ -262,9 +232,7 @@ impl Tile<'_> {
         for (sums, out) in stored.iter_mut().zip(out) {
             if let Some(bias) = self.bias {
                 let bias = &bias[columns.clone()];
-                sums.iter_mut()
-                    .zip(bias)
-                    .for_each(|(sum, bias)| *sum += bias);
+                sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias);
             }
             let out = &mut out[columns.clone()];
             match <&mut [f32; PANEL]>::try_from(&mut *out) {

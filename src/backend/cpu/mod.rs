@@ -60,16 +60,12 @@ impl CpuBackend {
     }
 
     fn count_flops(&self, rows: usize, inner: usize, columns: usize) {
-        self.matrix_flops
-            .fetch_add(2 * (rows * inner * columns) as u64, Ordering::Relaxed);
+        self.matrix_flops.fetch_add(2 * (rows * inner * columns) as u64, Ordering::Relaxed);
     }
 
     /// `out = scale * a b`, `out` dense `[a.rows, b.columns]`: products of activations.
     fn product(&self, a: NdTensorView<f32, 2>, b: GemmInputB<f32>, scale: f32, out: &mut [f32]) {
-        let options = GemmOptions {
-            alpha: scale,
-            ..GemmOptions::default()
-        };
+        let options = GemmOptions { alpha: scale, ..GemmOptions::default() };
         self.count_flops(a.shape()[0], a.shape()[1], b.cols());
         let product = GEMM.with(|gemm| gemm.gemm(out, GemmInputA::Unpacked(a), b, options));
         product.expect("shapes were checked");

@@ -9,18 +9,9 @@ pub(super) fn rms_norm(x: &Buffer, weight: &[f32], epsilon: f32, out: &mut Buffe
     assert_eq!(x.columns, weight.len(), "a weight for each column");
     out.reshape(x.num_rows(), x.columns);
     let per_task = (VALUES_PER_TASK / x.columns).max(1) * x.columns;
-    out.values
-        .par_chunks_mut(per_task)
-        .zip(x.values.par_chunks(per_task))
-        .for_each(|(out, x)| {
-            NormRows {
-                x: Some(x),
-                weight,
-                epsilon,
-                out,
-            }
-            .dispatch();
-        });
+    out.values.par_chunks_mut(per_task).zip(x.values.par_chunks(per_task)).for_each(|(out, x)| {
+        NormRows { x: Some(x), weight, epsilon, out }.dispatch();
+    });
 }
 
 /// The RMS norm of each stretch of `weight.len()` values of `x`, or of `out` itself.
@@ -54,10 +45,7 @@ impl SimdOp for NormRows<'_> {
             let (whole, rest) = out.split_at_mut(vectors);
             let (weights, last_weights) = self.weight.split_at(vectors);
             let scales = ops.splat(scale);
-            for (out, weight) in whole
-                .chunks_exact_mut(lanes)
-                .zip(weights.chunks_exact(lanes))
-            {
+            for (out, weight) in whole.chunks_exact_mut(lanes).zip(weights.chunks_exact(lanes)) {
                 let scaled = ops.mul(ops.mul(ops.load(out), scales), ops.load(weight));
                 ops.store(scaled, out);
             }

@@ -15,36 +15,17 @@ pub(super) fn rotary(
     let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
     let rows_per_task = (VALUES_PER_TASK / columns).max(1);
     let rotations = rotation.values.par_chunks(rows_per_task * head_dim);
-    let tasks = qkv
-        .values
-        .par_chunks_mut(rows_per_task * columns)
-        .zip(rotations);
+    let tasks = qkv.values.par_chunks_mut(rows_per_task * columns).zip(rotations);
     tasks.for_each(|(rows, rotations)| {
-        for (row, rotation) in rows
-            .chunks_exact_mut(columns)
-            .zip(rotations.chunks(head_dim))
-        {
+        for (row, rotation) in rows.chunks_exact_mut(columns).zip(rotations.chunks(head_dim)) {
             let (queries, keys) = row[..query_dim + heads.kv_dim()].split_at_mut(query_dim);
             if let Some((query_norm, key_norm, epsilon)) = norms {
-                NormRows {
-                    x: None,
-                    weight: query_norm,
-                    epsilon,
-                    out: queries,
-                }
-                .dispatch();
-                NormRows {
-                    x: None,
-                    weight: key_norm,
-                    epsilon,
-                    out: keys,
-                }
-                .dispatch();
+                NormRows { x: None, weight: query_norm, epsilon, out: queries }.dispatch();
+                NormRows { x: None, weight: key_norm, epsilon, out: keys }.dispatch();
             }
             let (cosines, sines) = rotation.split_at(head_dim / 2);
-            let turn_heads = queries
-                .chunks_exact_mut(head_dim)
-                .chain(keys.chunks_exact_mut(head_dim));
+            let turn_heads =
+                queries.chunks_exact_mut(head_dim).chain(keys.chunks_exact_mut(head_dim));
             turn_heads.for_each(|head| turn(head, cosines, sines));
         }
     });
@@ -52,10 +33,7 @@ pub(super) fn rotary(
 
 fn turn(head: &mut [f32], cosines: &[f32], sines: &[f32]) {
     let (firsts, seconds) = head.split_at_mut(cosines.len());
-    let pairs = firsts
-        .iter_mut()
-        .zip(seconds)
-        .zip(cosines.iter().zip(sines));
+    let pairs = firsts.iter_mut().zip(seconds).zip(cosines.iter().zip(sines));
     for ((first, second), (cosine, sine)) in pairs {
         let (x, y) = (*first, *second);
         *first = x * cosine - y * sine;

@@ -31,10 +31,7 @@ impl HeadContext {
         keys: NdTensorView<f32, 2>,
         values: NdTensorView<f32, 2>,
     ) -> HeadContext {
-        HeadContext {
-            keys: backend.pack(keys.transposed()),
-            values: backend.pack(values),
-        }
+        HeadContext { keys: backend.pack(keys.transposed()), values: backend.pack(values) }
     }
 
     pub fn keys(&self) -> GemmInputB<'_, f32> {

@@ -18,11 +18,7 @@ impl SimdOp for Largest<'_> {
         for vector in vectors {
             largest = ops.max(ops.load(vector), largest);
         }
-        largest
-            .to_array()
-            .into_iter()
-            .chain(rest.iter().copied())
-            .fold(f32::NEG_INFINITY, f32::max)
+        largest.to_array().into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max)
     }
 }
 
