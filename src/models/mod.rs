@@ -99,33 +99,26 @@ pub fn load<B: Backend>(
     mut weights: Weights,
     steps: &[StepTokens],
 ) -> Result<Box<dyn Model<B>>> {
-    let model: Box<dyn Model<B>> = match config.architecture()? {
+    match config.architecture()? {
         "T5ForConditionalGeneration" => {
-            Box::new(t5::T5::load(backend, config, &mut weights, steps)?)
+            let model = t5::T5::load(backend, config, &mut weights, steps)?;
+            weights.finish(t5::is_known_spare)?;
+            Ok(Box::new(model))
         }
         name @ ("Qwen3ForCausalLM" | "Qwen2ForCausalLM" | "LlamaForCausalLM") => {
             let flavour = decoder_only::Flavour::of(name);
-            Box::new(decoder_only::DecoderOnly::load(
-                backend,
-                config,
-                flavour,
-                &mut weights,
-                steps,
-            )?)
+            let model =
+                decoder_only::DecoderOnly::load(backend, config, flavour, &mut weights, steps)?;
+            weights.finish(decoder_only::is_known_spare)?;
+            Ok(Box::new(model))
         }
-        other => {
-            return Err(Error::Unsupported {
-                what: format!("architecture {other:?}"),
-                way_out: "T5ForConditionalGeneration, Qwen3ForCausalLM, Qwen2ForCausalLM and \
-                          LlamaForCausalLM are"
-                    .into(),
-            });
-        }
-    };
-    let is_known_spare =
-        |name: &str| t5::is_known_spare(name) || decoder_only::is_known_spare(name);
-    weights.finish(is_known_spare)?;
-    Ok(model)
+        other => Err(Error::Unsupported {
+            what: format!("architecture {other:?}"),
+            way_out: "T5ForConditionalGeneration, Qwen3ForCausalLM, Qwen2ForCausalLM and \
+                      LlamaForCausalLM are"
+                .into(),
+        }),
+    }
 }
 
 /// The size of the vocabulary that a configuration names.

@@ -1,6 +1,6 @@
 //! The CPU backend: f32, any number of threads, no GPU needed.
 //!
-//! Products with weights are [`matmul`]'s own, those of activations (attention) `rten-gemm`'s.
+//! Products with weights are `matmul`'s own, those of activations (attention) `rten-gemm`'s.
 //! Everything else is a fused loop. All are written on `rten-simd`, so one binary uses AVX-512,
 //! AVX2 or NEON as the machine has it. There is no unsafe code here.
 
