@@ -175,10 +175,16 @@ fn label(catalog: &Catalog, item: &str) -> String {
     }
 }
 
+/// How wide a table is where no terminal says so.
+const COLUMNS_WITHOUT_TERMINAL: u16 = 120;
+
 fn table(catalog: &Catalog, answer: &Answer, line: Option<&RequestLine>) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_preset(presets::UTF8_BORDERS_ONLY);
     table.set_content_arrangement(ContentArrangement::Dynamic);
+    if !std::io::stdout().is_terminal() {
+        table.set_width(COLUMNS_WITHOUT_TERMINAL);
+    }
     table.set_header(["", "item", "title", "semantic ID", "score", "probability"]);
     let target = line.and_then(RequestLine::target);
     for (rank, found) in answer.items.iter().enumerate() {
