@@ -4,6 +4,7 @@
 //! constrained search. Before each of its steps, the logits of every beam over the whole
 //! vocabulary stand against one pass of candle's network, without a cache, over the prompt and the
 //! beam's tokens: positions, slots and the ancestors of beams are compared as well as the layers.
+//! After each step the beams' scores stand against the same passes.
 //!
 //! `cargo test --release --features candle-truth --test candle -- --nocapture` prints how far the
 //! two are apart.
@@ -18,7 +19,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use sidereal::backend::cpu::CpuBackend;
-use sidereal::backend::{Backend, SearchRule};
+use sidereal::backend::{Backend, Beam, SearchRule};
 use sidereal::catalog::Catalog;
 use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::weights::Weights;
@@ -121,11 +122,11 @@ impl Checkpoint {
         }
     }
 
-    /// Compares our logits with those of `truth`, which is given a prompt and what a beam wrote.
-    fn compare(
+    /// Compares ours with candle's network, which is given a prompt and what a beam wrote.
+    fn compare<F: FnMut(&[u32], &[u32]) -> candle_core::Result<Tensor>>(
         &self,
         tolerance: f64,
-        mut truth: impl FnMut(&[u32], &[u32]) -> candle_core::Result<Tensor>,
+        network: F,
     ) {
         let golden: Golden = read(&self.folder.join("golden.json"));
         let prompts = self.prompts(&golden);
@@ -158,34 +159,101 @@ impl Checkpoint {
         let mut slots: Vec<_> = prompts.iter().map(open).collect();
         let rules: Vec<SearchRule<'_>> = prompts.iter().map(rule).collect();
         let mut scratch = Scratch::new(&backend);
-        let (mut num_compared, mut worst, mut largest) = (0, 0.0f64, 0.0f64);
+        let mut truth = Truth::new(network, tolerance);
         model.begin(&backend, &prompts.concat(), &mut slots, &mut scratch);
         for step in 0..steps.len() {
             if step > 0 {
-                let hidden = &scratch.hidden;
-                backend.advance_beams(hidden, model.head(), step - 1, &rules, &mut slots);
                 model.decode(&backend, step, &mut slots, &mut scratch);
             }
             let hidden = &scratch.hidden;
             let mut rows = hidden.values().chunks_exact(hidden.num_columns());
             for (prompt, slot) in prompts.iter().zip(&slots) {
-                let beams = backend.read_beams(slot).expect("scores are finite");
-                assert_eq!(beams.len(), if step == 0 { 1 } else { BEAMS });
-                for beam in beams {
+                for beam in backend.read_beams(slot).expect("scores are finite") {
                     let ours = logits(rows.next().expect("every beam has a row"), &head);
-                    let theirs = truth(prompt, &beam.tokens)
-                        .and_then(|logits| logits.flatten_all()?.to_vec1())
-                        .expect("candle runs the network");
-                    let what = format!("{} tokens, then {:?}", prompt.len(), beam.tokens);
-                    worst = worst.max(difference(&ours, &theirs, tolerance, &what));
-                    largest = ours.iter().fold(largest, |most, logit| most.max(logit.abs()));
-                    num_compared += 1;
+                    truth.check_logits(prompt, &beam.tokens, &ours);
                 }
             }
             assert!(rows.next().is_none(), "every row is a beam's");
+            backend.advance_beams(hidden, model.head(), step, &rules, &mut slots);
+            for (prompt, slot) in prompts.iter().zip(&slots) {
+                let beams = backend.read_beams(slot).expect("scores are finite");
+                assert_eq!(beams.len(), BEAMS);
+                let num_steps = step + 1;
+                beams.iter().for_each(|beam| truth.check_score(prompt, beam, num_steps));
+            }
         }
-        let folder = self.folder.display();
-        println!("{folder}: {num_compared} beams within {worst:.1e}, logits up to {largest:.1}");
+        let (folder, num_passes) = (self.folder.display(), truth.passes.len());
+        let Truth { worst_logit, worst_score, .. } = truth;
+        println!(
+            "{folder}: logits of {num_passes} beams within {worst_logit:.1e}, scores within \
+             {worst_score:.1e}"
+        );
+    }
+}
+
+/// candle's network, and what came of it so far.
+struct Truth<F> {
+    network: F,
+    tolerance: f64,
+    /// By prompt and tokens written: the score of these tokens, and the logits of the next.
+    passes: HashMap<(Vec<u32>, Vec<u32>), (f64, Vec<f32>)>,
+    worst_logit: f64,
+    worst_score: f64,
+}
+
+impl<F: FnMut(&[u32], &[u32]) -> candle_core::Result<Tensor>> Truth<F> {
+    fn new(network: F, tolerance: f64) -> Truth<F> {
+        let passes = HashMap::new();
+        Truth { network, tolerance, passes, worst_logit: 0.0, worst_score: 0.0 }
+    }
+
+    fn check_logits(&mut self, prompt: &[u32], written: &[u32], ours: &[f64]) {
+        let what = format!("{} tokens, then {written:?}", prompt.len());
+        let theirs = (self.network)(prompt, written);
+        let theirs = theirs.and_then(|logits| logits.flatten_all()?.to_vec1::<f32>());
+        let theirs = theirs.expect("candle runs the network");
+        assert_eq!(ours.len(), theirs.len(), "{what}: size of the vocabulary");
+        for (token, (ours, &theirs)) in ours.iter().zip(&theirs).enumerate() {
+            let are_finite = ours.is_finite() && theirs.is_finite();
+            assert!(are_finite, "{what}: token {token} has logits {ours} and {theirs}");
+        }
+        let difference = |token: &usize| (ours[*token] - f64::from(theirs[*token])).abs();
+        let by_difference = |a: &usize, b: &usize| difference(a).total_cmp(&difference(b));
+        let worst = (0..ours.len()).max_by(by_difference).expect("a vocabulary has tokens");
+        assert!(
+            difference(&worst) < self.tolerance,
+            "{what}: token {worst} has logit {}, candle's is {}",
+            ours[worst],
+            theirs[worst]
+        );
+        self.worst_logit = self.worst_logit.max(difference(&worst));
+        let score = self.score(prompt, written);
+        self.passes.insert((prompt.to_vec(), written.to_vec()), (score, theirs));
+    }
+
+    /// The score of written tokens, by the passes over those before each.
+    fn score(&self, prompt: &[u32], written: &[u32]) -> f64 {
+        let Some((&token, before)) = written.split_last() else { return 0.0 };
+        let (score, logits) = &self.passes[&(prompt.to_vec(), before.to_vec())];
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let from_largest = |logit: f32| f64::from(logit) - f64::from(largest);
+        let sum: f64 = logits.iter().map(|&logit| from_largest(logit).exp()).sum();
+        score + from_largest(logits[token as usize]) - sum.ln()
+    }
+
+    /// The score shows that our search read these logits, through the head that the model loaded.
+    fn check_score(&mut self, prompt: &[u32], beam: &Beam, num_steps: usize) {
+        let (ours, theirs) = (f64::from(beam.score), self.score(prompt, &beam.tokens));
+        let difference = (ours - theirs).abs();
+        // Each step adds a logit and takes away a normaliser, both within the tolerance.
+        let tolerance = 2.0 * num_steps as f64 * self.tolerance;
+        assert!(
+            difference < tolerance,
+            "{} tokens, then {:?}: scores {ours}, by candle {theirs}",
+            prompt.len(),
+            beam.tokens
+        );
+        self.worst_score = self.worst_score.max(difference);
     }
 }
 
@@ -197,26 +265,6 @@ fn logits(hidden: &[f32], head: &[Vec<f32>]) -> Vec<f64> {
     };
     assert_eq!(head[0].len(), hidden.len(), "columns of the head");
     head.iter().map(product).collect()
-}
-
-/// The largest difference, which must be within the tolerance.
-fn difference(ours: &[f64], theirs: &[f32], tolerance: f64, what: &str) -> f64 {
-    assert_eq!(ours.len(), theirs.len(), "{what}: size of the vocabulary");
-    let (mut worst, mut worst_token) = (0.0, 0);
-    for (token, (ours, &theirs)) in ours.iter().zip(theirs).enumerate() {
-        let are_finite = ours.is_finite() && theirs.is_finite();
-        assert!(are_finite, "{what}: token {token} has logits {ours} and {theirs}");
-        let difference = (ours - f64::from(theirs)).abs();
-        if difference > worst {
-            (worst, worst_token) = (difference, token);
-        }
-    }
-    let (ours, theirs) = (ours[worst_token], theirs[worst_token]);
-    assert!(
-        worst < tolerance,
-        "{what}: token {worst_token} has logit {ours}, candle's is {theirs}"
-    );
-    worst
 }
 
 /// Tokens as candle's networks take them, `[1, tokens]`.
