@@ -169,7 +169,7 @@ pub enum Error {
     // The device's or the model's arithmetic.
     /// The network's output is NaN or infinite for this input.
     #[error(
-        "the model's scores are not finite for this request (step {step}); its activations overflow f32"
+        "the model's scores are not finite for this request (step {step}): its activations, or its logits over the temperature, overflow f32"
     )]
     NonFiniteScores {
         /// The decoding step, from zero.

@@ -125,7 +125,7 @@ pub struct Answer {
 
 /// An item's name in a file: a JSON string or whole number.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected an item's name, a text or a whole number")]
 pub(crate) enum Name {
     Text(String),
     Number(u64),

@@ -1,28 +1,19 @@
 //! Bad input gets a typed error that names the way out: never a panic, never a wrong answer.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 use sidereal::catalog::Catalog;
-use sidereal::{Engine, EngineOptions, Error, MAX_BEAMS, Request, RequestDefaults, RequestLine};
-use tempfile::TempDir;
+use sidereal::{
+    Answer, Constraint, Engine, Error, MAX_BEAMS, Normalization, Request, RequestDefaults,
+    RequestLine,
+};
 
-fn models() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("models")
-}
+#[path = "common/folders.rs"]
+mod folders;
 
-fn write(folder: &TempDir, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
-    let path = folder.path().join(name);
-    std::fs::write(&path, bytes).expect("a writable folder");
-    path
-}
-
-fn temp() -> TempDir {
-    tempfile::tempdir().expect("a temporary folder")
-}
+use folders::{Folder, INDUSTRIAL, INSTRUMENTS, QWEN3, RawTensor, T5, find, temp, write};
 
 fn error<T>(outcome: Result<T, Error>, what: &str) -> Error {
     match outcome {
@@ -65,15 +56,17 @@ fn a_catalog_cut_at_any_length_is_an_error() {
         let path = write(&folder, "c.sidereal", &bytes[..len]);
         assert_error!(Catalog::open(&path), Error::CatalogFile { .. }, "catalog build");
     }
+    // Nor may anything follow its end.
+    let path = write(&folder, "c.sidereal", [&bytes[..], &[0; 64]].concat());
+    assert_error!(Catalog::open(&path), Error::CatalogFile { .. }, "catalog build");
 }
 
 #[test]
 fn a_flipped_bit_anywhere_in_a_catalog_is_an_error() {
     let (folder, bytes) = (temp(), small_catalog());
-    let mut rng = fastrand::Rng::with_seed(1);
     for at in 0..bytes.len() {
         let mut damaged = bytes.clone();
-        damaged[at] ^= 1 << rng.u8(0..8);
+        damaged[at] ^= 1 << (at % 8);
         let path = write(&folder, "c.sidereal", &damaged);
         let outcome = Catalog::open(&path);
         assert!(matches!(outcome, Err(Error::CatalogFile { .. })), "byte {at}");
@@ -143,16 +136,29 @@ fn what_is_no_catalog_is_an_error() {
     let folder = temp();
     let foreign = write(&folder, "f.sidereal", b"PK\x03\x04 something else entirely");
     assert_error!(Catalog::open(&foreign), Error::CatalogFile { .. }, "not a compiled");
+    let items = write(&folder, "i.sidereal", r#"{"item": "1", "sid": [1, 2, 3]}"#);
+    assert_error!(Catalog::open(&items), Error::CatalogFile { .. }, "catalog build");
     let empty = write(&folder, "e.sidereal", b"");
     assert_error!(Catalog::open(&empty), Error::CatalogFile { .. }, "not a compiled");
     assert_error!(Catalog::open(folder.path()), Error::Io { .. }, "director");
     let missing = folder.path().join("missing.sidereal");
     assert_error!(Catalog::open(&missing), Error::Io { .. }, "missing.sidereal");
-    let mut future = small_catalog();
-    future[8] = 77;
-    sign(&mut future);
-    let future = write(&folder, "v.sidereal", future);
-    assert_error!(Catalog::open(&future), Error::CatalogFile { .. }, "format 77", "build it again");
+}
+
+#[test]
+fn a_catalog_of_another_version_is_an_error() {
+    let folder = temp();
+    for (version, is_signed) in [(77, true), (77, false), (0, true), (2, true)] {
+        let mut other = small_catalog();
+        other[8] = version;
+        if is_signed {
+            sign(&mut other);
+        }
+        let path = write(&folder, "v.sidereal", other);
+        let format = format!("format {version}");
+        let outcome = Catalog::open(&path);
+        assert_error!(outcome, Error::CatalogFile { .. }, &format, "build it again");
+    }
 }
 
 // Files of items.
@@ -162,12 +168,18 @@ fn bad_lines_of_items_are_named() {
     let good = r#"{"item": "1", "sid": [1, 2, 3]}"#;
     for (line, reason) in [
         (r#"{"item": "2", "sid": [1, 2]}"#, "has 2 levels"),
+        (r#"{"item": "2", "sid": [1, 2, 3, 4]}"#, "has 4 levels"),
         (r#"{"item": "2", "sid": [1, 2, "#, "EOF"),
         (r#"{"item": "2", "sid": []}"#, "0 levels"),
         (r#"{"item": "2", "sid": [1, 2, 3, 4, 5, 6, 7, 8, 9]}"#, "9 levels"),
         (r#"{"item": "2", "sid": [1, 2, 65536]}"#, "over 65535"),
-        (r#"{"item": "2", "sid": [1, 2, -3]}"#, "Code"),
+        (r#"{"item": "2", "sid": [1, 2, "<c_65536>"]}"#, "65535"),
+        (r#"{"item": "2", "sid": [1, 2, -3]}"#, "column"),
+        (r#"{"item": "2", "sid": [1, 2, 3.5]}"#, "column"),
+        (r#"{"item": "2", "sid": [1, 2, null]}"#, "column"),
         (r#"{"item": "2", "sid": [1, 2, "<c_>"]}"#, "no number"),
+        (r#"{"item": "2", "sid": [1, 2, ""]}"#, "no number"),
+        (r#"{"item": "2", "sid": 7}"#, "column"),
         (r#"{"item": "", "sid": [1, 2, 3]}"#, "empty"),
         (r#"{"sid": [1, 2, 3]}"#, "item"),
         (r#"{"item": "2"}"#, "sid"),
@@ -190,241 +202,509 @@ fn bad_entries_of_an_index_are_named() {
         (r#"{"1": ["<a_1>", "<b_2>"], "2": ["<a_1>", "<b_"]}"#, "no number"),
         (r#"{"1": ["<a_1>", "<b_2>"], "2": ["<a"#, "EOF"),
         (r#"{"1": ["<a_99999>"]}"#, "65535"),
+        (r#"{"1": ["<a_99999999999999999999>"]}"#, "65535"),
+        (r#"{"1": []}"#, "0 levels"),
+        (r#"{"": ["<a_1>"]}"#, "empty"),
+        (r#"{"1": "<a_1>"}"#, "line 1"),
+        (r#"{"1": ["<a_1>"]} more"#, "trailing"),
         (r#"[["<a_1>"]]"#, "an object of items"),
         ("", "EOF"),
     ] {
         let folder = temp();
         let path = write(&folder, "items.index.json", index);
-        assert_error!(Catalog::open(&path), Error::ItemsFile { .. }, reason);
+        let outcome = Catalog::open(&path);
+        assert_error!(outcome, Error::ItemsFile { .. }, "items.index.json", reason);
+    }
+}
+
+#[test]
+fn an_index_cut_at_any_length_is_an_error() {
+    let (folder, index) = (temp(), r#"{"1": ["<a_1>", "<b_2>"], "é": ["<a_1>", "<b_3>"]}"#);
+    for len in 0..index.len() {
+        let path = write(&folder, "items.index.json", &index.as_bytes()[..len]);
+        assert_error!(Catalog::open(&path), Error::ItemsFile { .. }, "items.index.json");
+    }
+    let path = write(&folder, "items.index.json", index);
+    assert_eq!(Catalog::open(&path).expect("a whole file").num_items(), 2);
+}
+
+#[test]
+fn lines_of_items_cut_at_any_length_are_an_error_or_the_whole_lines_before() {
+    let folder = temp();
+    let lines = "{\"item\": \"1\", \"sid\": [1, 2]}\r\n\n{\"item\": 2, \"sid\": [\"<a_1>\", 3]}\n";
+    for len in 0..=lines.len() {
+        let path = write(&folder, "items.jsonl", &lines.as_bytes()[..len]);
+        let rest = lines[..len].rsplit('\n').next().expect("a split has a last part").trim();
+        let whole_lines = lines[..len].matches('}').count();
+        match Catalog::open(&path) {
+            Ok(catalog) => {
+                assert!(rest.is_empty() || rest.ends_with('}'), "cut at {len}");
+                assert_eq!(catalog.num_items(), whole_lines, "cut at {len}");
+            }
+            Err(Error::ItemsFile { .. }) => assert!(!rest.ends_with('}'), "cut at {len}"),
+            Err(other) => {
+                assert!(matches!(other, Error::InvalidField { .. }), "cut at {len}: {other:?}");
+                assert!(lines[..len].trim().is_empty(), "cut at {len}");
+            }
+        }
     }
 }
 
 #[test]
 fn items_must_be_some_and_have_names_of_their_own() {
     let folder = temp();
-    let none = write(&folder, "none.jsonl", "\n\n");
-    assert_error!(Catalog::open(&none), Error::InvalidField { .. }, "no items");
-    let none = write(&folder, "none.json", "{}");
-    assert_error!(Catalog::open(&none), Error::InvalidField { .. }, "no items");
+    for (name, text) in [("none.jsonl", "\n\n"), ("none.jsonl", ""), ("none.json", "{}")] {
+        let none = write(&folder, name, text);
+        assert_error!(Catalog::open(&none), Error::InvalidField { .. }, "no items");
+    }
     let twice = write(&folder, "twice.json", r#"{"a": [1], "b": [2], "a": [3]}"#);
     assert_error!(Catalog::open(&twice), Error::InvalidField { .. }, "\"a\" appears twice");
+    // A number and its text are one name.
+    let lines = "{\"item\": 7, \"sid\": [1]}\n{\"item\": \"7\", \"sid\": [1]}";
+    let twice = write(&folder, "twice.jsonl", lines);
+    assert_error!(Catalog::open(&twice), Error::InvalidField { .. }, "\"7\" appears twice");
+    let missing = folder.path().join("missing.jsonl");
+    assert_error!(Catalog::open(&missing), Error::Io { .. }, "missing.jsonl");
 }
 
-// Checkpoints.
-
-/// A copy of a sound checkpoint, to be damaged.
-struct Folder(TempDir);
-
-impl Folder {
-    fn of(case: &str) -> Folder {
-        let folder = temp();
-        for name in ["config.json", "sidereal.json", "model.safetensors"] {
-            let from = models().join(case).join(name);
-            std::fs::copy(from, folder.path().join(name)).expect("a checkpoint of the repository");
-        }
-        Folder(folder)
-    }
-
-    fn edit(&self, name: &str, edit: impl FnOnce(&mut Value)) {
-        let path = self.0.path().join(name);
-        let text = std::fs::read(&path).expect("a file of the checkpoint");
-        let mut value: Value = serde_json::from_slice(&text).expect("JSON");
-        edit(&mut value);
-        std::fs::write(path, value.to_string()).expect("a writable folder");
-    }
-
-    /// Rewrites the weights; `edit` sees each tensor's name, type, shape and bytes.
-    fn edit_weights(&self, edit: impl FnOnce(&mut Vec<(String, Dtype, Vec<usize>, Vec<u8>)>)) {
-        let path = self.0.path().join("model.safetensors");
-        let bytes = std::fs::read(&path).expect("the weights");
-        let parsed = safetensors::SafeTensors::deserialize(&bytes).expect("sound weights");
-        let mut tensors = parsed
-            .tensors()
-            .into_iter()
-            .map(|(name, view)| (name, view.dtype(), view.shape().to_vec(), view.data().to_vec()))
-            .collect();
-        edit(&mut tensors);
-        let views = tensors.iter().map(|(name, dtype, shape, data)| {
-            (name, TensorView::new(*dtype, shape.clone(), data).expect("a consistent tensor"))
-        });
-        let bytes = safetensors::serialize(views, None).expect("a checkpoint");
-        std::fs::write(path, bytes).expect("a writable folder");
-    }
-
-    fn open(&self) -> Result<Engine, Error> {
-        self.open_with("industrial")
-    }
-
-    fn open_with(&self, catalog: &str) -> Result<Engine, Error> {
-        let catalog = models().join(format!("catalogs/{catalog}.index.json"));
-        let catalog = Arc::new(Catalog::open(&catalog).expect("a real catalogue"));
-        Engine::open(self.0.path(), catalog, &EngineOptions { threads: 1, ..Default::default() })
-    }
-}
-
-const QWEN3: &str = "decoder_only/qwen3-tied";
+// Weights.
 
 #[test]
 fn tensors_must_be_there_fit_and_be_accounted_for() {
     let folder = Folder::of(QWEN3);
-    folder.edit_weights(|tensors| {
-        tensors.retain(|(name, ..)| !name.ends_with("1.mlp.up_proj.weight"))
-    });
-    assert_error!(folder.open(), Error::MissingTensor { .. }, "model.layers.1.mlp.up_proj.weight");
+    let lost = "model.layers.1.mlp.up_proj.weight";
+    folder.edit_weights(|tensors| tensors.retain(|tensor| tensor.name != lost));
+    assert_error!(folder.open(), Error::MissingTensor { .. }, lost, "config.json");
+
+    let folder = Folder::of(T5);
+    let lost = "decoder.block.1.layer.1.EncDecAttention.v.weight";
+    folder.edit_weights(|tensors| tensors.retain(|tensor| tensor.name != lost));
+    assert_error!(folder.open(), Error::MissingTensor { .. }, lost, "config.json");
+
+    for (case, name) in [(QWEN3, "model.layers.0.extra"), (T5, "encoder.block.2.layer.0.extra")] {
+        let folder = Folder::of(case);
+        folder.edit_weights(|tensors| {
+            let (name, data) = (name.into(), vec![0; 8]);
+            tensors.push(RawTensor { name, dtype: Dtype::F32, shape: vec![2], data });
+        });
+        assert_error!(folder.open(), Error::UnexpectedTensor { .. }, name, "architecture");
+    }
 
     let folder = Folder::of(QWEN3);
     folder.edit_weights(|tensors| {
-        let data = vec![0; 8];
-        tensors.push(("model.layers.0.extra".into(), Dtype::F32, vec![2], data));
-    });
-    assert_error!(folder.open(), Error::UnexpectedTensor { .. }, "model.layers.0.extra");
-
-    let folder = Folder::of(QWEN3);
-    folder.edit_weights(|tensors| {
-        let found = tensors.iter_mut().find(|(name, ..)| name.ends_with("0.mlp.down_proj.weight"));
-        found.expect("a feed-forward layer").2.reverse();
+        find(tensors, "model.layers.0.mlp.down_proj.weight").shape.reverse();
     });
     assert_error!(folder.open(), Error::TensorShape { .. }, "down_proj", "[192, 96]", "[96, 192]");
+    let folder = Folder::of(T5);
+    folder.edit_weights(|tensors| {
+        find(tensors, "encoder.final_layer_norm.weight").shape = vec![1, 64];
+    });
+    assert_error!(folder.open(), Error::TensorShape { .. }, "final_layer_norm", "[1, 64]", "[64]");
 
     let folder = Folder::of(QWEN3);
     folder.edit_weights(|tensors| {
-        let (_, dtype, shape, data) = &mut tensors[0];
-        (*dtype, *data) = (Dtype::I64, vec![0; shape.iter().product::<usize>() * 8]);
+        let norm = find(tensors, "model.norm.weight");
+        (norm.dtype, norm.data) = (Dtype::I64, vec![1; 96 * 8]);
     });
-    assert_error!(folder.open(), Error::ModelConfig { .. }, "I64", "bf16");
+    assert_error!(folder.open(), Error::ModelConfig { .. }, "model.norm.weight", "I64", "bf16");
+}
+
+#[test]
+fn an_untied_checkpoint_must_have_its_head() {
+    for case in [QWEN3, T5] {
+        let folder = Folder::of(case);
+        folder.edit("config.json", |config| config["tie_word_embeddings"] = json!(false));
+        let outcome = folder.open();
+        assert_error!(outcome, Error::MissingTensor { .. }, "lm_head.weight", "config.json");
+    }
+}
+
+/// A number as a file holds it.
+fn bits(dtype: Dtype, number: f32) -> Vec<u8> {
+    match dtype {
+        Dtype::F16 => half::f16::from_f32(number).to_le_bytes().to_vec(),
+        Dtype::BF16 => half::bf16::from_f32(number).to_le_bytes().to_vec(),
+        _ => number.to_le_bytes().to_vec(),
+    }
 }
 
 #[test]
 fn weights_must_be_finite() {
-    for (dtype, number) in [
-        (Dtype::F32, f32::NAN.to_le_bytes().to_vec()),
-        (Dtype::F32, f32::NEG_INFINITY.to_le_bytes().to_vec()),
-        (Dtype::F16, half::f16::INFINITY.to_le_bytes().to_vec()),
-        (Dtype::BF16, half::bf16::NAN.to_le_bytes().to_vec()),
-    ] {
-        let folder = Folder::of(QWEN3);
-        folder.edit_weights(|tensors| {
-            let found = tensors.iter_mut().find(|(name, ..)| name == "model.embed_tokens.weight");
-            let (_, old, shape, data) = found.expect("the embedding");
-            let size = number.len();
-            (*old, *data) = (dtype, vec![0; shape.iter().product::<usize>() * size]);
-            data[777 * size..778 * size].copy_from_slice(&number);
-        });
-        assert_error!(folder.open(), Error::NonFiniteWeight { .. }, "embed_tokens", "index 777");
+    let folder = Folder::of(QWEN3);
+    let sound = folder.read("model.safetensors");
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+        for number in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            folder.write("model.safetensors", &sound);
+            folder.edit_weights(|tensors| {
+                let embedding = find(tensors, "model.embed_tokens.weight");
+                let old = embedding.data.as_chunks::<4>().0.iter();
+                embedding.data =
+                    old.flat_map(|&old| bits(dtype, f32::from_le_bytes(old))).collect();
+                embedding.dtype = dtype;
+                let number = bits(dtype, number);
+                let at = 777 * number.len();
+                embedding.data[at..at + number.len()].copy_from_slice(&number);
+            });
+            let outcome = folder.open();
+            assert_error!(outcome, Error::NonFiniteWeight { .. }, "embed_tokens", "index 777");
+        }
     }
 }
 
 #[test]
 fn a_damaged_weights_file_is_an_error() {
     let folder = Folder::of(QWEN3);
-    let path = folder.0.path().join("model.safetensors");
-    let bytes = std::fs::read(&path).expect("the weights");
-    for len in [0, 1, 7, 8, 9, 100, bytes.len() / 2, bytes.len() - 1] {
-        std::fs::write(&path, &bytes[..len]).expect("a writable folder");
+    let bytes = folder.read("model.safetensors");
+    let header_len = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    for len in
+        [0, 1, 7, 8, 9, 100, 7 + header_len, 8 + header_len, bytes.len() / 2, bytes.len() - 1]
+    {
+        folder.write("model.safetensors", &bytes[..len]);
         assert_error!(folder.open(), Error::WeightsFile { .. }, "safetensors", "again");
     }
-    for header in [u64::MAX, 1 << 40, bytes.len() as u64] {
+    for header in [0, 1, header_len as u64 - 1, bytes.len() as u64, 1 << 40, u64::MAX - 7, u64::MAX]
+    {
         let mut hostile = bytes.clone();
         hostile[..8].copy_from_slice(&header.to_le_bytes());
-        std::fs::write(&path, &hostile).expect("a writable folder");
+        folder.write("model.safetensors", &hostile);
         assert_error!(folder.open(), Error::WeightsFile { .. }, "again");
     }
-    std::fs::remove_file(&path).expect("the weights");
+    folder.remove("model.safetensors");
     assert_error!(folder.open(), Error::Io { .. }, "model.safetensors");
+}
+
+#[test]
+fn a_hostile_header_of_a_weights_file_is_an_error() {
+    let folder = Folder::of(QWEN3);
+    for header in [
+        r#"{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 800]}}"#,
+        r#"{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}"#,
+        r#"{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}"#,
+        r#"{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}"#,
+        r#"{"a": {"dtype": "F32", "shape": [18446744073709551615, 2], "data_offsets": [0, 8]}}"#,
+        r#"{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 18446744073709551615]}}"#,
+        r#"{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}"#,
+        r#"{"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}"#,
+        r#"{"a": 7}"#,
+        r#"[]"#,
+        "{",
+    ] {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend_from_slice(&[0; 8]);
+        folder.write("model.safetensors", bytes);
+        assert_error!(folder.open(), Error::WeightsFile { .. }, "model.safetensors", "again");
+    }
+    folder.write("model.safetensors", b"\x02\0\0\0\0\0\0\0{}");
+    assert_error!(folder.open(), Error::MissingTensor { .. }, "model.embed_tokens.weight");
 }
 
 #[test]
 fn shards_must_lie_in_the_folder() {
     let folder = Folder::of(QWEN3);
-    write(
-        &folder.0,
-        "model.safetensors.index.json",
-        r#"{"weight_map": {"a": "../b.safetensors"}}"#,
-    );
-    assert_error!(folder.open(), Error::WeightsFile { .. }, "not a file of this folder");
-    write(&folder.0, "model.safetensors.index.json", r#"{"weight_map": {"a": "b.safetensors"}}"#);
+    let index = "model.safetensors.index.json";
+    for name in ["../b.safetensors", "/b.safetensors", "sub/b.safetensors", "..", ".", ""] {
+        folder.write(index, json!({"weight_map": {"a": name}}).to_string());
+        assert_error!(folder.open(), Error::WeightsFile { .. }, "not a file of this folder");
+    }
+    folder.write(index, r#"{"weight_map": {"a": "b.safetensors"}}"#);
     assert_error!(folder.open(), Error::Io { .. }, "b.safetensors");
-    write(&folder.0, "model.safetensors.index.json", "{");
-    assert_error!(folder.open(), Error::WeightsFile { .. }, "EOF");
+    for text in ["", "{", "{}", "[]", r#"{"weight_map": {"a": 7}}"#] {
+        folder.write(index, text);
+        assert_error!(folder.open(), Error::WeightsFile { .. }, index, "again");
+    }
+    folder.write("b.safetensors", folder.read("model.safetensors"));
+    folder.write(index, r#"{"weight_map": {"a": "b.safetensors", "b": "model.safetensors"}}"#);
+    assert_error!(folder.open(), Error::WeightsFile { .. }, "two files");
+}
+
+// Configurations.
+
+#[test]
+fn sizes_of_a_configuration_must_be_there_and_possible() {
+    let qwen3: [(&str, bool); 8] = [
+        ("hidden_size", true),
+        ("intermediate_size", true),
+        ("num_hidden_layers", true),
+        ("num_attention_heads", true),
+        ("vocab_size", true),
+        ("num_key_value_heads", false),
+        ("head_dim", false),
+        ("max_position_embeddings", false),
+    ];
+    let t5: [(&str, bool); 8] = [
+        ("d_model", true),
+        ("d_kv", true),
+        ("d_ff", true),
+        ("num_layers", true),
+        ("num_heads", true),
+        ("vocab_size", true),
+        ("relative_attention_num_buckets", false),
+        ("relative_attention_max_distance", false),
+    ];
+    let absurd = [
+        json!(0),
+        json!(-1),
+        json!(1e18),
+        json!(u64::MAX),
+        json!(2.5),
+        json!("abc"),
+        json!(true),
+        json!([96]),
+    ];
+    for (case, keys) in [(QWEN3, qwen3), (T5, t5)] {
+        let folder = Folder::of(case);
+        let sound = folder.read("config.json");
+        for (key, is_required) in keys {
+            for value in &absurd {
+                folder.write("config.json", &sound);
+                folder.edit("config.json", |config| config[key] = value.clone());
+                let (quoted, value) = (format!("{key:?}"), value.to_string());
+                let outcome = folder.open();
+                assert_error!(outcome, Error::ModelConfig { .. }, &quoted, &value, "between 1");
+            }
+            for missing in [true, false] {
+                folder.write("config.json", &sound);
+                folder.edit("config.json", |config| match missing {
+                    true => drop(config.as_object_mut().expect("an object").remove(key)),
+                    false => config[key] = Value::Null,
+                });
+                match (folder.open(), is_required) {
+                    (outcome, true) => {
+                        let quoted = format!("{key:?}");
+                        assert_error!(outcome, Error::ModelConfig { .. }, &quoted, "missing");
+                    }
+                    // The default may be another network's: then the shapes tell.
+                    (Err(error), false) => {
+                        assert!(matches!(error, Error::TensorShape { .. }), "{key}: {error:?}");
+                    }
+                    (Ok(_), false) => {}
+                }
+            }
+            // The largest size that counts as one still fails before anything is allocated by it.
+            folder.write("config.json", &sound);
+            folder.edit("config.json", |config| config[key] = json!(1 << 24));
+            if let Err(error) = folder.open() {
+                let is_typed = matches!(
+                    error,
+                    Error::TensorShape { .. }
+                        | Error::MissingTensor { .. }
+                        | Error::ModelConfig { .. }
+                );
+                assert!(is_typed, "{key}: {error:?}");
+            }
+        }
+    }
 }
 
 #[test]
 fn configurations_must_make_sense() {
     for (key, value, word) in [
-        ("hidden_size", json!(null), "missing"),
-        ("hidden_size", json!(0), "between 1"),
-        ("hidden_size", json!(-1), "between 1"),
-        ("num_hidden_layers", json!(1e18), "between 1"),
-        ("vocab_size", json!("abc"), "abc"),
         ("rms_norm_eps", json!(-1.0), "above zero"),
+        ("rms_norm_eps", json!(0), "above zero"),
+        ("rms_norm_eps", json!("1e-6"), "above zero"),
         ("num_key_value_heads", json!(4), "cannot share"),
+        ("num_attention_heads", json!(5), "cannot share"),
         ("head_dim", json!(31), "31"),
         ("tie_word_embeddings", json!("yes"), "not true or false"),
+        ("use_sliding_window", json!(1), "not true or false"),
+        ("hidden_act", json!(7), "not a text"),
         ("rope_parameters", json!([1]), "not an object"),
+        ("rope_parameters", json!({"rope_type": "default", "rope_theta": -1}), "rope_theta"),
+        ("rope_parameters", json!({"rope_type": "linear", "factor": 0}), "factor"),
         ("architectures", json!([]), "architectures"),
+        ("architectures", json!("Qwen3ForCausalLM"), "architectures"),
+        ("architectures", Value::Null, "architectures"),
     ] {
         let folder = Folder::of(QWEN3);
         folder.edit("config.json", |config| config[key] = value);
         assert_error!(folder.open(), Error::ModelConfig { .. }, "config.json", word);
     }
     for (key, value, word) in [
-        ("architectures", json!(["MambaForCausalLM"]), "MambaForCausalLM"),
-        ("hidden_act", json!("gelu"), "silu is"),
-        ("use_sliding_window", json!(true), "full attention is"),
-        ("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}), "llama3 are"),
-        ("mlp_bias", json!(true), "without biases"),
+        ("relative_attention_num_buckets", json!(3), "no scale"),
+        ("relative_attention_max_distance", json!(16), "no scale"),
+        ("decoder_start_token_id", json!(99_999), "99999"),
+        ("decoder_start_token_id", json!(-1), "-1"),
+        ("layer_norm_epsilon", json!(0.0), "above zero"),
     ] {
-        let folder = Folder::of(QWEN3);
+        let folder = Folder::of(T5);
         folder.edit("config.json", |config| config[key] = value);
-        assert_error!(folder.open(), Error::Unsupported { .. }, word);
+        assert_error!(folder.open(), Error::ModelConfig { .. }, "config.json", word);
     }
-    let folder = Folder::of("t5/relu-tied");
-    folder.edit("config.json", |config| config["feed_forward_proj"] = json!("gated-swish"));
-    assert_error!(folder.open_with("instruments"), Error::Unsupported { .. }, "gated-swish");
-    let folder = Folder::of("t5/relu-tied");
-    folder.edit("config.json", |config| config["decoder_start_token_id"] = json!(99_999));
-    assert_error!(folder.open_with("instruments"), Error::ModelConfig { .. }, "99999");
-    std::fs::remove_file(folder.0.path().join("config.json")).expect("the configuration");
+    let folder = Folder::of(QWEN3);
+    for text in ["", "{", "[]", "7", "{\"hidden_size\": \"\u{0}\"}"] {
+        folder.write("config.json", text);
+        assert_error!(folder.open(), Error::ModelConfig { .. }, "config.json");
+    }
+    folder.remove("config.json");
     assert_error!(folder.open(), Error::Io { .. }, "config.json");
 }
 
 #[test]
+fn networks_that_are_not_served_are_refused() {
+    for (key, value, word) in [
+        ("architectures", json!(["MambaForCausalLM"]), "Qwen3ForCausalLM"),
+        ("hidden_act", json!("gelu"), "silu is"),
+        ("use_sliding_window", json!(true), "full attention is"),
+        ("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}), "llama3 are"),
+        ("mlp_bias", json!(true), "without biases"),
+        ("partial_rotary_factor", json!(0.5), "1.0 is"),
+    ] {
+        let folder = Folder::of(QWEN3);
+        folder.edit("config.json", |config| config[key] = value);
+        assert_error!(folder.open(), Error::Unsupported { .. }, "not supported", word);
+    }
+    // The older spelling of the same keys.
+    let folder = Folder::of(QWEN3);
+    folder.edit("config.json", |config| {
+        config["rope_parameters"] = Value::Null;
+        config["rope_scaling"] = json!({"type": "dynamic", "factor": 2.0});
+    });
+    assert_error!(folder.open(), Error::Unsupported { .. }, "dynamic", "llama3 are");
+    let folder = Folder::of(T5);
+    folder.edit("config.json", |config| config["feed_forward_proj"] = json!("gated-swish"));
+    assert_error!(folder.open(), Error::Unsupported { .. }, "gated-swish", "relu");
+}
+
+#[test]
+fn a_layer_of_sliding_attention_is_refused() {
+    // Full attention in its place would answer, wrongly.
+    let folder = Folder::of(QWEN3);
+    folder.edit("config.json", |config| {
+        config["layer_types"][1] = json!("sliding_attention");
+        config["sliding_window"] = json!(4);
+    });
+    let outcome = folder.open();
+    assert_error!(outcome, Error::Unsupported { .. } | Error::ModelConfig { .. }, "sliding");
+}
+
+#[test]
+fn numbers_that_f32_cannot_hold_are_refused() {
+    // Infinite in f32, the first makes all scores equal, the second all of them NaN.
+    let too_far = json!({"rope_type": "linear", "factor": 1e-60});
+    for (key, value, word) in
+        [("rms_norm_eps", json!(1e300), "rms_norm_eps"), ("rope_parameters", too_far, "factor")]
+    {
+        let folder = Folder::of(QWEN3);
+        folder.edit("config.json", |config| config[key] = value);
+        assert_error!(folder.open(), Error::ModelConfig { .. }, "config.json", word);
+    }
+}
+
+// Layouts.
+
+fn level(first_token: u64) -> Value {
+    json!({"size": 256, "first_token": first_token})
+}
+
+#[test]
 fn layouts_must_make_sense() {
-    let level = |first: u64| json!({"size": 256, "first_token": first});
     for (layout, word) in [
+        (json!({}), "levels"),
         (json!({"levels": []}), "1 to 8"),
+        (json!({"levels": (vec![level(1); 9])}), "1 to 8"),
+        (json!({"levels": {"0": level(1)}}), "sequence"),
         (json!({"levels": [level(5), level(5_000_000)]}), "outside the vocabulary"),
+        (json!({"levels": [level(621)]}), "877, outside the vocabulary of 876"),
+        (json!({"levels": [level(u64::from(u32::MAX))]}), "outside the vocabulary"),
+        (json!({"levels": [level(1 << 32)]}), "sidereal.json"),
         (json!({"levels": [{"size": 0, "first_token": 5}]}), "size 0"),
         (json!({"levels": [{"size": 70_000, "first_token": 5}]}), "65536"),
-        (json!({"levels": [level(u64::from(u32::MAX))]}), "outside the vocabulary"),
+        (json!({"levels": [{"size": u64::MAX, "first_token": 5}]}), "65536"),
         (json!({"levels": [{"size": 4, "template": "<a>"}]}), "{}"),
+        (json!({"levels": [{"size": 4, "template": "<a_{}>"}]}), "no code has a token"),
         (json!({"levels": [level(1)], "sufix": [1]}), "sufix"),
         (json!({"levels": [level(1)], "suffix": [12_345]}), "12345"),
+        (json!({"levels": [level(1)], "suffix": [-1]}), "-1"),
         (json!({"levels": [level(1)], "prompt": {"max_items": 0}}), "max_items"),
+        (json!({"levels": [level(1)], "prompt": {"max_items": -1}}), "-1"),
+        (json!({"levels": [level(1)], "prompt": {"prefx": [1]}}), "prefx"),
+        (json!({"levels": [level(1)], "prompt": {"prefix": [876]}}), "token 876"),
+        (json!({"levels": [level(1)], "prompt": {"separator": [u32::MAX]}}), "4294967295"),
         (json!({"levels": [level(1)], "normalize": "softmax"}), "softmax"),
         (json!([1]), "sidereal.json"),
+        (json!("levels"), "sidereal.json"),
     ] {
         let folder = Folder::of(QWEN3);
         if layout.to_string().contains("template") {
-            write(&folder.0, "tokenizer.json", r#"{"added_tokens": []}"#);
+            folder.write("tokenizer.json", r#"{"added_tokens": []}"#);
         }
         folder.edit("sidereal.json", |old| *old = layout);
         assert_error!(folder.open(), Error::ModelConfig { .. }, "sidereal.json", word);
     }
     let folder = Folder::of(QWEN3);
-    folder.edit("sidereal.json", |old| {
-        *old = json!({"levels": [{"size": 4, "template": "<a_{}>"}]});
-    });
-    assert_error!(folder.open(), Error::Io { .. }, "tokenizer.json");
-    std::fs::remove_file(folder.0.path().join("sidereal.json")).expect("the layout");
+    folder.write("sidereal.json", "{\"levels\": [");
+    assert_error!(folder.open(), Error::ModelConfig { .. }, "sidereal.json", "EOF");
+    folder.remove("sidereal.json");
     assert_error!(folder.open(), Error::Io { .. }, "sidereal.json");
+}
+
+#[test]
+fn unknown_fields_of_a_level_are_refused() {
+    for (entry, word) in [
+        (json!({"size": 256, "first_token": 100, "offset": 1}), "offset"),
+        (json!({"size": 256, "first_tokn": 100}), "first_token"),
+        // Which of the two would count?
+        (json!({"size": 256, "first_token": 100, "template": "<a_{}>"}), "template"),
+    ] {
+        let folder = Folder::of(QWEN3);
+        folder.edit("sidereal.json", |layout| layout["levels"][0] = entry);
+        assert_error!(folder.open(), Error::ModelConfig { .. }, "sidereal.json", word);
+    }
+}
+
+/// A checkpoint whose first level goes by template, with the tokenizer's numbers of its codes.
+fn templated(id: impl Fn(u64) -> u64) -> Folder {
+    let folder = Folder::of(QWEN3);
+    folder.edit("sidereal.json", |layout| {
+        layout["levels"][0] = json!({"size": 256, "template": "<a_{}>"});
+    });
+    let entries = (0..256).map(|code| (format!("<a_{code}>"), json!(id(code))));
+    let vocab: serde_json::Map<String, Value> = entries.collect();
+    folder.write("tokenizer.json", json!({"model": {"vocab": vocab}}).to_string());
+    folder
+}
+
+#[test]
+fn templates_need_a_tokenizer_that_knows_their_tokens() {
+    let plain = Folder::of(QWEN3).open().expect("a sound checkpoint");
+    let by_template = templated(|code| 100 + code).open().expect("a sound tokenizer");
+    let request = Request::from_history(["17", "4"]);
+    let answers = [plain, by_template].map(|engine| engine.recommend(&request).expect("a request"));
+    assert_eq!(answers[0], answers[1]);
+
+    let folder = templated(|code| 100 + code);
+    folder.edit("tokenizer.json", |tokenizer| {
+        let vocab = tokenizer["model"]["vocab"].as_object_mut().expect("an object");
+        vocab.retain(|text, _| text.len() < "<a_100>".len());
+    });
+    assert_error!(folder.open(), Error::LevelsMismatch { .. }, "level 0", "no token");
+
+    let outside = templated(|code| 700 + code).open();
+    assert_error!(outside, Error::ModelConfig { .. }, "token 955", "vocabulary of 876");
+    for text in ["", "{", "[]", r#"{"added_tokens": [{"content": "<a_1>"}]}"#] {
+        folder.write("tokenizer.json", text);
+        assert_error!(folder.open(), Error::ModelConfig { .. }, "tokenizer.json");
+    }
+    folder.remove("tokenizer.json");
+    assert_error!(folder.open(), Error::Io { .. }, "tokenizer.json");
+}
+
+#[test]
+fn a_token_of_more_than_32_bits_is_refused() {
+    // Cut to 32 bits it would be another token.
+    let outcome = templated(|code| (1 << 32) + 100 + code).open();
+    assert_error!(outcome, Error::ModelConfig { .. }, "vocabulary of 876");
 }
 
 #[test]
 fn levels_of_model_and_catalog_must_match() {
     let folder = Folder::of(QWEN3);
-    let outcome = folder.open_with("instruments");
+    let outcome = folder.open_with(&INSTRUMENTS);
     assert_error!(outcome, Error::LevelsMismatch { .. }, "3 levels", "has 4");
+    let outcome = Folder::of(T5).open_with(&INDUSTRIAL);
+    assert_error!(outcome, Error::LevelsMismatch { .. }, "4 levels", "has 3");
     folder.edit("sidereal.json", |layout| layout["levels"][1]["size"] = json!(200));
     assert_error!(folder.open(), Error::LevelsMismatch { .. }, "level 1", "200 codes");
 }
@@ -433,6 +713,10 @@ fn levels_of_model_and_catalog_must_match() {
 
 fn engine() -> Engine {
     Folder::of(QWEN3).open().expect("a sound checkpoint")
+}
+
+fn parse(line: &str) -> Result<Request, Error> {
+    RequestLine::parse(line)?.to_request(&RequestDefaults::default())
 }
 
 #[test]
@@ -452,24 +736,122 @@ fn requests_out_of_range_are_refused() {
     assert_error!(engine.recommend(&Request::from_tokens([])), Error::EmptyInput, "tokens");
     let outside = engine.recommend(&Request::from_tokens([5, 876]));
     assert_error!(outside, Error::TokenOutOfRange { .. }, "token 876", "position 1", "876 tokens");
-    let long = engine.recommend(&Request::from_tokens(vec![5; 2047]));
-    assert_error!(long, Error::HistoryTooLong { .. }, "2047", "2046", "newest");
-    assert!(engine.recommend(&Request::from_tokens(vec![5; 2046])).is_ok());
+    let outside = engine.recommend(&Request::from_tokens([u32::MAX]));
+    assert_error!(outside, Error::TokenOutOfRange { .. }, "token 4294967295", "position 0");
     assert_error!(with(&|r| r.beams = 0), Error::BeamWidth { .. }, "0", "4096");
     assert_error!(with(&|r| r.beams = MAX_BEAMS + 1), Error::BeamWidth { .. }, "4097");
+    assert_error!(with(&|r| r.beams = usize::MAX), Error::BeamWidth { .. }, "4096");
     assert!(with(&|r| r.beams = MAX_BEAMS).is_ok());
     assert_error!(with(&|r| r.top_k = 0), Error::TopK { .. }, "at least 1");
-    for temperature in [0.0, -1.0, f32::NAN, f32::INFINITY, 1e-45] {
-        let outcome = with(&|r| r.temperature = temperature);
-        assert_error!(outcome, Error::InvalidField { .. }, "temperature");
-    }
+    assert!(with(&|r| r.top_k = usize::MAX).is_ok());
     let free = with(&|r| {
-        r.constraint = sidereal::Constraint::None;
-        r.normalization = Some(sidereal::Normalization::Level);
+        r.constraint = Constraint::None;
+        r.normalization = Some(Normalization::Level);
     });
     assert_error!(free, Error::InvalidField { .. }, "normalize");
-    // What the catalog does not have cannot come back: excluding it asks nothing.
-    assert!(with(&|r| r.exclude = vec!["never heard of".into()]).is_ok());
+}
+
+#[test]
+fn a_history_that_is_too_long_is_refused_and_the_way_out_leads_out() {
+    let engine = engine();
+    let long = engine.recommend(&Request::from_tokens(vec![5; 2047]));
+    assert_error!(long, Error::HistoryTooLong { .. }, "2047", "2046", "newest", "max_items");
+    assert!(engine.recommend(&Request::from_tokens(vec![5; 2046])).is_ok());
+    let history = Request::from_history(vec!["17"; 683]);
+    assert_error!(engine.recommend(&history), Error::HistoryTooLong { .. }, "2049", "2046");
+    let folder = Folder::of(QWEN3);
+    folder.edit("sidereal.json", |layout| layout["prompt"] = json!({"max_items": 682}));
+    let engine = folder.open().expect("a sound checkpoint");
+    let newest = Request::from_history(vec!["17"; 682]);
+    assert_eq!(
+        engine.recommend(&history).expect("cut to 682 items"),
+        engine.recommend(&newest).expect("short enough"),
+    );
+    // T5 has no limit of its own: the engine's holds.
+    let engine = Folder::of(T5).open().expect("a sound checkpoint");
+    let long = engine.recommend(&Request::from_tokens(vec![5; 8193]));
+    assert_error!(long, Error::HistoryTooLong { .. }, "8193", "8192");
+}
+
+#[test]
+fn excluding_what_the_catalog_does_not_have_asks_nothing() {
+    let engine = engine();
+    let mut request = Request::from_history(["17", "4"]);
+    let plain = engine.recommend(&request).expect("a sound request");
+    request.exclude = vec!["never heard of".into(), String::new(), "3686".into()];
+    assert_eq!(engine.recommend(&request).expect("ignored"), plain);
+}
+
+#[test]
+fn excluding_everything_leaves_an_empty_answer() {
+    let folder = Folder::small();
+    let engine = folder.open().expect("a sound checkpoint");
+    let mut request = Request::from_history(["i0"]);
+    let names = 0..folder.catalog().num_items() as u32;
+    request.exclude = names.map(|item| folder.catalog().name(item).to_string()).collect();
+    for constraint in [Constraint::Trie, Constraint::Level, Constraint::None] {
+        for normalization in [Normalization::Vocabulary, Normalization::Children] {
+            request.constraint = constraint;
+            request.normalization = Some(normalization);
+            let answer = engine.recommend(&request).expect("no failure");
+            assert!(answer.items.is_empty(), "{constraint:?}, {normalization:?}");
+        }
+    }
+}
+
+#[test]
+fn temperatures_that_are_no_positive_number_are_refused() {
+    let engine = engine();
+    let mut request = Request::from_history(["17", "4"]);
+    for temperature in [0.0, -0.0, -1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-45] {
+        request.temperature = temperature;
+        let outcome = engine.recommend(&request);
+        assert_error!(outcome, Error::InvalidField { .. }, "temperature", "above zero");
+    }
+    for temperature in ["0", "-1", "1e-45", "1e39", "1e-400"] {
+        let line = format!(r#"{{"history": ["17"], "temperature": {temperature}}}"#);
+        let outcome = parse(&line).and_then(|request| engine.recommend(&request));
+        assert_error!(outcome, Error::InvalidField { .. }, "temperature", "above zero");
+    }
+    // A huge one is a number like any other: all items become as likely.
+    request.temperature = f32::MAX;
+    let answer = engine.recommend(&request).expect("a positive number");
+    let expected = -3.0 * 876f32.ln();
+    assert!(answer.items.iter().all(|item| (item.score - expected).abs() < 1e-3), "{answer:?}");
+}
+
+#[test]
+fn a_score_is_finite_at_any_temperature_or_the_request_fails() {
+    let folder = Folder::small();
+    folder.edit("sidereal.json", |layout| layout["suffix"] = json!([5, 2]));
+    let engine = folder.open().expect("a sound checkpoint");
+    let mut request = Request::from_history(["i0", "i7"]);
+    (request.beams, request.top_k) = (216, 1000);
+    // Where the inverse of the temperature nears the end of f32, one step is not as the next.
+    let small = (10..90).step_by(4).map(|tenths| tenths as f32 * 1e-38);
+    let all = (-39..=38).step_by(3).map(|exponent| 10f32.powi(exponent)).chain(small);
+    let (mut answered, mut infinite, mut silent) = (0, Vec::new(), Vec::new());
+    for temperature in all {
+        request.temperature = temperature;
+        for normalization in
+            [Normalization::Vocabulary, Normalization::Level, Normalization::Children]
+        {
+            request.normalization = Some(normalization);
+            let case = format!("{temperature:e} {normalization:?}");
+            match engine.recommend(&request) {
+                Ok(Answer { items, .. }) if items.iter().all(|item| item.score.is_finite()) => {
+                    answered += 1;
+                }
+                Ok(_) => infinite.push(case),
+                // The way out is another temperature: nothing is wrong with the model.
+                Err(error) if error.to_string().contains("temperature") => {}
+                Err(error) => silent.push(format!("{case}: {error}")),
+            }
+        }
+    }
+    assert!(answered > 60, "{answered}");
+    assert!(infinite.is_empty(), "scores that are not finite at {infinite:?}");
+    assert!(silent.is_empty(), "errors that do not name the temperature: {silent:#?}");
 }
 
 #[test]
@@ -477,8 +859,11 @@ fn a_failing_request_does_not_disturb_the_others() {
     let engine = engine();
     let good = Request::from_history(["17", "4"]);
     let alone = engine.recommend(&good).expect("a sound request");
-    let bad = Request::from_history(["no such item"]);
-    let requests = [good.clone(), bad.clone(), good.clone(), bad, good];
+    let unknown = Request::from_history(["no such item"]);
+    // This one is admitted, and fails in the middle of a wave that it shares.
+    let overflowing = Request { temperature: 1e-38, ..good.clone() };
+    assert!(engine.recommend(&overflowing).is_err());
+    let requests = [&good, &unknown, &good, &overflowing, &good].map(Request::clone);
     let answers = std::sync::Mutex::new(vec![None; requests.len()]);
     engine.recommend_all(&requests, |index, answer| {
         answers.lock().expect("no holder panics")[index] = Some(answer.ok());
@@ -494,9 +879,9 @@ fn a_failing_request_does_not_disturb_the_others() {
 fn activations_that_overflow_are_an_error() {
     let folder = Folder::of(QWEN3);
     folder.edit_weights(|tensors| {
-        for (name, _, _, data) in tensors.iter_mut() {
-            if name.contains("down_proj") || name.contains("o_proj") {
-                for number in data.as_chunks_mut::<4>().0 {
+        for tensor in tensors.iter_mut() {
+            if tensor.name.contains("down_proj") || tensor.name.contains("o_proj") {
+                for number in tensor.data.as_chunks_mut::<4>().0 {
                     *number = 3e38f32.to_le_bytes();
                 }
             }
@@ -504,7 +889,8 @@ fn activations_that_overflow_are_an_error() {
     });
     let engine = folder.open().expect("finite weights");
     let mut request = Request::from_history(["17"]);
-    for normalization in [sidereal::Normalization::Vocabulary, sidereal::Normalization::Children] {
+    for normalization in [Normalization::Vocabulary, Normalization::Level, Normalization::Children]
+    {
         request.normalization = Some(normalization);
         let outcome = engine.recommend(&request);
         assert_error!(outcome, Error::NonFiniteScores { .. }, "overflow");
@@ -513,36 +899,107 @@ fn activations_that_overflow_are_an_error() {
 
 #[test]
 fn malformed_request_lines_are_refused() {
-    let parse = |line: &str| {
-        RequestLine::parse(line).and_then(|line| line.to_request(&RequestDefaults::default()))
-    };
     assert!(parse(r#"{"history": ["1", 2]}"#).is_ok());
     for line in [
         "",
         "nonsense",
         "[1]",
         "7",
+        "null",
+        "\"history\"",
+        "{",
         r#"{"history": "1"}"#,
         r#"{"history": [1.5]}"#,
+        r#"{"history": [-1]}"#,
+        r#"{"history": [["1"]]}"#,
         r#"{"history": ["1"], "topk": 3}"#,
         r#"{"history": ["1"]"#,
+        r#"{"history": ["1"]} {"history": ["1"]}"#,
+        r#"{"history": ["1"], "history": ["2"]}"#,
         r#"{"tokens": ["a"]}"#,
+        r#"{"tokens": [1.5]}"#,
         r#"{"tokens": [1], "normalize": "softmax"}"#,
+        r#"{"tokens": [1], "constraint": "tri"}"#,
+        r#"{"tokens": [1], "shared_sid": "some"}"#,
         r#"{"tokens": [1], "beams": "ten"}"#,
         r#"{"tokens": [1], "beams": 1e99}"#,
+        r#"{"tokens": [1], "top_k": 2.5}"#,
+        r#"{"tokens": [1], "temperature": "hot"}"#,
+        r#"{"tokens": [1], "temperature": NaN}"#,
         r#"{"tokens": [99999999999999999999]}"#,
+        &"[".repeat(100_000),
+        &format!(r#"{{"id": {}"#, "[".repeat(100_000)),
     ] {
         assert_error!(parse(line), Error::MalformedRequest { .. }, "malformed");
     }
-    assert_error!(parse("{}"), Error::EmptyInput, "history");
-    let both = parse(r#"{"history": ["1"], "tokens": [1]}"#);
+    for line in ["{}", r#"{"history": null}"#, r#"{"id": "u1", "beams": 3}"#] {
+        assert_error!(parse(line), Error::EmptyInput, "history", "tokens");
+    }
+}
+
+#[test]
+fn fields_of_a_request_line_must_be_possible() {
+    let engine = engine();
+    let answer = |line: &str| parse(line).and_then(|request| engine.recommend(&request));
+    assert!(answer(r#"{"history": ["17", 4], "exclude": [17], "beams": 2, "top_k": 2}"#).is_ok());
+    for line in [r#"{"history": []}"#, r#"{"tokens": []}"#] {
+        assert_error!(answer(line), Error::EmptyInput, "at least one item");
+    }
+    let both = answer(r#"{"history": ["1"], "tokens": [1]}"#);
     assert_error!(both, Error::InvalidField { .. }, "not both");
-    let negative = parse(r#"{"tokens": [1, -7]}"#);
-    assert_error!(negative, Error::InvalidField { .. }, "-7", "position 1");
-    let negative = parse(r#"{"tokens": [1], "beams": -5}"#);
-    assert_error!(negative, Error::BeamWidth { width: -5, .. }, "-5", "4096");
-    let negative = parse(r#"{"tokens": [1], "top_k": -1}"#);
-    assert_error!(negative, Error::TopK { top_k: -1 }, "-1");
-    let filter = parse(r#"{"tokens": [1], "filter": "tag:garden"}"#);
+    for (tokens, words) in [
+        ("[1, -7]", ["-7", "position 1"]),
+        ("[4294967296]", ["4294967296", "position 0"]),
+        ("[-9223372036854775808]", ["-9223372036854775808", "position 0"]),
+    ] {
+        let outcome = answer(&format!(r#"{{"tokens": {tokens}}}"#));
+        assert_error!(outcome, Error::InvalidField { .. }, words[0], words[1]);
+    }
+    let outside = answer(r#"{"tokens": [1, 876]}"#);
+    assert_error!(outside, Error::TokenOutOfRange { .. }, "876", "position 1");
+    for beams in [-5, 0, 4097, i64::MIN, i64::MAX] {
+        let outcome = answer(&format!(r#"{{"tokens": [1], "beams": {beams}}}"#));
+        assert_error!(outcome, Error::BeamWidth { .. }, &beams.to_string(), "4096");
+    }
+    for top_k in [-1, 0, i64::MIN] {
+        let outcome = answer(&format!(r#"{{"tokens": [1], "top_k": {top_k}}}"#));
+        assert_error!(outcome, Error::TopK { .. }, &top_k.to_string(), "at least 1");
+    }
+    let filter = answer(r#"{"tokens": [1], "filter": "tag:garden"}"#);
     assert_error!(filter, Error::Unsupported { .. }, "filter", "exclude");
+}
+
+#[test]
+fn texts_speak_of_the_file_and_not_of_the_parser() {
+    let folder = temp();
+    let items = |line: &str| Catalog::open(&write(&folder, "items.jsonl", line)).map(|_| ());
+    let layout = |level: Value| {
+        let folder = Folder::of(QWEN3);
+        folder.edit("sidereal.json", |layout| layout["levels"][0] = level);
+        folder.open().map(|_| ())
+    };
+    let mut texts = Vec::new();
+    for outcome in [
+        parse(r#"{"history": [1.5]}"#).map(|_| ()),
+        parse(r#"{"history": ["17"], "exclude": [null]}"#).map(|_| ()),
+        items(r#"{"item": "1", "sid": [-3]}"#),
+        items(r#"{"item": "1", "sid": [2.0]}"#),
+        items(r#"{"item": -1, "sid": [3]}"#),
+        layout(json!({"size": -1, "first_token": 100})),
+        layout(json!({"size": 256})),
+    ] {
+        texts.push(error(outcome, "a value of a wrong type").to_string());
+    }
+    texts.retain(|text| text.contains("untagged enum"));
+    assert!(texts.is_empty(), "these do not say what would be right: {texts:#?}");
+}
+
+#[test]
+fn a_model_folder_that_is_none_is_an_error() {
+    let folder = temp();
+    let open = |path: &Path| Engine::open(path, INDUSTRIAL.clone(), &Default::default());
+    assert_error!(open(folder.path()), Error::Io { .. }, "config.json");
+    assert_error!(open(&folder.path().join("missing")), Error::Io { .. }, "missing");
+    let file = write(&folder, "file", "not a folder");
+    assert_error!(open(&file), Error::Io { .. }, "config.json");
 }

@@ -42,7 +42,10 @@ const STEEP_TOLERANCE: f64 = 2e-4;
 #[derive(Deserialize)]
 struct Golden {
     items_index: String,
+    #[serde(default)]
     cases: Vec<Case>,
+    #[serde(default)]
+    children: Vec<Case>,
 }
 
 #[derive(Deserialize)]
@@ -65,12 +68,15 @@ fn read<T: DeserializeOwned>(path: &Path) -> T {
 impl Checkpoint {
     fn read(folder: &str) -> Checkpoint {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(folder);
-        let weights = folder.join("model.safetensors");
-        Checkpoint {
-            config: read(&folder.join("config.json")),
-            tensors: candle_core::safetensors::load(weights, &Device::Cpu).expect("a checkpoint"),
-            folder,
+        let mut tensors = HashMap::new();
+        for entry in std::fs::read_dir(&folder).expect("a model folder") {
+            let path = entry.expect("a model folder").path();
+            if path.extension().is_some_and(|extension| extension == "safetensors") {
+                let part = candle_core::safetensors::load(&path, &Device::Cpu);
+                tensors.extend(part.unwrap_or_else(|error| panic!("{}: {error}", path.display())));
+            }
         }
+        Checkpoint { config: read(&folder.join("config.json")), tensors, folder }
     }
 
     fn tensor(&self, name: &str) -> Tensor {
@@ -93,13 +99,14 @@ impl Checkpoint {
         let names = ["lm_head.weight", "model.embed_tokens.weight", "shared.weight"];
         let head = names.iter().find_map(|&name| self.tensors.get(name));
         let head = head.expect("every network has a head or an embedding");
-        head.to_vec2().expect("the head is a matrix of f32")
+        let head = head.to_dtype(DType::F32).and_then(|head| head.to_vec2());
+        head.expect("the head is a matrix")
     }
 
     /// The prompts of the golden cases, each once, and a long one.
     fn prompts(&self, golden: &Golden) -> Vec<Vec<u32>> {
         let mut prompts: Vec<Vec<u32>> = Vec::new();
-        for case in &golden.cases {
+        for case in golden.cases.iter().chain(&golden.children) {
             if !prompts.contains(&case.input_ids) {
                 prompts.push(case.input_ids.clone());
             }
@@ -178,15 +185,14 @@ impl Checkpoint {
             for (prompt, slot) in prompts.iter().zip(&slots) {
                 let beams = backend.read_beams(slot).expect("scores are finite");
                 assert_eq!(beams.len(), BEAMS);
-                let num_steps = step + 1;
-                beams.iter().for_each(|beam| truth.check_score(prompt, beam, num_steps));
+                beams.iter().for_each(|beam| truth.check_score(prompt, beam));
             }
         }
         let (folder, num_passes) = (self.folder.display(), truth.passes.len());
-        let Truth { worst_logit, worst_score, .. } = truth;
+        let Truth { largest_logit, worst_logit, worst_score, .. } = truth;
         println!(
-            "{folder}: logits of {num_passes} beams within {worst_logit:.1e}, scores within \
-             {worst_score:.1e}"
+            "{folder}: logits of {num_passes} beams, up to {largest_logit:.1}, within \
+             {worst_logit:.1e}; their scores within {worst_score:.1e}"
         );
     }
 }
@@ -195,16 +201,30 @@ impl Checkpoint {
 struct Truth<F> {
     network: F,
     tolerance: f64,
-    /// By prompt and tokens written: the score of these tokens, and the logits of the next.
-    passes: HashMap<(Vec<u32>, Vec<u32>), (f64, Vec<f32>)>,
+    /// By prompt and tokens written.
+    passes: HashMap<(Vec<u32>, Vec<u32>), Pass>,
+    largest_logit: f64,
     worst_logit: f64,
     worst_score: f64,
 }
 
+struct Pass {
+    /// The score of the tokens written.
+    score: f64,
+    /// What may follow them.
+    logits: Vec<f32>,
+}
+
 impl<F: FnMut(&[u32], &[u32]) -> candle_core::Result<Tensor>> Truth<F> {
     fn new(network: F, tolerance: f64) -> Truth<F> {
-        let passes = HashMap::new();
-        Truth { network, tolerance, passes, worst_logit: 0.0, worst_score: 0.0 }
+        Truth {
+            network,
+            tolerance,
+            passes: HashMap::new(),
+            largest_logit: 0.0,
+            worst_logit: 0.0,
+            worst_score: 0.0,
+        }
     }
 
     fn check_logits(&mut self, prompt: &[u32], written: &[u32], ours: &[f64]) {
@@ -216,6 +236,7 @@ impl<F: FnMut(&[u32], &[u32]) -> candle_core::Result<Tensor>> Truth<F> {
         for (token, (ours, &theirs)) in ours.iter().zip(&theirs).enumerate() {
             let are_finite = ours.is_finite() && theirs.is_finite();
             assert!(are_finite, "{what}: token {token} has logits {ours} and {theirs}");
+            self.largest_logit = self.largest_logit.max(ours.abs());
         }
         let difference = |token: &usize| (ours[*token] - f64::from(theirs[*token])).abs();
         let by_difference = |a: &usize, b: &usize| difference(a).total_cmp(&difference(b));
@@ -227,14 +248,14 @@ impl<F: FnMut(&[u32], &[u32]) -> candle_core::Result<Tensor>> Truth<F> {
             theirs[worst]
         );
         self.worst_logit = self.worst_logit.max(difference(&worst));
-        let score = self.score(prompt, written);
-        self.passes.insert((prompt.to_vec(), written.to_vec()), (score, theirs));
+        let pass = Pass { score: self.score(prompt, written), logits: theirs };
+        self.passes.insert((prompt.to_vec(), written.to_vec()), pass);
     }
 
     /// The score of written tokens, by the passes over those before each.
     fn score(&self, prompt: &[u32], written: &[u32]) -> f64 {
         let Some((&token, before)) = written.split_last() else { return 0.0 };
-        let (score, logits) = &self.passes[&(prompt.to_vec(), before.to_vec())];
+        let Pass { score, logits } = &self.passes[&(prompt.to_vec(), before.to_vec())];
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let from_largest = |logit: f32| f64::from(logit) - f64::from(largest);
         let sum: f64 = logits.iter().map(|&logit| from_largest(logit).exp()).sum();
@@ -242,11 +263,11 @@ impl<F: FnMut(&[u32], &[u32]) -> candle_core::Result<Tensor>> Truth<F> {
     }
 
     /// The score shows that our search read these logits, through the head that the model loaded.
-    fn check_score(&mut self, prompt: &[u32], beam: &Beam, num_steps: usize) {
+    fn check_score(&mut self, prompt: &[u32], beam: &Beam) {
         let (ours, theirs) = (f64::from(beam.score), self.score(prompt, &beam.tokens));
         let difference = (ours - theirs).abs();
         // Each step adds a logit and takes away a normaliser, both within the tolerance.
-        let tolerance = 2.0 * num_steps as f64 * self.tolerance;
+        let tolerance = 2.0 * beam.tokens.len() as f64 * self.tolerance;
         assert!(
             difference < tolerance,
             "{} tokens, then {:?}: scores {ours}, by candle {theirs}",
@@ -318,15 +339,25 @@ fn compare_qwen3(checkpoint: &Checkpoint) {
     });
 }
 
+fn compare_llama(checkpoint: &Checkpoint) {
+    let config: llama::LlamaConfig = in_the_spelling_of_transformers_4(&checkpoint.config);
+    let config = config.into_config(false);
+    let model = llama::Llama::load(checkpoint.variables(), &config).expect("a checkpoint");
+    let mut no_cache = llama::Cache::new(false, DType::F32, &config, &Device::Cpu).expect("RoPE");
+    checkpoint.compare(TOLERANCE, |prompt, written| {
+        model.forward(&batch(&[prompt, written].concat())?, 0, &mut no_cache)
+    });
+}
+
 /// The configuration of a decoder-only network as candle reads it: the base of RoPE stands beside
 /// its scaling, and a window has a size even where it is not used.
 fn in_the_spelling_of_transformers_4<T: DeserializeOwned>(config: &Map<String, Value>) -> T {
     let mut config = config.clone();
-    let rope = config.remove("rope_parameters");
-    let rope = rope.expect("the spelling of transformers 5");
-    config.insert("rope_theta".into(), rope["rope_theta"].clone());
-    if rope["rope_type"] != "default" {
-        config.insert("rope_scaling".into(), rope);
+    if let Some(rope) = config.remove("rope_parameters") {
+        config.insert("rope_theta".into(), rope["rope_theta"].clone());
+        if rope["rope_type"] != "default" {
+            config.insert("rope_scaling".into(), rope);
+        }
     }
     if config.get("sliding_window").is_some_and(Value::is_null) {
         let window = config["max_position_embeddings"].clone();
@@ -370,8 +401,25 @@ fn t5_with_soft_attention_and_a_head_of_its_own_agrees_with_candle() {
 }
 
 #[test]
+fn t5_with_soft_attention_and_a_shallow_decoder_agrees_with_candle() {
+    let mut checkpoint = Checkpoint::read("t5/uneven-depth");
+    checkpoint.soften_attention();
+    compare_t5(&checkpoint, TOLERANCE);
+}
+
+#[test]
 fn qwen3_agrees_with_candle() {
     compare_qwen3(&Checkpoint::read("decoder_only/qwen3-tied"));
+}
+
+#[test]
+fn qwen3_in_bf16_with_a_forced_suffix_agrees_with_candle() {
+    compare_qwen3(&Checkpoint::read("decoder_only/qwen3-suffix"));
+}
+
+#[test]
+fn qwen3_with_a_head_of_its_own_agrees_with_candle() {
+    compare_qwen3(&Checkpoint::read("decoder_only/qwen3-prompt"));
 }
 
 #[test]
@@ -406,12 +454,10 @@ fn qwen2_agrees_with_candle() {
 
 #[test]
 fn llama_with_scaled_rope_agrees_with_candle() {
-    let checkpoint = Checkpoint::read("decoder_only/llama3-scaled");
-    let config: llama::LlamaConfig = in_the_spelling_of_transformers_4(&checkpoint.config);
-    let config = config.into_config(false);
-    let model = llama::Llama::load(checkpoint.variables(), &config).expect("a checkpoint");
-    let mut no_cache = llama::Cache::new(false, DType::F32, &config, &Device::Cpu).expect("RoPE");
-    checkpoint.compare(TOLERANCE, |prompt, written| {
-        model.forward(&batch(&[prompt, written].concat())?, 0, &mut no_cache)
-    });
+    compare_llama(&Checkpoint::read("decoder_only/llama3-scaled"));
+}
+
+#[test]
+fn llama_in_f16_with_a_tied_head_agrees_with_candle() {
+    compare_llama(&Checkpoint::read("decoder_only/llama-tied"));
 }

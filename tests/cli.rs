@@ -1,13 +1,26 @@
 //! The command line is a contract: scripts rely on what it prints and how it ends.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
+use sidereal::Request;
 
-fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+#[path = "common/folders.rs"]
+mod folders;
+
+use folders::{Folder, INDUSTRIAL, temp, write};
+
+const MODEL: &str = "models/decoder_only/qwen3-tied";
+const CATALOG: &str = "models/catalogs/industrial.index.json";
+
+fn sidereal(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sidereal"));
+    command.args(arguments).current_dir(env!("CARGO_MANIFEST_DIR"));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
 }
 
 fn run(arguments: &[&str]) -> Output {
@@ -15,20 +28,12 @@ fn run(arguments: &[&str]) -> Output {
 }
 
 fn run_with(arguments: &[&str], input: &[u8]) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_sidereal"))
-        .args(arguments)
-        .current_dir(repository())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the binary of this build");
+    let mut child = sidereal(arguments).spawn().expect("the binary of this build");
     let mut stdin = child.stdin.take().expect("piped");
     stdin.write_all(input).expect("the child reads or has ended");
     drop(stdin);
     let output = child.wait_with_output().expect("the child ends");
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(!errors.contains("panicked"), "{errors}");
+    assert!(!errors(&output).contains("panicked"), "{}", errors(&output));
     output
 }
 
@@ -45,12 +50,34 @@ fn lines(bytes: &[u8]) -> Vec<Value> {
     lines.map(|line| serde_json::from_slice(line).expect("JSON lines")).collect()
 }
 
-const MODEL: &str = "models/decoder_only/qwen3-tied";
-const CATALOG: &str = "models/catalogs/industrial.index.json";
+/// The lines as they are, each with its end.
+fn raw_lines(bytes: &[u8]) -> Vec<&[u8]> {
+    bytes.split_inclusive(|&byte| byte == b'\n').collect()
+}
+
+fn items(line: &Value) -> &[Value] {
+    line["items"].as_array().expect("an answer with items")
+}
+
+fn names(line: &Value) -> Vec<&str> {
+    items(line).iter().map(|item| item["item"].as_str().expect("a name")).collect()
+}
+
+fn plain(path: &Path) -> &str {
+    path.to_str().expect("a plain path")
+}
 
 fn recommend(input: &[u8], more: &[&str]) -> Output {
     let fixed = ["recommend", "--model", MODEL, "--catalog", CATALOG, "--requests", "-"];
     run_with(&[&fixed[..], more].concat(), input)
+}
+
+/// Answers of a model of few tokens, whose catalog is found beside it.
+fn recommend_small(small: &Folder, input: &str, more: &[&str]) -> Vec<Value> {
+    let fixed = ["recommend", "--model", plain(small.path()), "--requests", "-"];
+    let output = run_with(&[&fixed[..], more].concat(), input.as_bytes());
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    lines(&output.stdout)
 }
 
 fn request_lines(count: usize) -> String {
@@ -63,45 +90,92 @@ fn request_lines(count: usize) -> String {
     (0..count).map(line).collect()
 }
 
+// Catalogs.
+
 #[test]
 fn a_catalog_is_built_and_inspected() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
+    let folder = temp();
     let path = folder.path().join("c.sidereal");
-    let path = path.to_str().expect("a plain path");
-    let built = run(&["catalog", "build", "--items", CATALOG, "--output", path]);
-    assert_eq!(code(&built), 0, "{}", errors(&built));
-    let inspected = run(&["catalog", "inspect", path, "--json"]);
-    let summary: Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
-    assert_eq!(
-        (&summary["items"], &summary["sids"], &summary["levels"]),
-        (&json!(3686), &json!(3670), &json!(3))
-    );
-    assert_eq!(summary["codes_in_use"], json!([48, 256, 256]));
-    assert_eq!(summary["largest_collision"], 3);
-    let bytes = std::fs::metadata(path).expect("the catalog").len();
-    assert_eq!(summary["file_bytes"], bytes);
-    for key in ["collisions", "trie_bytes", "trie_bytes_per_item"] {
-        assert!(summary[key].as_f64().expect("a number") > 0.0, "{key}");
+    for _ in 0..2 {
+        // The second time over the first.
+        let arguments = ["catalog", "build", "--items", CATALOG, "--output", plain(&path)];
+        let built = run(&arguments);
+        assert_eq!((code(&built), built.stdout.len()), (0, 0), "{}", errors(&built));
+        let beside = std::fs::read_dir(folder.path()).expect("the folder").count();
+        assert_eq!(beside, 1, "only the catalog is left behind");
     }
-    let text = run(&["catalog", "inspect", path]);
+    let inspected = run(&["catalog", "inspect", plain(&path), "--json"]);
+    assert_eq!(code(&inspected), 0, "{}", errors(&inspected));
+    let summary: Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
+    for (key, value) in [
+        ("items", json!(3686)),
+        ("sids", json!(3670)),
+        ("levels", json!(3)),
+        ("codes_in_use", json!([48, 256, 256])),
+        ("collisions", json!(31)),
+        ("largest_collision", json!(3)),
+        ("file_bytes", json!(std::fs::metadata(&path).expect("the catalog").len())),
+    ] {
+        assert_eq!(summary[key], value, "{key}");
+    }
+    let trie_bytes = summary["trie_bytes"].as_f64().expect("a number");
+    assert!(trie_bytes > 0.0);
+    assert_eq!(summary["trie_bytes_per_item"].as_f64(), Some(trie_bytes / 3686.0));
+    let text = run(&["catalog", "inspect", plain(&path)]);
     assert!(String::from_utf8_lossy(&text.stdout).contains("3670 of 3 levels"));
 
-    let compiled = run_with(
-        &["recommend", "--model", MODEL, "--catalog", path, "--requests", "-"],
-        request_lines(5).as_bytes(),
-    );
-    assert_eq!(compiled.stdout, recommend(request_lines(5).as_bytes(), &[]).stdout);
+    // A file of items tells the same, less the size that it does not have.
+    let of_items = run(&["catalog", "inspect", CATALOG, "--json"]);
+    let mut of_items: Value = serde_json::from_slice(&of_items.stdout).expect("JSON");
+    assert_eq!(of_items["file_bytes"], Value::Null);
+    of_items["file_bytes"] = summary["file_bytes"].clone();
+    assert_eq!(of_items, summary);
+
+    let requests = request_lines(5);
+    let arguments = ["recommend", "--model", MODEL, "--catalog", plain(&path), "--requests", "-"];
+    let compiled = run_with(&arguments, requests.as_bytes());
+    assert_eq!(compiled.stdout, recommend(requests.as_bytes(), &[]).stdout);
 }
 
 #[test]
 fn a_catalog_is_not_built_over_a_file_of_items() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
+    let folder = temp();
     let path = folder.path().join("c.json");
-    let path = path.to_str().expect("a plain path");
-    let built = run(&["catalog", "build", "--items", CATALOG, "--output", path]);
+    let built = run(&["catalog", "build", "--items", CATALOG, "--output", plain(&path)]);
     assert_eq!(code(&built), 2);
     assert!(errors(&built).contains("items.sidereal"), "{}", errors(&built));
+    assert!(!path.exists());
 }
+
+#[test]
+fn a_catalog_is_not_built_over_its_own_items() {
+    let folder = temp();
+    let line = "{\"item\": \"1\", \"sid\": [1, 2, 3]}\n";
+    let path = write(&folder, "items.txt", line);
+    let built = run(&["catalog", "build", "--items", plain(&path), "--output", plain(&path)]);
+    let left = std::fs::read(&path).expect("the items");
+    assert_eq!((code(&built), left == line.as_bytes()), (2, true), "the items must be left");
+    assert!(errors(&built).contains("items.txt"), "{}", errors(&built));
+}
+
+#[test]
+fn bad_files_of_items_end_with_two_and_leave_the_catalog() {
+    let folder = temp();
+    for (line, word) in [("{\"item\": \"1\"}", "line 1"), ("", "no items"), ("nonsense", "line 1")]
+    {
+        let path = write(&folder, "items.jsonl", line);
+        let old = write(&folder, "c.sidereal", "the old one");
+        let built = run(&["catalog", "build", "--items", plain(&path), "--output", plain(&old)]);
+        assert_eq!(code(&built), 2);
+        assert!(errors(&built).contains(word), "{}", errors(&built));
+        assert_eq!(std::fs::read(&old).expect("the old one"), b"the old one");
+        let inspected = run(&["catalog", "inspect", plain(&old)]);
+        assert_eq!(code(&inspected), 2);
+        assert!(errors(&inspected).contains("catalog build"), "{}", errors(&inspected));
+    }
+}
+
+// Requests and answers.
 
 #[test]
 fn every_line_is_answered_in_its_place() {
@@ -110,45 +184,133 @@ fn every_line_is_answered_in_its_place() {
         r#"{"id": 7, "history": [17], "beams": 5, "exclude": ["4"]}"#,
         r#"{"tokens": [1, 200, 300], "beams": 2}"#,
     ];
-    let bad: [&[u8]; 4] = [
-        b"{\"id\": \"b1\", \"history\": [\"no such item\"]}",
-        b"{\"id\": \"b2\", \"beams\": \"ten\"}",
-        b"not json",
-        b"{\"id\": \"\xff\"}",
+    let too_long = json!({"id": "b5", "tokens": vec![5; 2047]}).to_string();
+    let bad: [(&[u8], Value, &str, &str); 9] = [
+        (
+            b"{\"id\": \"b1\", \"history\": [\"no such item\"]}",
+            json!("b1"),
+            "unknown_item",
+            "no such item",
+        ),
+        (b"{\"id\": \"b2\", \"beams\": \"ten\"}", json!("b2"), "malformed_request", "ten"),
+        (b"not json", Value::Null, "malformed_request", "JSON object"),
+        (b"{\"id\": \"\xff\"}", Value::Null, "malformed_request", "utf-8"),
+        (too_long.as_bytes(), json!("b5"), "history_too_long", "2046"),
+        (b"{\"id\": 6.5, \"history\": []}", json!(6.5), "empty_input", "at least one"),
+        (b"{\"id\": -7, \"tokens\": [1], \"top_k\": 0}", json!(-7), "top_k", "at least 1"),
+        (b"{\"id\": 8, \"history\": [17], \"filter\": \"a\"}", json!(8), "unsupported", "exclude"),
+        (b"{\"id\": 9, \"tokens\": [1], \"beams\": 4097}", json!(9), "beam_width", "4096"),
     ];
     let mut mixed: Vec<u8> = Vec::new();
-    for line in [good[0].as_bytes(), bad[0], b"", bad[1], good[1].as_bytes(), bad[2], b"  ", bad[3]]
-    {
-        mixed.extend_from_slice(line);
+    for (at, good) in good.iter().enumerate() {
+        for (bad, ..) in &bad[3 * at..3 * at + 3] {
+            mixed.extend_from_slice(bad);
+            mixed.extend_from_slice([&b"\n"[..], b"\n  \n", b"\r\n\t\r\n"][at]);
+        }
+        mixed.extend_from_slice(good.as_bytes());
         mixed.push(b'\n');
     }
-    mixed.extend_from_slice(good[2].as_bytes()); // the last line may lack its end
+    mixed.pop(); // the last line may lack its end
     let mixed = recommend(&mixed, &[]);
     assert_eq!(code(&mixed), 1, "{}", errors(&mixed));
     let clean = recommend(good.join("\n").as_bytes(), &[]);
-    assert_eq!(code(&clean), 0);
-    let (mixed, clean) = (lines(&mixed.stdout), lines(&clean.stdout));
-    assert_eq!(mixed.len(), 7);
-    assert_eq!([&mixed[0], &mixed[3], &mixed[6]], [&clean[0], &clean[1], &clean[2]]);
-    let ids: Vec<&Value> = mixed.iter().map(|line| &line["id"]).collect();
-    let null = Value::Null;
-    assert_eq!(ids, [&json!("u1"), &json!("b1"), &json!("b2"), &json!(7), &null, &null, &null]);
-    let codes = [1, 2, 4, 5].map(|line| mixed[line]["error"]["code"].as_str());
-    let malformed = Some("malformed_request");
-    assert_eq!(codes, [Some("unknown_item"), malformed, malformed, malformed]);
-    assert_eq!(mixed[1]["line"], 2);
-    assert!(mixed[1]["error"]["message"].as_str().expect("a text").contains("no such item"));
-    assert_eq!(clean[0]["items"].as_array().expect("items").len(), 3);
-    assert!(clean[1]["items"].as_array().expect("items").iter().all(|item| item["item"] != "4"));
+    assert_eq!(code(&clean), 0, "{}", errors(&clean));
+    let (mixed_lines, clean_lines) = (raw_lines(&mixed.stdout), raw_lines(&clean.stdout));
+    assert_eq!(mixed_lines.len(), 12);
+    for (at, clean) in clean_lines.iter().enumerate() {
+        assert_eq!(mixed_lines[4 * at + 3], *clean, "a good line among bad ones");
+    }
+    let failed = (0..12).filter(|line| line % 4 < 3).map(|line| mixed_lines[line]);
+    for (line, (_, id, code, word)) in failed.zip(&bad) {
+        let line: Value = serde_json::from_slice(line).expect("a line of JSON");
+        assert_eq!((&line["id"], line["error"]["code"].as_str()), (id, Some(*code)), "{line}");
+        let message = line["error"]["message"].as_str().expect("a text");
+        assert!(message.contains(word), "{message}");
+        assert!(line.get("items").is_none());
+    }
+    // Where an id is missing, the line's number in the file finds it.
+    let third: Value = serde_json::from_slice(mixed_lines[2]).expect("a line of JSON");
+    assert_eq!(third["line"], 3);
+    let clean = lines(&clean.stdout);
+    let ids: Vec<&Value> = clean.iter().map(|line| &line["id"]).collect();
+    assert_eq!(ids, [&json!("u1"), &json!(7), &Value::Null]);
+    assert_eq!(items(&clean[0]).len(), 3);
+    assert!(!names(&clean[1]).contains(&"4"));
+}
+
+#[test]
+fn only_bad_lines_are_some_failed_and_no_lines_are_none() {
+    let failed = recommend(b"nonsense\n", &[]);
+    assert_eq!((code(&failed), lines(&failed.stdout).len()), (1, 1));
+    for nothing in ["", "\n", " \n\t\n"] {
+        let output = recommend(nothing.as_bytes(), &[]);
+        assert_eq!((code(&output), output.stdout.len()), (0, 0), "{}", errors(&output));
+    }
+}
+
+#[test]
+fn a_file_and_the_standard_input_are_answered_alike_wherever_the_answers_go() {
+    let folder = temp();
+    let requests = request_lines(4);
+    let piped = recommend(requests.as_bytes(), &[]);
+    assert_eq!((code(&piped), lines(&piped.stdout).len()), (0, 4));
+    // Lines may end as they do on Windows.
+    let requests = write(&folder, "r.jsonl", requests.replace('\n', "\r\n"));
+    let fixed = ["recommend", "--model", MODEL, "--catalog", CATALOG];
+    let from_file = ["--requests", plain(&requests)];
+    assert_eq!(run(&[&fixed[..], &from_file].concat()).stdout, piped.stdout);
+    let answers = folder.path().join("answers.jsonl");
+    let to_file = ["--output", plain(&answers)];
+    let filed = run(&[&fixed[..], &from_file, &to_file].concat());
+    assert_eq!((code(&filed), filed.stdout.len()), (0, 0), "{}", errors(&filed));
+    assert_eq!(std::fs::read(&answers).expect("the answers"), piped.stdout);
+}
+
+#[test]
+fn requests_are_not_overwritten_by_their_answers() {
+    let folder = temp();
+    let requests = request_lines(3);
+    let path = write(&folder, "r.jsonl", &requests);
+    let fixed = ["recommend", "--model", MODEL, "--catalog", CATALOG];
+    let files = ["--requests", plain(&path), "--output", plain(&path)];
+    let output = run(&[&fixed[..], &files].concat());
+    let left = std::fs::read(&path).expect("the requests");
+    let is_left = left == requests.as_bytes();
+    assert_eq!((code(&output), is_left), (2, true), "the requests must be left");
+    assert!(errors(&output).contains("r.jsonl"), "{}", errors(&output));
+}
+
+#[test]
+fn old_answers_are_left_where_nothing_can_run() {
+    let folder = temp();
+    let answers = write(&folder, "answers.jsonl", "old");
+    let missing = folder.path().join("missing.jsonl");
+    for (model, requests) in [("no/such/folder", "-"), (MODEL, plain(&missing))] {
+        let fixed = ["recommend", "--model", model, "--catalog", CATALOG];
+        let files = ["--requests", requests, "--output", plain(&answers)];
+        assert_eq!(code(&run(&[&fixed[..], &files].concat())), 2);
+        assert_eq!(std::fs::read(&answers).expect("the answers"), b"old", "{requests}");
+    }
 }
 
 #[test]
 fn scores_are_given_in_full_precision() {
     let answers = lines(&recommend(request_lines(3).as_bytes(), &[]).stdout);
-    for item in answers.iter().flat_map(|line| line["items"].as_array().expect("items")) {
-        let text = item["score"].to_string();
-        let score: f32 = text.parse().expect("a number");
-        assert_eq!(format!("{score:?}"), text);
+    let engine = Folder::of(folders::QWEN3).open().expect("a sound checkpoint");
+    for (line, request) in answers.iter().zip(lines(request_lines(3).as_bytes())) {
+        let history = request["history"].as_array().expect("a history").iter();
+        let history = history.map(|item| item.as_str().expect("a name"));
+        let mut asked = Request::from_history(history.collect::<Vec<_>>());
+        asked.beams = request["beams"].as_u64().expect("a width") as usize;
+        let expected = engine.recommend(&asked).expect("a sound request").items;
+        assert_eq!(items(line).len(), expected.len());
+        for (item, expected) in items(line).iter().zip(expected) {
+            assert_eq!(item["item"], INDUSTRIAL.name(expected.item));
+            assert_eq!(item["sid"], json!(expected.sid.codes()));
+            let text = item["score"].to_string();
+            let score: f32 = text.parse().expect("a number");
+            assert_eq!(score.to_bits(), expected.score.to_bits(), "{text}");
+        }
     }
 }
 
@@ -156,128 +318,289 @@ fn scores_are_given_in_full_precision() {
 fn answers_do_not_depend_on_threads_or_company() {
     let requests = request_lines(60);
     let together = recommend(requests.as_bytes(), &["--threads", "1"]).stdout;
-    for threads in ["2", "4"] {
-        assert_eq!(recommend(requests.as_bytes(), &["--threads", threads]).stdout, together);
+    for threads in ["2", "4", "0"] {
+        let output = recommend(requests.as_bytes(), &["--threads", threads]);
+        assert_eq!(output.stdout, together, "{threads} threads");
     }
-    let together: Vec<&[u8]> = together.split_inclusive(|&byte| byte == b'\n').collect();
-    for (line, answer) in requests.lines().zip(together).step_by(20) {
-        assert_eq!(recommend(line.as_bytes(), &[]).stdout, answer);
+    for (line, answer) in requests.lines().zip(raw_lines(&together)).step_by(8) {
+        assert_eq!(recommend(line.as_bytes(), &[]).stdout, answer, "{line} alone");
     }
+    let backwards: Vec<&str> = requests.lines().rev().collect();
+    let backwards = recommend(backwards.join("\n").as_bytes(), &[]).stdout;
+    let forwards: Vec<&[u8]> = raw_lines(&backwards).into_iter().rev().collect();
+    assert_eq!(forwards.concat(), together);
 }
 
 #[test]
-fn answers_go_to_a_file_or_look_readable_on_request() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = folder.path().join("answers.jsonl");
-    let requests = request_lines(4);
-    let printed = recommend(requests.as_bytes(), &[]);
-    let filed = recommend(requests.as_bytes(), &["--output", path.to_str().expect("a plain path")]);
-    assert_eq!((code(&filed), filed.stdout.len()), (0, 0));
-    assert_eq!(std::fs::read(&path).expect("the answers"), printed.stdout);
-
-    let items = folder.path().join("items.jsonl");
-    let titled = "{\"item\": \"a\", \"sid\": [1, 2, 3], \"title\": \"A kettle\"}\n\
-                  {\"item\": \"b\", \"sid\": [1, 2, 4], \"title\": \"Zwölf Löffel\"}\n";
-    std::fs::write(&items, titled).expect("a writable folder");
-    let items = items.to_str().expect("a plain path");
-    let seen = run_with(
-        &[
-            "recommend",
-            "--model",
-            MODEL,
-            "--catalog",
-            items,
-            "--requests",
-            "-",
-            "--format",
-            "table",
-        ],
-        b"{\"id\": \"anna\", \"history\": [\"a\"], \"target\": \"b\"}",
-    );
-    let text = String::from_utf8(seen.stdout).expect("UTF-8");
-    for word in ["anna", "A kettle", "Zwölf Löffel", "taken next", "[1, 2, 4]"] {
-        assert!(text.contains(word), "{text}");
-    }
-}
-
-#[test]
-fn what_cannot_run_ends_with_two() {
-    let requests = ["--requests", "-"];
-    for (arguments, word) in [
-        (vec!["recommend", "--model", "no/such/folder"], "no/such/folder"),
-        (vec!["recommend", "--model", MODEL], "--catalog"),
-        (vec!["recommend", "--model", MODEL, "--catalog", "missing.sidereal"], "missing.sidereal"),
-        (vec!["recommend", "--model", MODEL, "--catalog", CATALOG, "--device", "cuda:0"], "cpu"),
-        (vec!["recommend", "--model", MODEL, "--catalog", CATALOG, "--beams", "0"], "1..="),
-        (vec!["recommend", "--model", MODEL, "--catalog", CATALOG, "--beams", "9999"], "4096"),
-        (vec!["recommend", "--model", MODEL, "--catalog", CATALOG, "--top-k", "0"], "0"),
-        (vec!["recommend", "--model", MODEL, "--catalog", CATALOG, "--beems", "3"], "--beams"),
+fn a_line_overrides_the_flags() {
+    let small = Folder::small();
+    let bare = json!({"id": 1, "history": ["i1", "i2"]});
+    for (key, value, flag) in [
+        ("beams", json!(3), "--beams"),
+        ("top_k", json!(2), "--top-k"),
+        ("normalize", json!("level"), "--normalize"),
+        ("constraint", json!("level"), "--constraint"),
     ] {
-        let output = run(&[&arguments[..], &requests].concat());
-        assert_eq!(code(&output), 2, "{arguments:?}");
-        assert!(errors(&output).contains(word), "{arguments:?}: {}", errors(&output));
-        assert!(output.stdout.is_empty());
+        let mut line = bare.clone();
+        line[key] = value.clone();
+        let text = value.as_str().map_or(value.to_string(), str::to_string);
+        let others = ["--beams", "7", "--top-k", "40", "--normalize", "children"];
+        let by_line = recommend_small(&small, &line.to_string(), &others);
+        let at = others.iter().position(|other| *other == flag);
+        let mut flags: Vec<&str> = others.to_vec();
+        match at {
+            Some(at) => flags[at + 1] = &text,
+            None => flags.extend([flag, &text]),
+        }
+        assert_eq!(by_line, recommend_small(&small, &bare.to_string(), &flags), "{key}");
+        assert_ne!(by_line, recommend_small(&small, &bare.to_string(), &others), "{key}");
     }
-    let missing =
-        run(&["recommend", "--model", MODEL, "--catalog", CATALOG, "--requests", "missing.jsonl"]);
-    assert_eq!(code(&missing), 2);
-    assert!(errors(&missing).contains("missing.jsonl"));
+}
+
+#[test]
+fn excluded_items_do_not_come_back_and_the_others_stay() {
+    let small = Folder::small();
+    let everything = ["--beams", "216", "--top-k", "1000"];
+    let line = json!({"history": ["i3", "i4"]});
+    let all = recommend_small(&small, &line.to_string(), &everything);
+    assert_eq!(items(&all[0]).len(), small.catalog().num_items());
+    // Every third item, so that some semantic IDs lose one of several, and some their last.
+    let excluded: Vec<&str> = names(&all[0]).into_iter().step_by(3).collect();
+    let line = json!({"history": ["i3", "i4"], "exclude": excluded});
+    let rest = recommend_small(&small, &line.to_string(), &everything);
+    let is_allowed = |item: &&Value| !excluded.iter().any(|name| item["item"] == *name);
+    let expected: Vec<&Value> = items(&all[0]).iter().filter(is_allowed).collect();
+    assert_eq!(items(&rest[0]).iter().collect::<Vec<_>>(), expected);
 }
 
 #[test]
 fn every_constraint_and_normalization_answers_with_items_of_the_catalog() {
-    for constraint in ["trie", "level", "none"] {
-        for normalize in ["vocabulary", "level", "children"] {
-            let more = ["--constraint", constraint, "--normalize", normalize, "--beams", "200"];
-            let output = recommend(request_lines(2).as_bytes(), &more);
-            let is_contradiction = (constraint, normalize) == ("none", "level");
-            assert_eq!(code(&output), i32::from(is_contradiction), "{constraint} {normalize}");
-            for line in lines(&output.stdout) {
-                match is_contradiction {
-                    true => assert_eq!(line["error"]["code"], "invalid_field"),
-                    false => assert!(line["items"].is_array()),
-                }
-            }
+    let small = Folder::small();
+    let catalog = small.catalog();
+    let line = json!({"history": ["i9", "i2", "i5"]}).to_string();
+    let answer = |constraint: &str, normalize: &str| {
+        let search = ["--constraint", constraint, "--normalize", normalize];
+        let wide = ["--beams", "4096", "--top-k", "10000"];
+        recommend_small(&small, &line, &[search, wide].concat()).remove(0)
+    };
+    let by_trie = ["vocabulary", "level", "children"].map(|normalize| answer("trie", normalize));
+    // As wide as all paths, a search by level finds what the trie allows. A search by tokens keeps
+    // the best paths only, so it finds the best of these items. Both rank children as their kin.
+    for (constraint, normalize, truth, at_least) in [
+        ("trie", "vocabulary", &by_trie[0], catalog.num_items()),
+        ("trie", "level", &by_trie[1], catalog.num_items()),
+        ("trie", "children", &by_trie[2], catalog.num_items()),
+        ("level", "vocabulary", &by_trie[0], catalog.num_items()),
+        ("level", "level", &by_trie[1], catalog.num_items()),
+        ("level", "children", &by_trie[1], catalog.num_items()),
+        ("none", "vocabulary", &by_trie[0], 10),
+        ("none", "children", &by_trie[0], 10),
+    ] {
+        let answer = answer(constraint, normalize);
+        let found = items(&answer).len();
+        assert!(found >= at_least, "{constraint} {normalize}: {found} items");
+        for (item, truth) in items(&answer).iter().zip(items(truth)) {
+            let index = catalog.find(item["item"].as_str().expect("a name")).expect("an item");
+            assert_eq!(item["sid"], json!(catalog.sid(index).codes()));
+            assert_eq!(item["title"].as_str(), catalog.title(index));
+            assert_eq!(item["item"], truth["item"], "{constraint} {normalize}");
+            let score = |item: &Value| item["score"].as_f64().expect("a number");
+            let difference = (score(item) - score(truth)).abs();
+            assert!(difference < 1e-4, "{constraint} {normalize}: {item} for {truth}");
         }
     }
+    let arguments = ["--constraint", "none", "--normalize", "level"];
+    let contradiction = recommend(b"{\"history\": [17]}", &arguments);
+    assert_eq!(code(&contradiction), 1);
+    assert_eq!(lines(&contradiction.stdout)[0]["error"]["code"], "invalid_field");
+}
+
+#[test]
+fn answers_look_readable_on_request() {
+    let folder = temp();
+    let items = write(
+        &folder,
+        "items.jsonl",
+        "{\"item\": \"a\", \"sid\": [1, 2, 3], \"title\": \"A kettle\"}\n\
+         {\"item\": \"b\", \"sid\": [1, 2, 4], \"title\": \"Zwölf Löffel\"}\n\
+         {\"item\": \"c\", \"sid\": [1, 2, 5]}\n",
+    );
+    let arguments =
+        ["recommend", "--model", MODEL, "--catalog", plain(&items), "--requests", "-", "--format"];
+    let input = "{\"id\": \"anna\", \"history\": [\"a\"], \"target\": \"b\"}\n\
+                 {\"id\": \"ben\", \"history\": [\"z\"]}";
+    let seen = run_with(&[&arguments[..], &["table"]].concat(), input.as_bytes());
+    assert_eq!(code(&seen), 1);
+    let text = String::from_utf8(seen.stdout).expect("UTF-8");
+    for word in ["anna", "A kettle", "Zwölf Löffel", "taken next", "[1, 2, 4]", "ben", "\"z\""] {
+        assert!(text.contains(word), "{word} is not in {text}");
+    }
+    let seen = run_with(&[&arguments[..], &["jsonl"]].concat(), input.as_bytes());
+    let titles: HashMap<&str, Option<&str>> =
+        HashMap::from([("a", Some("A kettle")), ("b", Some("Zwölf Löffel")), ("c", None)]);
+    let answers = lines(&seen.stdout);
+    assert_eq!(answers[0]["items"].as_array().map(Vec::len), Some(3));
+    for item in answers[0]["items"].as_array().expect("items") {
+        let name = item["item"].as_str().expect("a name");
+        assert_eq!(item.get("title").and_then(Value::as_str), titles[name]);
+    }
+}
+
+// How it ends.
+
+#[test]
+fn what_cannot_run_ends_with_two() {
+    let folder = temp();
+    let empty = plain(folder.path());
+    let nowhere = folder.path().join("no/such/place.jsonl");
+    let sound = ["recommend", "--model", MODEL, "--catalog", CATALOG, "--requests", "-"];
+    let damaged = write(&folder, "damaged.sidereal", "SIDEREAL");
+    for (arguments, word) in [
+        (vec!["recommend", "--model", "no/such/folder", "--requests", "-"], "no/such/folder"),
+        (
+            vec!["recommend", "--model", empty, "--catalog", CATALOG, "--requests", "-"],
+            "config.json",
+        ),
+        (vec!["recommend", "--model", MODEL, "--requests", "-"], "--catalog"),
+        (vec!["recommend", "--requests", "-"], "--model"),
+        (vec!["recommend", "--model", MODEL, "--catalog", CATALOG], "--requests"),
+        ([&sound[..5], &["--requests", "missing.jsonl"]].concat(), "missing.jsonl"),
+        ([&sound[..5], &["--requests", empty]].concat(), "directory"),
+        ([&sound[..], &["--output", plain(&nowhere)]].concat(), "place.jsonl"),
+        ([&sound[..], &["--device", "cuda:0"]].concat(), "\"cpu\""),
+        ([&sound[..], &["--device", "abacus"]].concat(), "\"cpu\""),
+        ([&sound[..], &["--beams", "0"]].concat(), "4096"),
+        ([&sound[..], &["--beams", "9999"]].concat(), "4096"),
+        ([&sound[..], &["--top-k", "0"]].concat(), "--top-k"),
+        ([&sound[..], &["--threads", "-1"]].concat(), "-1"),
+        ([&sound[..], &["--constraint", "tri"]].concat(), "trie"),
+        ([&sound[..], &["--normalize", "softmax"]].concat(), "vocabulary"),
+        ([&sound[..], &["--beems", "3"]].concat(), "--beams"),
+        (vec!["catalog", "inspect", "missing.sidereal"], "missing.sidereal"),
+        (vec!["catalog", "inspect", plain(&damaged)], "catalog build"),
+        (vec!["catalog", "build", "--items", "missing.jsonl", "--output", empty], "missing.jsonl"),
+        (vec!["catalog", "build", "--items", CATALOG, "--output", empty], "directory"),
+        (vec!["bench", "--beams", "5"], "--model"),
+        (vec!["bench", "--shape", "lion"], "tiger"),
+        (vec!["bench", "--shape", "tiger", "--history", "0"], "--history"),
+        (vec!["recommnd"], "recommend"),
+        (vec![], "Usage"),
+    ] {
+        let output = run(&arguments);
+        assert_eq!(code(&output), 2, "{arguments:?}");
+        assert!(errors(&output).contains(word), "{arguments:?}: {}", errors(&output));
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+    }
+    for catalog in ["missing.sidereal", "missing.jsonl", "missing.json"] {
+        let arguments = ["recommend", "--model", MODEL, "--catalog", catalog, "--requests", "-"];
+        let output = run(&arguments);
+        assert_eq!(code(&output), 2);
+        assert!(errors(&output).contains(catalog), "{}", errors(&output));
+    }
+}
+
+/// The end of a pipe that nobody reads.
+fn closed_pipe() -> Stdio {
+    let (_, writer) = std::io::pipe().expect("a pipe");
+    writer.into()
 }
 
 #[test]
 fn a_reader_that_stops_early_is_no_failure() {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_sidereal"))
-        .args(["recommend", "--model", MODEL, "--catalog", CATALOG, "--requests", "-"])
-        .current_dir(repository())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the binary of this build");
-    drop(child.stdout.take());
+    let arguments = ["recommend", "--model", MODEL, "--catalog", CATALOG, "--requests", "-"];
+    let mut child = sidereal(&arguments).spawn().expect("the binary of this build");
     let mut stdin = child.stdin.take().expect("piped");
-    let writer = std::thread::spawn(move || stdin.write_all(request_lines(300).as_bytes()));
+    let writer = std::thread::spawn(move || stdin.write_all(request_lines(400).as_bytes()));
+    // As `head -1` does: one line, and no more. What follows is longer than a pipe holds.
+    let mut first = String::new();
+    let mut stdout = BufReader::with_capacity(64, child.stdout.take().expect("piped"));
+    stdout.read_line(&mut first).expect("UTF-8");
+    drop(stdout);
     let output = child.wait_with_output().expect("the child ends");
     let _ = writer.join().expect("no panic"); // the child may end before it has read everything
     assert_eq!((code(&output), errors(&output).as_str()), (0, ""));
+    let line = request_lines(1);
+    assert_eq!(first.as_bytes(), recommend(line.as_bytes(), &[]).stdout);
 }
 
 #[test]
+fn nobody_reading_is_no_failure() {
+    let folder = temp();
+    let line = "{\"history\": [\"17\"], \"target\": \"4\"}\n";
+    let requests = write(&folder, "r.jsonl", line);
+    let with_requests = ["--model", MODEL, "--catalog", CATALOG, "--requests", plain(&requests)];
+    for arguments in [
+        [&["recommend"], &with_requests[..]].concat(),
+        [&["recommend"], &with_requests[..], &["--format", "table"]].concat(),
+        [&["evaluate"], &with_requests[..]].concat(),
+        [&["bench", "--beams", "2", "--repeat", "1"], &with_requests[..]].concat(),
+        vec!["catalog", "inspect", CATALOG],
+        vec!["--help"],
+    ] {
+        let output = sidereal(&arguments).stdout(closed_pipe()).output().expect("it ends");
+        assert_eq!((code(&output), errors(&output).as_str()), (0, ""), "{arguments:?}");
+    }
+}
+
+#[test]
+fn errors_that_nobody_reads_change_no_exit_code() {
+    let folder = temp();
+    let line = "{\"history\": [\"no such item\"], \"target\": \"4\"}\n";
+    let requests = write(&folder, "r.jsonl", line);
+    let catalog = folder.path().join("c.sidereal");
+    let with_requests = ["--model", MODEL, "--catalog", CATALOG, "--requests", plain(&requests)];
+    let mut wrong = Vec::new();
+    for (arguments, expected) in [
+        (vec!["recommend", "--model", "no/such/folder", "--requests", "-"], 2),
+        (vec!["recommend", "--beems"], 2),
+        ([&["recommend"], &with_requests[..]].concat(), 1),
+        ([&["evaluate"], &with_requests[..]].concat(), 1),
+        (vec!["catalog", "build", "--items", CATALOG, "--output", plain(&catalog)], 0),
+    ] {
+        let output = sidereal(&arguments).stderr(closed_pipe()).output().expect("it ends");
+        if code(&output) != expected {
+            wrong.push(format!("{} for {expected}: {arguments:?}", code(&output)));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[cfg(target_os = "linux")] // the device that is always full
+#[test]
+fn answers_that_cannot_be_written_end_with_two() {
+    let full = || std::fs::File::create("/dev/full").expect("the device");
+    let fixed = ["recommend", "--model", MODEL, "--catalog", CATALOG, "--requests", "-"];
+    let spawn = |mut command: Command| {
+        let mut child = command.spawn().expect("the binary of this build");
+        let mut stdin = child.stdin.take().expect("piped");
+        stdin.write_all(request_lines(2).as_bytes()).expect("the child reads");
+        drop(stdin);
+        child.wait_with_output().expect("the child ends")
+    };
+    let mut printed = sidereal(&fixed);
+    printed.stdout(full());
+    let printed = spawn(printed);
+    let filed = spawn(sidereal(&[&fixed[..], &["--output", "/dev/full"]].concat()));
+    for (output, place) in [(printed, "standard output"), (filed, "/dev/full")] {
+        assert_eq!(code(&output), 2);
+        assert!(errors(&output).contains(place), "{}", errors(&output));
+    }
+    let inspected = sidereal(&["catalog", "inspect", CATALOG]).stdout(full()).output();
+    assert_eq!(code(&inspected.expect("it ends")), 2);
+}
+
+// Measurements.
+
+#[test]
 fn bench_reports_what_was_measured_and_where() {
-    let output = run(&[
-        "bench",
-        "--shape",
-        "tiger",
-        "--history",
-        "5",
-        "--beams",
-        "10",
-        "--repeat",
-        "1",
-        "--concurrency",
-        "4",
-        "--json",
-    ]);
+    let arguments = ["bench", "--shape", "tiger", "--history", "5", "--repeat", "1", "--json"];
+    let output = run(&[&arguments[..], &["--beams", "10", "--concurrency", "4"]].concat());
     assert_eq!(code(&output), 0, "{}", errors(&output));
     let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let number = |pointer: &str| {
+        let number = report.pointer(pointer).and_then(Value::as_f64);
+        number.unwrap_or_else(|| panic!("{pointer} is no number in {report}"))
+    };
     for pointer in [
         "/requests_per_second",
         "/latency_ms/p50",
@@ -289,52 +612,146 @@ fn bench_reports_what_was_measured_and_where() {
         "/seconds/search",
         "/matrix_gflops",
         "/machine/matrix_gflops",
-        "/settings/beams",
+        "/machine/cores",
     ] {
-        let number = report.pointer(pointer).and_then(Value::as_f64);
-        assert!(number.is_some_and(|number| number > 0.0), "{pointer} in {report}");
+        assert!(number(pointer) > 0.0, "{pointer} in {report}");
     }
+    assert!(number("/latency_ms/p50") <= number("/latency_ms/p95"));
+    assert!(number("/latency_ms/p95") <= number("/latency_ms/p99"));
+    let rate = number("/requests") / number("/seconds/total");
+    assert!((number("/requests_per_second") / rate - 1.0).abs() < 1e-9);
+    // Not every system tells, but the key is there.
     assert!(report.get("peak_memory_bytes").is_some());
+    assert!(report["machine"]["cpu"].is_string());
+    let settings = &report["settings"];
+    for (key, value) in [
+        ("model", json!("tiger")),
+        ("beams", json!(10)),
+        ("concurrency", json!(4)),
+        ("repeat", json!(1)),
+    ] {
+        assert_eq!(settings[key], value, "{key}");
+    }
     assert_eq!(report["requests"], 16);
 }
 
 #[test]
-fn evaluation_agrees_with_the_answers() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let requests: Vec<Value> = lines(request_lines(40).as_bytes());
-    let answers = lines(&recommend(request_lines(40).as_bytes(), &["--top-k", "1000"]).stdout);
-    let mut rows = String::new();
-    let (mut recall, mut gain) = (0.0, 0.0);
-    for (index, (request, answer)) in requests.iter().zip(&answers).enumerate() {
-        let items = answer["items"].as_array().expect("items");
-        // Targets at every rank, and some that are not found at all.
-        let rank = index % 14;
-        let target = items.get(rank).map_or(json!("0"), |item| item["item"].clone());
-        let is_found = items.iter().position(|item| item["item"] == target);
-        if let Some(rank) = is_found.filter(|&rank| rank < 10) {
-            recall += 1.0 / 40.0;
-            gain += 1.0 / (rank as f64 + 2.0).log2() / 40.0;
-        }
-        let mut row = request.clone();
-        row["target"] = target;
-        rows += &format!("{row}\n");
-    }
-    let path: PathBuf = folder.path().join("rows.jsonl");
-    std::fs::write(&path, rows).expect("a writable folder");
-    let path = path.to_str().expect("a plain path");
-    let arguments = ["evaluate", "--model", MODEL, "--catalog", CATALOG, "--requests", path];
-    let output = run(&[&arguments[..], &["--json"]].concat());
-    assert_eq!(code(&output), 0, "{}", errors(&output));
+fn bench_takes_a_model_and_requests_as_well() {
+    let folder = temp();
+    let requests = write(&folder, "r.jsonl", request_lines(3));
+    let fixed = ["bench", "--model", MODEL, "--catalog", CATALOG, "--repeat", "2"];
+    let with_requests = [&fixed[..], &["--requests", plain(&requests)]].concat();
+    let output = run(&[&with_requests[..], &["--json"]].concat());
     let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    let metric = |name: &str| report["by_item"][name].as_f64().expect("a number");
-    assert!((metric("recall_at_10") - recall).abs() < 1e-9, "{report}");
-    assert!((metric("ndcg_at_10") - gain).abs() < 1e-9, "{report}");
-    let text = String::from_utf8(run(&arguments).stdout).expect("UTF-8");
-    assert!(text.contains("Recall@10") && text.contains("NDCG@20"), "{text}");
+    assert_eq!((code(&output), &report["requests"]), (0, &json!(6)));
+    let text = run(&with_requests);
+    let text = String::from_utf8(text.stdout).expect("UTF-8");
+    for word in ["requests/s", "p50", "p95", "p99", "prefill", "decode"] {
+        assert!(text.contains(word), "{word} is not in {text}");
+    }
+    let bad = write(&folder, "bad.jsonl", "{\"history\": [\"no such item\"]}\n");
+    let output = run(&[&fixed[..], &["--requests", plain(&bad)]].concat());
+    assert_eq!(code(&output), 2);
+    assert!(errors(&output).contains("no such item"), "{}", errors(&output));
+}
+
+/// Recall and NDCG at 5, 10 and 20 of one target a request, by ranks from zero.
+fn expected_metrics(ranks: &[Option<usize>]) -> [(String, f64); 6] {
+    let mean = |gain: &dyn Fn(usize) -> f64| {
+        ranks.iter().flatten().map(|&rank| gain(rank)).sum::<f64>() / ranks.len() as f64
+    };
+    let at = |cutoff: usize| {
+        let recall = mean(&|rank| f64::from(u8::from(rank < cutoff)));
+        let ndcg = mean(&|rank| match rank < cutoff {
+            true => 1.0 / (rank as f64 + 2.0).log2(),
+            false => 0.0,
+        });
+        [(format!("recall_at_{cutoff}"), recall), (format!("ndcg_at_{cutoff}"), ndcg)]
+    };
+    let [[a, b], [c, d], [e, f]] = [5, 10, 20].map(at);
+    [a, b, c, d, e, f]
+}
+
+#[test]
+fn evaluation_agrees_with_the_answers() {
+    let small = Folder::small();
+    let num_items = small.catalog().num_items() as u32;
+    let mut rng = fastrand::Rng::with_seed(3);
+    let request = |id| {
+        let history: Vec<String> =
+            (0..rng.usize(1..6)).map(|_| format!("i{}", rng.u32(0..num_items))).collect();
+        json!({"id": id, "history": history})
+    };
+    let mut requests: Vec<Value> = (0..60).map(request).collect();
+    let text: String = requests.iter().map(|request| format!("{request}\n")).collect();
+    let answers = recommend_small(&small, &text, &["--top-k", "1000", "--beams", "20"]);
+    let (mut by_item, mut by_sid) = (Vec::new(), Vec::new());
+    for (index, (request, answer)) in requests.iter_mut().zip(&answers).enumerate() {
+        // Targets at every rank, some that are not found, and some that no catalog has.
+        let target = match index % 30 {
+            29 => "i0".to_string(),
+            28 => "unheard of".to_string(),
+            rank => names(answer).get(rank).map_or("i1", |name| name).to_string(),
+        };
+        by_item.push(names(answer).iter().position(|&name| name == target));
+        let sid = small.catalog().find(&target).map(|item| small.catalog().sid(item));
+        let mut sids: Vec<&Value> = items(answer).iter().map(|item| &item["sid"]).collect();
+        sids.dedup(); // items that share a semantic ID follow one another
+        let is_target = |found: &&Value| sid.is_some_and(|sid| **found == json!(sid.codes()));
+        by_sid.push(sids.iter().position(is_target));
+        request["target"] = json!(target);
+    }
+    assert_ne!(by_item, by_sid, "some targets share their semantic ID");
+    assert!(by_item.contains(&None) && by_item.contains(&Some(27)));
+    let rows: String = requests.iter().map(|request| format!("{request}\n")).collect();
+    let sound = small.write("sound.jsonl", &rows);
+    // A request that fails found nothing: it counts.
+    let one_bad = rows + "{\"history\": [\"unheard of\"], \"target\": \"i0\"}\n";
+    let one_bad = small.write("one_bad.jsonl", one_bad);
+    for (path, num_failed) in [(&sound, 0), (&one_bad, 1)] {
+        let arguments = ["evaluate", "--model", plain(small.path()), "--beams", "20"];
+        let arguments = [&arguments[..], &["--requests", plain(path)]].concat();
+        let output = run(&[&arguments[..], &["--json"]].concat());
+        assert_eq!(code(&output), num_failed, "{}", errors(&output));
+        let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        by_item.resize(60 + num_failed as usize, None);
+        by_sid.resize(60 + num_failed as usize, None);
+        assert_eq!(
+            (&report["requests"], &report["failed"]),
+            (&json!(by_sid.len()), &json!(num_failed))
+        );
+        let text = String::from_utf8(run(&arguments).stdout).expect("UTF-8");
+        for (kind, ranks) in [("by_item", &by_item), ("by_sid", &by_sid)] {
+            for (name, expected) in expected_metrics(ranks) {
+                let found = report[kind][&name].as_f64().expect("a number");
+                assert!((found - expected).abs() < 1e-9, "{kind} {name}: {found} for {expected}");
+                assert!(text.contains(&format!("{expected:.4}")), "{name} is not in {text}");
+            }
+        }
+        for word in ["Recall@5", "Recall@10", "Recall@20", "NDCG@5", "NDCG@10", "NDCG@20"] {
+            assert!(text.contains(word), "{word} is not in {text}");
+        }
+    }
+}
+
+#[test]
+fn evaluation_needs_targets_and_requests() {
+    let small = Folder::small();
+    for (rows, word) in [
+        ("{\"history\": [\"i0\"], \"target\": \"i1\"}\n{\"history\": [\"i0\"]}\n", "line 2"),
+        ("\n", "no requests"),
+    ] {
+        let path = small.write("rows.jsonl", rows);
+        let model = ["evaluate", "--model", plain(small.path())];
+        let output = run(&[&model[..], &["--requests", plain(&path)]].concat());
+        assert_eq!((code(&output), output.stdout.len()), (2, 0));
+        assert!(errors(&output).contains(word), "{}", errors(&output));
+    }
 }
 
 #[test]
 fn help_shows_examples() {
+    let mut without = Vec::new();
     for command in [
         vec![],
         vec!["recommend"],
@@ -342,9 +759,16 @@ fn help_shows_examples() {
         vec!["bench"],
         vec!["catalog", "build"],
         vec!["catalog", "inspect"],
+        vec!["catalog"],
     ] {
         let output = run(&[&command[..], &["--help"]].concat());
-        assert_eq!(code(&output), 0);
-        assert!(String::from_utf8_lossy(&output.stdout).contains("Example"), "{command:?}");
+        assert_eq!((code(&output), errors(&output).as_str()), (0, ""), "{command:?}");
+        if !String::from_utf8_lossy(&output.stdout).contains("Example") {
+            without.push(command);
+        }
     }
+    assert!(without.is_empty(), "no example in the help of {without:?}");
+    let version = run(&["--version"]);
+    let text = String::from_utf8_lossy(&version.stdout);
+    assert_eq!((code(&version), text.trim()), (0, concat!("sidereal ", env!("CARGO_PKG_VERSION"))));
 }

@@ -100,7 +100,7 @@ struct ItemLine {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a code, a whole number or a text such as \"<a_3>\"")]
 enum Code {
     Number(u64),
     Text(String),

@@ -10,7 +10,7 @@ use sidereal::catalog::{Catalog, CatalogBuilder, items};
 use sidereal::{Error, Result};
 
 use super::requests::progress_bar;
-use super::{Outcome, write_error};
+use super::{Outcome, refuse_same_file, say, write_error};
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -61,6 +61,7 @@ fn build(arguments: &Build) -> Result<()> {
         let reason = "ends as a file of items does; name the catalog otherwise, as items.sidereal";
         return Err(Error::InvalidField { field: "--output", reason: reason.into() });
     }
+    refuse_same_file("--output", Some(&arguments.output), &arguments.items)?;
     let bytes = std::fs::metadata(&arguments.items).ok().map(|metadata| metadata.len());
     let progress = progress_bar(bytes, "reading items");
     let mut builder = CatalogBuilder::default();
@@ -71,7 +72,7 @@ fn build(arguments: &Build) -> Result<()> {
     progress.finish_and_clear();
     let Summary { items, sids, levels, .. } = Summary::of(&catalog);
     let output = arguments.output.display();
-    eprintln!("{output}: {items} items, {sids} semantic IDs of {levels} levels");
+    say(&format!("{output}: {items} items, {sids} semantic IDs of {levels} levels"));
     Ok(())
 }
 

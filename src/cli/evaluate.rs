@@ -8,8 +8,8 @@ use serde::Serialize;
 use sidereal::catalog::Catalog;
 use sidereal::{Answer, Error, RequestLine, Result};
 
-use super::requests::answer_file;
-use super::{ModelArguments, Outcome, SearchArguments, write_error};
+use super::requests::{Requests, answer_file};
+use super::{ModelArguments, Outcome, SearchArguments, say, write_error};
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -91,7 +91,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let (mut by_sid, mut by_item) = (Tally::default(), Tally::default());
     let (mut requests, mut failed) = (0, 0);
     let defaults = arguments.search.defaults(usize::MAX >> 1);
-    answer_file(&engine, &arguments.requests, &defaults, |answered| {
+    answer_file(&engine, Requests::open(&arguments.requests)?, &defaults, |answered| {
         let line = answered.line_number;
         let target = answered.line.as_ref().and_then(RequestLine::target);
         match (&answered.answer, target) {
@@ -105,7 +105,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
                 return Err(bad_line(&arguments.requests, line, reason));
             }
             (Err(error), _) => {
-                eprintln!("line {line}: {error}");
+                say(&format!("line {line}: {error}"));
                 failed += 1;
             }
         }

@@ -1,5 +1,6 @@
 //! What the commands have in common: arguments, opening of models and catalogs, exit codes.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -39,7 +40,12 @@ enum Command {
     /// Answer requests: histories in, items out
     Recommend(recommend::Arguments),
     /// Build and inspect catalogs
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "\
+Example:
+  sidereal catalog build --items items.index.json --output items.sidereal"
+    )]
     Catalog(catalog::Command),
     /// Recall and NDCG over requests whose next item is known
     Evaluate(evaluate::Arguments),
@@ -63,7 +69,7 @@ pub fn run() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("error: {error}");
+            say(&format!("error: {error}"));
             ExitCode::from(2)
         }
     }
@@ -204,5 +210,23 @@ fn write_error(path: Option<&Path>) -> impl Fn(std::io::Error) -> Error + '_ {
     move |source| Error::Io {
         path: path.unwrap_or(Path::new("standard output")).to_path_buf(),
         source,
+    }
+}
+
+/// Tells the user something beside the output; nobody may be listening.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Refuses to write over what is being read.
+fn refuse_same_file(field: &'static str, output: Option<&Path>, input: &Path) -> Result<()> {
+    let real = |path: &Path| std::fs::canonicalize(path).ok();
+    let is_same = output.and_then(real).is_some_and(|output| real(input) == Some(output));
+    match is_same {
+        true => Err(Error::InvalidField {
+            field,
+            reason: format!("{} is the input; name another file", input.display()),
+        }),
+        false => Ok(()),
     }
 }

@@ -10,8 +10,8 @@ use serde::Serialize;
 use sidereal::catalog::Catalog;
 use sidereal::{Answer, Error, RequestLine, Result};
 
-use super::requests::{Answered, answer_file};
-use super::{ModelArguments, Outcome, SearchArguments, write_error};
+use super::requests::{Answered, Requests, answer_file};
+use super::{ModelArguments, Outcome, SearchArguments, refuse_same_file, write_error};
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -53,8 +53,10 @@ enum Format {
 }
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    let engine = arguments.model.open()?;
     let output = arguments.output.as_deref();
+    refuse_same_file("--output", output, &arguments.requests)?;
+    let engine = arguments.model.open()?;
+    let requests = Requests::open(&arguments.requests)?;
     let failed = write_error(output);
     let mut writer: Box<dyn Write> = match output {
         Some(path) => Box::new(BufWriter::new(File::create(path).map_err(&failed)?)),
@@ -64,7 +66,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
     let defaults = arguments.search.defaults(arguments.top_k as usize);
-    answer_file(&engine, &arguments.requests, &defaults, |answered| {
+    answer_file(&engine, requests, &defaults, |answered| {
         if answered.answer.is_err() {
             outcome = Outcome::SomeFailed;
         }

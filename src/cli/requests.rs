@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -21,22 +21,40 @@ pub struct Answered {
     pub answer: Result<Answer>,
 }
 
-/// Answers every line of `path` (`-` for the standard input) and hands the answers over in input
-/// order. Blank lines are passed over.
+/// A file of requests, found readable.
+pub struct Requests {
+    path: PathBuf,
+    input: Box<dyn Read>,
+    bytes: Option<u64>,
+}
+
+impl Requests {
+    /// Opens `path`, `-` for the standard input.
+    pub fn open(path: &Path) -> Result<Requests> {
+        let (input, bytes): (Box<dyn Read>, Option<u64>) = match path.as_os_str() == "-" {
+            true => (Box::new(std::io::stdin()), None),
+            false => {
+                let file = File::open(path).map_err(io_error(path))?;
+                let metadata = file.metadata().map_err(io_error(path))?;
+                if metadata.is_dir() {
+                    return Err(io_error(path)(std::io::ErrorKind::IsADirectory.into()));
+                }
+                (Box::new(file), Some(metadata.len()))
+            }
+        };
+        Ok(Requests { path: path.to_path_buf(), input, bytes })
+    }
+}
+
+/// Answers every line and hands the answers over in input order. Blank lines are passed over.
 pub fn answer_file(
     engine: &Engine,
-    path: &Path,
+    requests: Requests,
     defaults: &RequestDefaults,
     mut each: impl FnMut(Answered) -> Result<()>,
 ) -> Result<()> {
-    let (input, bytes): (Box<dyn Read>, Option<u64>) = match path.as_os_str() == "-" {
-        true => (Box::new(std::io::stdin()), None),
-        false => {
-            let file = File::open(path).map_err(io_error(path))?;
-            let bytes = file.metadata().map_err(io_error(path))?.len();
-            (Box::new(file), Some(bytes))
-        }
-    };
+    let Requests { path, input, bytes } = requests;
+    let path = path.as_path();
     let progress = progress_bar(bytes, "requests");
     let mut lines = BufReader::new(progress.wrap_read(input)).split(b'\n').enumerate();
     loop {

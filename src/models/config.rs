@@ -83,9 +83,9 @@ impl Config {
 
     /// A positive number with a default.
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
-        positive_number(&self.keys, key)
-            .map(|found| found.unwrap_or(default))
-            .map_err(|value| self.error(format!("{key:?} is {value}, not a number above zero")))
+        positive_number(&self.keys, key).map(|found| found.unwrap_or(default)).map_err(|value| {
+            self.error(format!("{key:?} is {value}, not a number above zero that f32 can hold"))
+        })
     }
 
     /// A yes or no, where given.
@@ -103,6 +103,13 @@ impl Config {
             return Ok(default);
         };
         value.as_str().ok_or_else(|| self.error(format!("{key:?} is {value}, not a text")))
+    }
+
+    /// A list of texts, empty where not given.
+    pub fn texts(&self, key: &str) -> Result<Vec<String>> {
+        let Some(value) = self.given(key) else { return Ok(Vec::new()) };
+        let texts = serde_json::from_value(value.clone());
+        texts.map_err(|_| self.error(format!("{key:?} is {value}, not a list of texts")))
     }
 
     /// An object, where given.
@@ -128,7 +135,7 @@ fn positive_number(
     match keys.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(value) => match value.as_f64() {
-            Some(number) if number.is_finite() && number > 0.0 => Ok(Some(number)),
+            Some(number) if (number as f32).is_finite() && number as f32 > 0.0 => Ok(Some(number)),
             _ => Err(value.clone()),
         },
     }
@@ -180,11 +187,13 @@ struct LayoutFile {
     normalize: Option<Normalization>,
 }
 
+/// One level: its size and either the first token or a template.
 #[derive(Deserialize)]
-#[serde(untagged)]
-enum LevelEntry {
-    First { size: usize, first_token: u32 },
-    Template { size: usize, template: String },
+#[serde(deny_unknown_fields)]
+struct LevelEntry {
+    size: usize,
+    first_token: Option<u32>,
+    template: Option<String>,
 }
 
 impl SidLayout {
@@ -203,40 +212,41 @@ impl SidLayout {
                 "\"levels\" has {found} entries, 1 to {MAX_LEVELS} are possible"
             )));
         }
-        let needs_tokenizer =
-            file.levels.iter().any(|level| matches!(level, LevelEntry::Template { .. }));
+        let is_clear = |level: &LevelEntry| level.first_token.is_some() != level.template.is_some();
+        if let Some(number) = file.levels.iter().position(|level| !is_clear(level)) {
+            return Err(error(format!(
+                "level {number} must have either \"first_token\" or \"template\""
+            )));
+        }
+        let needs_tokenizer = file.levels.iter().any(|level| level.template.is_some());
         let vocabulary = match needs_tokenizer {
             true => read_vocabulary(&folder.join("tokenizer.json"))?,
             false => HashMap::new(),
         };
         let mut levels = Vec::new();
         for (number, level) in file.levels.iter().enumerate() {
-            let (LevelEntry::First { size, .. } | LevelEntry::Template { size, .. }) = *level;
+            let size = level.size;
             if size == 0 || size > usize::from(u16::MAX) + 1 {
                 return Err(error(format!(
                     "level {number} has size {size}, 1 to 65536 are possible"
                 )));
             }
-            let tokens: Vec<u32> = match level {
-                LevelEntry::First { first_token, .. } => {
-                    let end = *first_token as usize + size;
-                    if end > vocab_size {
-                        return Err(error(format!(
-                            "level {number} ends at token {end}, outside the vocabulary of {vocab_size}"
-                        )));
-                    }
-                    (*first_token..end as u32).collect()
+            let tokens: Vec<u32> = if let Some(template) = &level.template {
+                if !template.contains("{}") {
+                    return Err(error(format!("template {template:?} has no {{}} for the code")));
                 }
-                LevelEntry::Template { template, .. } => {
-                    if !template.contains("{}") {
-                        return Err(error(format!(
-                            "template {template:?} has no {{}} for the code"
-                        )));
-                    }
-                    let token = |code: usize| template.replace("{}", &code.to_string());
-                    let known = |code| vocabulary.get(&token(code)).copied().unwrap_or(NO_TOKEN);
-                    (0..size).map(known).collect()
+                let token = |code: usize| template.replace("{}", &code.to_string());
+                let known = |code| vocabulary.get(&token(code)).copied().unwrap_or(NO_TOKEN);
+                (0..size).map(known).collect()
+            } else {
+                let first = level.first_token.unwrap_or_default();
+                let end = first as usize + size;
+                if end > vocab_size {
+                    return Err(error(format!(
+                        "level {number} ends at token {end}, outside the vocabulary of {vocab_size}"
+                    )));
                 }
+                (first..end as u32).collect()
             };
             if tokens.iter().all(|&token| token == NO_TOKEN) {
                 return Err(error(format!(
@@ -296,6 +306,9 @@ impl SidLayout {
     }
 }
 
+/// Stands for all larger ones: no vocabulary goes so far.
+const LARGEST_TOKEN: u64 = NO_TOKEN as u64 - 1;
+
 /// The tokens of a `tokenizer.json`, added ones included.
 fn read_vocabulary(path: &Path) -> Result<HashMap<String, u32>> {
     #[derive(Deserialize)]
@@ -319,7 +332,8 @@ fn read_vocabulary(path: &Path) -> Result<HashMap<String, u32>> {
     match file.model.map(|model| model.vocab) {
         // Byte-pair and word-level models map texts to numbers, unigram models list pairs.
         Some(Value::Object(entries)) => {
-            let number = |(text, id): (String, Value)| Some((text, id.as_u64()? as u32));
+            let number =
+                |(text, id): (String, Value)| Some((text, id.as_u64()?.min(LARGEST_TOKEN) as u32));
             vocabulary.extend(entries.into_iter().filter_map(number));
         }
         Some(Value::Array(entries)) => {

@@ -303,6 +303,9 @@ fn refuse_what_is_not_served(config: &Config) -> Result<()> {
     if config.flag("use_sliding_window")?.unwrap_or(false) {
         return unsupported("use_sliding_window".into(), "full attention is");
     }
+    if let Some(kind) = config.texts("layer_types")?.iter().find(|&kind| kind != "full_attention") {
+        return unsupported(format!("a layer of type {kind:?}"), "full_attention is");
+    }
     if config.flag("mlp_bias")?.unwrap_or(false) {
         return unsupported("mlp_bias".into(), "feed-forward layers without biases are");
     }

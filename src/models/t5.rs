@@ -136,11 +136,12 @@ impl<B: Backend> T5<B> {
         let encoder_bias = relative_bias("encoder", true)?;
         let decoder_bias = relative_bias("decoder", false)?;
         let embedding = weights.take("shared.weight", &[vocab_size, d_model])?;
-        let head = match weights.contains("lm_head.weight") {
-            true => weights.take("lm_head.weight", &[vocab_size, d_model])?,
-            false => embedding.clone(),
-        };
         let is_tied = config.flag("tie_word_embeddings")?.unwrap_or(true);
+        // Newer exports say "tied" of every checkpoint and write a head of its own where there is one.
+        let head = match is_tied && !weights.contains("lm_head.weight") {
+            true => embedding.clone(),
+            false => weights.take("lm_head.weight", &[vocab_size, d_model])?,
+        };
         let is_scaled = config.flag("scale_decoder_outputs")?.unwrap_or(is_tied);
         let scale = if is_scaled { (d_model as f64).powf(-0.5) as f32 } else { 1.0 };
         let final_norm = weights.take("decoder.final_layer_norm.weight", &[d_model])?;

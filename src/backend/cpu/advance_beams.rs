@@ -137,7 +137,8 @@ impl Search<'_> {
                 Constraint::None => self.offer_tokens(beams, beam, &mut best)?,
             }
         }
-        Some(best.into_sorted())
+        let best = best.into_sorted();
+        best.iter().all(|candidate| candidate.score.is_finite()).then_some(best)
     }
 
     fn scaled(&self, logit: f32) -> f32 {
