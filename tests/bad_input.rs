@@ -255,14 +255,14 @@ fn items_must_be_some_and_have_names_of_their_own() {
     let folder = temp();
     for (name, text) in [("none.jsonl", "\n\n"), ("none.jsonl", ""), ("none.json", "{}")] {
         let none = write(&folder, name, text);
-        assert_error!(Catalog::open(&none), Error::InvalidField { .. }, "no items");
+        assert_error!(Catalog::open(&none), Error::ItemsFile { .. }, name, "no items");
     }
     let twice = write(&folder, "twice.json", r#"{"a": [1], "b": [2], "a": [3]}"#);
-    assert_error!(Catalog::open(&twice), Error::InvalidField { .. }, "\"a\" appears twice");
+    assert_error!(Catalog::open(&twice), Error::ItemsFile { .. }, "\"a\" appears twice");
     // A number and its text are one name.
     let lines = "{\"item\": 7, \"sid\": [1]}\n{\"item\": \"7\", \"sid\": [1]}";
     let twice = write(&folder, "twice.jsonl", lines);
-    assert_error!(Catalog::open(&twice), Error::InvalidField { .. }, "\"7\" appears twice");
+    assert_error!(Catalog::open(&twice), Error::ItemsFile { .. }, "\"7\" appears twice");
     let missing = folder.path().join("missing.jsonl");
     assert_error!(Catalog::open(&missing), Error::Io { .. }, "missing.jsonl");
 }

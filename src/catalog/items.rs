@@ -80,6 +80,15 @@ pub fn read(
     Ok(())
 }
 
+/// An error about a file's items together rather than about one of them.
+pub fn whole_file_error(path: &Path, error: &Error) -> Error {
+    Error::ItemsFile {
+        path: path.to_path_buf(),
+        place: "all items".into(),
+        reason: error.to_string(),
+    }
+}
+
 fn json_error(
     path: &Path,
     fail: &dyn Fn(String, String) -> Error,

@@ -48,7 +48,7 @@ impl Catalog {
         if items::is_items_file(path) {
             let mut builder = CatalogBuilder::default();
             items::read(path, |item| builder.add(item), |_| {})?;
-            builder.build()
+            builder.build().map_err(|error| items::whole_file_error(path, &error))
         } else {
             format::open(path)
         }

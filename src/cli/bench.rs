@@ -8,7 +8,9 @@ use std::time::Instant;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sidereal::{Engine, Error, Phases, Request, RequestDefaults, RequestLine, Result};
+use sidereal::{
+    Constraint, Engine, Error, Normalization, Phases, Request, RequestDefaults, RequestLine, Result,
+};
 
 use super::measure::{Machine, cpu_time, peak_memory_bytes};
 use super::shapes::Shape;
@@ -92,7 +94,12 @@ struct Seconds {
 #[derive(Serialize)]
 struct Settings {
     model: String,
+    requests: Option<String>,
+    /// Items of the random histories, where no requests were given.
+    history: Option<u32>,
     beams: usize,
+    normalize: Option<Normalization>,
+    constraint: Constraint,
     concurrency: u32,
     repeat: u32,
     threads: usize,
@@ -137,10 +144,13 @@ fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>
     let error = |source: std::io::Error| Error::Io { path: path.to_path_buf(), source };
     let file = std::fs::File::open(path).map_err(error)?;
     let mut requests = Vec::new();
-    for line in BufReader::new(file).lines() {
+    for (index, line) in BufReader::new(file).lines().enumerate() {
         let line = line.map_err(error)?;
         if !line.trim().is_empty() {
-            requests.push(RequestLine::parse(&line)?.to_request(defaults)?);
+            let request = RequestLine::parse(&line).and_then(|line| line.to_request(defaults));
+            let at_line =
+                |reason| error(std::io::Error::other(format!("line {}: {reason}", index + 1)));
+            requests.push(request.map_err(at_line)?);
         }
     }
     match requests.is_empty() {
@@ -229,6 +239,7 @@ fn report(arguments: &Arguments, engine: &Engine, mut run: Run, machine: Machine
             value.map(|value| value.get_name().to_string()).unwrap_or_default()
         }
     };
+    let defaults = arguments.search.defaults(1);
     Report {
         requests,
         requests_per_second: requests as f64 / run.seconds,
@@ -250,7 +261,11 @@ fn report(arguments: &Arguments, engine: &Engine, mut run: Run, machine: Machine
         peak_memory_bytes: peak_memory_bytes(),
         settings: Settings {
             model,
-            beams: arguments.search.beams.into(),
+            requests: arguments.requests.as_ref().map(|path| path.display().to_string()),
+            history: arguments.requests.is_none().then_some(arguments.history),
+            beams: defaults.beams,
+            normalize: defaults.normalization,
+            constraint: defaults.constraint,
             concurrency: arguments.concurrency,
             repeat: arguments.repeat,
             threads: engine.num_threads(),

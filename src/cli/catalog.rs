@@ -67,7 +67,8 @@ fn build(arguments: &Build) -> Result<()> {
     let mut builder = CatalogBuilder::default();
     items::read(&arguments.items, |item| builder.add(item), |read| progress.set_position(read))?;
     progress.set_message("laying out");
-    let catalog = builder.build()?;
+    let whole = |error| items::whole_file_error(&arguments.items, &error);
+    let catalog = builder.build().map_err(whole)?;
     catalog.save(&arguments.output)?;
     progress.finish_and_clear();
     let Summary { items, sids, levels, .. } = Summary::of(&catalog);

@@ -139,9 +139,8 @@ fn bad_line(path: &Path, line: usize, reason: &str) -> Error {
 
 /// The target's rank, from one, by semantic ID and by item.
 fn ranks(catalog: &Catalog, answer: &Answer, target: &str) -> (Option<usize>, Option<usize>) {
-    let Some(target) = catalog.find(target) else {
-        return (None, None);
-    };
+    // What the catalog does not have cannot be found: a miss like any other.
+    let Some(target) = catalog.find(target) else { return (None, None) };
     let target_sid = catalog.sid(target);
     let mut sids: Vec<_> = answer.items.iter().map(|found| found.sid).collect();
     sids.dedup();

@@ -11,6 +11,9 @@ use sidereal::{Answer, Engine, Error, Request, RequestDefaults, RequestLine, Res
 /// Lines that are held at a time.
 const LINES_PER_STRETCH: usize = 4096;
 
+/// What some editors put in front of a file.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// One line of a requests file with its answer.
 pub struct Answered {
     /// From one.
@@ -60,7 +63,10 @@ pub fn answer_file(
     loop {
         let mut stretch = Vec::new();
         for (index, line) in lines.by_ref() {
-            let line = line.map_err(io_error(path))?;
+            let mut line = line.map_err(io_error(path))?;
+            if index == 0 && line.starts_with(BYTE_ORDER_MARK) {
+                line.drain(..BYTE_ORDER_MARK.len());
+            }
             if !line.iter().all(u8::is_ascii_whitespace) {
                 stretch.push(parse(index + 1, &line, defaults));
             }
