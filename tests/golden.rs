@@ -132,7 +132,7 @@ fn t5_with_relu_and_a_tied_head() {
 }
 
 #[test]
-fn t5_with_gated_gelu_and_a_head_of_its_own() {
+fn t5_with_gated_gelu() {
     check("t5/gated-untied");
 }
 

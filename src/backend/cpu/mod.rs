@@ -37,6 +37,8 @@ pub use head::Head;
 pub use matmul::Matrix;
 pub use slot::Slot;
 
+use scratch::Scratch;
+
 /// The operations on the CPU, on the threads of the rayon pool that calls them.
 #[derive(Debug, Default)]
 pub struct CpuBackend {
@@ -78,10 +80,15 @@ impl CpuBackend {
 }
 
 /// Activations `[rows, columns]`, dense.
-#[derive(Debug, Clone, Default)]
 pub struct Buffer {
-    values: Vec<f32>,
+    values: Scratch,
     columns: usize,
+}
+
+impl Default for Buffer {
+    fn default() -> Buffer {
+        Buffer { values: Scratch::new(0), columns: 0 }
+    }
 }
 
 impl Buffer {
@@ -91,7 +98,7 @@ impl Buffer {
     /// Where `values` are not whole rows.
     pub fn new(values: Vec<f32>, columns: usize) -> Buffer {
         assert!(values.len().is_multiple_of(columns), "rows must be whole");
-        Buffer { values, columns }
+        Buffer { values: Scratch::from(values), columns }
     }
 
     /// All values, row after row.
@@ -115,7 +122,7 @@ impl Buffer {
 
     /// Takes a shape; the values are then arbitrary.
     fn reshape(&mut self, rows: usize, columns: usize) {
-        self.values.resize(rows * columns, 0.0);
+        self.values.resize(rows * columns);
         self.columns = columns;
     }
 

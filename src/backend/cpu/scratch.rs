@@ -1,4 +1,5 @@
-//! Memory for the length of an operation, kept by each thread from operation to operation.
+//! Memory for activations, kept by each thread for the next that asks: what is large comes from the
+//! system page by page, and would again and again.
 
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
@@ -8,7 +9,6 @@ thread_local! {
 }
 
 /// Floats of arbitrary value; the memory goes back to the thread that drops it.
-#[derive(Default)]
 pub(super) struct Scratch {
     values: Vec<f32>,
     len: usize,
@@ -29,6 +29,12 @@ impl Scratch {
             self.values.resize(len, 0.0);
         }
         self.len = len;
+    }
+}
+
+impl From<Vec<f32>> for Scratch {
+    fn from(values: Vec<f32>) -> Scratch {
+        Scratch { len: values.len(), values }
     }
 }
 

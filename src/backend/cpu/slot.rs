@@ -1,6 +1,7 @@
 use rten_gemm::{GemmInputB, PackedBMatrix};
 use rten_tensor::NdTensorView;
 
+use super::scratch::Scratch;
 use super::{CpuBackend, SlotSpec};
 use crate::backend::Beam;
 use crate::catalog::trie::Trie;
@@ -50,7 +51,7 @@ impl HeadContext {
 #[derive(Default)]
 pub(super) struct Tail {
     /// By position: `[beams then, kv_dim]` keys and the same of values.
-    pub positions: Vec<(Vec<f32>, Vec<f32>)>,
+    pub positions: Vec<(Scratch, Scratch)>,
 }
 
 /// The beams of a search, best first once a step was taken.
