@@ -75,7 +75,7 @@ fn random_catalog(cases: &mut Cases, items: usize) -> Catalog {
         let codes: Vec<u16> =
             (0..3).map(|_| (cases.rng.f32() * cases.rng.f32() * 256.0) as u16).collect();
         let sid = Sid::new(&codes).expect("three levels");
-        let item = Item { name: item.to_string(), sid, title: String::new() };
+        let item = Item::new(item.to_string(), sid);
         builder.add(item).expect("levels agree");
     }
     builder.build().expect("names are unique")
@@ -85,16 +85,17 @@ fn random_catalog(cases: &mut Cases, items: usize) -> Catalog {
 fn search(criterion: &mut Criterion) {
     let backend = CpuBackend::default();
     let mut cases = Cases::new(3);
-    let catalog = random_catalog(&mut cases, 100_000);
+    let catalog = random_catalog(&mut cases, 100_000).snapshot();
     let steps: Vec<StepTokens> = [0, 256, 512]
         .map(|first| StepTokens::Level { tokens: (first..first + 256).collect() })
         .into();
     let head = Tensor::new(&[3026, 128], cases.numbers(3026 * 128));
     let head = backend.head(head, &steps);
+    let mut logits = backend.logits();
     for beams in [50, 128, 512] {
         let rule = |excluded: &[u32]| SearchRule {
-            catalog: &catalog,
-            legality: catalog.legality(excluded),
+            snapshot: &catalog,
+            legality: catalog.legality(excluded, None).expect("no filter"),
             beams,
             normalization: Normalization::Level,
             constraint: Constraint::Trie,
@@ -111,7 +112,8 @@ fn search(criterion: &mut Criterion) {
                         let rows = backend.num_beams(&slots[0]);
                         let hidden = Buffer::new(vec![0.5; rows * 128], 128);
                         let rules = [rule(excluded)];
-                        backend.advance_beams(&hidden, &head, step, &rules, &mut slots);
+                        backend.restricted_head(&hidden, &head, step, &rules, &slots, &mut logits);
+                        backend.advance_beams(&logits, &head, step, &rules, &mut slots);
                     }
                     backend.read_beams(&slots[0]).expect("finite scores")
                 });
@@ -125,15 +127,17 @@ fn search(criterion: &mut Criterion) {
         let kv = Buffer::new(cases.numbers(context * 2 * TIGER.kv_dim()), 2 * TIGER.kv_dim());
         backend.store_context(0, &kv, 0, TIGER, &mut slots);
         let rule = SearchRule {
-            catalog: &catalog,
-            legality: catalog.legality(&[]),
+            snapshot: &catalog,
+            legality: catalog.legality(&[], None).expect("no filter"),
             beams,
             normalization: Normalization::Level,
             constraint: Constraint::Trie,
             temperature: 1.0,
         };
         let hidden = Buffer::new(cases.numbers(128), 128);
-        backend.advance_beams(&hidden, &head, 0, &[rule], &mut slots);
+        let rules = [rule];
+        backend.restricted_head(&hidden, &head, 0, &rules, &slots, &mut logits);
+        backend.advance_beams(&logits, &head, 0, &rules, &mut slots);
         let rows = backend.num_beams(&slots[0]);
         let qkv = Buffer::new(cases.numbers(rows * TIGER.qkv_dim()), TIGER.qkv_dim());
         backend.append_tail(0, &qkv, TIGER, &mut slots);

@@ -13,22 +13,25 @@ use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::answer::{Answer, Recommendation};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, Beam, NO_TOKEN, SearchRule};
-use crate::catalog::Catalog;
+use crate::catalog::filter::Filter;
 use crate::catalog::legality::Legality;
+use crate::catalog::snapshot::Place;
+use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::models::{self, Model, Scratch};
-use crate::request::{
-    Answer, Constraint, Input, MAX_BEAMS, Normalization, Recommendation, Request, SharedSid,
-};
+use crate::request::{Constraint, Input, MAX_BEAMS, Normalization, Request, SharedSid};
 
 /// Beam rows that a wave takes at most, unless one request has more.
 const ROWS_PER_WAVE: usize = 128;
 /// Context tokens that a wave takes at most, unless one request has more.
 const TOKENS_PER_WAVE: usize = 2048;
+/// Groups that one request may ask for.
+const MAX_GROUPS: usize = 256;
 /// Logits that a search without a constraint may hold: beams times vocabulary.
 const MAX_UNCONSTRAINED_LOGITS: usize = 1 << 28;
 
@@ -60,7 +63,7 @@ pub struct Engine<B: Backend = CpuBackend> {
     pool: ThreadPool,
     /// One thread each, for many requests at a time; empty where there is but one thread.
     workers: Vec<ThreadPool>,
-    scratches: Mutex<Vec<Scratch<B>>>,
+    scratches: Mutex<Vec<(Scratch<B>, B::Logits)>>,
     phases: PhaseClocks,
 }
 
@@ -85,9 +88,11 @@ struct PhaseClocks {
 /// A request that was found possible, ready for a wave.
 struct Plan<'a> {
     request: &'a Request,
+    /// The state of the catalog that the request sees from start to end.
+    snapshot: Arc<Snapshot>,
     tokens: Vec<u32>,
-    excluded: Vec<u32>,
-    legality: Legality,
+    /// What may come back, search by search: one, or one for each of the request's groups.
+    searches: Vec<Legality>,
     normalization: Normalization,
 }
 
@@ -100,7 +105,6 @@ impl Engine<CpuBackend> {
     pub fn open(folder: &Path, catalog: Arc<Catalog>, options: &EngineOptions) -> Result<Self> {
         let config = Config::read(&folder.join("config.json"))?;
         let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
-        layout.check(&catalog)?;
         Engine::from_parts(
             CpuBackend::default(),
             &config,
@@ -155,7 +159,7 @@ impl<B: Backend> Engine<B> {
     }
 
     /// The catalog that is searched.
-    pub fn catalog(&self) -> &Catalog {
+    pub fn catalog(&self) -> &Arc<Catalog> {
         &self.catalog
     }
 
@@ -234,7 +238,7 @@ impl<B: Backend> Engine<B> {
         let mut waves: Vec<(Vec<usize>, Vec<Plan<'a>>)> = Vec::new();
         let (mut rows, mut tokens) = (0, 0);
         for (index, plan) in plans {
-            rows += plan.request.beams;
+            rows += plan.num_rows();
             tokens += plan.tokens.len();
             match waves.last_mut() {
                 Some((indices, wave))
@@ -244,7 +248,7 @@ impl<B: Backend> Engine<B> {
                     wave.push(plan);
                 }
                 _ => {
-                    (rows, tokens) = (plan.request.beams, plan.tokens.len());
+                    (rows, tokens) = (plan.num_rows(), plan.tokens.len());
                     waves.push((vec![index], vec![plan]));
                 }
             }
@@ -272,37 +276,59 @@ impl<B: Backend> Engine<B> {
                 return Err(Error::InvalidField { field: "normalize", reason });
             }
             let vocab_size = self.model.spec().vocab_size;
-            if beams * vocab_size > MAX_UNCONSTRAINED_LOGITS {
+            if beams * request.each.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
                 let max = MAX_UNCONSTRAINED_LOGITS / vocab_size;
                 return Err(Error::BeamWidth { width: beams as i64, max });
             }
         }
-        let tokens = self.input_tokens(&request.input)?;
-        let find = |name: &String| self.catalog.find(name);
+        if request.each.len() > MAX_GROUPS {
+            let reason = format!("has {} filters, at most {MAX_GROUPS} go", request.each.len());
+            return Err(Error::InvalidField { field: "each", reason });
+        }
+        let snapshot = self.catalog.snapshot();
+        let tokens = self.tokens(&request.input, &snapshot)?;
+        let find = |name: &String| snapshot.find(name);
         let mut excluded: Vec<u32> = request.exclude.iter().filter_map(find).collect();
         excluded.sort_unstable();
         excluded.dedup();
-        let legality = self.catalog.legality(&excluded);
-        Ok(Plan { request, tokens, excluded, legality, normalization })
+        let filter = request.filter.as_deref();
+        let searches = match request.each.is_empty() {
+            true => vec![snapshot.legality(&excluded, filter)?],
+            false => {
+                let legality = |each: &String| {
+                    let both = match filter {
+                        Some(filter) => &Filter::both(filter, each)?,
+                        None => each,
+                    };
+                    snapshot.legality(&excluded, Some(both))
+                };
+                request.each.iter().map(legality).collect::<Result<_>>()?
+            }
+        };
+        Ok(Plan { request, snapshot, tokens, searches, normalization })
     }
 
-    /// The tokens that the model reads for an input.
+    /// The tokens that the model reads for an input, with the catalog as it is now.
     ///
     /// # Errors
     /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
+        self.tokens(input, &self.catalog.snapshot())
+    }
+
+    fn tokens(&self, input: &Input, snapshot: &Snapshot) -> Result<Vec<u32>> {
         let tokens = match input {
-            Input::History(items) => self.history_tokens(items)?,
+            Input::History(items) => self.history_tokens(items, snapshot)?,
             Input::Tokens(tokens) => tokens.clone(),
         };
         self.check_tokens(&tokens)?;
         Ok(tokens)
     }
 
-    fn history_tokens(&self, items: &[String]) -> Result<Vec<u32>> {
+    fn history_tokens(&self, items: &[String], snapshot: &Snapshot) -> Result<Vec<u32>> {
         let find = |item: &String| {
             let unknown = || Error::UnknownItem { item: item.clone() };
-            self.catalog.find(item).ok_or_else(unknown)
+            snapshot.find(item).ok_or_else(unknown)
         };
         let items = items.iter().map(find).collect::<Result<Vec<u32>>>()?;
         if items.is_empty() {
@@ -315,9 +341,13 @@ impl<B: Backend> Engine<B> {
             if position > 0 {
                 tokens.extend_from_slice(&prompt.separator);
             }
-            let sid = self.catalog.sid(item);
+            let sid = snapshot.sid(item);
             let levels = self.layout.levels.iter().zip(sid.codes());
-            tokens.extend(levels.map(|(tokens, &code)| tokens[usize::from(code)]));
+            // A code without a token, which the catalog refuses, would be out of the vocabulary.
+            let token = |(tokens, &code): (&Vec<u32>, &u16)| {
+                tokens.get(usize::from(code)).copied().unwrap_or(NO_TOKEN)
+            };
+            tokens.extend(levels.map(token));
         }
         tokens.extend_from_slice(&prompt.suffix);
         Ok(tokens)
@@ -349,67 +379,94 @@ impl<B: Backend> Engine<B> {
             self.backend.open_slot(&spec)
         };
         let mut slots: Vec<B::Slot> = plans.iter().map(open).collect();
-        let rules: Vec<SearchRule<'_>> = plans.iter().map(|plan| self.rule(plan)).collect();
+        let rules: Vec<SearchRule<'_>> = plans.iter().flat_map(Plan::rules).collect();
         let tokens: Vec<u32> = plans.iter().flat_map(|plan| plan.tokens.iter().copied()).collect();
         let spare = self.scratches.lock().expect("no holder panics").pop();
-        let mut scratch = spare.unwrap_or_else(|| Scratch::new(&self.backend));
+        let new = || (Scratch::new(&self.backend), self.backend.logits());
+        let (mut scratch, mut logits) = spare.unwrap_or_else(new);
 
         let (backend, model) = (&self.backend, &self.model);
         let prefill = || model.begin(backend, &tokens, &mut slots, &mut scratch);
         timed(&self.phases.prefill, prefill);
+        if rules.len() > slots.len() {
+            let searches: Vec<usize> = plans.iter().map(|plan| plan.searches.len()).collect();
+            slots = backend.fork(slots, &searches, &mut scratch.hidden);
+        }
         for step in 0..num_steps {
             if step > 0 {
                 let decode = || model.decode(backend, step, &mut slots, &mut scratch);
                 timed(&self.phases.decode, decode);
             }
             timed(&self.phases.search, || {
-                backend.advance_beams(&scratch.hidden, model.head(), step, &rules, &mut slots);
+                let (hidden, head) = (&scratch.hidden, model.head());
+                backend.restricted_head(hidden, head, step, &rules, &slots, &mut logits);
+                backend.advance_beams(&logits, head, step, &rules, &mut slots);
             });
         }
-        self.scratches.lock().expect("no holder panics").push(scratch);
-        let answer =
-            |(plan, slot): (&Plan<'_>, &B::Slot)| Ok(self.answer(plan, &backend.read_beams(slot)?));
-        plans.iter().zip(&slots).map(answer).collect()
+        self.scratches.lock().expect("no holder panics").push((scratch, logits));
+        let mut slots = slots.iter();
+        plans.iter().map(|plan| self.answer(plan, &mut slots)).collect()
     }
 
-    fn rule(&self, plan: &Plan<'_>) -> SearchRule<'_> {
-        SearchRule {
-            catalog: &self.catalog,
-            legality: plan.legality.clone(),
-            beams: plan.request.beams,
-            normalization: plan.normalization,
-            constraint: plan.request.constraint,
-            temperature: plan.request.temperature,
+    /// The answer to a request from the beams of its slots.
+    fn answer<'a>(
+        &self,
+        plan: &Plan<'_>,
+        slots: &mut impl Iterator<Item = &'a B::Slot>,
+    ) -> Result<Answer> {
+        let mut groups = Vec::with_capacity(plan.searches.len());
+        for (legality, slot) in plan.searches.iter().zip(slots) {
+            let beams = self.backend.read_beams(slot);
+            groups.push(beams.map(|beams| self.items(plan, legality, &beams)));
         }
+        let mut groups = groups.into_iter().collect::<Result<Vec<_>>>()?;
+        let items = match plan.request.each.is_empty() {
+            true => groups.pop().expect("a request without groups is one search"),
+            false => Vec::new(),
+        };
+        Ok(Answer { items, groups, snapshot: Arc::clone(&plan.snapshot) })
     }
 
     /// The items that the beams name.
-    fn answer(&self, plan: &Plan<'_>, beams: &[Beam]) -> Answer {
-        let catalog = &*self.catalog;
-        let is_allowed =
-            |item: &u32| catalog.is_available(*item) && plan.excluded.binary_search(item).is_err();
-        let of_beam = |beam: &Beam| {
-            let leaf = beam.leaf.or_else(|| self.leaf_of_tokens(&beam.tokens));
-            let items = leaf.map_or(0..0, |leaf| catalog.items(leaf)).filter(is_allowed);
-            let most = match plan.request.shared_sid {
-                SharedSid::All => usize::MAX,
-                SharedSid::First => 1,
-            };
-            let score = beam.score;
-            let recommend = move |item| Recommendation { item, sid: catalog.sid(item), score };
-            items.take(most).map(recommend).collect::<Vec<_>>()
+    fn items(&self, plan: &Plan<'_>, legality: &Legality, beams: &[Beam]) -> Vec<Recommendation> {
+        let snapshot = &*plan.snapshot;
+        let most = match plan.request.shared_sid {
+            SharedSid::All => usize::MAX,
+            SharedSid::First => 1,
         };
-        Answer {
-            items: beams.iter().flat_map(of_beam).take(plan.request.top_k).collect(),
-            snapshot: catalog.snapshot(),
-        }
+        let of_beam = |beam: &Beam| {
+            let place = beam.place.or_else(|| self.place_of_tokens(snapshot, &beam.tokens));
+            let items =
+                place.into_iter().flat_map(|place| snapshot.items(place, snapshot.num_levels()));
+            let allowed = items.filter(|&item| legality.allows(snapshot, item)).take(most);
+            let score = beam.score;
+            allowed.map(move |item| Recommendation { item, sid: snapshot.sid(item), score })
+        };
+        beams.iter().flat_map(of_beam).take(plan.request.top_k).collect()
     }
 
-    /// The leaf that tokens of an unconstrained search name, if they name one.
-    fn leaf_of_tokens(&self, tokens: &[u32]) -> Option<u32> {
+    /// The place that tokens of an unconstrained search name, if they name one.
+    fn place_of_tokens(&self, snapshot: &Snapshot, tokens: &[u32]) -> Option<Place> {
         let code = |(codes, token): (&HashMap<u32, u16>, &u32)| codes.get(token).copied();
         let codes = self.codes.iter().zip(tokens).map(code).collect::<Option<Vec<u16>>>()?;
-        self.catalog.trie().leaf(&codes)
+        snapshot.place(&codes)
+    }
+}
+
+impl Plan<'_> {
+    fn num_rows(&self) -> usize {
+        self.request.beams * self.searches.len()
+    }
+
+    fn rules(&self) -> impl Iterator<Item = SearchRule<'_>> {
+        self.searches.iter().map(|legality| SearchRule {
+            snapshot: &self.snapshot,
+            legality: legality.clone(),
+            beams: self.request.beams,
+            normalization: self.normalization,
+            constraint: self.request.constraint,
+            temperature: self.request.temperature,
+        })
     }
 }
 

@@ -73,6 +73,14 @@ pub enum Error {
         /// The parser's words, with the column.
         reason: String,
     },
+    /// One change of a batch cannot be; none of them happened.
+    #[error("change {index} of the batch cannot be: {reason}; nothing was changed")]
+    InvalidChange {
+        /// Its place in the batch, from zero.
+        index: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Something that this version does not do.
     #[error("{what} is not supported by this version of Sidereal; {way_out}")]
     Unsupported {
@@ -97,6 +105,20 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// What is wrong.
+        reason: String,
+    },
+    /// A catalog holds what its checksums cover and nobody could have written.
+    #[error("the catalog is not sound: {reason}; build it again with `sidereal catalog build`")]
+    CatalogContents {
+        /// What is wrong.
+        reason: String,
+    },
+    /// A log of changes is damaged, or not the catalog's.
+    #[error("{path}: {reason}", path = path.display())]
+    ChangeLog {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and the way out.
         reason: String,
     },
     /// A file of items cannot be read.
@@ -197,9 +219,12 @@ impl Error {
             Error::TopK { .. } => "top_k",
             Error::InvalidField { .. } => "invalid_field",
             Error::MalformedRequest { .. } => "malformed_request",
+            Error::InvalidChange { .. } => "invalid_change",
             Error::Unsupported { .. } => "unsupported",
             Error::Io { .. } => "io",
             Error::CatalogFile { .. } => "catalog_file",
+            Error::CatalogContents { .. } => "catalog_contents",
+            Error::ChangeLog { .. } => "change_log",
             Error::ItemsFile { .. } => "items_file",
             Error::ModelConfig { .. } => "model_config",
             Error::WeightsFile { .. } => "weights_file",

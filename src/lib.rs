@@ -13,8 +13,9 @@
 //! let engine = Engine::open(Path::new("models/industrial"), catalog, &EngineOptions::default())?;
 //! let mut request = Request::from_history(["168", "278"]);
 //! request.exclude = vec!["168".into()];
-//! for found in engine.recommend(&request)?.items {
-//!     println!("{} {:.3}", engine.catalog().name(found.item), found.score);
+//! let answer = engine.recommend(&request)?;
+//! for found in &answer.items {
+//!     println!("{} {:.3}", answer.name(found), found.score);
 //! }
 //! # Ok(())
 //! # }
@@ -44,6 +45,7 @@
 //! - An answer does not depend on the other requests of a wave or on the number of threads, to the
 //!   last bit.
 
+mod answer;
 pub mod backend;
 pub mod catalog;
 pub mod engine;
@@ -52,11 +54,13 @@ mod mapping;
 pub mod models;
 mod request;
 mod tensor;
+mod writer;
 
+pub use answer::{Answer, Recommendation};
 pub use engine::{Engine, EngineOptions, Phases};
 pub use error::{Error, Result};
 pub use request::{
-    Answer, Constraint, Input, MAX_BEAMS, Normalization, Recommendation, Request, RequestDefaults,
-    RequestLine, SharedSid,
+    Constraint, Input, MAX_BEAMS, Normalization, Request, RequestDefaults, RequestLine, SharedSid,
 };
 pub use tensor::{Dtype, Tensor};
+pub use writer::{CatalogWriter, Durability, WriterOptions};

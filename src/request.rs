@@ -2,7 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::sid::Sid;
 use crate::error::{Error, Result};
 
 /// The largest beam width that a request may ask for.
@@ -63,6 +62,12 @@ pub struct Request {
     /// Items that must not come back. Names that the catalog does not have are ignored:
     /// what is not there cannot be recommended.
     pub exclude: Vec<String>,
+    /// Only items that pass come back: tags, combined ([`Filter`](crate::catalog::filter::Filter)),
+    /// as `tag:garden & !tag:adult`. Where none passes the answer is empty.
+    pub filter: Option<String>,
+    /// Further filters, each for a search of its own with `beams` and `top_k` of its own, all in
+    /// one context: the best of each of several categories. Empty for one search.
+    pub each: Vec<String>,
     /// The beam width: how many prefixes are kept at each level.
     pub beams: usize,
     /// How many items come back at most.
@@ -83,6 +88,8 @@ impl Request {
         Request {
             input,
             exclude: Vec::new(),
+            filter: None,
+            each: Vec::new(),
             beams: 50,
             top_k: 10,
             normalization: None,
@@ -101,26 +108,6 @@ impl Request {
     pub fn from_tokens(tokens: impl Into<Vec<u32>>) -> Request {
         Request::new(Input::Tokens(tokens.into()))
     }
-}
-
-/// One item of an answer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Recommendation {
-    /// The catalog's index of the item; its name and title are `catalog.item(index)`.
-    pub item: u32,
-    /// Its semantic ID.
-    pub sid: Sid,
-    /// Natural log of the probability of the semantic ID (and of the forced suffix, if any).
-    pub score: f32,
-}
-
-/// The answer to one [`Request`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct Answer {
-    /// Best first; equal scores by smaller semantic ID, then by the catalog's order.
-    pub items: Vec<Recommendation>,
-    /// The catalog snapshot that was searched.
-    pub snapshot: u64,
 }
 
 /// An item's name in a file: a JSON string or whole number.
@@ -155,6 +142,8 @@ pub struct RequestLine {
     exclude: Option<Vec<String>>,
     #[serde(default)]
     filter: Option<String>,
+    #[serde(default)]
+    each: Option<Vec<String>>,
     #[serde(default)]
     beams: Option<i64>,
     #[serde(default)]
@@ -227,6 +216,11 @@ impl RequestLine {
         self.history.as_deref().unwrap_or_default()
     }
 
+    /// The filters of the groups, empty where the line asks for one list.
+    pub fn each(&self) -> &[String] {
+        self.each.as_deref().unwrap_or_default()
+    }
+
     /// The item that the user took next, where the line says so: evaluation needs it.
     pub fn target(&self) -> Option<&str> {
         self.target.as_deref()
@@ -237,12 +231,6 @@ impl RequestLine {
     /// # Errors
     /// The caller's: a number out of range, both or neither of `history` and `tokens`.
     pub fn to_request(&self, defaults: &RequestDefaults) -> Result<Request> {
-        if self.filter.is_some() {
-            return Err(Error::Unsupported {
-                what: "\"filter\"".into(),
-                way_out: "name single items in \"exclude\"".into(),
-            });
-        }
         let input = match (&self.history, &self.tokens) {
             (Some(_), Some(_)) => {
                 return Err(Error::InvalidField {
@@ -259,6 +247,8 @@ impl RequestLine {
         Ok(Request {
             input,
             exclude: self.exclude.clone().unwrap_or_default(),
+            filter: self.filter.clone(),
+            each: self.each.clone().unwrap_or_default(),
             beams: usize::try_from(beams)
                 .map_err(|_| Error::BeamWidth { width: beams, max: MAX_BEAMS })?,
             top_k: usize::try_from(top_k).map_err(|_| Error::TopK { top_k })?,

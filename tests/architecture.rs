@@ -44,9 +44,9 @@ fn floor(module: &str) -> u8 {
     match (parts.next().unwrap_or_default(), parts.next().unwrap_or_default()) {
         ("error" | "request" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
         ("catalog", _) => 1,
-        ("backend", _) => 2,
+        ("answer", _) | ("backend", _) => 2,
         ("models", _) => 3,
-        ("engine", _) => 4,
+        ("engine" | "writer", _) => 4,
         ("lib" | "main" | "cli", _) => 5,
         (other, _) => panic!("module {other:?} has no floor yet: give it one here"),
     }

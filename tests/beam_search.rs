@@ -6,21 +6,50 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use common::tiny::Tiny;
-use sidereal::catalog::Catalog;
 use sidereal::catalog::sid::Sid;
-use sidereal::{Answer, Constraint, Engine, Input, Normalization, Request, SharedSid};
+use sidereal::catalog::{Change, Snapshot};
+use sidereal::{
+    Answer, CatalogWriter, Constraint, Engine, Input, Normalization, Request, SharedSid,
+    WriterOptions,
+};
 
 const MODELS: u64 = 260;
 const REQUESTS_PER_MODEL: usize = 40; // 10,400 cases
 
-fn random_request(rng: &mut fastrand::Rng, catalog: &Catalog) -> Request {
-    let items = catalog.num_items() as u32;
-    let history = (0..rng.usize(1..12)).map(|_| catalog.name(rng.u32(0..items)).to_string());
-    let mut request = Request::from_history(history.collect::<Vec<String>>());
-    let share = if rng.bool() { 0.0 } else { rng.f32() };
-    let excluded = (0..items).filter(|_| rng.f32() < share).collect::<Vec<u32>>();
-    request.exclude = excluded.iter().map(|&item| catalog.name(item).to_string()).collect();
-    request.beams = rng.usize(1..30);
+/// Filters with what they mean, written down apart.
+type Passes = fn(&[String]) -> bool;
+const FILTERS: [(&str, Passes); 5] = [
+    ("tag:a", |tags| has(tags, "a")),
+    ("!tag:a | tag:b", |tags| !has(tags, "a") || has(tags, "b")),
+    ("(tag:a or tag:c) and not (tag:b & tag:c)", |tags| {
+        (has(tags, "a") || has(tags, "c")) && !(has(tags, "b") && has(tags, "c"))
+    }),
+    ("tag:nobody", |_| false),
+    ("all", |_| true),
+];
+
+fn has(tags: &[String], tag: &str) -> bool {
+    tags.iter().any(|other| other == tag)
+}
+
+fn passes(filter: &str, tags: &[String]) -> bool {
+    let known = FILTERS.iter().find(|(text, _)| *text == filter);
+    known.expect("one of those above").1(tags)
+}
+
+fn random_request(rng: &mut fastrand::Rng, snapshot: &Snapshot) -> Request {
+    let items: Vec<u32> = snapshot.all_items().collect();
+    let mut name = || snapshot.name(items[rng.usize(0..items.len())]).to_string();
+    let history: Vec<String> = (0..8).map(|_| name()).collect();
+    let history = history[..rng.usize(1..=8)].to_vec();
+    let mut request = Request::from_history(history);
+    let share = rng.f32() * rng.f32();
+    let excluded = items.iter().filter(|_| rng.f32() < share);
+    request.exclude = excluded.map(|&item| snapshot.name(item).to_string()).collect();
+    if rng.u8(0..3) == 0 {
+        request.filter = Some(FILTERS[rng.usize(0..FILTERS.len())].0.into());
+    }
+    request.beams = if rng.bool() { rng.usize(1..8) } else { 64 };
     request.top_k = usize::MAX;
     request.normalization = Some(match rng.u8(0..3) {
         0 => Normalization::Vocabulary,
@@ -34,13 +63,15 @@ fn random_request(rng: &mut fastrand::Rng, catalog: &Catalog) -> Request {
 }
 
 /// The items that a request allows, by semantic ID.
-fn allowed(catalog: &Catalog, request: &Request) -> BTreeMap<Sid, Vec<u32>> {
+fn allowed(snapshot: &Snapshot, request: &Request) -> BTreeMap<Sid, Vec<u32>> {
     let mut allowed: BTreeMap<Sid, Vec<u32>> = BTreeMap::new();
-    for item in 0..catalog.num_items() as u32 {
-        if catalog.is_available(item)
-            && !request.exclude.iter().any(|name| name == catalog.name(item))
+    for item in snapshot.all_items() {
+        let filter = request.filter.as_deref();
+        if snapshot.is_available(item)
+            && !request.exclude.iter().any(|name| name == snapshot.name(item))
+            && filter.is_none_or(|filter| passes(filter, &snapshot.tags(item)))
         {
-            allowed.entry(catalog.sid(item)).or_default().push(item);
+            allowed.entry(snapshot.sid(item)).or_default().push(item);
         }
     }
     allowed
@@ -52,7 +83,7 @@ fn for_each_model(mut check: impl FnMut(u64, &Tiny, &Engine, &[Request], &[Answe
         let mut rng = fastrand::Rng::with_seed(seed ^ 0xbea);
         let engine = tiny.open(1);
         let requests: Vec<Request> =
-            (0..REQUESTS_PER_MODEL).map(|_| random_request(&mut rng, &tiny.catalog)).collect();
+            (0..REQUESTS_PER_MODEL).map(|_| random_request(&mut rng, &tiny.snapshot())).collect();
         let answer = |request| engine.recommend(request).expect("a sound request");
         let answers: Vec<Answer> = requests.iter().map(answer).collect();
         check(seed, &tiny, &engine, &requests, &answers);
@@ -64,12 +95,12 @@ fn answers_are_legal_complete_and_in_order() {
     for_each_model(|seed, tiny, _, requests, answers| {
         for (request, answer) in requests.iter().zip(answers) {
             let what = format!("seed {seed} {request:?}");
-            let mut allowed = allowed(&tiny.catalog, request);
+            let mut allowed = allowed(&tiny.snapshot(), request);
             let expected = request.beams.min(allowed.len());
             let mut sids: Vec<(Sid, f32)> = Vec::new();
             let mut items: BTreeMap<Sid, Vec<u32>> = BTreeMap::new();
             for found in &answer.items {
-                assert_eq!(found.sid, tiny.catalog.sid(found.item), "{what}");
+                assert_eq!(found.sid, answer.snapshot.sid(found.item), "{what}");
                 if sids.last().is_none_or(|(sid, _)| *sid != found.sid) {
                     sids.push((found.sid, found.score));
                 }
@@ -98,7 +129,7 @@ fn a_wide_enough_beam_equals_scoring_every_sid_alone() {
     let mut compared = 0;
     for_each_model(|seed, tiny, engine, requests, answers| {
         for (request, answer) in requests.iter().zip(answers) {
-            let allowed = allowed(&tiny.catalog, request);
+            let allowed = allowed(&tiny.snapshot(), request);
             // Over the legal children a semantic ID that is alone has probability one.
             let is_alone_the_same = request.normalization != Some(Normalization::Children);
             if request.beams < allowed.len() || !is_alone_the_same {
@@ -107,9 +138,10 @@ fn a_wide_enough_beam_equals_scoring_every_sid_alone() {
             for found in &answer.items {
                 let mut alone = request.clone();
                 alone.beams = 1;
-                let others = (0..tiny.catalog.num_items() as u32)
-                    .filter(|item| !allowed[&found.sid].contains(item));
-                alone.exclude = others.map(|item| tiny.catalog.name(item).to_string()).collect();
+                let snapshot = tiny.snapshot();
+                let others = snapshot.all_items();
+                let others = others.filter(|item| !allowed[&found.sid].contains(item));
+                alone.exclude = others.map(|item| snapshot.name(item).to_string()).collect();
                 let alone = engine.recommend(&alone).expect("a sound request");
                 assert_eq!(alone.items[0].sid, found.sid, "seed {seed} {request:?}");
                 assert_eq!(alone.items[0].score, found.score, "seed {seed} {request:?}");
@@ -150,7 +182,7 @@ fn unconstrained_searches_return_allowed_items_with_the_same_scores() {
     let mut found_some = false;
     for_each_model(|seed, tiny, engine, requests, _| {
         for request in requests.iter().step_by(4) {
-            let allowed = allowed(&tiny.catalog, request);
+            let allowed = allowed(&tiny.snapshot(), request);
             for constraint in [Constraint::Level, Constraint::None] {
                 let mut free = request.clone();
                 free.normalization = Some(Normalization::Vocabulary);
@@ -189,7 +221,7 @@ fn top_k_counts_items_and_the_first_of_a_shared_sid_can_stand_for_it() {
         let mut first = request.clone();
         first.shared_sid = SharedSid::First;
         let answer = engine.recommend(&first).expect("a sound request");
-        let allowed = allowed(&tiny.catalog, request);
+        let allowed = allowed(&tiny.snapshot(), request);
         assert!(answer.items.iter().all(|found| allowed[&found.sid][0] == found.item));
         assert_eq!(answer.items.len(), request.beams.min(allowed.len()), "seed {seed}");
     });
@@ -201,10 +233,10 @@ fn a_history_and_its_tokens_are_one_input() {
     for seed in 0..200 {
         let tiny = Tiny::new(seed);
         let engine = tiny.open(1);
-        let name = tiny.catalog.name(0).to_string();
+        let name = "0".to_string();
         let by_name = engine.recommend(&Request::from_history([name.clone(), name]));
         let by_name = by_name.expect("a sound request");
-        let tokens = engine.input_tokens(&Input::History(vec![tiny.catalog.name(0).into(); 2]));
+        let tokens = engine.input_tokens(&Input::History(vec!["0".into(); 2]));
         let tokens = tokens.expect("known items");
         let by_tokens = engine.recommend(&Request::from_tokens(tokens)).expect("a sound request");
         assert_eq!(by_name, by_tokens, "seed {seed}");
@@ -214,17 +246,66 @@ fn a_history_and_its_tokens_are_one_input() {
 #[test]
 fn withdrawn_items_are_gone_and_may_still_stand_in_histories() {
     for seed in 0..200 {
-        let mut tiny = Tiny::new(seed);
-        let catalog = std::sync::Arc::get_mut(&mut tiny.catalog).expect("nobody else holds it");
-        let gone: Vec<u32> = (0..catalog.num_items() as u32).filter(|item| item % 3 == 0).collect();
-        catalog.withdraw(&gone);
-        let mut request = Request::from_history([tiny.catalog.name(0)]);
+        let tiny = Tiny::new(seed);
+        let before = tiny.snapshot();
+        let gone: Vec<String> =
+            before.all_items().map(|item| before.name(item).to_string()).step_by(3).collect();
+        let options = WriterOptions::default();
+        let writer = CatalogWriter::in_memory(tiny.catalog.clone(), &options).expect("a thread");
+        let withdraw =
+            |item: &String| Change::Availability { item: item.clone(), available: false };
+        let number = writer.apply(&gone.iter().map(withdraw).collect::<Vec<_>>()).expect("sound");
+        let mut request = Request::from_history([gone[0].clone()]);
         (request.beams, request.top_k) = (64, usize::MAX);
         let answer = tiny.open(1).recommend(&request).expect("a sound request");
-        let mut found: Vec<u32> = answer.items.iter().map(|found| found.item).collect();
+        let mut found: Vec<&str> = answer.items.iter().map(|found| answer.name(found)).collect();
         found.sort_unstable();
-        let stay = (0..tiny.catalog.num_items() as u32).filter(|item| item % 3 != 0);
-        assert_eq!(found, stay.collect::<Vec<u32>>(), "seed {seed}");
-        assert_eq!(answer.snapshot, 2);
+        let stays = |&item: &u32| {
+            before.is_available(item) && gone.iter().all(|name| name != before.name(item))
+        };
+        let stay = before.all_items().filter(stays);
+        let mut stay: Vec<&str> = stay.map(|item| before.name(item)).collect();
+        stay.sort_unstable();
+        assert_eq!(found, stay, "seed {seed}");
+        assert_eq!(answer.snapshot.number(), number);
     }
+}
+
+#[test]
+fn each_group_is_answered_as_a_request_of_its_own() {
+    for_each_model(|seed, tiny, engine, requests, _| {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let snapshot = tiny.snapshot();
+        let mut grouped: Vec<Request> = requests.iter().step_by(8).cloned().collect();
+        let mut expected = Vec::new();
+        for request in &mut grouped {
+            let count = rng.usize(1..4);
+            let each: Vec<&str> = (0..count).map(|_| FILTERS[rng.usize(0..5)].0).collect();
+            request.top_k = rng.usize(1..9);
+            let alone = |each: &&str| {
+                let mut alone = request.clone();
+                alone.filter = Some(match &request.filter {
+                    Some(filter) => format!("({filter}) & ({each})"),
+                    None => each.to_string(),
+                });
+                engine.recommend(&alone).expect("a sound request").items
+            };
+            expected.push(each.iter().map(alone).collect::<Vec<_>>());
+            request.each = each.iter().map(|each| each.to_string()).collect();
+        }
+        // Among requests without groups, in one wave.
+        let mut crowd = requests[..4].to_vec();
+        crowd.extend(grouped);
+        let answers = Mutex::new(vec![None; crowd.len()]);
+        engine.recommend_all(&crowd, |index, answer| {
+            answers.lock().expect("no holder panics")[index] = Some(answer.expect("sound"));
+        });
+        let answers = answers.into_inner().expect("no holder panics");
+        for (answer, expected) in answers[4..].iter().zip(expected) {
+            let answer = answer.as_ref().expect("answered");
+            assert_eq!(answer.groups, expected, "seed {seed}");
+            assert_eq!(answer.snapshot.number(), snapshot.number());
+            assert!(answer.items.is_empty());
+        }
+    });
 }

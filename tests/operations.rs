@@ -3,15 +3,17 @@
 mod common;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use common::cases::Cases;
+use common::tiny::{TAGS, random_catalog};
 use common::truth::{self, Matrix, relative_error};
 use sidereal::backend::cpu::{Buffer, CpuBackend, Slot};
 use sidereal::backend::{
     Activation, Backend, Epilogue, Heads, Mask, NO_TOKEN, Reach, SearchRule, SlotSpec, StepTokens,
 };
-use sidereal::catalog::sid::Sid;
-use sidereal::catalog::{Catalog, CatalogBuilder, Item};
+use sidereal::catalog::Snapshot;
+use sidereal::catalog::legality::Legality;
 use sidereal::{Constraint, Normalization, Tensor};
 
 /// f32 against the truth, norm-wise.
@@ -239,7 +241,9 @@ fn attend_prefill_is_the_formula() {
 
 /// A search of one slot, followed in f64.
 struct Walk {
-    catalog: Catalog,
+    snapshot: Arc<Snapshot>,
+    /// Only items with this tag, if any.
+    tag: Option<&'static str>,
     excluded: Vec<u32>,
     normalization: Normalization,
     constraint: Constraint,
@@ -252,26 +256,15 @@ struct Walk {
     tails: HashMap<Vec<u32>, Vec<f32>>,
 }
 
-fn random_catalog(cases: &mut Cases, num_levels: usize, num_codes: u16) -> Catalog {
-    let mut builder = CatalogBuilder::default();
-    for item in 0..cases.size(60) {
-        let codes: Vec<u16> = (0..num_levels).map(|_| cases.rng.u16(0..num_codes)).collect();
-        let sid = Sid::new(&codes).expect("few levels");
-        let item = Item { name: item.to_string(), sid, title: String::new() };
-        builder.add(item).expect("levels agree");
-    }
-    builder.build().expect("names are unique")
-}
-
 impl Walk {
     fn new(cases: &mut Cases, num_levels: usize, num_codes: u16, heads: Heads) -> Walk {
-        let catalog = random_catalog(cases, num_levels, num_codes);
+        let catalog = random_catalog(&mut cases.rng, num_levels, num_codes).snapshot();
         let share = cases.rng.f32();
-        let items = 0..catalog.num_items() as u32;
-        let excluded = match cases.rng.bool() {
-            true => items.filter(|_| cases.rng.f32() < share).collect(),
+        let mut excluded: Vec<u32> = match cases.rng.bool() {
+            true => catalog.all_items().filter(|_| cases.rng.f32() < share).collect(),
             false => Vec::new(),
         };
+        excluded.sort_unstable();
         let normalizations =
             [Normalization::Vocabulary, Normalization::Level, Normalization::Children];
         let normalization = normalizations[cases.rng.usize(0..3)];
@@ -282,8 +275,9 @@ impl Walk {
         };
         let context_len = cases.size(200);
         Walk {
-            catalog,
+            snapshot: catalog,
             excluded,
+            tag: TAGS.get(cases.rng.usize(0..2 * TAGS.len())).copied(),
             normalization,
             constraint,
             beams: cases.size(50),
@@ -297,8 +291,8 @@ impl Walk {
 
     fn rule(&self) -> SearchRule<'_> {
         SearchRule {
-            catalog: &self.catalog,
-            legality: self.catalog.legality(&self.excluded),
+            snapshot: &self.snapshot,
+            legality: self.legality(),
             beams: self.beams,
             normalization: self.normalization,
             constraint: self.constraint,
@@ -306,10 +300,18 @@ impl Walk {
         }
     }
 
+    fn legality(&self) -> Legality {
+        let filter = self.tag.map(|tag| format!("tag:{tag}"));
+        self.snapshot.legality(&self.excluded, filter.as_deref()).expect("a sound filter")
+    }
+
     /// Whether an allowed item's semantic ID starts with these codes.
     fn is_legal(&self, codes: &[u16]) -> bool {
-        (0..self.catalog.num_items() as u32).any(|item| {
-            !self.excluded.contains(&item) && self.catalog.sid(item).codes().starts_with(codes)
+        self.snapshot.all_items().any(|item| {
+            self.snapshot.is_available(item)
+                && self.tag.is_none_or(|tag| self.snapshot.tags(item).contains(&tag.to_string()))
+                && !self.excluded.contains(&item)
+                && self.snapshot.sid(item).codes().starts_with(codes)
         })
     }
 
@@ -403,6 +405,7 @@ fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
         let starts_with_tail = cases.rng.bool();
         let bias = cases.numbers(heads.num_heads * (steps.len() + 1));
 
+        let mut scores = backend.logits();
         for step in 0..steps.len() {
             let what = format!("seed {seed} step {step}");
             let rows: usize = slots.iter().map(|slot| backend.num_beams(slot)).sum();
@@ -420,7 +423,8 @@ fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
                 .collect();
             let rules: Vec<SearchRule<'_>> = walks.iter().map(Walk::rule).collect();
             let hidden = Buffer::new(hidden, hidden_dim);
-            backend.advance_beams(&hidden, &head, step, &rules, &mut slots);
+            backend.restricted_head(&hidden, &head, step, &rules, &slots, &mut scores);
+            backend.advance_beams(&scores, &head, step, &rules, &mut slots);
             drop(rules);
 
             let mut row = 0;
@@ -527,20 +531,20 @@ fn embed_beams_reads_each_beams_newest_token() {
     let backend = CpuBackend::default();
     let mut cases = Cases::new(1);
     let heads = cases.heads();
-    let catalog = random_catalog(&mut cases, 2, 6);
+    let catalog = random_catalog(&mut cases.rng, 2, 6).snapshot();
     let steps: Vec<StepTokens> =
         [0, 6].map(|first| StepTokens::Level { tokens: (first..first + 6).collect() }).into();
     let weight = cases.numbers(12 * 5);
     let tensor = Tensor::new(&[12, 5], weight.clone());
     let (head, table) = (backend.head(tensor.clone(), &steps), backend.table(tensor));
     let mut slots = vec![slot(&backend, 1, heads)];
-    let mut rows = backend.buffer();
+    let (mut rows, mut logits) = (backend.buffer(), backend.logits());
     backend.embed_beams(&table, &slots, &mut rows);
     assert_eq!(rows.values(), &weight[3 * 5..4 * 5], "the start token's row");
     for step in 0..2 {
         let rule = SearchRule {
-            catalog: &catalog,
-            legality: catalog.legality(&[]),
+            snapshot: &catalog,
+            legality: catalog.legality(&[], None).expect("no filter"),
             beams: 9,
             normalization: Normalization::Vocabulary,
             constraint: Constraint::Trie,
@@ -548,12 +552,53 @@ fn embed_beams_reads_each_beams_newest_token() {
         };
         let beams = backend.num_beams(&slots[0]);
         let hidden = Buffer::new(cases.numbers(beams * 5), 5);
-        backend.advance_beams(&hidden, &head, step, &[rule], &mut slots);
+        let rules = [rule];
+        backend.restricted_head(&hidden, &head, step, &rules, &slots, &mut logits);
+        backend.advance_beams(&logits, &head, step, &rules, &mut slots);
         backend.embed_beams(&table, &slots, &mut rows);
         let beams = backend.read_beams(&slots[0]).expect("finite scores");
         let newest = beams.iter().map(|beam| beam.tokens[step] as usize);
         let expected: Vec<f32> =
             newest.flat_map(|token| &weight[token * 5..(token + 1) * 5]).copied().collect();
         assert_eq!(rows.values(), expected);
+    }
+}
+
+#[test]
+fn a_fork_has_the_context_and_the_tail_of_its_slot() {
+    let backend = CpuBackend::default();
+    for seed in 0..50 {
+        let mut cases = Cases::new(seed);
+        let heads = cases.heads();
+        let lens: Vec<usize> = (0..cases.size(4)).map(|_| cases.size(60)).collect();
+        let mut slots: Vec<Slot> = lens.iter().map(|&len| slot(&backend, len, heads)).collect();
+        let context = cases.numbers(lens.iter().sum::<usize>() * 2 * heads.kv_dim());
+        backend.store_context(0, &Buffer::new(context, 2 * heads.kv_dim()), 0, heads, &mut slots);
+        let qkv = cases.numbers(lens.len() * heads.qkv_dim());
+        backend.append_tail(0, &Buffer::new(qkv.clone(), heads.qkv_dim()), heads, &mut slots);
+        let attend = |queries: &[f32], slots: &[Slot]| {
+            let queries = Buffer::new(queries.to_vec(), heads.qkv_dim());
+            let mut out = backend.buffer();
+            let reach = Reach::ContextAndTail;
+            backend.attend_beams(0, &queries, heads, reach, 0.3, None, slots, &mut out);
+            out.values().to_vec()
+        };
+        let before = attend(&qkv, &slots);
+
+        let copies: Vec<usize> = lens.iter().map(|_| cases.rng.usize(0..4)).collect();
+        let repeat = |rows: &[f32], columns: usize| -> Vec<f32> {
+            let rows = rows.chunks(columns).zip(&copies);
+            rows.flat_map(|(row, &copies)| row.repeat(copies)).collect()
+        };
+        let columns = cases.size(9);
+        let rows = cases.numbers(lens.len() * columns);
+        let mut hidden = Buffer::new(rows.clone(), columns);
+        let forks = backend.fork(slots, &copies, &mut hidden);
+        assert_eq!(hidden.values(), repeat(&rows, columns), "seed {seed}");
+        assert_eq!(forks.len(), copies.iter().sum::<usize>());
+        if !forks.is_empty() {
+            let after = attend(&repeat(&qkv, heads.qkv_dim()), &forks);
+            assert_eq!(after, repeat(&before, heads.query_dim()), "seed {seed}");
+        }
     }
 }

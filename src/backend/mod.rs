@@ -9,8 +9,9 @@
 //!
 //! An operation has one name everywhere: `Backend::attend_beams` is `backend/cpu/attend_beams.rs`.
 
-use crate::catalog::Catalog;
+use crate::catalog::Snapshot;
 use crate::catalog::legality::Legality;
+use crate::catalog::snapshot::Place;
 use crate::error::Result;
 use crate::request::{Constraint, Normalization};
 use crate::tensor::Tensor;
@@ -127,8 +128,8 @@ pub const NO_TOKEN: u32 = u32::MAX;
 
 /// How one request wants its search.
 pub struct SearchRule<'a> {
-    /// The catalog that is searched.
-    pub catalog: &'a Catalog,
+    /// The state of the catalog that is searched.
+    pub snapshot: &'a Snapshot,
     /// What of it the request may be answered with.
     pub legality: Legality,
     /// Beams kept at each step.
@@ -141,12 +142,29 @@ pub struct SearchRule<'a> {
     pub temperature: f32,
 }
 
+/// What the scores of a row are normalised over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Normalizer {
+    /// All tokens of the model.
+    Vocabulary,
+    /// The level's codes that have a token.
+    Level,
+    /// The beam's legal continuations.
+    Children,
+    /// Nothing: the one continuation has probability one.
+    Certain,
+}
+
 impl SearchRule<'_> {
-    /// Whether the normaliser needs the logits of the whole vocabulary.
-    pub fn needs_vocabulary(&self) -> bool {
-        match self.constraint {
-            Constraint::None => true,
-            _ => self.normalization == Normalization::Vocabulary,
+    /// What the scores of a step are normalised over: where any token is legal, the children are
+    /// the vocabulary; where any code is, they are the level; a forced token is alone.
+    pub fn normalizer(&self, is_forced: bool) -> Normalizer {
+        match (self.normalization, self.constraint) {
+            (Normalization::Vocabulary, _) => Normalizer::Vocabulary,
+            _ if is_forced => Normalizer::Certain,
+            (Normalization::Children, Constraint::Trie) => Normalizer::Children,
+            (Normalization::Children, Constraint::None) => Normalizer::Vocabulary,
+            _ => Normalizer::Level,
         }
     }
 }
@@ -156,8 +174,8 @@ impl SearchRule<'_> {
 pub struct Beam {
     /// The tokens chosen, one a step.
     pub tokens: Vec<u32>,
-    /// The leaf of the catalog's trie, where the search was constrained to it.
-    pub leaf: Option<u32>,
+    /// The place of the semantic ID, where the search was constrained to the catalog's.
+    pub place: Option<Place>,
     /// Natural log of the probability.
     pub score: f32,
 }
@@ -177,6 +195,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Table: Send + Sync;
     /// The output head, split so that a step evaluates only what it can choose from.
     type Head: Send + Sync;
+    /// The logits of one step, one row a beam.
+    type Logits: Send;
     /// The memory of one running request.
     type Slot: Send;
 
@@ -196,6 +216,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn context_len(&self, slot: &Self::Slot) -> usize;
     /// An empty buffer.
     fn buffer(&self) -> Self::Buffer;
+    /// No logits.
+    fn logits(&self) -> Self::Logits;
     /// The memory of a request, with the one beam that its search starts with.
     fn open_slot(&self, spec: &SlotSpec) -> Self::Slot;
 
@@ -286,13 +308,32 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // Search.
 
-    /// Extends the beams of each slot by one step: the head of `hidden` (one row a beam) over what
-    /// the step can choose from, the normaliser, the legal continuations, and the best `beams` of
-    /// them by score, equal scores by smaller place in the trie. A forced step extends every beam
-    /// by its token and puts them in order again. Nothing is reported until the beams are read.
-    fn advance_beams(
+    /// As many slots as `copies` says for each, all with the slot's context and tails, which are
+    /// not copied where they are large; `hidden`'s rows, one a slot, are repeated alike. For a
+    /// request that searches more than once; to be called before the first step.
+    fn fork(
+        &self,
+        slots: Vec<Self::Slot>,
+        copies: &[usize],
+        hidden: &mut Self::Buffer,
+    ) -> Vec<Self::Slot>;
+    /// The output head for what a step can choose from: `hidden`'s product (one row a beam) with
+    /// the step's tokens, and what each row is normalised by, as its slot's rule wants it.
+    fn restricted_head(
         &self,
         hidden: &Self::Buffer,
+        head: &Self::Head,
+        step: usize,
+        rules: &[SearchRule<'_>],
+        slots: &[Self::Slot],
+        out: &mut Self::Logits,
+    );
+    /// Extends the beams of each slot by one step: the legal continuations, and the best `beams` of
+    /// them by score, equal scores by smaller semantic ID. A forced step extends every beam by its
+    /// token and puts them in order again. Nothing is reported until the beams are read.
+    fn advance_beams(
+        &self,
+        logits: &Self::Logits,
         head: &Self::Head,
         step: usize,
         rules: &[SearchRule<'_>],

@@ -14,12 +14,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use super::base::Base;
+use super::bitmap::RankBitmap;
 use super::column::Column;
 use super::sid::MAX_LEVELS;
+use super::tags::Tags;
+use super::texts::{NameIndex, Texts};
 use super::trie::Trie;
-use super::{Catalog, Texts};
 use crate::error::{Error, Result};
 use crate::mapping::Mapping;
 
@@ -27,7 +30,7 @@ use crate::mapping::Mapping;
 compile_error!("catalog files are little-endian and mapped as they are");
 
 const MAGIC: [u8; 8] = *b"SIDEREAL";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const ALIGN: usize = 64;
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -38,6 +41,10 @@ struct Header {
     num_levels: u32,
     file_bytes: u64,
     num_items: u64,
+    /// Names the catalog through all its changes.
+    lineage: u64,
+    /// The number of the snapshot that was compiled.
+    snapshot: u64,
     /// As in [`Trie`]; zeros after the last level.
     depth_start: [u32; MAX_LEVELS + 2],
     num_sections: u32,
@@ -59,31 +66,69 @@ struct Section {
 enum Kind {
     FirstEdge,
     Code,
-    FirstLeaf,
     FirstItem,
+    /// Absent where no two items share a semantic ID.
+    LeafItem,
     NameBytes,
     NameStart,
-    ByName,
+    NameIndex,
+    /// Absent without titles, as the texts after it.
     TitleBytes,
     TitleStart,
+    /// Absent without tags, as the three after it.
+    TagBytes,
+    TagStart,
+    TagSets,
+    TagSetStart,
+    /// Absent where every item may be recommended.
+    Available,
 }
 
-pub(super) fn save(catalog: &Catalog, path: &Path) -> Result<()> {
-    let trie = &catalog.trie;
+/// The arrays of a catalog as a file has them.
+fn contents(base: &Base) -> Vec<(Kind, &[u8])> {
+    let trie = &base.trie;
     let mut contents: Vec<(Kind, &[u8])> = vec![
         (Kind::FirstEdge, bytemuck::cast_slice(&trie.first_edge)),
         (Kind::Code, bytemuck::cast_slice(&trie.code)),
-        (Kind::FirstLeaf, bytemuck::cast_slice(&trie.first_leaf)),
-        (Kind::FirstItem, bytemuck::cast_slice(&catalog.first_item)),
-        (Kind::NameBytes, &catalog.names.bytes),
-        (Kind::NameStart, bytemuck::cast_slice(&catalog.names.start)),
-        (Kind::ByName, bytemuck::cast_slice(&catalog.by_name)),
+        (Kind::FirstItem, bytemuck::cast_slice(&trie.first_item)),
     ];
-    if let Some(titles) = &catalog.titles {
+    if let Some(leaf_item) = &trie.leaf_item {
+        contents.push((Kind::LeafItem, bytemuck::cast_slice(leaf_item)));
+    }
+    contents.extend([
+        (Kind::NameBytes, &*base.names.bytes),
+        (Kind::NameStart, bytemuck::cast_slice(&base.names.start)),
+        (Kind::NameIndex, bytemuck::cast_slice(&base.index.places)),
+    ]);
+    if let Some(titles) = &base.titles {
         contents.push((Kind::TitleBytes, &titles.bytes));
         contents.push((Kind::TitleStart, bytemuck::cast_slice(&titles.start)));
     }
+    if let Some(tags) = &base.tags {
+        contents.push((Kind::TagBytes, &tags.names.bytes));
+        contents.push((Kind::TagStart, bytemuck::cast_slice(&tags.names.start)));
+        contents.push((Kind::TagSets, &tags.sets));
+        contents.push((Kind::TagSetStart, bytemuck::cast_slice(&tags.start)));
+    }
+    if let Some(available) = &base.available {
+        contents.push((Kind::Available, bytemuck::cast_slice(available.words())));
+    }
+    contents
+}
 
+/// A number that equal catalogs have in common, and others hardly.
+pub(super) fn fingerprint(base: &Base) -> u64 {
+    let mut hasher = Xxh3::new();
+    for (kind, bytes) in contents(base) {
+        hasher.update(&[kind as u8]);
+        hasher.update(bytes);
+    }
+    hasher.digest()
+}
+
+pub(super) fn save(base: &Base, path: &Path) -> Result<()> {
+    let trie = &base.trie;
+    let contents = contents(base);
     let mut offset = sections_start(contents.len());
     let mut table = Vec::new();
     for (kind, bytes) in &contents {
@@ -99,7 +144,9 @@ pub(super) fn save(catalog: &Catalog, path: &Path) -> Result<()> {
         version: VERSION,
         num_levels: trie.num_levels() as u32,
         file_bytes: offset as u64,
-        num_items: catalog.num_items() as u64,
+        num_items: base.num_items().into(),
+        lineage: base.lineage,
+        snapshot: base.snapshot,
         depth_start,
         num_sections: contents.len() as u32,
         reserved: 0,
@@ -121,7 +168,8 @@ pub(super) fn save(catalog: &Catalog, path: &Path) -> Result<()> {
             file.write_all(&[0; ALIGN][..padding(bytes.len())])?;
         }
         file.into_inner()?.sync_all()?;
-        std::fs::rename(partial, path)
+        std::fs::rename(partial, path)?;
+        super::change_log::sync_folder(path)
     };
     write().map_err(|error| {
         let _ = std::fs::remove_file(partial); // the first error is the one to report
@@ -129,12 +177,12 @@ pub(super) fn save(catalog: &Catalog, path: &Path) -> Result<()> {
     })
 }
 
-pub(super) fn open(path: &Path) -> Result<Catalog> {
+pub(super) fn open(path: &Path) -> Result<Base> {
     let mapping = Arc::new(Mapping::open(path)?);
     parse(&mapping).map_err(|reason| Error::CatalogFile { path: path.to_path_buf(), reason })
 }
 
-fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Catalog, String> {
+fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Base, String> {
     let bytes = mapping.bytes();
     if !bytes.starts_with(&MAGIC) {
         return Err("this is not a compiled Sidereal catalog".into());
@@ -191,31 +239,52 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Catalog, String> {
         depth_start,
         first_edge: sections.column(Kind::FirstEdge)?,
         code: sections.column(Kind::Code)?,
-        first_leaf: sections.column(Kind::FirstLeaf)?,
+        first_item: sections.column(Kind::FirstItem)?,
+        leaf_item: sections.optional(Kind::LeafItem, |s| s.column(Kind::LeafItem))?,
     };
-    let num_items = usize::try_from(header.num_items).map_err(|_| "too many items")?;
-    let first_item: Column<u32> = sections.column(Kind::FirstItem)?;
-    let names = sections.texts(Kind::NameBytes, Kind::NameStart)?;
-    let by_name: Column<u32> = sections.column(Kind::ByName)?;
-    let has_titles = table.iter().any(|section| section.kind == Kind::TitleStart as u64);
-    let titles =
-        has_titles.then(|| sections.texts(Kind::TitleBytes, Kind::TitleStart)).transpose()?;
-
-    let texts_defect = names.defect(num_items).or_else(|| titles.as_ref()?.defect(num_items));
-    if let Some(defect) = trie.defect().or(texts_defect) {
+    if let Some(defect) = trie.defect() {
         return Err(defect.into());
     }
-    let covers_items = first_item.len() == trie.num_leaves() + 1
-        && first_item[0] == 0
-        && first_item.is_sorted_by(|a, b| a < b)
-        && first_item[trie.num_leaves()] as usize == num_items;
-    let names_in_order = by_name.len() == num_items
-        && by_name.iter().all(|&item| (item as usize) < num_items)
-        && by_name.is_sorted_by(|&a, &b| names.get(a) < names.get(b));
-    if !covers_items || !names_in_order {
-        return Err("the table of items does not fit the trie".into());
+    let num_items = trie.num_items();
+    if header.num_items != num_items as u64 {
+        return Err("the number of items does not fit the trie".into());
     }
-    Ok(Catalog::new(trie, first_item, names, by_name, titles, Some(header.file_bytes)))
+    let names = sections.texts(Kind::NameBytes, Kind::NameStart)?;
+    let index = NameIndex { places: sections.column(Kind::NameIndex)? };
+    let titles =
+        sections.optional(Kind::TitleStart, |s| s.texts(Kind::TitleBytes, Kind::TitleStart))?;
+    let tags = sections.optional(Kind::TagSets, |s| {
+        Ok(Tags {
+            names: s.texts(Kind::TagBytes, Kind::TagStart)?,
+            sets: s.column(Kind::TagSets)?,
+            start: s.column(Kind::TagSetStart)?,
+        })
+    })?;
+    let available: Option<Column<u64>> =
+        sections.optional(Kind::Available, |s| s.column(Kind::Available))?;
+    let defect = (names.defect(num_items))
+        .or_else(|| index.defect(num_items))
+        .or_else(|| titles.as_ref()?.defect(num_items))
+        .or_else(|| tags.as_ref()?.defect());
+    if let Some(defect) = defect {
+        return Err(defect.into());
+    }
+    let available = available.map(|words| {
+        let has_room = words.len() == num_items.div_ceil(64);
+        let beyond = words.last().map_or(0, |last| last >> ((num_items - 1) % 64) >> 1);
+        match has_room && beyond == 0 {
+            true => Ok(Arc::new(RankBitmap::new(words.to_vec(), num_items as u32))),
+            false => Err("the set of available items does not fit the items"),
+        }
+    });
+    Ok(Base {
+        tags,
+        available: available.transpose()?,
+        lineage: header.lineage,
+        snapshot: header.snapshot,
+        file_bytes: Some(header.file_bytes),
+        ..Base::new(trie, names, index, titles)
+    })
 }
 
 struct Sections<'a> {
@@ -233,6 +302,16 @@ impl Sections<'_> {
         column.ok_or_else(|| format!("section {} is missing or ragged", kind as u64))
     }
 
+    /// What `read` makes of the sections, if the one that stands for them is there.
+    fn optional<T>(
+        &self,
+        kind: Kind,
+        read: impl FnOnce(&Self) -> std::result::Result<T, String>,
+    ) -> std::result::Result<Option<T>, String> {
+        let has = self.table.iter().any(|section| section.kind == kind as u64);
+        has.then(|| read(self)).transpose()
+    }
+
     fn texts(&self, bytes: Kind, start: Kind) -> std::result::Result<Texts, String> {
         Ok(Texts { bytes: self.column(bytes)?, start: self.column(start)? })
     }
@@ -248,7 +327,7 @@ fn padding(bytes: usize) -> usize {
 }
 
 fn checksum_padded(bytes: &[u8]) -> u64 {
-    let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+    let mut hasher = Xxh3::new();
     hasher.update(bytes);
     hasher.update(&[0; ALIGN][..padding(bytes.len())]);
     hasher.digest()

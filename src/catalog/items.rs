@@ -5,10 +5,10 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
 
-use super::Item;
 use super::sid::Sid;
+use super::{Change, Item};
 use crate::error::{Error, Result};
 use crate::request::Name;
 
@@ -22,8 +22,8 @@ pub fn is_items_file(path: &Path) -> bool {
 ///
 /// - `*.json`: one object, item to codes: `{"17": ["<a_3>", "<b_250>", "<c_7>"], ...}`. A code is
 ///   the last number in its text, or a plain number.
-/// - any other name: one object a line: `{"item": "17", "sid": [3, 250, 7], "title": "..."}`.
-///   Further fields are allowed and not kept.
+/// - any other name: one object a line: `{"item": "17", "sid": [3, 250, 7], "title": "...",
+///   "tags": ["garden"], "available": true}`. Further fields are allowed and not kept.
 ///
 /// # Errors
 /// [`Error::ItemsFile`] with the line or item; the operating system's; those of `add`.
@@ -38,16 +38,14 @@ pub fn read(
         place,
         reason,
     };
-    let mut place_and_add = |place: &dyn Fn() -> String, item: Result<Item>| {
-        item.and_then(&mut add).map_err(|error| fail(place(), error.to_string()))
-    };
     let is_index = path.extension().is_some_and(|extension| extension == "json");
     if is_index {
         let reader = Counting { inner: BufReader::new(file), read: 0, progress };
         let mut failure = None;
         let mut take = |name: String, codes: Vec<Code>| {
-            let place = || format!("item {name:?}");
-            let outcome = place_and_add(&place, codes_to_item(name.clone(), &codes, None));
+            let item = to_sid(&codes).map(|sid| Item::new(name.clone(), sid));
+            let fail = |error: Error| fail(format!("item {name:?}"), error.to_string());
+            let outcome = item.and_then(&mut add).map_err(fail);
             let is_ok = outcome.is_ok();
             failure = outcome.err();
             is_ok
@@ -61,23 +59,8 @@ pub fn read(
             None => parsed.map_err(|error| json_error(path, &fail, "index", error)),
         };
     }
-    let mut lines = Counting { inner: BufReader::new(file), read: 0, progress };
-    let mut line = Vec::new();
-    for number in 1.. {
-        line.clear();
-        let read = lines.read_line_bytes(&mut line).map_err(|error| Error::io(path, error))?;
-        if read == 0 {
-            break;
-        }
-        if line.iter().all(u8::is_ascii_whitespace) {
-            continue;
-        }
-        let place = || format!("line {number}");
-        let item: ItemLine =
-            serde_json::from_slice(&line).map_err(|error| fail(place(), error.to_string()))?;
-        place_and_add(&place, codes_to_item(item.item.into(), &item.sid, item.title))?;
-    }
-    Ok(())
+    let lines = Counting { inner: BufReader::new(file), read: 0, progress };
+    each_line(path, lines, |line: ItemLine| add(line.try_into()?))
 }
 
 /// An error about a file's items together rather than about one of them.
@@ -106,6 +89,9 @@ struct ItemLine {
     item: Name,
     sid: Vec<Code>,
     title: Option<String>,
+    #[serde(default)]
+    tags: Vec<String>,
+    available: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -138,9 +124,94 @@ fn last_number(text: &str) -> Option<u64> {
     text[start..end].parse().ok()
 }
 
-fn codes_to_item(name: String, codes: &[Code], title: Option<String>) -> Result<Item> {
-    let codes = codes.iter().map(Code::value).collect::<Result<Vec<u16>>>()?;
-    Ok(Item { name, sid: Sid::new(&codes)?, title: title.unwrap_or_default() })
+fn to_sid(codes: &[Code]) -> Result<Sid> {
+    Sid::new(&codes.iter().map(Code::value).collect::<Result<Vec<u16>>>()?)
+}
+
+impl TryFrom<ItemLine> for Item {
+    type Error = Error;
+
+    fn try_from(line: ItemLine) -> Result<Item> {
+        Ok(Item {
+            name: line.item.into(),
+            sid: to_sid(&line.sid)?,
+            title: line.title.unwrap_or_default(),
+            tags: line.tags,
+            available: line.available.unwrap_or(true),
+        })
+    }
+}
+
+/// One change as a line of JSON.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+enum ChangeLine {
+    Put(ItemLine),
+    Delete {
+        item: Name,
+    },
+    Availability {
+        item: Name,
+        available: bool,
+    },
+    Tag {
+        item: Name,
+        #[serde(default)]
+        add: Vec<String>,
+        #[serde(default)]
+        remove: Vec<String>,
+    },
+}
+
+/// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each` with its line;
+/// `progress` hears how many bytes were read.
+///
+/// # Errors
+/// [`Error::ItemsFile`] with the line; the operating system's; those of `each`.
+pub fn read_changes(
+    path: &Path,
+    mut each: impl FnMut(Change) -> Result<()>,
+    progress: impl FnMut(u64),
+) -> Result<()> {
+    let file = File::open(path).map_err(|error| Error::io(path, error))?;
+    let lines = Counting { inner: BufReader::new(file), read: 0, progress };
+    each_line(path, lines, |line: ChangeLine| {
+        each(match line {
+            ChangeLine::Put(item) => Change::Put(item.try_into()?),
+            ChangeLine::Delete { item } => Change::Delete { item: item.into() },
+            ChangeLine::Availability { item, available } => {
+                Change::Availability { item: item.into(), available }
+            }
+            ChangeLine::Tag { item, add, remove } => Change::Tag { item: item.into(), add, remove },
+        })
+    })
+}
+
+/// Reads each line of JSON that is not blank.
+fn each_line<L: DeserializeOwned>(
+    path: &Path,
+    mut lines: Counting<impl BufRead, impl FnMut(u64)>,
+    mut each: impl FnMut(L) -> Result<()>,
+) -> Result<()> {
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        let read = lines.read_line_bytes(&mut line).map_err(|error| Error::io(path, error))?;
+        if read == 0 {
+            break;
+        }
+        if line.iter().all(u8::is_ascii_whitespace) {
+            continue;
+        }
+        let fail = |reason: String| Error::ItemsFile {
+            path: path.to_path_buf(),
+            place: format!("line {number}"),
+            reason,
+        };
+        let parsed = serde_json::from_slice(&line).map_err(|error| fail(error.to_string()))?;
+        each(parsed).map_err(|error| fail(error.to_string()))?;
+    }
+    Ok(())
 }
 
 /// Feeds the entries of one JSON object to `take`, without holding them all.

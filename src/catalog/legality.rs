@@ -1,124 +1,160 @@
-//! What a request may be answered with: the available items less those that it excludes.
+//! What a request may be answered with: the available items that pass its filter, less those that
+//! it excludes.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A set of small integers with constant-time rank (how many members are below a position).
+use super::added::Added;
+use super::bitmap::{RankBitmap, words_of};
+use super::snapshot::{Place, Snapshot};
+
+/// The items that a request may be answered with.
 ///
-/// Counts before every 512 positions, and a popcount of at most eight words for the rest: the
-/// plain form of Jacobson's rank directory (1989).
-#[derive(Clone)]
-pub struct RankBitmap {
-    words: Vec<u64>,
-    /// `[words / 8 + 1]`; members before each group of eight words.
-    counts: Vec<u32>,
-    len: usize,
-}
-
-const WORDS_PER_COUNT: usize = 8;
-
-impl RankBitmap {
-    /// The positions below `len` for which `contains` says so.
-    pub fn from_fn(len: usize, contains: impl Fn(usize) -> bool) -> RankBitmap {
-        let word = |start: usize| {
-            (start..len.min(start + 64))
-                .fold(0, |word, at| word | u64::from(contains(at)) << (at - start))
-        };
-        let words: Vec<u64> = (0..len).step_by(64).map(word).collect();
-        let mut counts = vec![0];
-        for group in words.chunks(WORDS_PER_COUNT) {
-            let members: u32 = group.iter().map(|word| word.count_ones()).sum();
-            counts.push(counts[counts.len() - 1] + members);
-        }
-        RankBitmap { words, counts, len }
-    }
-
-    /// Whether `position` is a member.
-    pub fn contains(&self, position: u32) -> bool {
-        self.words[position as usize / 64] >> (position % 64) & 1 == 1
-    }
-
-    /// How many members are below `position`, which is at most the bitmap's length.
-    #[inline]
-    pub fn rank(&self, position: u32) -> u32 {
-        let (word, bit) = (position as usize / 64, position % 64);
-        let group = word / WORDS_PER_COUNT;
-        let whole = &self.words[group * WORDS_PER_COUNT..word];
-        let within: u32 = whole.iter().map(|word| word.count_ones()).sum();
-        let partial = match bit {
-            0 => 0,
-            _ => (self.words[word] << (64 - bit)).count_ones(),
-        };
-        self.counts[group] + within + partial
-    }
-
-    /// Whether every position is a member.
-    pub fn is_full(&self) -> bool {
-        self.rank(self.len as u32) as usize == self.len
-    }
-}
-
-/// The leaves (semantic IDs) that a request may end on.
-///
-/// A node is legal if and only if a legal leaf is below it, which costs two ranks and, where the
-/// request excludes items, two binary searches. So no beam ever walks into a dead end.
+/// A node is legal if and only if one of the items below it is allowed, which is asked of bitmaps
+/// and not of a walk: so no beam ever walks into a dead end, whatever the filter.
 #[derive(Clone)]
 pub struct Legality {
-    /// Leaves that hold an available item; `None` where all do.
-    available: Option<Arc<RankBitmap>>,
-    /// Sorted available leaves whose every available item the request excludes.
-    blocked: Vec<u32>,
+    pub(super) base: BaseItems,
+    pub(super) added: Option<AddedItems>,
 }
+
+/// Of the compiled catalog's items.
+#[derive(Clone)]
+pub(super) struct BaseItems {
+    /// `None` where all are available.
+    pub available: Option<Arc<RankBitmap>>,
+    /// Those that pass the filter; `None` without one.
+    pub passing: Option<Arc<RankBitmap>>,
+    /// Sorted.
+    pub excluded: Vec<u32>,
+}
+
+/// Of the items that were added since.
+#[derive(Clone)]
+pub(super) struct AddedItems {
+    pub added: Arc<Added>,
+    /// Bits by number; `None` without a filter.
+    pub passing: Option<Arc<Vec<u64>>>,
+    /// Sorted numbers.
+    pub excluded: Vec<u32>,
+}
+
+/// Stretches of items that are longer are first asked how many they have.
+const LONG: usize = 512;
 
 impl Legality {
-    pub(super) fn new(available: Arc<RankBitmap>, blocked: Vec<u32>) -> Legality {
-        debug_assert!(blocked.is_sorted_by(|a, b| a < b), "blocked leaves must be sorted");
-        let available = (!available.is_full()).then_some(available);
-        Legality { available, blocked }
-    }
-
-    /// Whether no check is needed: every leaf is legal.
+    /// Whether no check is needed: every item is allowed.
     pub fn is_everything(&self) -> bool {
-        self.available.is_none() && self.blocked.is_empty()
+        let BaseItems { available, passing, excluded } = &self.base;
+        available.is_none() && passing.is_none() && excluded.is_empty() && self.added.is_none()
     }
 
-    /// How many of the leaves in a run are legal.
+    /// What is allowed below one place, at which many places will be asked for.
     #[inline]
-    pub fn count(&self, leaves: Range<u32>) -> u32 {
-        let available = match &self.available {
-            Some(bitmap) => bitmap.rank(leaves.end) - bitmap.rank(leaves.start),
-            None => leaves.end - leaves.start,
+    pub fn below<'a>(&'a self, snapshot: &'a Snapshot, place: Place, depth: usize) -> Below<'a> {
+        let excluded = match self.base.excluded.as_slice() {
+            [] => &[],
+            excluded => {
+                let items = snapshot.base_items(place, depth);
+                let start = excluded.partition_point(|&item| item < items.start);
+                let len = excluded[start..].partition_point(|&item| item < items.end);
+                &excluded[start..start + len]
+            }
         };
-        if available == 0 || self.blocked.is_empty() {
-            return available;
+        let is_everything = excluded.is_empty()
+            && self.base.available.is_none()
+            && self.base.passing.is_none()
+            && place.added.is_none();
+        Below { snapshot, legality: self, excluded, is_everything }
+    }
+
+    /// Whether a single item may come back.
+    pub fn allows(&self, snapshot: &Snapshot, item: u32) -> bool {
+        match item.checked_sub(snapshot.num_base_items()) {
+            None => self.base.any(item..item + 1, &self.base.excluded),
+            Some(number) => self.added.as_ref().is_some_and(|added| added.allows(number)),
         }
-        let below = |leaf: u32| self.blocked.partition_point(|&blocked| blocked < leaf) as u32;
-        available - (below(leaves.end) - below(leaves.start))
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// What is allowed below one place.
+pub struct Below<'a> {
+    snapshot: &'a Snapshot,
+    legality: &'a Legality,
+    /// Of the place's items.
+    excluded: &'a [u32],
+    is_everything: bool,
+}
 
-    #[test]
-    fn rank_counts_the_members_below() {
-        let bitmap = RankBitmap::from_fn(1500, |at| at % 3 == 0 || at > 1400);
-        let mut count = 0;
-        for at in 0..1500 {
-            assert_eq!(bitmap.rank(at), count, "rank of {at}");
-            count += u32::from(bitmap.contains(at));
+impl Below<'_> {
+    /// Whether an allowed item is below `place`, which `depth` codes lead to.
+    #[inline]
+    pub fn any(&self, place: Place, depth: usize) -> bool {
+        if self.is_everything {
+            return true;
         }
-        assert_eq!(bitmap.rank(1500), count);
-        assert!(!bitmap.is_full());
-        assert!(RankBitmap::from_fn(512, |_| true).is_full());
+        self.legality.base.any(self.snapshot.base_items(place, depth), self.excluded)
+            || self.legality.added.as_ref().is_some_and(|added| added.any(place, depth))
+    }
+}
+
+impl BaseItems {
+    #[inline]
+    fn any(&self, items: Range<u32>, excluded: &[u32]) -> bool {
+        let excluded_in = |items: &Range<u32>| -> usize {
+            let start = excluded.partition_point(|&item| item < items.start);
+            excluded[start..].partition_point(|&item| item < items.end)
+        };
+        let (available, passing) = (self.available.as_deref(), self.passing.as_deref());
+        if available.is_none() && passing.is_none() {
+            return items.len() > if excluded.is_empty() { 0 } else { excluded_in(&items) };
+        }
+        if items.len() > LONG {
+            let count = |set: Option<&RankBitmap>| {
+                set.map_or(items.len(), |set| set.count(items.clone()) as usize)
+            };
+            let (available, passing) = (count(available), count(passing));
+            if available == 0 || passing == 0 {
+                return false;
+            }
+            // Two large enough sets must meet in more items than are excluded.
+            if available + passing > items.len() + excluded_in(&items) {
+                return true;
+            }
+        }
+        let mut excluded = excluded;
+        for (word, mask) in words_of(items) {
+            let mut bits = mask;
+            bits &= available.map_or(u64::MAX, |set| set.words()[word]);
+            bits &= passing.map_or(u64::MAX, |set| set.words()[word]);
+            if bits == 0 {
+                continue;
+            }
+            if !excluded.is_empty() {
+                let start = excluded.partition_point(|&item| (item as usize / 64) < word);
+                excluded = &excluded[start..];
+                for &item in excluded.iter().take_while(|&&item| item as usize / 64 == word) {
+                    bits &= !(1 << (item % 64));
+                }
+            }
+            if bits != 0 {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+impl AddedItems {
+    fn allows(&self, number: u32) -> bool {
+        let (word, bit) = (number as usize / 64, number % 64);
+        self.added.is_available(number)
+            && self.passing.as_ref().is_none_or(|bits| bits[word] >> bit & 1 == 1)
+            && self.excluded.binary_search(&number).is_err()
     }
 
-    #[test]
-    fn blocked_leaves_are_not_counted() {
-        let available = Arc::new(RankBitmap::from_fn(100, |at| at != 7));
-        let legality = Legality::new(available, vec![3, 4, 90]);
-        assert_eq!(legality.count(0..10), 7);
-        assert_eq!((legality.count(3..5), legality.count(7..8)), (0, 0));
+    fn any(&self, place: Place, depth: usize) -> bool {
+        let Some(node) = place.added.get() else { return false };
+        self.added.below(node, depth).iter().any(|&number| self.allows(number))
     }
 }

@@ -1,46 +1,124 @@
-//! The catalog: items, their semantic IDs, and which of them are available.
+//! The catalog: items, their semantic IDs, and which of them may be recommended, now.
 //!
-//! A catalog is built once from a file of items ([`items`]), written as one file ([`format`]) and
-//! memory-mapped where it is used. Its heart is the rank [`trie`]; what a request may be answered
-//! with is a [`legality`].
+//! A catalog is compiled once from a file of items ([`items`]), written as one file ([`format`])
+//! and memory-mapped where it is used. Its heart is the rank [`trie`]. What changes afterwards,
+//! items that come, go, move or are tagged anew, is laid over the compiled arrays; a request sees
+//! one immutable [`Snapshot`] from its start to its end, and what it may be answered with is a
+//! [`legality`].
 
-use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+
+use arc_swap::ArcSwap;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use column::Column;
-use legality::{Legality, RankBitmap};
+use base::Base;
 use sid::Sid;
-use trie::Trie;
 
+mod added;
+pub mod base;
+pub mod bitmap;
+mod builder;
+pub mod change_log;
 pub(crate) mod column;
+pub mod filter;
 mod format;
 pub mod items;
 pub mod legality;
 pub mod sid;
+pub mod snapshot;
+mod tags;
+mod texts;
 pub mod trie;
 
-/// Items and their semantic IDs, ready to be searched.
+pub use builder::{CatalogBuilder, SidTable};
+pub use snapshot::Snapshot;
+
+/// One item.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Item {
+    /// Its name in histories, exclusions and answers; unique in the catalog.
+    pub name: String,
+    /// Its semantic ID; several items may share one.
+    pub sid: Sid,
+    /// What a person calls it; may be empty.
+    pub title: String,
+    /// What filters ask for.
+    pub tags: Vec<String>,
+    /// Whether it may be recommended; if not, it may still stand in histories.
+    pub available: bool,
+}
+
+impl Item {
+    /// An available item without title and tags.
+    pub fn new(name: impl Into<String>, sid: Sid) -> Item {
+        Item { name: name.into(), sid, title: String::new(), tags: Vec::new(), available: true }
+    }
+
+    /// Whether it can be in a catalog of so many levels.
+    fn check(&self, num_levels: usize) -> Result<()> {
+        if self.name.is_empty() {
+            return Err(Error::InvalidField { field: "item", reason: "the name is empty".into() });
+        }
+        if self.sid.num_levels() != num_levels {
+            let reason = format!(
+                "item {:?} has {} levels, the catalog's items have {num_levels}",
+                self.name,
+                self.sid.num_levels()
+            );
+            return Err(Error::InvalidField { field: "sid", reason });
+        }
+        Ok(())
+    }
+}
+
+/// What can happen to an item while the catalog is served.
 ///
-/// Items are numbered in the order of their semantic IDs, those that share one in the order in
-/// which they were added; so the items of a leaf are one run.
+/// As a line of JSON, one of `{"put": {"item": "17", "sid": [3, 250, 7], ...}}`,
+/// `{"delete": {"item": "17"}}`, `{"availability": {"item": "17", "available": false}}` and
+/// `{"tag": {"item": "17", "add": ["new"], "remove": []}}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Change {
+    /// A new item, or a new state of a known one, which then stands last among those that share
+    /// its semantic ID.
+    Put(Item),
+    /// The item is forgotten: it does not come back, and a history that names it is an error.
+    Delete {
+        /// Its name.
+        item: String,
+    },
+    /// Whether the item may be recommended; it stays known to histories.
+    Availability {
+        /// Its name.
+        item: String,
+        /// Whether it may be recommended.
+        available: bool,
+    },
+    /// Other tags; the item then stands last among those that share its semantic ID.
+    Tag {
+        /// Its name.
+        item: String,
+        /// Tags that it carries from now on.
+        add: Vec<String>,
+        /// Tags that it carries no longer.
+        remove: Vec<String>,
+    },
+}
+
+/// A catalog that may change while it is searched.
+///
+/// Readers take a [`Snapshot`], which costs a few nanoseconds and never waits; a
+/// [`CatalogWriter`](crate::CatalogWriter) makes the next one.
 pub struct Catalog {
-    trie: Trie,
-    /// `[num_leaves + 1]`; the items of leaf `l` are `first_item[l]..first_item[l + 1]`.
-    first_item: Column<u32>,
-    names: Texts,
-    /// `[num_items]`; the items in the order of their names' bytes.
-    by_name: Column<u32>,
-    titles: Option<Texts>,
-    file_bytes: Option<u64>,
-    available_items: Option<RankBitmap>,
-    available_leaves: Arc<RankBitmap>,
-    snapshot: u64,
+    current: ArcSwap<Snapshot>,
+    /// What the models that search the catalog can write, level by level: bits by code.
+    writable: Mutex<Vec<Vec<Vec<bool>>>>,
 }
 
 impl Catalog {
-    /// Opens a compiled catalog, or compiles a file of items (`.json`, `.jsonl`) in memory.
+    /// Opens a compiled catalog with the changes logged beside it, or compiles a file of items in
+    /// memory ([`items::is_items_file`]).
     ///
     /// # Errors
     /// The file's: missing, damaged, of another version, or with items that cannot be read.
@@ -50,289 +128,118 @@ impl Catalog {
             items::read(path, |item| builder.add(item), |_| {})?;
             builder.build().map_err(|error| items::whole_file_error(path, &error))
         } else {
-            format::open(path)
-        }
-    }
-
-    /// Writes the catalog as one file; an existing one is replaced as a whole or not at all.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        format::save(self, path)
-    }
-
-    /// The trie of semantic IDs.
-    pub fn trie(&self) -> &Trie {
-        &self.trie
-    }
-
-    /// The number of items.
-    pub fn num_items(&self) -> usize {
-        self.by_name.len()
-    }
-
-    /// The item's name in the files.
-    ///
-    /// # Panics
-    /// As indexing does, from `num_items` on; so do the other questions about an item.
-    pub fn name(&self, item: u32) -> &str {
-        self.names.get(item)
-    }
-
-    /// The item's title, where the catalog has titles.
-    pub fn title(&self, item: u32) -> Option<&str> {
-        self.titles.as_ref().map(|titles| titles.get(item)).filter(|title| !title.is_empty())
-    }
-
-    /// The item of a name.
-    pub fn find(&self, name: &str) -> Option<u32> {
-        let at = self.by_name.binary_search_by(|&item| self.name(item).cmp(name));
-        at.ok().map(|at| self.by_name[at])
-    }
-
-    /// The item's semantic ID.
-    pub fn sid(&self, item: u32) -> Sid {
-        self.trie.codes(self.leaf_of(item))
-    }
-
-    /// The items that share a semantic ID, whether available or not.
-    pub fn items(&self, leaf: u32) -> Range<u32> {
-        self.first_item[leaf as usize]..self.first_item[leaf as usize + 1]
-    }
-
-    /// Whether the item can be recommended at all.
-    pub fn is_available(&self, item: u32) -> bool {
-        self.available_items.as_ref().is_none_or(|items| items.contains(item))
-    }
-
-    /// The number of the state that a search sees now; it grows with every change.
-    pub fn snapshot(&self) -> u64 {
-        self.snapshot
-    }
-
-    /// Size of the file that the catalog was opened from.
-    pub fn file_bytes(&self) -> Option<u64> {
-        self.file_bytes
-    }
-
-    /// Takes items out of every later answer. They may still stand in histories.
-    pub fn withdraw(&mut self, items: &[u32]) {
-        let gone = |item: usize| items.contains(&(item as u32));
-        let stays = |item: usize| self.is_available(item as u32) && !gone(item);
-        let available = RankBitmap::from_fn(self.num_items(), stays);
-        let has_item = |leaf: usize| self.items(leaf as u32).any(|item| available.contains(item));
-        let leaves = RankBitmap::from_fn(self.trie.num_leaves(), has_item);
-        self.available_leaves = Arc::new(leaves);
-        self.available_items = Some(available);
-        self.snapshot += 1;
-    }
-
-    /// What a request may be answered with that excludes these items.
-    ///
-    /// `excluded` is sorted and without repetition. A semantic ID stays legal while one of its
-    /// items is available and not excluded.
-    pub fn legality(&self, excluded: &[u32]) -> Legality {
-        assert!(excluded.is_sorted_by(|a, b| a < b), "excluded items must be sorted, distinct");
-        let mut blocked = Vec::new();
-        let mut rest = excluded;
-        while let Some(&item) = rest.first() {
-            let leaf = self.leaf_of(item);
-            let items = self.items(leaf);
-            let (here, later) = rest.split_at(rest.partition_point(|&item| item < items.end));
-            let allowed = |item: &u32| self.is_available(*item) && !here.contains(item);
-            if self.available_leaves.contains(leaf) && !items.clone().any(|item| allowed(&item)) {
-                blocked.push(leaf);
+            let catalog = Catalog::open_compiled(path)?;
+            let after = change_log::replay(path, &catalog.snapshot())?;
+            if let Some(after) = after {
+                catalog.publish(after);
             }
-            rest = later;
-        }
-        Legality::new(Arc::clone(&self.available_leaves), blocked)
-    }
-
-    fn leaf_of(&self, item: u32) -> u32 {
-        assert!((item as usize) < self.num_items(), "item {item} is not in the catalog");
-        self.first_item.partition_point(|&first| first <= item) as u32 - 1
-    }
-
-    fn new(
-        trie: Trie,
-        first_item: Column<u32>,
-        names: Texts,
-        by_name: Column<u32>,
-        titles: Option<Texts>,
-        file_bytes: Option<u64>,
-    ) -> Catalog {
-        let all_leaves = RankBitmap::from_fn(trie.num_leaves(), |_| true);
-        Catalog {
-            trie,
-            first_item,
-            names,
-            by_name,
-            titles,
-            file_bytes,
-            available_items: None,
-            available_leaves: Arc::new(all_leaves),
-            snapshot: 1,
+            Ok(catalog)
         }
     }
-}
 
-/// One item on its way into a catalog.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Item {
-    /// Its name in histories, exclusions and answers; unique in the catalog.
-    pub name: String,
-    /// Its semantic ID; several items may share one.
-    pub sid: Sid,
-    /// What a person calls it; may be empty.
-    pub title: String,
-}
+    /// Opens a compiled catalog as its file has it, without the changes logged beside it.
+    pub(crate) fn open_compiled(path: &Path) -> Result<Catalog> {
+        Ok(Catalog::of(format::open(path)?))
+    }
 
-/// Collects items and lays them out.
-#[derive(Default)]
-pub struct CatalogBuilder {
-    items: Vec<Item>,
-}
+    pub(crate) fn of(base: Base) -> Catalog {
+        Catalog { current: ArcSwap::from_pointee(Snapshot::of(base)), writable: Mutex::default() }
+    }
 
-impl CatalogBuilder {
-    /// Adds an item.
+    /// Writes the catalog, with all its changes, as one file; an existing one is replaced as a
+    /// whole or not at all.
     ///
     /// # Errors
-    /// [`Error::InvalidField`] where it has no name or another number of levels than the first.
-    pub fn add(&mut self, item: Item) -> Result<()> {
-        if item.name.is_empty() {
-            return Err(Error::InvalidField { field: "item", reason: "the name is empty".into() });
+    /// The operating system's; [`Error::CatalogContents`] where the old file's sets are damaged.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let snapshot = self.snapshot();
+        if snapshot.number() == snapshot.base().snapshot {
+            return snapshot.base().save(path);
         }
-        let num_levels = self.items.first().map_or(item.sid.num_levels(), |i| i.sid.num_levels());
-        if item.sid.num_levels() != num_levels {
-            let reason = format!(
-                "item {:?} has {} levels, the items before it have {num_levels}",
-                item.name,
-                item.sid.num_levels()
-            );
-            return Err(Error::InvalidField { field: "sid", reason });
+        compile(&snapshot, |_| true)?.expect("nobody says no").save(path)
+    }
+
+    /// The state of the catalog now.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// Makes another state the one that new requests see.
+    pub(crate) fn publish(&self, snapshot: Snapshot) {
+        self.current.store(Arc::new(snapshot));
+    }
+
+    /// Refuses from now on items that a model could not write. `levels` says of each code of each
+    /// level whether the model has a token for it.
+    ///
+    /// # Errors
+    /// [`Error::LevelsMismatch`] where the catalog has such items already.
+    pub fn require(&self, levels: Vec<Vec<bool>>) -> Result<()> {
+        // Registered first: what a writer adds meanwhile is checked by one of us.
+        let is_known = {
+            let mut writable = self.writable.lock().expect("no holder panics");
+            let is_known = writable.contains(&levels);
+            if !is_known {
+                writable.push(levels.clone());
+            }
+            is_known
+        };
+        let checked = check_levels(&levels, &self.snapshot());
+        if checked.is_err() && !is_known {
+            self.writable.lock().expect("no holder panics").retain(|other| *other != levels);
         }
-        self.items.push(item);
+        checked
+    }
+
+    /// Whether the models that search the catalog can write what the changes put into it.
+    pub(crate) fn check(&self, changes: &[Change]) -> Result<()> {
+        let writable = self.writable.lock().expect("no holder panics");
+        for (index, change) in changes.iter().enumerate() {
+            let Change::Put(item) = change else { continue };
+            for levels in writable.iter() {
+                let mut codes = item.sid.codes().iter().zip(levels).enumerate();
+                let unknown = |&(_, (&code, level)): &(usize, (&u16, &Vec<bool>))| {
+                    !level.get(usize::from(code)).copied().unwrap_or(false)
+                };
+                if let Some((level, (code, _))) = codes.find(unknown) {
+                    let reason = format!(
+                        "item {:?} has code {code} on level {level}, for which the model that \
+                         searches this catalog has no token",
+                        item.name
+                    );
+                    return Err(Error::InvalidChange { index, reason });
+                }
+            }
+        }
         Ok(())
     }
-
-    /// Lays the items out.
-    ///
-    /// # Errors
-    /// [`Error::InvalidField`] where there are none or two have the same name.
-    pub fn build(mut self) -> Result<Catalog> {
-        if self.items.is_empty() {
-            let reason = "there are no items; a catalog needs at least one".into();
-            return Err(Error::InvalidField { field: "items", reason });
-        }
-        self.items.sort_by_key(|item| item.sid);
-        let mut sids = Vec::new();
-        let mut first_item = Vec::new();
-        for (at, item) in self.items.iter().enumerate() {
-            if sids.last() != Some(&item.sid) {
-                sids.push(item.sid);
-                first_item.push(at as u32);
-            }
-        }
-        first_item.push(self.items.len() as u32);
-        let name = |item: &u32| &self.items[*item as usize].name;
-        let mut by_name: Vec<u32> = (0..self.items.len() as u32).collect();
-        by_name.sort_unstable_by_key(name);
-        if let Some(twins) = by_name.windows(2).find(|pair| name(&pair[0]) == name(&pair[1])) {
-            let reason = format!("item {:?} appears twice; names must be unique", name(&twins[0]));
-            return Err(Error::InvalidField { field: "item", reason });
-        }
-        let has_titles = self.items.iter().any(|item| !item.title.is_empty());
-        let titles = has_titles.then(|| self.items.iter().map(|i| i.title.as_str()).collect());
-        Ok(Catalog::new(
-            Trie::build(&sids),
-            first_item.into(),
-            self.items.iter().map(|item| item.name.as_str()).collect(),
-            by_name.into(),
-            titles,
-            None,
-        ))
-    }
 }
 
-/// Many strings in one stretch of bytes.
-struct Texts {
-    bytes: Column<u8>,
-    /// `[count + 1]`; string `i` is `bytes[start[i]..start[i + 1]]`, valid UTF-8.
-    start: Column<u64>,
+fn check_levels(levels: &[Vec<bool>], snapshot: &Snapshot) -> Result<()> {
+    if snapshot.num_levels() != levels.len() {
+        let (model, catalog) = (levels.len(), snapshot.num_levels());
+        let reason = format!("the model writes {model} levels, the catalog has {catalog}");
+        return Err(Error::LevelsMismatch { reason });
+    }
+    for (level, known) in levels.iter().enumerate() {
+        let is_known = |code: u16| known.get(usize::from(code)).copied().unwrap_or(false);
+        let unknown = snapshot.codes_at(level).find(|&code| !is_known(code));
+        if let Some(code) = unknown {
+            let size = known.len();
+            let reason = format!(
+                "level {level} of the catalog uses code {code}, for which the model has no \
+                 token (its level has {size} codes)"
+            );
+            return Err(Error::LevelsMismatch { reason });
+        }
+    }
+    Ok(())
 }
 
-impl Texts {
-    fn get(&self, index: u32) -> &str {
-        let bytes = self.start[index as usize] as usize..self.start[index as usize + 1] as usize;
-        std::str::from_utf8(&self.bytes[bytes]).expect("checked when the catalog was opened")
-    }
-
-    /// What is wrong with arrays that come from a file, if anything.
-    fn defect(&self, count: usize) -> Option<&'static str> {
-        let covers = self.start.len() == count + 1
-            && self.start[0] == 0
-            && self.start[count] == self.bytes.len() as u64
-            && self.start.is_sorted();
-        if !covers {
-            return Some("a table of texts does not cover its bytes");
-        }
-        // Each text must be whole: no boundary may split a character.
-        let Ok(text) = std::str::from_utf8(&self.bytes) else {
-            return Some("a text is not UTF-8");
-        };
-        let whole = self.start.iter().all(|&start| text.is_char_boundary(start as usize));
-        (!whole).then_some("a text starts inside a character")
-    }
-}
-
-impl<'a> FromIterator<&'a str> for Texts {
-    fn from_iter<I: IntoIterator<Item = &'a str>>(texts: I) -> Texts {
-        let (mut bytes, mut start) = (Vec::new(), vec![0]);
-        for text in texts {
-            bytes.extend_from_slice(text.as_bytes());
-            start.push(bytes.len() as u64);
-        }
-        Texts { bytes: bytes.into(), start: start.into() }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn catalog() -> Catalog {
-        let mut builder = CatalogBuilder::default();
-        let items = [("b", [1, 1]), ("a", [0, 2]), ("c", [1, 1]), ("d", [0, 1])];
-        for (name, codes) in items {
-            let sid = Sid::new(&codes).expect("two levels");
-            let item = Item { name: name.into(), sid, title: String::new() };
-            builder.add(item).expect("levels agree");
-        }
-        builder.build().expect("names are unique")
-    }
-
-    #[test]
-    fn items_that_share_a_sid_are_one_run_in_the_order_added() {
-        let catalog = catalog();
-        let names: Vec<&str> = (0..4).map(|item| catalog.name(item)).collect();
-        assert_eq!(names, ["d", "a", "b", "c"]);
-        assert_eq!(catalog.items(2), 2..4);
-        assert_eq!(catalog.find("c"), Some(3));
-        assert_eq!(catalog.find("e"), None);
-        assert_eq!(catalog.sid(3).codes(), [1, 1]);
-    }
-
-    #[test]
-    fn a_sid_stays_legal_while_one_of_its_items_is_allowed() {
-        let mut catalog = catalog();
-        assert_eq!(catalog.legality(&[2]).count(0..3), 3);
-        assert_eq!(catalog.legality(&[2, 3]).count(0..3), 2);
-        catalog.withdraw(&[3]);
-        assert_eq!(catalog.legality(&[]).count(0..3), 3);
-        assert_eq!(catalog.legality(&[2]).count(0..3), 2);
-        catalog.withdraw(&[0]);
-        assert_eq!(catalog.legality(&[0, 2]).count(0..3), 1);
-        assert_eq!(catalog.snapshot(), 3);
-    }
+/// A snapshot with all its changes as one compiled catalog; `None` where `progress` says no.
+pub(crate) fn compile(
+    snapshot: &Snapshot,
+    progress: impl FnMut(usize) -> bool,
+) -> Result<Option<Base>> {
+    Base::compile(snapshot, progress)
 }

@@ -1,5 +1,7 @@
 //! A semantic ID: the few discrete codes that name an item.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 
 /// The most levels that a semantic ID may have.
@@ -8,7 +10,8 @@ pub const MAX_LEVELS: usize = 8;
 /// The codes of one semantic ID, first level first.
 ///
 /// Ordered as its codes are; within a catalog all have the same number of levels.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(try_from = "Vec<u16>", into = "Vec<u16>")]
 pub struct Sid {
     codes: [u16; MAX_LEVELS],
     num_levels: u8,
@@ -39,6 +42,20 @@ impl Sid {
     /// The number of codes.
     pub fn num_levels(&self) -> usize {
         usize::from(self.num_levels)
+    }
+}
+
+impl TryFrom<Vec<u16>> for Sid {
+    type Error = Error;
+
+    fn try_from(codes: Vec<u16>) -> Result<Sid> {
+        Sid::new(&codes)
+    }
+}
+
+impl From<Sid> for Vec<u16> {
+    fn from(sid: Sid) -> Vec<u16> {
+        sid.codes().to_vec()
     }
 }
 

@@ -3,16 +3,19 @@
 //! The distinct semantic IDs, sorted, make a tree of one level per code. Its nodes are numbered
 //! breadth-first and its edges are written in the same order, so **edge `e` always leads to node
 //! `e + 1`**: two arrays hold the whole tree, and a beam's place in it is one `u32`. Because the
-//! leaves are in sorted order, the semantic IDs below a node are one run of leaves; whether
-//! anything below a node is allowed is then a question of two ranks in a bitmap
-//! (see [`Legality`](super::legality::Legality)), not of a walk.
+//! items are numbered in that order as well, what is below a node is one run of items; whether
+//! anything below a node is allowed is then a question to a bitmap
+//! (see [`Legality`](super::legality::Legality)), not a walk.
 
 use std::ops::Range;
 
 use super::column::Column;
-use super::sid::Sid;
+use super::sid::{MAX_LEVELS, Sid};
 
-/// Every semantic ID of a catalog, laid out level by level.
+/// Every semantic ID of a catalog, laid out level by level, with the run of items below each node.
+///
+/// Items are numbered in the order of their semantic IDs, so the items of a leaf are one run, and
+/// the items below any node are one.
 pub struct Trie {
     /// `[num_levels + 2]`; the nodes after `d` codes are `depth_start[d]..depth_start[d + 1]`.
     pub(super) depth_start: Vec<u32>,
@@ -20,62 +23,18 @@ pub struct Trie {
     pub(super) first_edge: Column<u32>,
     /// `[num_edges]`; ascending among the edges of a node.
     pub(super) code: Column<u16>,
-    /// The first leaf of each node that is neither a leaf nor the parent of leaves, depth by
-    /// depth, each depth closed by the number of leaves: node `n` at depth `d` is at `n + d`.
+    /// The first item of each node that is neither a leaf nor the parent of leaves, depth by
+    /// depth, each depth closed by the number of items: node `n` at depth `d` is at `n + d`.
     /// Parents of leaves need none: their edges are their leaves.
-    pub(super) first_leaf: Column<u32>,
+    pub(super) first_item: Column<u32>,
+    /// `[num_leaves + 1]`; the items of leaf `l` are `leaf_item[l]..leaf_item[l + 1]`. `None` where
+    /// no two items share a semantic ID: leaf `l` is then item `l`.
+    pub(super) leaf_item: Option<Column<u32>>,
 }
 
 impl Trie {
     /// The root: the empty prefix.
     pub const ROOT: u32 = 0;
-
-    /// Lays out semantic IDs that are sorted, distinct and of equal length.
-    ///
-    /// # Panics
-    /// Where they are not, or where there are 2^31 or more.
-    pub fn build(sids: &[Sid]) -> Trie {
-        assert!(sids.is_sorted_by(|a, b| a < b), "semantic IDs must be sorted and distinct");
-        assert!(sids.len() < 1 << 31, "node numbers are 32 bits");
-        let num_levels = sids.first().map_or(1, Sid::num_levels);
-        assert!(sids.iter().all(|sid| sid.num_levels() == num_levels), "levels must agree");
-
-        // How many leading codes each semantic ID has in common with the one before it.
-        let shared: Vec<u8> = (0..sids.len())
-            .map(|i| if i == 0 { 0 } else { shared_codes(&sids[i - 1], &sids[i]) })
-            .collect();
-        let mut depth_start = vec![0, 1];
-        let (mut first_edge, mut code, mut first_leaf) = (Vec::new(), Vec::new(), Vec::new());
-        for depth in 0..num_levels {
-            // Nodes at this depth start where fewer than `depth` codes are shared (the root: at 0).
-            for (i, sid) in sids.iter().enumerate() {
-                let shared = usize::from(shared[i]);
-                if i == 0 || shared < depth {
-                    first_edge.push(code.len() as u32);
-                    if depth + 1 < num_levels {
-                        first_leaf.push(i as u32);
-                    }
-                }
-                if i == 0 || shared <= depth {
-                    code.push(sid.codes()[depth]);
-                }
-            }
-            if depth + 1 < num_levels {
-                first_leaf.push(sids.len() as u32);
-            }
-            depth_start.push(code.len() as u32 + 1);
-        }
-        if sids.is_empty() {
-            first_edge.push(0);
-        }
-        first_edge.push(code.len() as u32);
-        Trie {
-            depth_start,
-            first_edge: first_edge.into(),
-            code: code.into(),
-            first_leaf: first_leaf.into(),
-        }
-    }
 
     /// The number of codes of a semantic ID.
     pub fn num_levels(&self) -> usize {
@@ -100,21 +59,50 @@ impl Trie {
         (edges.start + 1..edges.end + 1, codes)
     }
 
-    /// The leaves below a node that is reached by `depth` codes.
+    /// The number of items.
+    pub fn num_items(&self) -> usize {
+        self.leaf_start(self.num_leaves() as u32) as usize
+    }
+
+    /// The items below a node that is reached by `depth` codes.
     #[inline]
-    pub fn leaves(&self, node: u32, depth: usize) -> Range<u32> {
+    pub fn items(&self, node: u32, depth: usize) -> Range<u32> {
         let num_levels = self.num_levels();
         let first_leaf_node = self.depth_start[num_levels];
         if depth == num_levels {
             let leaf = node - first_leaf_node;
-            leaf..leaf + 1
+            self.leaf_start(leaf)..self.leaf_start(leaf + 1)
         } else if depth + 1 == num_levels {
             let (children, _) = self.children(node);
-            children.start - first_leaf_node..children.end - first_leaf_node
+            let leaves = children.start - first_leaf_node..children.end - first_leaf_node;
+            self.leaf_start(leaves.start)..self.leaf_start(leaves.end)
         } else {
             let at = node as usize + depth;
-            self.first_leaf[at]..self.first_leaf[at + 1]
+            self.first_item[at]..self.first_item[at + 1]
         }
+    }
+
+    #[inline]
+    fn leaf_start(&self, leaf: u32) -> u32 {
+        self.leaf_item.as_ref().map_or(leaf, |first| first[leaf as usize])
+    }
+
+    /// The semantic ID of an item.
+    ///
+    /// # Panics
+    /// Where there is no such item.
+    pub fn sid(&self, item: u32) -> Sid {
+        assert!((item as usize) < self.num_items(), "item {item} is not in the catalog");
+        let leaf = match &self.leaf_item {
+            Some(first) => first.partition_point(|&first| first <= item) as u32 - 1,
+            None => item,
+        };
+        self.codes(leaf)
+    }
+
+    /// The semantic IDs with their items, in order.
+    pub fn leaves(&self) -> Leaves<'_> {
+        Leaves { trie: self, next: 0, parents: [0; MAX_LEVELS] }
     }
 
     /// The codes of all edges that leave nodes at a depth: with repetitions, node by node.
@@ -129,18 +117,9 @@ impl Trie {
         codes.binary_search(&code).ok().map(|at| children.start + at as u32)
     }
 
-    /// The leaf of a semantic ID.
-    pub fn leaf(&self, codes: &[u16]) -> Option<u32> {
-        if codes.len() != self.num_levels() {
-            return None;
-        }
-        let node = codes.iter().try_fold(Trie::ROOT, |node, &code| self.child(node, code))?;
-        Some(node - self.depth_start[self.num_levels()])
-    }
-
     /// The codes that lead to a leaf, first level first.
     pub fn codes(&self, leaf: u32) -> Sid {
-        let mut codes = [0; super::sid::MAX_LEVELS];
+        let mut codes = [0; MAX_LEVELS];
         let mut node = self.depth_start[self.num_levels()] + leaf;
         for depth in (0..self.num_levels()).rev() {
             let edge = node - 1;
@@ -152,9 +131,9 @@ impl Trie {
         Sid::new(&codes[..self.num_levels()]).expect("a trie has 1 to 8 levels")
     }
 
-    /// Bytes of the arrays.
+    /// Bytes of the trie's arrays, the table from leaves to items apart.
     pub fn size_bytes(&self) -> usize {
-        size_of_val(&*self.first_edge) + size_of_val(&*self.code) + size_of_val(&*self.first_leaf)
+        size_of_val(&*self.first_edge) + size_of_val(&*self.code) + size_of_val(&*self.first_item)
     }
 
     /// What is wrong with arrays that come from a file, if anything: after this check no lookup
@@ -178,7 +157,8 @@ impl Trie {
             }
         }
         // Every inner node has a child, or the trie is empty and has only its root.
-        let whole = |edges: &[u32]| edges[0] < edges[1] || self.code.is_empty();
+        let whole =
+            |edges: &[u32]| edges[0] < edges[1] || (self.code.is_empty() && edges[0] == edges[1]);
         if !self.first_edge.windows(2).all(whole) {
             return Some("the trie's edges are out of order");
         }
@@ -186,30 +166,151 @@ impl Trie {
         if !(0..num_inner as u32).all(ascending) {
             return Some("codes below a node of the trie are out of order");
         }
-        let upper_depths = num_levels - 1;
-        if self.first_leaf.len() != self.depth_start[upper_depths] as usize + upper_depths {
-            return Some("the trie's leaf runs do not fit its node counts");
+        if let Some(first) = &self.leaf_item {
+            let covers = first.len() == num_leaves + 1
+                && first[0] == 0
+                && first.is_sorted_by(|a, b| a < b)
+                && first[num_leaves] < 1 << 31;
+            if !covers {
+                return Some("the table from leaves to items is out of order");
+            }
         }
-        for depth in 0..upper_depths {
+        let upper_depths = num_levels - 1;
+        if self.first_item.len() != self.depth_start[upper_depths] as usize + upper_depths {
+            return Some("the trie's runs of items do not fit its node counts");
+        }
+        for depth in (0..upper_depths).rev() {
             let nodes = self.nodes_at(depth);
-            let runs = &self.first_leaf[nodes.start as usize + depth..=nodes.end as usize + depth];
+            let runs = &self.first_item[nodes.start as usize + depth..=nodes.end as usize + depth];
             let agrees = |(node, &run): (u32, &u32)| {
                 let (children, _) = self.children(node);
-                children.is_empty() || self.leaves(children.start, depth + 1).start == run
+                children.is_empty() || self.items(children.start, depth + 1).start == run
             };
-            if runs.last() != Some(&(num_leaves as u32))
+            if runs.last() != Some(&(self.num_items() as u32))
                 || !runs.is_sorted()
                 || !nodes.zip(runs).all(agrees)
             {
-                return Some("the trie's leaf runs are out of order");
+                return Some("the trie's runs of items are out of order");
             }
         }
         None
     }
 }
 
-fn shared_codes(a: &Sid, b: &Sid) -> u8 {
-    a.codes().iter().zip(b.codes()).take_while(|(a, b)| a == b).count() as u8
+/// The semantic IDs of a trie with their items, in order.
+pub struct Leaves<'a> {
+    trie: &'a Trie,
+    next: u32,
+    /// By depth: the node on the way to the next leaf.
+    parents: [u32; MAX_LEVELS],
+}
+
+impl Iterator for Leaves<'_> {
+    type Item = (Sid, Range<u32>);
+
+    fn next(&mut self) -> Option<(Sid, Range<u32>)> {
+        let trie = self.trie;
+        let num_levels = trie.num_levels();
+        let leaf_node = trie.depth_start[num_levels] + self.next;
+        if leaf_node == trie.depth_start[num_levels + 1] {
+            return None;
+        }
+        let mut codes = [0; MAX_LEVELS];
+        let mut node = leaf_node;
+        for depth in (0..num_levels).rev() {
+            let edge = node - 1;
+            codes[depth] = trie.code[edge as usize];
+            // The way to the next leaf goes through the same node or the one after it.
+            let parent = &mut self.parents[depth];
+            *parent = (*parent).max(trie.depth_start[depth]);
+            if trie.first_edge[*parent as usize + 1] <= edge {
+                *parent += 1;
+            }
+            node = *parent;
+        }
+        self.next += 1;
+        let sid = Sid::new(&codes[..num_levels]).expect("a trie has 1 to 8 levels");
+        Some((sid, trie.items(leaf_node, num_levels)))
+    }
+}
+
+/// Lays a trie out, item by item.
+pub(super) struct TrieBuilder {
+    /// By depth: the codes of the edges that leave it, node by node.
+    codes: Vec<Vec<u16>>,
+    /// By depth: the first edge of each node, counted from the depth's own first.
+    first_edge: Vec<Vec<u32>>,
+    /// By depth: the first item of each node.
+    first_item: Vec<Vec<u32>>,
+    num_items: u32,
+    newest: [u16; MAX_LEVELS],
+}
+
+impl TrieBuilder {
+    pub fn new(num_levels: usize) -> TrieBuilder {
+        assert!((1..=MAX_LEVELS).contains(&num_levels), "a trie has 1 to 8 levels");
+        let mut first_edge = vec![Vec::new(); num_levels];
+        let mut first_item = vec![Vec::new(); num_levels + 1];
+        first_edge[0].push(0);
+        first_item[0].push(0);
+        let codes = vec![Vec::new(); num_levels];
+        TrieBuilder { codes, first_edge, first_item, num_items: 0, newest: [0; MAX_LEVELS] }
+    }
+
+    /// Adds the next item; items come in the order of their semantic IDs.
+    #[inline]
+    pub fn push(&mut self, codes: &[u16]) {
+        let num_levels = self.codes.len();
+        assert_eq!(codes.len(), num_levels, "levels must agree");
+        let shared = match self.num_items {
+            0 => 0,
+            _ => codes.iter().zip(&self.newest).take_while(|(a, b)| a == b).count(),
+        };
+        for depth in shared..num_levels {
+            debug_assert!(
+                depth > shared || self.num_items == 0 || codes[depth] > self.newest[depth],
+                "semantic IDs must be sorted"
+            );
+            self.codes[depth].push(codes[depth]);
+            self.first_item[depth + 1].push(self.num_items);
+            if depth + 1 < num_levels {
+                let first_edge = self.codes[depth + 1].len() as u32;
+                self.first_edge[depth + 1].push(first_edge);
+            }
+            self.newest[depth] = codes[depth];
+        }
+        self.num_items += 1;
+        assert!(self.num_items < 1 << 31, "items are numbered with 31 bits");
+    }
+
+    pub fn finish(self) -> Trie {
+        let num_levels = self.codes.len();
+        let mut depth_start = vec![0, 1];
+        let mut first_edge =
+            Vec::with_capacity(self.first_edge.iter().map(Vec::len).sum::<usize>() + 1);
+        let mut code: Vec<u16> = Vec::with_capacity(self.codes.iter().map(Vec::len).sum());
+        for (edges, codes) in self.first_edge.into_iter().zip(self.codes) {
+            let before = code.len() as u32;
+            first_edge.extend(edges.into_iter().map(|edge| before + edge));
+            code.extend(codes);
+            depth_start.push(code.len() as u32 + 1);
+        }
+        first_edge.push(code.len() as u32);
+        let mut runs = self.first_item;
+        for run in &mut runs {
+            run.push(self.num_items);
+        }
+        let leaf_item = runs.pop().expect("one run a depth");
+        let is_shared = leaf_item.len() - 1 < self.num_items as usize;
+        runs.truncate(num_levels - 1); // parents of leaves need none
+        Trie {
+            depth_start,
+            first_edge: first_edge.into(),
+            code: code.into(),
+            first_item: runs.concat().into(),
+            leaf_item: is_shared.then(|| leaf_item.into()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -217,8 +318,9 @@ mod tests {
     use super::*;
 
     fn trie(sids: &[[u16; 3]]) -> Trie {
-        let sids: Vec<Sid> = sids.iter().map(|codes| Sid::new(codes).expect("three")).collect();
-        Trie::build(&sids)
+        let mut builder = TrieBuilder::new(3);
+        sids.iter().for_each(|codes| builder.push(codes));
+        builder.finish()
     }
 
     #[test]
@@ -233,20 +335,32 @@ mod tests {
     }
 
     #[test]
-    fn the_leaves_below_a_node_are_one_run() {
-        let trie = trie(&[[0, 1, 2], [0, 1, 5], [0, 3, 0], [4, 0, 0]]);
-        assert_eq!(trie.leaves(Trie::ROOT, 0), 0..4);
-        assert_eq!((trie.leaves(1, 1), trie.leaves(2, 1)), (0..3, 3..4));
-        assert_eq!((trie.leaves(3, 2), trie.leaves(4, 2), trie.leaves(5, 2)), (0..2, 2..3, 3..4));
-        assert_eq!(trie.leaves(8, 3), 2..3);
-        assert_eq!(trie.leaf(&[0, 3, 0]), Some(2));
-        assert_eq!(trie.codes(2).codes(), [0, 3, 0]);
-        assert_eq!((trie.leaf(&[0, 3, 1]), trie.leaf(&[0, 3])), (None, None));
+    fn the_items_below_a_node_are_one_run() {
+        let trie = trie(&[[0, 1, 2], [0, 1, 5], [0, 1, 5], [0, 3, 0], [4, 0, 0]]);
+        assert_eq!(trie.defect(), None);
+        assert_eq!((trie.num_leaves(), trie.num_items()), (4, 5));
+        assert_eq!(trie.items(Trie::ROOT, 0), 0..5);
+        assert_eq!((trie.items(1, 1), trie.items(2, 1)), (0..4, 4..5));
+        assert_eq!((trie.items(3, 2), trie.items(4, 2), trie.items(5, 2)), (0..3, 3..4, 4..5));
+        assert_eq!((trie.items(7, 3), trie.items(8, 3)), (1..3, 3..4));
+        assert_eq!((trie.codes(2).codes(), trie.sid(2).codes()), (&[0, 3, 0][..], &[0, 1, 5][..]));
+        let leaves: Vec<(Sid, Range<u32>)> = trie.leaves().collect();
+        let expected: Vec<_> =
+            (0..4).map(|leaf| (trie.codes(leaf), trie.items(6 + leaf, 3))).collect();
+        assert_eq!(leaves, expected);
     }
 
     #[test]
-    fn an_empty_trie_has_a_root_without_children() {
-        let trie = Trie::build(&[]);
-        assert_eq!((trie.num_leaves(), trie.children(Trie::ROOT).0.len()), (0, 0));
+    fn an_empty_trie_has_its_levels_and_a_root_without_children() {
+        for num_levels in 1..=MAX_LEVELS {
+            let trie = TrieBuilder::new(num_levels).finish();
+            assert_eq!(trie.defect(), None);
+            assert_eq!(
+                (trie.num_levels(), trie.num_leaves(), trie.num_items()),
+                (num_levels, 0, 0)
+            );
+            assert_eq!((trie.children(Trie::ROOT).0.len(), trie.items(Trie::ROOT, 0)), (0, 0..0));
+            assert_eq!(trie.leaves().next(), None);
+        }
     }
 }

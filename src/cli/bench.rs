@@ -160,7 +160,7 @@ fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>
 }
 
 fn random_requests(engine: &Engine, len: usize, defaults: &RequestDefaults) -> Vec<Request> {
-    let catalog = engine.catalog();
+    let catalog = engine.catalog().snapshot();
     let mut rng = fastrand::Rng::with_seed(1);
     let request = |_| {
         let item = |_| catalog.name(rng.u32(0..catalog.num_items() as u32)).to_string();

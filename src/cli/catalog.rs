@@ -1,12 +1,12 @@
 //! `sidereal catalog`: build and inspect.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
-use sidereal::catalog::{Catalog, CatalogBuilder, items};
+use sidereal::catalog::{Catalog, CatalogBuilder, Snapshot, items};
 use sidereal::{Error, Result};
 
 use super::requests::progress_bar;
@@ -48,6 +48,9 @@ pub struct Inspect {
     json: bool,
 }
 
+/// Tags that are listed for people.
+const TAGS_SHOWN: usize = 20;
+
 pub fn run(command: &Command) -> Result<Outcome> {
     match command {
         Command::Build(arguments) => build(arguments)?,
@@ -71,14 +74,16 @@ fn build(arguments: &Build) -> Result<()> {
     let catalog = builder.build().map_err(whole)?;
     catalog.save(&arguments.output)?;
     progress.finish_and_clear();
-    let Summary { items, sids, levels, .. } = Summary::of(&catalog);
+    let snapshot = catalog.snapshot();
+    let (items, sids) = (snapshot.num_items(), snapshot.base().trie().num_leaves());
+    let levels = snapshot.num_levels();
     let output = arguments.output.display();
     say(&format!("{output}: {items} items, {sids} semantic IDs of {levels} levels"));
     Ok(())
 }
 
 fn inspect(arguments: &Inspect) -> Result<()> {
-    let summary = Summary::of(&Catalog::open(&arguments.catalog)?);
+    let summary = Summary::of(&Catalog::open(&arguments.catalog)?.snapshot())?;
     let text = match arguments.json {
         true => serde_json::to_string_pretty(&summary).expect("numbers have a JSON form"),
         false => summary.to_text(&arguments.catalog),
@@ -104,25 +109,40 @@ struct Summary {
     /// Of the compiled file; absent where the catalog was compiled from items just now.
     file_bytes: Option<u64>,
     titles: usize,
+    /// Items that stand in histories alone.
+    unavailable: usize,
+    /// Items by tag, of the compiled ones.
+    tags: BTreeMap<String, u64>,
+    snapshot: u64,
+    /// Items added, replaced or deleted since the file was compiled; they are not in the figures
+    /// of the trie.
+    changed: usize,
 }
 
 impl Summary {
-    fn of(catalog: &Catalog) -> Summary {
-        let trie = catalog.trie();
+    fn of(snapshot: &Snapshot) -> Result<Summary> {
+        let trie = snapshot.base().trie();
         let levels = 0..trie.num_levels();
         let codes_in_use = |level| trie.codes_at(level).iter().collect::<BTreeSet<_>>().len();
         let nodes = |level| trie.nodes_at(level);
-        let shared = (0..trie.num_leaves() as u32).map(|leaf| catalog.items(leaf).len());
-        Summary {
-            items: catalog.num_items(),
+        let shared = trie.leaves().map(|(_, items)| items.len());
+        let (mut collisions, mut largest_collision) = (0, 0);
+        for items in shared {
+            collisions += if items > 1 { items } else { 0 };
+            largest_collision = largest_collision.max(items);
+        }
+        let count =
+            |is: &dyn Fn(u32) -> bool| snapshot.all_items().filter(|&item| is(item)).count();
+        Ok(Summary {
+            items: snapshot.num_items(),
             sids: trie.num_leaves(),
             levels: trie.num_levels(),
-            collisions: shared.clone().filter(|&items| items > 1).sum(),
-            largest_collision: shared.max().unwrap_or(0),
+            collisions,
+            largest_collision,
             codes_in_use: levels.clone().map(codes_in_use).collect(),
             mean_fan_out: levels
                 .clone()
-                .map(|level| nodes(level + 1).len() as f64 / nodes(level).len() as f64)
+                .map(|level| nodes(level + 1).len() as f64 / nodes(level).len().max(1) as f64)
                 .collect(),
             largest_fan_out: levels
                 .map(|level| {
@@ -130,12 +150,14 @@ impl Summary {
                 })
                 .collect(),
             trie_bytes: trie.size_bytes(),
-            trie_bytes_per_item: trie.size_bytes() as f64 / catalog.num_items() as f64,
-            file_bytes: catalog.file_bytes(),
-            titles: (0..catalog.num_items() as u32)
-                .filter(|&item| catalog.title(item).is_some())
-                .count(),
-        }
+            trie_bytes_per_item: trie.size_bytes() as f64 / trie.num_items().max(1) as f64,
+            file_bytes: snapshot.base().file_bytes(),
+            titles: count(&|item| snapshot.title(item).is_some()),
+            unavailable: count(&|item| !snapshot.is_available(item)),
+            tags: snapshot.base().tags()?.into_iter().collect(),
+            snapshot: snapshot.number(),
+            changed: snapshot.num_changed(),
+        })
     }
 
     fn to_text(&self, path: &Path) -> String {
@@ -160,6 +182,23 @@ impl Summary {
             "  trie           {} bytes, {:.2} an item\n",
             self.trie_bytes, self.trie_bytes_per_item
         );
+        if self.unavailable > 0 {
+            text += &format!("  unavailable    {} items\n", self.unavailable);
+        }
+        if !self.tags.is_empty() {
+            let mut tags: Vec<_> = self.tags.iter().collect();
+            tags.sort_by_key(|&(_, &items)| std::cmp::Reverse(items));
+            let shown = tags.iter().take(TAGS_SHOWN).map(|(tag, items)| format!("{tag} ({items})"));
+            let shown = shown.collect::<Vec<_>>().join(", ");
+            let more = tags.len().saturating_sub(TAGS_SHOWN);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            text += &format!("  tags           {}: {shown}{more}\n", tags.len());
+        }
+        text += &format!("  snapshot       {}", self.snapshot);
+        match self.changed {
+            0 => text += "\n",
+            changed => text += &format!(", {changed} items changed since it was compiled\n"),
+        }
         match self.file_bytes {
             Some(bytes) => text += &format!("  file           {bytes} bytes"),
             None => text += "  file           not compiled (a file of items)",

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use sidereal::catalog::Catalog;
 use sidereal::{Answer, Error, RequestLine, Result};
 
 use super::requests::{Requests, answer_file};
@@ -96,7 +95,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         let target = answered.line.as_ref().and_then(RequestLine::target);
         match (&answered.answer, target) {
             (Ok(answer), Some(target)) => {
-                let (sid_rank, item_rank) = ranks(engine.catalog(), answer, target);
+                let (sid_rank, item_rank) = ranks(answer, target);
                 by_sid.add(sid_rank);
                 by_item.add(item_rank);
             }
@@ -138,10 +137,10 @@ fn bad_line(path: &Path, line: usize, reason: &str) -> Error {
 }
 
 /// The target's rank, from one, by semantic ID and by item.
-fn ranks(catalog: &Catalog, answer: &Answer, target: &str) -> (Option<usize>, Option<usize>) {
+fn ranks(answer: &Answer, target: &str) -> (Option<usize>, Option<usize>) {
     // What the catalog does not have cannot be found: a miss like any other.
-    let Some(target) = catalog.find(target) else { return (None, None) };
-    let target_sid = catalog.sid(target);
+    let Some(target) = answer.snapshot.find(target) else { return (None, None) };
+    let target_sid = answer.snapshot.sid(target);
     let mut sids: Vec<_> = answer.items.iter().map(|found| found.sid).collect();
     sids.dedup();
     let sid_rank = sids.iter().position(|&sid| sid == target_sid).map(|at| at + 1);

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
-use sidereal::catalog::Catalog;
-use sidereal::{Answer, Error, RequestLine, Result};
+use sidereal::catalog::Snapshot;
+use sidereal::{Answer, Error, Recommendation, RequestLine, Result};
 
 use super::requests::{Answered, Requests, answer_file};
 use super::{ModelArguments, Outcome, SearchArguments, refuse_same_file, write_error};
@@ -17,7 +17,8 @@ use super::{ModelArguments, Outcome, SearchArguments, refuse_same_file, write_er
 #[command(after_help = "\
 A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"exclude\": [\"4\"], \"beams\": 50, \"top_k\": 10}
                  or, instead of \"history\", \"tokens\": [...], the model's input as it is;
-                 further: \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\"
+                 further: \"filter\": \"tag:garden & !tag:adult\", \"each\": [\"tag:a\", ...] for the best of each,
+                 \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\"
 An answer line:  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250, 7], \"score\": -2.31}], ...}
 A bad line is answered in its place with {\"id\": ..., \"error\": {\"code\": ..., \"message\": ...}}.
 
@@ -71,8 +72,8 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
             outcome = Outcome::SomeFailed;
         }
         let written = match format {
-            Format::Table => write_table(&mut writer, engine.catalog(), &answered),
-            Format::Jsonl => write_line(&mut writer, engine.catalog(), &answered),
+            Format::Table => write_table(&mut writer, &engine.catalog().snapshot(), &answered),
+            Format::Jsonl => write_line(&mut writer, &answered),
         };
         written.map_err(&failed)
     })?;
@@ -84,7 +85,15 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
 struct AnswerLine<'a> {
     id: &'a serde_json::Value,
     items: Vec<ItemEntry<'a>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    groups: Vec<GroupEntry<'a>>,
     snapshot: u64,
+}
+
+#[derive(Serialize)]
+struct GroupEntry<'a> {
+    filter: &'a str,
+    items: Vec<ItemEntry<'a>>,
 }
 
 #[derive(Serialize)]
@@ -115,27 +124,49 @@ impl ErrorEntry {
     }
 }
 
-fn write_line(
-    writer: &mut dyn Write,
-    catalog: &Catalog,
-    answered: &Answered,
-) -> std::io::Result<()> {
+/// Each list of an answer with its filter; one list without one where there are no groups.
+fn lists<'a>(
+    answered: &'a Answered,
+    answer: &'a Answer,
+) -> Vec<(Option<&'a str>, &'a [Recommendation])> {
+    let each = answered.line.as_ref().map(RequestLine::each).unwrap_or_default();
+    match each {
+        [] => vec![(None, &answer.items)],
+        each => {
+            let group = |(filter, items): (&'a String, &'a Vec<_>)| (Some(&**filter), &**items);
+            each.iter().zip(&answer.groups).map(group).collect()
+        }
+    }
+}
+
+fn entries<'a>(answer: &'a Answer, items: &'a [Recommendation]) -> Vec<ItemEntry<'a>> {
+    let entry = |found: &'a Recommendation| ItemEntry {
+        item: answer.name(found),
+        sid: found.sid.codes(),
+        score: found.score,
+        title: answer.snapshot.title(found.item),
+    };
+    items.iter().map(entry).collect()
+}
+
+fn write_line(writer: &mut dyn Write, answered: &Answered) -> std::io::Result<()> {
     let Answered { id, line_number, .. } = answered;
     match &answered.answer {
         Ok(answer) => {
-            let entry = |found: &'_ sidereal::Recommendation| (found.item, found.sid, found.score);
-            let found: Vec<_> = answer.items.iter().map(entry).collect();
-            let items = found.iter().map(|(item, sid, score)| ItemEntry {
-                item: catalog.name(*item),
-                sid: sid.codes(),
-                score: *score,
-                title: catalog.title(*item),
-            });
-            let items = items.collect();
-            serde_json::to_writer(
-                &mut *writer,
-                &AnswerLine { id, items, snapshot: answer.snapshot },
-            )?;
+            let mut line = AnswerLine {
+                id,
+                items: Vec::new(),
+                groups: Vec::new(),
+                snapshot: answer.snapshot.number(),
+            };
+            for (filter, items) in lists(answered, answer) {
+                let items = entries(answer, items);
+                match filter {
+                    Some(filter) => line.groups.push(GroupEntry { filter, items }),
+                    None => line.items = items,
+                }
+            }
+            serde_json::to_writer(&mut *writer, &line)?;
         }
         Err(error) => {
             let line = ErrorLine { id, line: *line_number, error: ErrorEntry::new(error) };
@@ -147,7 +178,7 @@ fn write_line(
 
 fn write_table(
     writer: &mut dyn Write,
-    catalog: &Catalog,
+    catalog: &Snapshot,
     answered: &Answered,
 ) -> std::io::Result<()> {
     let name = match &answered.id {
@@ -164,12 +195,20 @@ fn write_table(
         writeln!(writer, "  then {}", label(catalog, target))?;
     }
     match &answered.answer {
-        Ok(answer) => writeln!(writer, "{}\n", table(catalog, answer, line)),
+        Ok(answer) => {
+            for (filter, items) in lists(answered, answer) {
+                if let Some(filter) = filter {
+                    writeln!(writer, "  {filter}")?;
+                }
+                writeln!(writer, "{}\n", table(answer, items, line))?;
+            }
+            Ok(())
+        }
         Err(error) => writeln!(writer, "  error: {error}\n"),
     }
 }
 
-fn label(catalog: &Catalog, item: &str) -> String {
+fn label(catalog: &Snapshot, item: &str) -> String {
     let title = catalog.find(item).and_then(|item| catalog.title(item));
     match title {
         Some(title) => format!("{item}: {title}"),
@@ -180,7 +219,7 @@ fn label(catalog: &Catalog, item: &str) -> String {
 /// How wide a table is where no terminal says so.
 const COLUMNS_WITHOUT_TERMINAL: u16 = 120;
 
-fn table(catalog: &Catalog, answer: &Answer, line: Option<&RequestLine>) -> Table {
+fn table(answer: &Answer, items: &[Recommendation], line: Option<&RequestLine>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_BORDERS_ONLY);
     table.set_content_arrangement(ContentArrangement::Dynamic);
@@ -189,13 +228,13 @@ fn table(catalog: &Catalog, answer: &Answer, line: Option<&RequestLine>) -> Tabl
     }
     table.set_header(["", "item", "title", "semantic ID", "score", "probability"]);
     let target = line.and_then(RequestLine::target);
-    for (rank, found) in answer.items.iter().enumerate() {
-        let item = catalog.name(found.item);
+    for (rank, found) in items.iter().enumerate() {
+        let item = answer.name(found);
         let mark = if target == Some(item) { " ◀ taken next" } else { "" };
         table.add_row([
             format!("{}", rank + 1),
             item.to_string(),
-            format!("{}{mark}", catalog.title(found.item).unwrap_or("")),
+            format!("{}{mark}", answer.snapshot.title(found.item).unwrap_or("")),
             format!("{:?}", found.sid.codes()),
             format!("{:.3}", found.score),
             format!("{:.2} %", found.score.exp() * 100.0),

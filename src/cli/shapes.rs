@@ -73,7 +73,7 @@ impl Shape {
             let code = |_| (rng.f32() * rng.f32() * num_codes as f32) as u16;
             let codes: Vec<u16> = (0..num_levels).map(code).collect();
             let sid = Sid::new(&codes)?;
-            builder.add(Item { name: item.to_string(), sid, title: String::new() })?;
+            builder.add(Item::new(item.to_string(), sid))?;
         }
         let catalog: Arc<Catalog> = Arc::new(builder.build()?);
         let level = |level: u32| {

@@ -279,30 +279,13 @@ impl SidLayout {
         levels.chain(suffix).collect()
     }
 
-    /// Checks that every code of the catalog has a token.
+    /// Checks that every code of the catalog has a token, and has it refuse others from now on.
     ///
     /// # Errors
-    /// [`Error::LevelsMismatch`] with the level and both numbers.
+    /// [`Error::LevelsMismatch`] where levels or codes do not go together.
     pub fn check(&self, catalog: &Catalog) -> Result<()> {
-        let trie = catalog.trie();
-        if trie.num_levels() != self.levels.len() {
-            let (model, catalog) = (self.levels.len(), trie.num_levels());
-            let reason = format!("the model writes {model} levels, the catalog has {catalog}");
-            return Err(Error::LevelsMismatch { reason });
-        }
-        for (level, tokens) in self.levels.iter().enumerate() {
-            let has_token =
-                |code: u16| tokens.get(usize::from(code)).is_some_and(|&token| token != NO_TOKEN);
-            if let Some(code) = trie.codes_at(level).iter().find(|&&code| !has_token(code)) {
-                let size = tokens.len();
-                let reason = format!(
-                    "level {level} of the catalog uses code {code}, for which the model has no \
-                     token (its level has {size} codes)"
-                );
-                return Err(Error::LevelsMismatch { reason });
-            }
-        }
-        Ok(())
+        let has_token = |tokens: &Vec<u32>| tokens.iter().map(|&token| token != NO_TOKEN).collect();
+        catalog.require(self.levels.iter().map(has_token).collect())
     }
 }
 

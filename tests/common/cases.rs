@@ -4,7 +4,7 @@
 use sidereal::backend::Heads;
 
 /// The operations that have cases; the architecture test holds this list to the trait.
-pub const OPERATIONS: [&str; 13] = [
+pub const OPERATIONS: [&str; 15] = [
     "embed",
     "embed_beams",
     "rms_norm",
@@ -17,6 +17,8 @@ pub const OPERATIONS: [&str; 13] = [
     "last_rows",
     "append_tail",
     "attend_beams",
+    "fork",
+    "restricted_head",
     "advance_beams",
 ];
 

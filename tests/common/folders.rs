@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
-use sidereal::catalog::Catalog;
+use sidereal::catalog::{Catalog, Snapshot};
 use sidereal::{Engine, EngineOptions, Error};
 use tempfile::TempDir;
 
@@ -104,8 +104,8 @@ impl Folder {
         self.folder.path()
     }
 
-    pub fn catalog(&self) -> &Catalog {
-        &self.catalog
+    pub fn catalog(&self) -> Arc<Snapshot> {
+        self.catalog.snapshot()
     }
 
     pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {

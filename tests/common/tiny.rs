@@ -1,4 +1,5 @@
 //! Engines of a few hundred weights, drawn at random: small enough for thousands of searches.
+#![allow(dead_code)] // each test file uses a part
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,10 +7,10 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use sidereal::backend::cpu::CpuBackend;
 use sidereal::catalog::sid::Sid;
-use sidereal::catalog::{Catalog, CatalogBuilder, Item};
+use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, Snapshot};
 use sidereal::models::config::{Config, Prompt, SidLayout};
 use sidereal::models::weights::Weights;
-use sidereal::{Engine, EngineOptions, Normalization};
+use sidereal::{CatalogWriter, Engine, EngineOptions, Normalization, WriterOptions};
 
 /// A model and catalog; equal seeds give equal ones, whatever the number of threads.
 pub struct Tiny {
@@ -47,6 +48,10 @@ impl Tiny {
         Tiny { seed, config, layout, catalog }
     }
 
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.catalog.snapshot()
+    }
+
     pub fn open(&self, threads: usize) -> Engine {
         let keys = self.config.as_object().cloned().expect("an object");
         let config = Config::new(Path::new("config.json"), keys);
@@ -82,13 +87,53 @@ fn decoder_only(rng: &mut fastrand::Rng, vocab_size: u32) -> Value {
     })
 }
 
+/// Tags that items of random catalogs carry.
+pub const TAGS: [&str; 3] = ["a", "b", "c"];
+
+/// An item of random codes, tags and availability.
+pub fn random_item(rng: &mut fastrand::Rng, name: &str, num_levels: usize, codes: u16) -> Item {
+    let sid: Vec<u16> = (0..num_levels).map(|_| rng.u16(0..codes)).collect();
+    let mut item = Item::new(name, Sid::new(&sid).expect("few levels"));
+    item.tags = TAGS.iter().filter(|_| rng.bool()).map(|tag| tag.to_string()).collect();
+    item.available = rng.u8(0..8) > 0;
+    if rng.bool() {
+        item.title = format!("the {name}");
+    }
+    item
+}
+
+/// Any change to the items named by the numbers below `names`, known or not.
+pub fn random_change(rng: &mut fastrand::Rng, names: usize, levels: usize, codes: u16) -> Change {
+    let item = rng.usize(0..names).to_string();
+    let mut some = || TAGS.iter().filter(|_| rng.bool()).map(|tag| tag.to_string()).collect();
+    let (add, remove) = (some(), some());
+    match rng.u8(0..8) {
+        0..4 => Change::Put(random_item(rng, &item, levels, codes)),
+        4..6 => Change::Delete { item },
+        6 => Change::Availability { item, available: rng.bool() },
+        _ => Change::Tag { item, add, remove },
+    }
+}
+
+/// A small catalog of one to 24 items; half of them were changed since they were compiled.
 pub fn random_catalog(rng: &mut fastrand::Rng, num_levels: usize, num_codes: u16) -> Catalog {
     let mut builder = CatalogBuilder::default();
-    for item in 0..rng.usize(1..25) {
-        let codes: Vec<u16> = (0..num_levels).map(|_| rng.u16(0..num_codes)).collect();
-        let sid = Sid::new(&codes).expect("few levels");
-        let item = Item { name: item.to_string(), sid, title: String::new() };
+    let num_items = rng.usize(1..25);
+    for item in 0..num_items {
+        let item = random_item(rng, &item.to_string(), num_levels, num_codes);
         builder.add(item).expect("levels agree");
     }
-    builder.build().expect("names are unique")
+    let catalog = Arc::new(builder.build().expect("names are unique"));
+    if rng.bool() {
+        let writer = CatalogWriter::in_memory(Arc::clone(&catalog), &WriterOptions::default());
+        let writer = writer.expect("a thread");
+        for _ in 0..rng.usize(1..4) {
+            let change = |_| random_change(rng, num_items + 5, num_levels, num_codes);
+            let changes: Vec<Change> = (0..8).map(change).collect();
+            writer.apply(&changes).expect("sound changes");
+        }
+        // A search needs something to name in its history.
+        writer.apply(&[Change::Put(random_item(rng, "0", num_levels, num_codes))]).expect("sound");
+    }
+    Arc::into_inner(catalog).expect("the writer is gone")
 }

@@ -2,132 +2,128 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::head::{Head, Logits, RunningLogSumExp};
+use super::head::{Head, StepColumns};
+use super::restricted_head::{LogSumExp, Logits};
 use super::slot::Beams;
-use super::{Buffer, CpuBackend, SearchRule, Slot};
-use crate::backend::NO_TOKEN;
-use crate::catalog::trie::Trie;
-use crate::request::{Constraint, Normalization};
+use super::{SearchRule, Slot};
+use crate::backend::Normalizer;
+use crate::catalog::snapshot::Place;
+use crate::request::Constraint;
 
-impl CpuBackend {
-    pub(super) fn advance_beams(
-        &self,
-        hidden: &Buffer,
-        head: &Head,
-        step: usize,
-        rules: &[SearchRule<'_>],
-        slots: &mut [Slot],
-    ) {
-        assert_eq!(rules.len(), slots.len(), "a rule for each slot");
-        let is_forced = head.steps[step].is_forced;
-        let whole = !is_forced && rules.iter().any(|rule| rule.constraint == Constraint::None);
-        let inverse_temperatures =
-            rules.iter().any(SearchRule::needs_vocabulary).then(|| -> Vec<f32> {
-                let of_slot = |(rule, slot): (&SearchRule<'_>, &Slot)| {
-                    std::iter::repeat_n(1.0 / rule.temperature, slot.beams.len())
-                };
-                rules.iter().zip(&*slots).flat_map(of_slot).collect()
-            });
-        let logits = head.logits(self, hidden, step, whole, inverse_temperatures.as_deref());
-        let mut first_row = 0;
-        let searches: Vec<(Range<usize>, &SearchRule<'_>, &mut Slot)> = rules
-            .iter()
-            .zip(slots)
-            .map(|(rule, slot)| {
-                let rows = first_row..first_row + slot.beams.len();
-                first_row = rows.end;
-                (rows, rule, slot)
-            })
-            .collect();
-        searches.into_par_iter().for_each(|(rows, rule, slot)| {
-            let search = Search { head, step, rule, logits: &logits, rows };
-            let tail_len = slot.tails.first().map_or(0, |tail| tail.positions.len());
-            match search.best(&slot.beams) {
-                Some(best) => search.replace(&mut slot.beams, &best, tail_len),
-                None => slot.beams.fail(step),
-            }
-        });
-    }
+pub(super) fn advance_beams(
+    logits: &Logits,
+    head: &Head,
+    step: usize,
+    rules: &[SearchRule<'_>],
+    slots: &mut [Slot],
+) {
+    assert_eq!(rules.len(), slots.len(), "a rule for each slot");
+    let mut first_row = 0;
+    let searches: Vec<(Range<usize>, &SearchRule<'_>, &mut Slot)> = rules
+        .iter()
+        .zip(slots)
+        .map(|(rule, slot)| {
+            let rows = first_row..first_row + slot.beams.len();
+            first_row = rows.end;
+            (rows, rule, slot)
+        })
+        .collect();
+    searches.into_par_iter().for_each(|(rows, rule, slot)| {
+        let beams = &mut slot.beams;
+        if step == 0 {
+            beams.places = vec![rule.snapshot.root(); beams.len()];
+        }
+        let columns = &head.steps[step];
+        let search = Search {
+            columns,
+            first: (columns.span.start - logits.span.start) as usize,
+            vocab_size: head.vocab_size,
+            step,
+            rule,
+            logits,
+            rows,
+            inverse_temperature: 1.0 / rule.temperature,
+        };
+        let tail_len = slot.tails.first().map_or(0, |tail| tail.positions.len());
+        match search.best(beams) {
+            Some(best) => search.replace(beams, &best, tail_len),
+            None => beams.fail(step),
+        }
+    });
 }
 
 /// One step of one slot.
 struct Search<'a> {
-    head: &'a Head,
+    columns: &'a StepColumns,
+    /// The step's first column in the logits.
+    first: usize,
+    vocab_size: u32,
     step: usize,
     rule: &'a SearchRule<'a>,
     logits: &'a Logits,
     /// The slot's rows in `logits`.
     rows: Range<usize>,
+    inverse_temperature: f32,
 }
 
-/// A beam and a token that may follow it.
-#[derive(Debug, Clone, Copy)]
-struct Candidate {
-    /// Orders candidates, best first: by falling score, then by rising place.
-    key: u64,
-    score: f32,
-    parent: u32,
-    token: u32,
-}
-
-impl Candidate {
-    fn new(score: f32, place: u32, parent: usize, token: u32) -> Candidate {
-        // The bits of a float, less the sign's trouble, order as the float does.
-        let bits = (score + 0.0).to_bits();
-        let rising = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
-        let key = u64::from(!rising) << 32 | u64::from(place);
-        Candidate { key, score, parent: parent as u32, token }
-    }
-
-    fn place(&self) -> u32 {
-        self.key as u32
-    }
-}
-
-/// The best candidates seen so far.
+/// The best continuations seen so far, each one number that orders them: score, falling, then the
+/// rank of the beam, then the choice.
 struct Best {
-    candidates: Vec<Candidate>,
+    keys: Vec<u64>,
     width: usize,
-    /// Nothing that scores below can be among the best any more.
+    /// What scores below cannot be among the best any more.
     threshold: f32,
+}
+
+fn key(score: f32, place: u32) -> u64 {
+    // The bits of a float, less the sign's trouble, order as the float does.
+    let bits = (score + 0.0).to_bits();
+    let rising = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    u64::from(!rising) << 32 | u64::from(place)
+}
+
+fn score_of(key: u64) -> f32 {
+    let rising = !((key >> 32) as u32);
+    f32::from_bits(if rising >> 31 == 1 { rising & !(1 << 31) } else { !rising })
 }
 
 impl Best {
     fn new(width: usize) -> Best {
-        Best { candidates: Vec::new(), width, threshold: f32::NEG_INFINITY }
+        Best { keys: Vec::new(), width, threshold: f32::NEG_INFINITY }
     }
 
     #[inline]
-    fn offer(&mut self, candidate: Candidate) {
-        self.candidates.push(candidate);
-        if self.candidates.len() >= 4 * self.width + 256 {
+    fn offer(&mut self, score: f32, place: u32) {
+        self.keys.push(key(score, place));
+        if self.keys.len() >= 2 * self.width + 128 {
             self.prune();
         }
     }
 
     fn prune(&mut self) {
-        if self.candidates.len() > self.width {
-            let (_, last, _) =
-                self.candidates.select_nth_unstable_by_key(self.width - 1, |best| best.key);
-            self.threshold = last.score;
-            self.candidates.truncate(self.width);
+        if self.keys.len() > self.width {
+            let (_, &mut last, _) = self.keys.select_nth_unstable(self.width - 1);
+            self.threshold = score_of(last);
+            self.keys.truncate(self.width);
         }
     }
 
-    fn into_sorted(mut self) -> Vec<Candidate> {
+    fn into_sorted(mut self) -> Vec<u64> {
         self.prune();
-        self.candidates.sort_unstable_by_key(|candidate| candidate.key);
-        self.candidates
+        self.keys.sort_unstable();
+        self.keys
     }
 }
 
+/// Children whose scores are worked out together.
+const LANES: usize = 8;
+
 impl Search<'_> {
     /// The best continuations, best first, or `None` where a score is NaN or infinite.
-    fn best(&self, beams: &Beams) -> Option<Vec<Candidate>> {
+    fn best(&self, beams: &Beams) -> Option<Vec<u64>> {
         let mut best = Best::new(self.rule.beams.max(1));
-        let columns = &self.head.steps[self.step];
         for beam in 0..beams.len() {
-            if columns.is_forced {
+            if self.columns.is_forced {
                 self.offer_forced(beams, beam, &mut best)?;
                 continue;
             }
@@ -138,184 +134,214 @@ impl Search<'_> {
             }
         }
         let best = best.into_sorted();
-        best.iter().all(|candidate| candidate.score.is_finite()).then_some(best)
+        best.iter().all(|&key| score_of(key).is_finite()).then_some(best)
     }
 
-    fn scaled(&self, logit: f32) -> f32 {
-        logit * (1.0 / self.rule.temperature)
+    /// How many choices a beam has at most: a candidate's place is its beam's rank times this,
+    /// plus its choice (a code, a token, or zero where it is forced).
+    fn num_choices(&self) -> u32 {
+        match self.rule.constraint {
+            _ if self.columns.is_forced => 1,
+            Constraint::Trie | Constraint::Level => 1 << u16::BITS,
+            Constraint::None => self.vocab_size,
+        }
     }
 
-    /// The normaliser of a beam over the vocabulary or the level; `None` where it is not finite.
-    fn normalizer(&self, beam: usize) -> Option<f32> {
-        let row = self.rows.start + beam;
-        let value = match self.rule.normalization {
-            Normalization::Vocabulary => self.logits.normalizers[row],
-            // Without a constraint every token is a legal child.
-            Normalization::Children if self.rule.constraint == Constraint::None => {
-                self.logits.normalizers[row]
-            }
-            Normalization::Level | Normalization::Children => {
-                let logits = self.logits.row(row);
-                let columns = self.level_columns();
-                self.log_sum_exp(columns.map(|(_, column)| logits[column]))
-            }
-        };
-        value.is_finite().then_some(value)
+    fn first_place(&self, beams: &Beams, beam: usize) -> u32 {
+        beams.ranks[beam] * self.num_choices()
     }
 
-    fn log_sum_exp(&self, logits: impl Iterator<Item = f32>) -> f32 {
-        let logits: Vec<f32> = logits.collect();
-        let mut sum = RunningLogSumExp::default();
-        sum.add(&logits, 1.0 / self.rule.temperature);
-        sum.value()
+    /// The normaliser of a beam over the vocabulary or the level, and the score that none of its
+    /// continuations can pass; `None` where it is not finite.
+    fn normalizer(&self, beams: &Beams, beam: usize) -> Option<(f32, f32)> {
+        let sum = &self.logits.normalizers[self.rows.start + beam];
+        let value = sum.value();
+        value.is_finite().then(|| (value, beams.scores[beam] + sum.ceiling()))
     }
 
-    /// The codes of the level that have a token, with their columns in the logits.
-    fn level_columns(&self) -> impl Iterator<Item = (usize, usize)> {
-        let step = &self.head.steps[self.step];
-        let first = (step.span.start - self.logits.span.start) as usize;
-        let columns = step.columns.iter().enumerate();
-        columns
-            .filter(|&(_, &column)| column != NO_TOKEN)
-            .map(move |(code, &column)| (code, first + column as usize))
+    #[inline]
+    fn gain(&self, logit: f32, normalizer: f32) -> f32 {
+        logit * self.inverse_temperature - normalizer
     }
 
     fn offer_forced(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
-        let row = self.rows.start + beam;
-        let token = self.head.steps[self.step].span.start;
-        // Over a level or children the forced token is alone, and its probability one.
-        let gain = match self.rule.normalization {
-            Normalization::Vocabulary => {
-                let column = (token - self.logits.span.start) as usize;
-                self.scaled(self.logits.row(row)[column]) - self.normalizer(beam)?
+        let gain = match self.rule.normalizer(true) {
+            Normalizer::Certain => 0.0,
+            _ => {
+                let logit = self.logits.row(self.rows.start + beam)[self.first];
+                self.gain(logit, self.normalizer(beams, beam)?.0)
             }
-            Normalization::Level | Normalization::Children => 0.0,
         };
-        best.offer(Candidate::new(beams.scores[beam] + gain, beams.places[beam], beam, token));
+        best.offer(beams.scores[beam] + gain, self.first_place(beams, beam));
         Some(())
     }
 
     fn offer_children(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
-        let rule = self.rule;
-        let trie = rule.catalog.trie();
-        let step = &self.head.steps[self.step];
-        let first = (step.span.start - self.logits.span.start) as usize;
-        let logits = &self.logits.row(self.rows.start + beam)[first..];
-        let (children, codes) = trie.children(beams.places[beam]);
-        let is_legal = |child: u32| {
-            rule.legality.is_everything()
-                || rule.legality.count(trie.leaves(child, self.step + 1)) > 0
+        let SearchRule { snapshot, legality, .. } = self.rule;
+        let place = beams.places[beam];
+        let allowed = legality.below(snapshot, place, self.step);
+        let depth = self.step + 1;
+        let row = self.logits.row(self.rows.start + beam);
+        let logits = &row[self.first..self.first + self.columns.span.len()];
+        // A code without a token is none that the model can write: NaN is never high enough.
+        let logit = |code: u16| {
+            let column = self.columns.column(code);
+            column.and_then(|column| logits.get(column)).copied().unwrap_or(f32::NAN)
         };
-        let logit = |code: u16| logits[step.columns[usize::from(code)] as usize];
-        let normalizer = match rule.normalization {
-            Normalization::Children => {
-                let mut legal =
-                    children.clone().zip(codes).filter(|(child, _)| is_legal(*child)).peekable();
-                if legal.peek().is_none() {
+        let normalizer = match self.rule.normalizer(false) {
+            Normalizer::Children => {
+                let mut legal = Vec::new();
+                for run in snapshot.children(place) {
+                    let children = run.codes.iter().enumerate();
+                    let children = children.filter(|&(at, _)| allowed.any(run.child(at), depth));
+                    legal.extend(children.map(|(_, &code)| logit(code)));
+                }
+                if legal.is_empty() {
                     return Some(()); // the request allows nothing at all
                 }
-                let value = self.log_sum_exp(legal.map(|(_, &code)| logit(code)));
+                let mut sum = LogSumExp::default();
+                sum.add(&legal, self.inverse_temperature);
+                let value = sum.value();
                 value.is_finite().then_some(value)?
             }
-            _ => self.normalizer(beam)?,
+            _ => {
+                let (normalizer, ceiling) = self.normalizer(beams, beam)?;
+                if ceiling < best.threshold {
+                    return Some(());
+                }
+                normalizer
+            }
         };
-        let score = beams.scores[beam];
-        for (child, &code) in children.zip(codes) {
-            let score = score + (self.scaled(logit(code)) - normalizer);
-            if score >= best.threshold && is_legal(child) {
-                let token = step.span.start + step.columns[usize::from(code)];
-                best.offer(Candidate::new(score, child, beam, token));
+        let (score, first_place) = (beams.scores[beam], self.first_place(beams, beam));
+        for run in snapshot.children(place) {
+            for (chunk, codes) in run.codes.chunks(LANES).enumerate() {
+                let mut scores = [f32::NAN; LANES];
+                for (out, &code) in scores.iter_mut().zip(codes) {
+                    *out = score + self.gain(logit(code), normalizer);
+                }
+                if !scores.iter().any(|&score| score >= best.threshold) {
+                    continue;
+                }
+                for (at, (&code, &score)) in codes.iter().zip(&scores).enumerate() {
+                    if score >= best.threshold && allowed.any(run.child(chunk * LANES + at), depth)
+                    {
+                        best.offer(score, first_place + u32::from(code));
+                    }
+                }
             }
         }
         Some(())
     }
 
     fn offer_level(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
-        let normalizer = self.normalizer(beam)?;
-        let logits = self.logits.row(self.rows.start + beam);
-        let step = &self.head.steps[self.step];
-        let first_place = beams.places[beam] * step.columns.len() as u32;
-        for (code, column) in self.level_columns() {
-            let score = beams.scores[beam] + (self.scaled(logits[column]) - normalizer);
+        let (normalizer, _) = self.normalizer(beams, beam)?;
+        let logits = &self.logits.row(self.rows.start + beam)[self.first..];
+        let first_place = self.first_place(beams, beam);
+        for code in 0..self.columns.columns.len().min(1 << u16::BITS) as u32 {
+            let Some(column) = self.columns.column(code as u16) else { continue };
+            let score = beams.scores[beam] + self.gain(logits[column], normalizer);
             if score >= best.threshold {
-                let token = self.logits.span.start + column as u32;
-                best.offer(Candidate::new(score, first_place + code as u32, beam, token));
+                best.offer(score, first_place + code);
             }
         }
         Some(())
     }
 
     fn offer_tokens(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
-        let normalizer = self.normalizer(beam)?;
-        let first_place = beams.places[beam] * self.head.vocab_size;
+        let (normalizer, _) = self.normalizer(beams, beam)?;
+        let first_place = self.first_place(beams, beam);
         for (token, &logit) in self.logits.row(self.rows.start + beam).iter().enumerate() {
-            let score = beams.scores[beam] + (self.scaled(logit) - normalizer);
+            let score = beams.scores[beam] + self.gain(logit, normalizer);
             if score >= best.threshold {
-                let place = first_place + token as u32;
-                best.offer(Candidate::new(score, place, beam, token as u32));
+                best.offer(score, first_place + token as u32);
             }
         }
         Some(())
     }
 
     /// Makes the chosen candidates the slot's beams.
-    fn replace(&self, beams: &mut Beams, best: &[Candidate], tail_len: usize) {
-        let parents = || best.iter().map(|candidate| candidate.parent as usize);
+    fn replace(&self, beams: &mut Beams, best: &[u64], tail_len: usize) {
+        let mut by_rank = vec![0; beams.len()];
+        for (beam, &rank) in beams.ranks.iter().enumerate() {
+            by_rank[rank as usize] = beam;
+        }
+        let num_choices = self.num_choices();
+        let chosen: Vec<(usize, u32)> = best
+            .iter()
+            .map(|&key| {
+                let place = key as u32;
+                (by_rank[(place / num_choices) as usize], place % num_choices)
+            })
+            .collect();
         let mut tokens = Vec::with_capacity(best.len() * (beams.num_steps + 1));
-        for candidate in best {
-            let parent = candidate.parent as usize;
-            tokens.extend_from_slice(
-                &beams.tokens[parent * beams.num_steps..(parent + 1) * beams.num_steps],
-            );
-            tokens.push(candidate.token);
+        for &(parent, choice) in &chosen {
+            let written = parent * beams.num_steps..(parent + 1) * beams.num_steps;
+            tokens.extend_from_slice(&beams.tokens[written]);
+            tokens.push(self.token(choice));
         }
         // The parents' newest row of the tail, if they wrote one, is an ancestor's now.
         let wrote = tail_len > beams.num_ancestors;
         let mut ancestors = Vec::with_capacity(best.len() * tail_len);
-        for parent in parents() {
+        for &(parent, _) in &chosen {
             ancestors.extend_from_slice(beams.ancestors_of(parent));
             if wrote {
                 ancestors.push(parent as u32);
             }
         }
-        let mut places: Vec<u32> = best.iter().map(Candidate::place).collect();
-        if self.rule.constraint == Constraint::Trie {
-            let trie = self.rule.catalog.trie();
-            if self.step + 1 == trie.num_levels() {
-                beams.first_leaf_node = Some(trie.nodes_at(trie.num_levels()).start);
-            }
-        } else {
-            places = ranks(&places);
-        }
-        beams.scores = best.iter().map(|candidate| candidate.score).collect();
-        beams.places = places;
+        let places = chosen.iter().map(|&(parent, choice)| {
+            let place = beams.places[parent];
+            self.moved(place, choice)
+        });
+        beams.places = places.collect();
+        let has_levels = self.rule.constraint == Constraint::Trie;
+        beams.are_leaves = has_levels && self.step + 1 >= self.rule.snapshot.num_levels();
+        beams.ranks = ranks(best);
+        beams.scores = best.iter().map(|&key| score_of(key)).collect();
         beams.tokens = tokens;
         beams.num_steps += 1;
         beams.ancestors = ancestors;
         beams.num_ancestors = tail_len;
+    }
+
+    fn token(&self, choice: u32) -> u32 {
+        let span = &self.columns.span;
+        match self.rule.constraint {
+            _ if self.columns.is_forced => span.start,
+            Constraint::None => choice,
+            _ => {
+                let column = self.columns.column(choice as u16);
+                span.start + column.expect("only codes with a token are offered") as u32
+            }
+        }
+    }
+
+    fn moved(&self, place: Place, choice: u32) -> Place {
+        if self.columns.is_forced || self.rule.constraint != Constraint::Trie {
+            return place;
+        }
+        let child = self.rule.snapshot.child(place, choice as u16);
+        child.expect("only children are offered")
     }
 }
 
 impl Beams {
     /// Ends the search: the beams are gone, and reading them tells why.
     fn fail(&mut self, step: usize) {
-        self.failed_step = Some(step);
+        let start_token = self.start_token;
+        *self = Beams { failed_step: Some(step), ..Beams::start(start_token) };
         self.scores.clear();
-        self.places.clear();
-        self.tokens.clear();
-        self.ancestors.clear();
+        self.ranks.clear();
     }
 }
 
-/// The rank of each value among them all; the values are distinct.
-fn ranks(values: &[u32]) -> Vec<u32> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_unstable_by_key(|&at| values[at]);
-    let mut ranks = vec![0; values.len()];
-    for (rank, at) in order.into_iter().enumerate() {
-        ranks[at] = rank as u32;
+/// By beam: how many of the others come before it in the order of their tokens.
+fn ranks(best: &[u64]) -> Vec<u32> {
+    let mut order: Vec<u64> =
+        best.iter().zip(0u64..).map(|(&key, beam)| key << 32 | beam).collect();
+    order.sort_unstable();
+    let mut ranks = vec![0; best.len()];
+    for (rank, beam) in (0..).zip(order) {
+        ranks[beam as u32 as usize] = rank;
     }
     ranks
 }
-
-const _: () = assert!(Trie::ROOT == 0, "places start at zero in every search");

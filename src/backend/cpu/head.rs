@@ -1,11 +1,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use rten_simd::SimdOp;
-
-use super::scratch::Scratch;
-use super::softmax::LogSumExpParts;
-use super::{Buffer, CpuBackend, Epilogue, Matrix, StepTokens};
+use super::{Matrix, StepTokens};
 use crate::backend::NO_TOKEN;
 use crate::tensor::Tensor;
 
@@ -17,14 +13,14 @@ const COLUMNS_PER_CHUNK: usize = 2048;
 /// A step evaluates the chunks that its codes lie in, and the others only where scores are
 /// normalised over the whole vocabulary.
 pub struct Head {
-    chunks: Vec<Chunk>,
+    pub(super) chunks: Vec<Chunk>,
     pub(super) steps: Vec<StepColumns>,
     pub(super) vocab_size: u32,
 }
 
-struct Chunk {
-    tokens: Range<u32>,
-    weight: Matrix,
+pub(super) struct Chunk {
+    pub tokens: Range<u32>,
+    pub weight: Matrix,
 }
 
 /// What a step can choose from, as columns of its logits.
@@ -33,6 +29,8 @@ pub(super) struct StepColumns {
     pub span: Range<u32>,
     /// By code: its column in the span, or `NO_TOKEN`.
     pub columns: Vec<u32>,
+    /// Whether code `c` is column `c`, for every code.
+    pub is_straight: bool,
     pub is_forced: bool,
 }
 
@@ -48,25 +46,21 @@ impl StepColumns {
         let column = |&token: &u32| {
             if token == NO_TOKEN { token } else { token - start }
         };
-        StepColumns { span: start..end, columns: tokens.iter().map(column).collect(), is_forced }
+        let columns: Vec<u32> = tokens.iter().map(column).collect();
+        let is_straight = (0..).zip(&columns).all(|(code, &column)| code == column);
+        StepColumns { span: start..end, columns, is_straight, is_forced }
     }
-}
 
-/// The logits of a step.
-pub(super) struct Logits {
-    /// The tokens of the columns.
-    pub span: Range<u32>,
-    /// `[rows, span]`
-    pub values: Scratch,
-    /// `[rows]`: the log of the summed exponentials over the whole vocabulary; empty where nobody
-    /// asked.
-    pub normalizers: Vec<f32>,
-}
-
-impl Logits {
-    pub fn row(&self, row: usize) -> &[f32] {
-        let columns = self.span.len();
-        &self.values[row * columns..(row + 1) * columns]
+    /// The column of a code that has a token.
+    #[inline]
+    pub fn column(&self, code: u16) -> Option<usize> {
+        match self.is_straight {
+            true => Some(usize::from(code)), // beyond the last there is no logit
+            false => {
+                let column = *self.columns.get(usize::from(code))?;
+                (column != NO_TOKEN).then_some(column as usize)
+            }
+        }
     }
 }
 
@@ -88,79 +82,5 @@ impl Head {
             }
         }
         Head { chunks, steps, vocab_size: vocab_size as u32 }
-    }
-
-    /// The logits of a step, over its span or, if `whole`, all tokens. `inverse_temperatures`,
-    /// one a row, are asked for where normalisers over the vocabulary are wanted.
-    pub(super) fn logits(
-        &self,
-        backend: &CpuBackend,
-        hidden: &Buffer,
-        step: usize,
-        whole: bool,
-        inverse_temperatures: Option<&[f32]>,
-    ) -> Logits {
-        let span = if whole { 0..self.vocab_size } else { self.steps[step].span.clone() };
-        let num_rows = hidden.num_rows();
-        let columns = span.len();
-        let mut values = Scratch::new(num_rows * columns);
-        let mut sums = vec![RunningLogSumExp::default(); num_rows];
-        let mut chunk_logits = Buffer::default();
-        for chunk in &self.chunks {
-            let inside = chunk.tokens.start >= span.start && chunk.tokens.end <= span.end;
-            if !inside && inverse_temperatures.is_none() {
-                continue;
-            }
-            backend.matmul(hidden, &chunk.weight, None, Epilogue::Store, &mut chunk_logits);
-            if let Some(inverse_temperatures) = inverse_temperatures {
-                for (row, sum) in sums.iter_mut().enumerate() {
-                    sum.add(chunk_logits.row(row), inverse_temperatures[row]);
-                }
-            }
-            if inside {
-                let first = (chunk.tokens.start - span.start) as usize;
-                for row in 0..num_rows {
-                    let out = &mut values[row * columns + first..][..chunk.tokens.len()];
-                    out.copy_from_slice(chunk_logits.row(row));
-                }
-            }
-        }
-        let normalizers = match inverse_temperatures {
-            Some(_) => sums.iter().map(RunningLogSumExp::value).collect(),
-            None => Vec::new(),
-        };
-        Logits { span, values, normalizers }
-    }
-}
-
-/// The log of summed exponentials, chunk by chunk (online softmax, Milakov & Gimelshein 2018).
-#[derive(Clone)]
-pub(super) struct RunningLogSumExp {
-    largest: f32,
-    sum: f32,
-}
-
-impl Default for RunningLogSumExp {
-    fn default() -> RunningLogSumExp {
-        RunningLogSumExp { largest: f32::NEG_INFINITY, sum: 0.0 }
-    }
-}
-
-impl RunningLogSumExp {
-    pub fn add(&mut self, values: &[f32], scale: f32) {
-        let (largest, sum) = LogSumExpParts { values, scale }.dispatch();
-        let largest = largest * scale;
-        if largest.is_nan() || sum.is_nan() {
-            self.sum = f32::NAN;
-        } else if largest > self.largest {
-            self.sum = self.sum * (self.largest - largest).exp() + sum;
-            self.largest = largest;
-        } else {
-            self.sum += sum * (largest - self.largest).exp();
-        }
-    }
-
-    pub fn value(&self) -> f32 {
-        self.largest + self.sum.ln()
     }
 }

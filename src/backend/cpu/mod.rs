@@ -21,10 +21,12 @@ mod attend_beams;
 mod attend_prefill;
 mod embed;
 mod embed_beams;
+mod fork;
 mod gate;
 mod head;
 mod last_rows;
 mod matmul;
+mod restricted_head;
 mod rms_norm;
 mod rotary;
 mod rotation;
@@ -35,6 +37,7 @@ mod store_context;
 
 pub use head::Head;
 pub use matmul::Matrix;
+pub use restricted_head::Logits;
 pub use slot::Slot;
 
 use scratch::Scratch;
@@ -150,6 +153,7 @@ impl Backend for CpuBackend {
     type Vector = Vec<f32>;
     type Table = Tensor;
     type Head = Head;
+    type Logits = Logits;
     type Slot = Slot;
 
     fn matrix(&self, parts: &[Tensor]) -> Matrix {
@@ -170,6 +174,10 @@ impl Backend for CpuBackend {
 
     fn buffer(&self) -> Buffer {
         Buffer::default()
+    }
+
+    fn logits(&self) -> Logits {
+        Logits::default()
     }
 
     fn open_slot(&self, spec: &SlotSpec) -> Slot {
@@ -271,15 +279,31 @@ impl Backend for CpuBackend {
         self.attend_beams(layer, queries, heads, reach, scale, tail_bias, slots, out);
     }
 
-    fn advance_beams(
+    fn fork(&self, slots: Vec<Slot>, copies: &[usize], hidden: &mut Buffer) -> Vec<Slot> {
+        fork::fork(slots, copies, hidden)
+    }
+
+    fn restricted_head(
         &self,
         hidden: &Buffer,
         head: &Head,
         step: usize,
         rules: &[SearchRule<'_>],
+        slots: &[Slot],
+        out: &mut Logits,
+    ) {
+        self.restricted_head(hidden, head, step, rules, slots, out);
+    }
+
+    fn advance_beams(
+        &self,
+        logits: &Logits,
+        head: &Head,
+        step: usize,
+        rules: &[SearchRule<'_>],
         slots: &mut [Slot],
     ) {
-        self.advance_beams(hidden, head, step, rules, slots);
+        advance_beams::advance_beams(logits, head, step, rules, slots);
     }
 
     fn read_beams(&self, slot: &Slot) -> Result<Vec<Beam>> {

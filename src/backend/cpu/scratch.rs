@@ -32,6 +32,14 @@ impl Scratch {
     }
 }
 
+impl Clone for Scratch {
+    fn clone(&self) -> Scratch {
+        let mut copy = Scratch::new(self.len);
+        copy.copy_from_slice(self);
+        copy
+    }
+}
+
 impl From<Vec<f32>> for Scratch {
     fn from(values: Vec<f32>) -> Scratch {
         Scratch { len: values.len(), values }

@@ -1,17 +1,19 @@
+use std::sync::Arc;
+
 use rten_gemm::{GemmInputB, PackedBMatrix};
 use rten_tensor::NdTensorView;
 
 use super::scratch::Scratch;
 use super::{CpuBackend, SlotSpec};
 use crate::backend::Beam;
-use crate::catalog::trie::Trie;
+use crate::catalog::snapshot::Place;
 use crate::error::{Error, Result};
 
 /// The memory of one running request.
 pub struct Slot {
     pub(super) spec: SlotSpec,
-    /// By layer and KV head.
-    pub(super) contexts: Vec<Vec<HeadContext>>,
+    /// By layer and KV head; forks of a slot have it in common.
+    pub(super) contexts: Arc<Vec<Vec<HeadContext>>>,
     /// By layer.
     pub(super) tails: Vec<Tail>,
     pub(super) beams: Beams,
@@ -48,18 +50,22 @@ impl HeadContext {
 ///
 /// A row is written once, by the beam that chose the token, and stays where it is: the beams that
 /// descend from it find it through their ancestors.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Tail {
     /// By position: `[beams then, kv_dim]` keys and the same of values.
     pub positions: Vec<(Scratch, Scratch)>,
 }
 
 /// The beams of a search, best first once a step was taken.
+#[derive(Clone)]
 pub(super) struct Beams {
     pub scores: Vec<f32>,
-    /// By beam: its node in the trie, or, in a search without one, its rank among the beams by
-    /// their tokens. Equal scores go by it.
-    pub places: Vec<u32>,
+    /// By beam: its rank among them by its tokens. Equal scores go by it.
+    pub ranks: Vec<u32>,
+    /// By beam: its place in the catalog, in a search that is constrained to it.
+    pub places: Vec<Place>,
+    /// Whether the places are whole semantic IDs.
+    pub are_leaves: bool,
     /// `[beams][steps taken]`, flat.
     pub tokens: Vec<u32>,
     pub num_steps: usize,
@@ -67,11 +73,26 @@ pub(super) struct Beams {
     pub ancestors: Vec<u32>,
     pub num_ancestors: usize,
     pub start_token: u32,
-    pub first_leaf_node: Option<u32>,
     pub failed_step: Option<usize>,
 }
 
 impl Beams {
+    /// The one beam that a search starts with.
+    pub fn start(start_token: u32) -> Beams {
+        Beams {
+            scores: vec![0.0],
+            ranks: vec![0],
+            places: Vec::new(),
+            are_leaves: false,
+            tokens: Vec::new(),
+            num_steps: 0,
+            ancestors: Vec::new(),
+            num_ancestors: 0,
+            start_token,
+            failed_step: None,
+        }
+    }
+
     pub fn len(&self) -> usize {
         self.scores.len()
     }
@@ -94,7 +115,7 @@ impl Beams {
         }
         let beam = |at: usize| Beam {
             tokens: self.tokens[at * self.num_steps..(at + 1) * self.num_steps].to_vec(),
-            leaf: self.first_leaf_node.map(|first| self.places[at] - first),
+            place: self.are_leaves.then(|| self.places[at]),
             score: self.scores[at],
         };
         Ok((0..self.len()).map(beam).collect())
@@ -105,19 +126,9 @@ impl Slot {
     pub(super) fn new(spec: &SlotSpec) -> Slot {
         Slot {
             spec: *spec,
-            contexts: (0..spec.num_layers).map(|_| Vec::new()).collect(),
+            contexts: Arc::new((0..spec.num_layers).map(|_| Vec::new()).collect()),
             tails: (0..spec.num_layers).map(|_| Tail::default()).collect(),
-            beams: Beams {
-                scores: vec![0.0],
-                places: vec![Trie::ROOT],
-                tokens: Vec::new(),
-                num_steps: 0,
-                ancestors: Vec::new(),
-                num_ancestors: 0,
-                start_token: spec.start_token,
-                first_leaf_node: None,
-                failed_step: None,
-            },
+            beams: Beams::start(spec.start_token),
         }
     }
 }

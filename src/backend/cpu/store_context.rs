@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use super::slot::HeadContext;
 use super::{Buffer, CpuBackend, Heads, Slot};
 
@@ -22,7 +24,9 @@ impl CpuBackend {
                 let values = kv.view(rows.clone(), values..values + head_dim);
                 HeadContext::new(self, keys, values)
             };
-            slot.contexts[layer] = (0..heads.num_kv_heads).map(pack).collect();
+            let contexts = Arc::get_mut(&mut slot.contexts);
+            let contexts = contexts.expect("a context is stored before its slot is forked");
+            contexts[layer] = (0..heads.num_kv_heads).map(pack).collect();
         }
     }
 }
