@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use lru::LruCache;
 use roaring::RoaringBitmap;
 
-use super::bitmap::RankBitmap;
+use super::bitmap::{RankBitmap, any_bit};
 use super::filter::Filter;
 use super::snapshot::Snapshot;
 use super::tags::Tags;
@@ -37,7 +37,44 @@ pub struct Base {
 /// The items that pass a filter.
 pub(super) struct Selection {
     pub filter: Filter,
-    pub items: Arc<RankBitmap>,
+    pub items: RankBitmap,
+    /// Bits by node of the trie: whether one of the items below it passes.
+    pub nodes: Vec<u64>,
+}
+
+impl Selection {
+    fn new(filter: Filter, items: RankBitmap, trie: &Trie) -> Selection {
+        let num_levels = trie.num_levels();
+        let leaves = trie.nodes_at(num_levels);
+        let mut nodes = vec![0u64; (leaves.end as usize).div_ceil(64)];
+        let put = |nodes: &mut Vec<u64>, node: u32, passes: bool| {
+            nodes[node as usize / 64] |= u64::from(passes) << (node % 64);
+        };
+        for leaf in leaves {
+            put(&mut nodes, leaf, any_bit(items.words(), trie.items(leaf, num_levels)));
+        }
+        for node in (0..trie.nodes_at(num_levels).start).rev() {
+            let passes = any_bit(&nodes, trie.children(node).0);
+            put(&mut nodes, node, passes);
+        }
+        Selection { filter, items, nodes }
+    }
+
+    /// Of nodes that follow one another, at most 8, which may have a passing item, as bits.
+    #[inline]
+    pub fn nodes_from(&self, first: u32) -> u8 {
+        let (word, bit) = (first as usize / 64, first % 64);
+        let low = self.nodes[word] >> bit;
+        let high = match (bit, self.nodes.get(word + 1)) {
+            (57.., Some(next)) => next << (64 - bit),
+            _ => 0,
+        };
+        (low | high) as u8
+    }
+
+    fn size_bytes(&self) -> usize {
+        self.items.size_bytes() + size_of_val(&*self.nodes)
+    }
 }
 
 /// The filters that were asked for, least recently used first out.
@@ -121,7 +158,7 @@ impl Base {
                 RankBitmap::new(words, self.num_items())
             }
         };
-        let selection = Arc::new(Selection { filter, items: Arc::new(items) });
+        let selection = Arc::new(Selection::new(filter, items, &self.trie));
         self.selections().keep(text, &selection);
         Ok(selection)
     }
@@ -229,14 +266,13 @@ impl Base {
 
 impl Selections {
     fn keep(&mut self, text: &str, selection: &Arc<Selection>) {
-        let bytes = |selection: &Selection| selection.items.size_bytes();
-        self.bytes += bytes(selection);
+        self.bytes += selection.size_bytes();
         if let Some((_, before)) = self.by_text.push(text.into(), Arc::clone(selection)) {
-            self.bytes -= bytes(&before);
+            self.bytes -= before.size_bytes();
         }
         while self.bytes > MAX_SELECTION_BYTES && self.by_text.len() > 1 {
             let (_, oldest) = self.by_text.pop_lru().expect("more than one is kept");
-            self.bytes -= bytes(&oldest);
+            self.bytes -= oldest.size_bytes();
         }
     }
 }

@@ -114,6 +114,12 @@ fn mask_below(bit: u32) -> u64 {
     (1 << (bit % 64)) - 1
 }
 
+/// Whether a stretch of positions has a set bit.
+#[inline]
+pub(super) fn any_bit(words: &[u64], positions: Range<u32>) -> bool {
+    words_of(positions).any(|(word, mask)| words[word] & mask != 0)
+}
+
 /// The words that a stretch of positions touches, with the bits of each that belong to it.
 #[inline]
 pub(super) fn words_of(positions: Range<u32>) -> impl Iterator<Item = (usize, u64)> {

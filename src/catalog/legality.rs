@@ -5,8 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::added::Added;
+use super::base::Selection;
 use super::bitmap::{RankBitmap, words_of};
-use super::snapshot::{Place, Snapshot};
+use super::snapshot::{Place, Run, Snapshot};
 
 /// The items that a request may be answered with.
 ///
@@ -24,9 +25,49 @@ pub(super) struct BaseItems {
     /// `None` where all are available.
     pub available: Option<Arc<RankBitmap>>,
     /// Those that pass the filter; `None` without one.
-    pub passing: Option<Arc<RankBitmap>>,
-    /// Sorted.
-    pub excluded: Vec<u32>,
+    pub passing: Option<Arc<Selection>>,
+    pub excluded: Excluded,
+}
+
+/// Sorted items, with the way to the first from any item on.
+#[derive(Clone)]
+pub(super) struct Excluded {
+    items: Vec<u32>,
+    /// `[blocks + 1]`; the excluded items of block `b`, which has `2^shift` items, are
+    /// `items[first[b]..first[b + 1]]`.
+    first: Vec<u32>,
+    shift: u32,
+}
+
+impl Excluded {
+    /// `items`: sorted, below `num_items`.
+    pub fn new(items: Vec<u32>, num_items: u32) -> Excluded {
+        // About one excluded item a block.
+        let shift = num_items.checked_div(items.len() as u32).map_or(31, u32::ilog2);
+        let num_blocks = if items.is_empty() { 0 } else { (num_items >> shift) + 1 };
+        let mut first = vec![0; num_blocks as usize + 1];
+        items.iter().for_each(|item| first[(item >> shift) as usize + 1] += 1);
+        let mut count = 0;
+        for first in &mut first {
+            count += *first;
+            *first = count;
+        }
+        Excluded { items, first, shift }
+    }
+
+    fn from(&self, item: u32) -> usize {
+        let block = (item >> self.shift) as usize;
+        let Some(&[start, end]) = self.first.get(block..block + 2) else { return self.items.len() };
+        let block = &self.items[start as usize..end as usize];
+        start as usize + block.partition_point(|&other| other < item)
+    }
+
+    fn within(&self, items: Range<u32>) -> &[u32] {
+        match self.items.is_empty() {
+            true => &[],
+            false => &self.items[self.from(items.start)..self.from(items.end)],
+        }
+    }
 }
 
 /// Of the items that were added since.
@@ -39,103 +80,133 @@ pub(super) struct AddedItems {
     pub excluded: Vec<u32>,
 }
 
-/// Stretches of items that are longer are first asked how many they have.
-const LONG: usize = 512;
-
 impl Legality {
     /// Whether no check is needed: every item is allowed.
     pub fn is_everything(&self) -> bool {
         let BaseItems { available, passing, excluded } = &self.base;
-        available.is_none() && passing.is_none() && excluded.is_empty() && self.added.is_none()
+        let none_excluded = excluded.items.is_empty();
+        available.is_none() && passing.is_none() && none_excluded && self.added.is_none()
     }
 
-    /// What is allowed below one place, at which many places will be asked for.
+    /// What is allowed below one place, of whose children many will be asked for.
     #[inline]
     pub fn below<'a>(&'a self, snapshot: &'a Snapshot, place: Place, depth: usize) -> Below<'a> {
-        let excluded = match self.base.excluded.as_slice() {
-            [] => &[],
-            excluded => {
-                let items = snapshot.base_items(place, depth);
-                let start = excluded.partition_point(|&item| item < items.start);
-                let len = excluded[start..].partition_point(|&item| item < items.end);
-                &excluded[start..start + len]
-            }
+        let excluded = match self.base.excluded.items.is_empty() {
+            true => &[],
+            false => self.base.excluded.within(snapshot.base_items(place, depth)),
         };
         let is_everything = excluded.is_empty()
             && self.base.available.is_none()
             && self.base.passing.is_none()
             && place.added.is_none();
-        Below { snapshot, legality: self, excluded, is_everything }
+        Below { snapshot, legality: self, excluded, is_everything, depth: depth + 1 }
     }
 
     /// Whether a single item may come back.
     pub fn allows(&self, snapshot: &Snapshot, item: u32) -> bool {
         match item.checked_sub(snapshot.num_base_items()) {
-            None => self.base.any(item..item + 1, &self.base.excluded),
+            None => {
+                self.base.excluded.within(item..item + 1).is_empty()
+                    && self.base.any(item..item + 1, &[])
+            }
             Some(number) => self.added.as_ref().is_some_and(|added| added.allows(number)),
         }
     }
 }
 
-/// What is allowed below one place.
+/// What is allowed below the children of one place.
 pub struct Below<'a> {
     snapshot: &'a Snapshot,
     legality: &'a Legality,
-    /// Of the place's items.
+    /// Of the place's items, those not yet passed by.
     excluded: &'a [u32],
     is_everything: bool,
+    /// Codes that lead to a child.
+    depth: usize,
 }
 
 impl Below<'_> {
-    /// Whether an allowed item is below `place`, which `depth` codes lead to.
+    /// Which of up to 8 children in a run, from one on, can have an allowed item below them: a bit
+    /// each. Where it is zero the filter passes nothing there; where it is one, ask
+    /// [`any`](Below::any).
     #[inline]
-    pub fn any(&self, place: Place, depth: usize) -> bool {
+    pub fn possible(&self, run: &Run<'_>, from: usize) -> u8 {
+        match (&self.legality.base.passing, run.child(from)) {
+            (Some(passing), Place { base, added }) if added.is_none() => {
+                base.get().map_or(0, |node| passing.nodes_from(node))
+            }
+            _ => u8::MAX,
+        }
+    }
+
+    /// Whether an allowed item is below a child. To be asked in the order of the codes.
+    #[inline]
+    pub fn any(&mut self, child: Place) -> bool {
         if self.is_everything {
             return true;
         }
-        self.legality.base.any(self.snapshot.base_items(place, depth), self.excluded)
-            || self.legality.added.as_ref().is_some_and(|added| added.any(place, depth))
+        let base = &self.legality.base;
+        let is_plain = self.excluded.is_empty() && base.available.is_none();
+        let in_base = match (&base.passing, child.base.get()) {
+            (_, None) => false,
+            (Some(passing), Some(node)) if is_plain => passing.nodes_from(node) & 1 == 1,
+            (None, Some(_)) if is_plain => true,
+            _ => {
+                let items = self.snapshot.base_items(child, self.depth);
+                let passed = self.excluded.iter().take_while(|&&item| item < items.start).count();
+                self.excluded = &self.excluded[passed..];
+                base.any(items, self.excluded)
+            }
+        };
+        in_base || self.legality.added.as_ref().is_some_and(|added| added.any(child, self.depth))
     }
 }
 
+/// Words of the bitmaps that are looked at before their counts are.
+const WORDS_AT_ONCE: u32 = 4;
+
 impl BaseItems {
-    #[inline]
+    /// Whether one of a stretch of items is allowed; `excluded` has none before it.
     fn any(&self, items: Range<u32>, excluded: &[u32]) -> bool {
-        let excluded_in = |items: &Range<u32>| -> usize {
-            let start = excluded.partition_point(|&item| item < items.start);
-            excluded[start..].partition_point(|&item| item < items.end)
-        };
         let (available, passing) = (self.available.as_deref(), self.passing.as_deref());
         if available.is_none() && passing.is_none() {
-            return items.len() > if excluded.is_empty() { 0 } else { excluded_in(&items) };
+            // The next excluded ones are all of them only if they follow one another.
+            let last = excluded.get(items.len() - 1);
+            return last.is_none_or(|&last| last >= items.end);
         }
-        if items.len() > LONG {
-            let count = |set: Option<&RankBitmap>| {
-                set.map_or(items.len(), |set| set.count(items.clone()) as usize)
-            };
-            let (available, passing) = (count(available), count(passing));
-            if available == 0 || passing == 0 {
-                return false;
-            }
-            // Two large enough sets must meet in more items than are excluded.
-            if available + passing > items.len() + excluded_in(&items) {
-                return true;
-            }
+        let middle = items.end.min((items.start / 64 + WORDS_AT_ONCE) * 64);
+        if self.any_of_words(items.start..middle, excluded) {
+            return true;
         }
-        let mut excluded = excluded;
+        if middle == items.end {
+            return false;
+        }
+        let rest = middle..items.end;
+        let count = |set: Option<&RankBitmap>| {
+            set.map_or(rest.len(), |set| set.count(rest.clone()) as usize)
+        };
+        let (available, passing) = (count(available), count(passing.map(|passing| &passing.items)));
+        if available == 0 || passing == 0 {
+            return false;
+        }
+        // Two large enough sets must meet in more items than are excluded.
+        let excluded = &excluded[excluded.partition_point(|&item| item < rest.start)..];
+        let num_excluded = excluded.partition_point(|&item| item < rest.end);
+        available + passing > rest.len() + num_excluded || self.any_of_words(rest, excluded)
+    }
+
+    fn any_of_words(&self, items: Range<u32>, mut excluded: &[u32]) -> bool {
         for (word, mask) in words_of(items) {
             let mut bits = mask;
-            bits &= available.map_or(u64::MAX, |set| set.words()[word]);
-            bits &= passing.map_or(u64::MAX, |set| set.words()[word]);
-            if bits == 0 {
-                continue;
-            }
-            if !excluded.is_empty() {
-                let start = excluded.partition_point(|&item| (item as usize / 64) < word);
-                excluded = &excluded[start..];
-                for &item in excluded.iter().take_while(|&&item| item as usize / 64 == word) {
+            bits &= self.available.as_ref().map_or(u64::MAX, |set| set.words()[word]);
+            bits &= self.passing.as_ref().map_or(u64::MAX, |passing| passing.items.words()[word]);
+            while let Some((&item, later)) = excluded.split_first()
+                && item as usize / 64 <= word
+            {
+                if item as usize / 64 == word {
                     bits &= !(1 << (item % 64));
                 }
+                excluded = later;
             }
             if bits != 0 {
                 return true;

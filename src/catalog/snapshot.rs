@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::added::{Added, Delta};
 use super::base::Base;
 use super::bitmap::RankBitmap;
-use super::legality::{AddedItems, BaseItems, Legality};
+use super::legality::{AddedItems, BaseItems, Excluded, Legality};
 use super::sid::Sid;
 use super::trie::Trie;
 use super::{Change, Item};
@@ -320,8 +320,8 @@ impl Snapshot {
         });
         let base = BaseItems {
             available: self.available.clone(),
-            passing: filter.map(|(_, selection)| Arc::clone(&selection.items)),
-            excluded: excluded[..split].to_vec(),
+            passing: filter.map(|(_, selection)| selection),
+            excluded: Excluded::new(excluded[..split].to_vec(), first_added),
         };
         Ok(Legality { base, added })
     }

@@ -179,8 +179,6 @@ impl Search<'_> {
     fn offer_children(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
         let SearchRule { snapshot, legality, .. } = self.rule;
         let place = beams.places[beam];
-        let allowed = legality.below(snapshot, place, self.step);
-        let depth = self.step + 1;
         let row = self.logits.row(self.rows.start + beam);
         let logits = &row[self.first..self.first + self.columns.span.len()];
         // A code without a token is none that the model can write: NaN is never high enough.
@@ -191,9 +189,10 @@ impl Search<'_> {
         let normalizer = match self.rule.normalizer(false) {
             Normalizer::Children => {
                 let mut legal = Vec::new();
+                let mut allowed = legality.below(snapshot, place, self.step);
                 for run in snapshot.children(place) {
                     let children = run.codes.iter().enumerate();
-                    let children = children.filter(|&(at, _)| allowed.any(run.child(at), depth));
+                    let children = children.filter(|&(at, _)| allowed.any(run.child(at)));
                     legal.extend(children.map(|(_, &code)| logit(code)));
                 }
                 if legal.is_empty() {
@@ -213,8 +212,13 @@ impl Search<'_> {
             }
         };
         let (score, first_place) = (beams.scores[beam], self.first_place(beams, beam));
+        let mut allowed = legality.below(snapshot, place, self.step);
         for run in snapshot.children(place) {
             for (chunk, codes) in run.codes.chunks(LANES).enumerate() {
+                let possible = allowed.possible(&run, chunk * LANES);
+                if possible == 0 {
+                    continue;
+                }
                 let mut scores = [f32::NAN; LANES];
                 for (out, &code) in scores.iter_mut().zip(codes) {
                     *out = score + self.gain(logit(code), normalizer);
@@ -223,7 +227,9 @@ impl Search<'_> {
                     continue;
                 }
                 for (at, (&code, &score)) in codes.iter().zip(&scores).enumerate() {
-                    if score >= best.threshold && allowed.any(run.child(chunk * LANES + at), depth)
+                    if score >= best.threshold
+                        && possible >> at & 1 == 1
+                        && allowed.any(run.child(chunk * LANES + at))
                     {
                         best.offer(score, first_place + u32::from(code));
                     }

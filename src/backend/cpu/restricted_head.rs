@@ -25,6 +25,22 @@ impl Default for Logits {
 }
 
 impl Logits {
+    /// Logits of a level whose tokens are all there is, `[rows, columns]`, to be normalised over
+    /// it: for benchmarks of the search alone.
+    ///
+    /// # Panics
+    /// Where `values` are not whole rows.
+    pub fn of_level(values: Vec<f32>, columns: usize) -> Logits {
+        assert!(values.len().is_multiple_of(columns), "rows must be whole");
+        let normalizer = |row: &[f32]| {
+            let mut sum = LogSumExp::default();
+            sum.add(row, 1.0);
+            sum
+        };
+        let normalizers = values.chunks(columns).map(normalizer).collect();
+        Logits { span: 0..columns as u32, values: values.into(), normalizers }
+    }
+
     pub(super) fn row(&self, row: usize) -> &[f32] {
         let columns = self.span.len();
         &self.values[row * columns..(row + 1) * columns]
