@@ -115,7 +115,7 @@ impl Best {
     }
 }
 
-/// Children whose scores are worked out together.
+/// Children that are looked at together.
 const LANES: usize = 8;
 
 impl Search<'_> {
@@ -214,19 +214,14 @@ impl Search<'_> {
         let (score, first_place) = (beams.scores[beam], self.first_place(beams, beam));
         let mut allowed = legality.below(snapshot, place, self.step);
         for run in snapshot.children(place) {
+            let mut bar = self.bar(best.threshold, score, normalizer);
             for (chunk, codes) in run.codes.chunks(LANES).enumerate() {
+                if !self.may_pass(logits, codes, bar) {
+                    continue;
+                }
                 let possible = allowed.possible(&run, chunk * LANES);
-                if possible == 0 {
-                    continue;
-                }
-                let mut scores = [f32::NAN; LANES];
-                for (out, &code) in scores.iter_mut().zip(codes) {
-                    *out = score + self.gain(logit(code), normalizer);
-                }
-                if !scores.iter().any(|&score| score >= best.threshold) {
-                    continue;
-                }
-                for (at, (&code, &score)) in codes.iter().zip(&scores).enumerate() {
+                for (at, &code) in codes.iter().enumerate() {
+                    let score = score + self.gain(logit(code), normalizer);
                     if score >= best.threshold
                         && possible >> at & 1 == 1
                         && allowed.any(run.child(chunk * LANES + at))
@@ -234,9 +229,31 @@ impl Search<'_> {
                         best.offer(score, first_place + u32::from(code));
                     }
                 }
+                bar = self.bar(best.threshold, score, normalizer);
             }
         }
         Some(())
+    }
+
+    /// A logit below which no continuation of a beam reaches the threshold, rounding included.
+    fn bar(&self, threshold: f32, score: f32, normalizer: f32) -> f32 {
+        let bar = ((threshold - score) + normalizer) / self.inverse_temperature;
+        let size = threshold.abs() + score.abs() + normalizer.abs();
+        let bar = bar - 16.0 * f32::EPSILON * size / self.inverse_temperature;
+        if bar.is_finite() { bar } else { f32::NEG_INFINITY }
+    }
+
+    /// Whether one of some codes may have a logit that reaches the bar.
+    #[inline]
+    fn may_pass(&self, logits: &[f32], codes: &[u16], bar: f32) -> bool {
+        let (Ok(codes), true) = (<&[u16; LANES]>::try_from(codes), self.columns.is_straight) else {
+            return true;
+        };
+        let mut passes = false;
+        for &code in codes {
+            passes |= logits.get(usize::from(code)).is_some_and(|&logit| logit >= bar);
+        }
+        passes
     }
 
     fn offer_level(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {

@@ -38,7 +38,8 @@ impl Logits {
             sum
         };
         let normalizers = values.chunks(columns).map(normalizer).collect();
-        Logits { span: 0..columns as u32, values: values.into(), normalizers }
+        let span = 0..columns as u32;
+        Logits { span, values: values.into(), normalizers }
     }
 
     pub(super) fn row(&self, row: usize) -> &[f32] {
