@@ -52,6 +52,7 @@ pub mod engine;
 mod error;
 mod mapping;
 pub mod models;
+pub mod quantizer;
 mod request;
 mod tensor;
 mod writer;

@@ -6,8 +6,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use crate::catalog::change_log::ChangeLog;
-use crate::catalog::{Catalog, Change, Snapshot, compile};
+use crate::catalog::sid::Sid;
+use crate::catalog::{Catalog, Change, Item, Snapshot, compile};
 use crate::error::{Error, Result};
+use crate::quantizer::{Collision, Quantizer};
 
 /// What an acknowledged change survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -201,6 +203,26 @@ impl CatalogWriter {
             shared.changed.notify_all();
         }
         Ok(number)
+    }
+
+    /// Puts an item by its embedding: the quantiser gives its codes, and `collision` says what
+    /// happens where another item has them. The semantic ID that `item` has is not looked at.
+    ///
+    /// # Errors
+    /// Those of [`Quantizer::sid`] and of [`apply`](CatalogWriter::apply).
+    pub fn put_embedded(
+        &self,
+        item: Item,
+        embedding: &[f32],
+        quantizer: &Quantizer,
+        collision: Collision,
+    ) -> Result<Sid> {
+        let mut sid = item.sid;
+        self.apply_with(|snapshot| {
+            sid = quantizer.sid(snapshot, &item.name, embedding, collision)?;
+            Ok(vec![Change::Put(Item { sid, ..item })])
+        })?;
+        Ok(sid)
     }
 
     /// Returns when the disk has every change so far.

@@ -46,7 +46,7 @@ fn floor(module: &str) -> u8 {
         ("catalog", _) => 1,
         ("answer", _) | ("backend", _) => 2,
         ("models", _) => 3,
-        ("engine" | "writer", _) => 4,
+        ("engine" | "quantizer" | "writer", _) => 4,
         ("lib" | "main" | "cli", _) => 5,
         (other, _) => panic!("module {other:?} has no floor yet: give it one here"),
     }

@@ -1,15 +1,19 @@
 //! `sidereal catalog`: build and inspect.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
-use sidereal::catalog::{Catalog, CatalogBuilder, Snapshot, items};
-use sidereal::{Error, Result};
+use sidereal::catalog::sid::MAX_LEVELS;
+use sidereal::catalog::{Catalog, CatalogBuilder, Snapshot, change_log, items};
+use sidereal::models::weights::Weights;
+use sidereal::quantizer::{Collision, FitOptions, FitRound, Quantizer};
+use sidereal::{CatalogWriter, Error, Result, WriterOptions};
 
-use super::requests::progress_bar;
+use super::requests::{count_bar, progress_bar, spinner};
 use super::{Outcome, refuse_same_file, say, write_error};
 
 #[derive(Subcommand)]
@@ -18,12 +22,19 @@ pub enum Command {
     Build(Build),
     /// Print what a catalog holds
     Inspect(Inspect),
+    /// Apply changes: items that come, go, are tagged anew
+    Change(Changes),
+    /// Fit the codebooks of a residual quantiser to embeddings
+    Fit(Fit),
+    /// Give items their semantic IDs by their embeddings
+    Assign(Assign),
 }
 
 #[derive(Args)]
 #[command(after_help = "\
-Items are JSON lines, {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\"}, or, where the name ends in
-.json, the field's index: {\"17\": [\"<a_3>\", \"<b_250>\", \"<c_7>\"], ...}. Several items may share a semantic ID.
+Items are JSON lines, {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\", \"tags\": [\"new\"]}, or, where the
+name ends in .json, the field's index: {\"17\": [\"<a_3>\", \"<b_250>\", \"<c_7>\"], ...}. Several items may share
+a semantic ID. An item with \"available\": false may stand in histories and is never recommended.
 
 Example:
   sidereal catalog build --items items.index.json --output items.sidereal")]
@@ -51,12 +62,228 @@ pub struct Inspect {
 /// Tags that are listed for people.
 const TAGS_SHOWN: usize = 20;
 
+#[derive(Args)]
+#[command(after_help = "\
+Changes are JSON lines, each one of
+  {\"put\": {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\", \"tags\": [\"new\"]}}
+  {\"delete\": {\"item\": \"17\"}}
+  {\"availability\": {\"item\": \"17\", \"available\": false}}
+  {\"tag\": {\"item\": \"17\", \"add\": [\"sale\"], \"remove\": [\"new\"]}}
+They go to a log beside the catalog, which everything that opens the catalog reads.
+
+Example:
+  sidereal catalog change items.sidereal --changes today.jsonl --compact")]
+pub struct Changes {
+    /// Compiled catalog
+    catalog: PathBuf,
+    /// Changes, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    changes: PathBuf,
+    /// Compile the catalog anew when all is applied, so that the log begins again
+    #[arg(long)]
+    compact: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+The embeddings are a safetensors file with one matrix, a row an item. The codebooks come out as
+codebooks.0, codebooks.1 and so on. Equal seeds give equal codebooks.
+
+Example:
+  sidereal catalog fit --embeddings items.safetensors --levels 3 --codes 256 --output codebooks.safetensors")]
+pub struct Fit {
+    /// Embeddings, [items, numbers]
+    #[arg(long, value_name = "FILE")]
+    embeddings: PathBuf,
+    /// Levels of a semantic ID
+    #[arg(long, default_value_t = FitOptions::default().levels)]
+    levels: usize,
+    /// Codes of a level
+    #[arg(long, default_value_t = FitOptions::default().codes)]
+    codes: usize,
+    /// Of the random start
+    #[arg(long, default_value_t = FitOptions::default().seed)]
+    seed: u64,
+    /// Rounds of k-means at most, for each level
+    #[arg(long, default_value_t = FitOptions::default().max_rounds)]
+    rounds: usize,
+    /// Where the codebooks go
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+The codebooks are a safetensors file: fitted here, or an RQ-VAE as LC-Rec and MiniOneRec train it.
+Items come out as JSON lines, ready for `sidereal catalog build`.
+
+Example:
+  sidereal catalog assign --embeddings items.safetensors --names names.txt --codebooks codebooks.safetensors \\
+    --collisions append --output items.jsonl")]
+pub struct Assign {
+    /// Embeddings, [items, numbers]
+    #[arg(long, value_name = "FILE")]
+    embeddings: PathBuf,
+    /// Names of the items, one a line; by default their row's number
+    #[arg(long, value_name = "FILE")]
+    names: Option<PathBuf>,
+    /// Codebooks of a residual quantiser
+    #[arg(long, value_name = "FILE")]
+    codebooks: PathBuf,
+    /// What happens where items get the same codes
+    #[arg(long, default_value = "share")]
+    collisions: CollisionName,
+    /// Where the items go
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CollisionName {
+    /// They share the semantic ID
+    Share,
+    /// A last level tells them apart
+    Append,
+}
+
+/// Changes that are applied together.
+const CHANGES_PER_BATCH: usize = 10_000;
+
 pub fn run(command: &Command) -> Result<Outcome> {
     match command {
         Command::Build(arguments) => build(arguments)?,
         Command::Inspect(arguments) => inspect(arguments)?,
+        Command::Change(arguments) => change(arguments)?,
+        Command::Fit(arguments) => fit(arguments)?,
+        Command::Assign(arguments) => assign(arguments)?,
     }
     Ok(Outcome::Done)
+}
+
+fn change(arguments: &Changes) -> Result<()> {
+    // Every line is read before the first is applied: a file with a bad line changes nothing.
+    let mut changes = Vec::new();
+    let bytes = std::fs::metadata(&arguments.changes).ok().map(|metadata| metadata.len());
+    let progress = progress_bar(bytes, "reading changes");
+    let take = |change| {
+        changes.push(change);
+        Ok(())
+    };
+    items::read_changes(&arguments.changes, take, |read| progress.set_position(read))?;
+    progress.finish_and_clear();
+    let options = WriterOptions { compact_at: Some(usize::MAX), ..WriterOptions::default() };
+    let writer = CatalogWriter::open(&arguments.catalog, &options)?;
+    let progress = count_bar(changes.len() as u64, "applying changes");
+    let mut without_effect = 0;
+    for batch in changes.chunks(CHANGES_PER_BATCH) {
+        let before = writer.catalog().snapshot();
+        without_effect += batch.iter().filter(|change| before.is_without_effect(change)).count();
+        writer.apply(batch)?;
+        progress.inc(batch.len() as u64);
+    }
+    writer.sync()?;
+    progress.finish_and_clear();
+    if arguments.compact {
+        let spinner = spinner("compiling the catalog anew");
+        writer.compact()?;
+        spinner.finish_and_clear();
+    }
+    let snapshot = writer.catalog().snapshot();
+    say(&format!(
+        "{}: {} changes applied ({without_effect} named items that were not known), now {} items, \
+         snapshot {}",
+        arguments.catalog.display(),
+        changes.len(),
+        snapshot.num_items(),
+        snapshot.number(),
+    ));
+    Ok(())
+}
+
+/// The one matrix of a safetensors file, with its number of columns.
+fn matrix(path: &Path) -> Result<(Vec<f32>, usize)> {
+    let mut weights = Weights::open_file(path)?;
+    let shapes = weights.shapes();
+    let [(name, shape)] = &shapes[..] else {
+        let reason = format!("holds {} tensors, one is expected: the embeddings", shapes.len());
+        return Err(Error::ModelConfig { path: path.to_path_buf(), reason });
+    };
+    let [_, columns] = shape[..] else {
+        let reason = format!("{name:?} is {shape:?}, not [items, numbers]");
+        return Err(Error::ModelConfig { path: path.to_path_buf(), reason });
+    };
+    Ok((weights.take(name, shape)?.to_vec(), columns))
+}
+
+fn fit(arguments: &Fit) -> Result<()> {
+    refuse_same_file("--output", Some(&arguments.output), &arguments.embeddings)?;
+    let (embeddings, dim) = matrix(&arguments.embeddings)?;
+    let options = FitOptions {
+        levels: arguments.levels,
+        codes: arguments.codes,
+        seed: arguments.seed,
+        max_rounds: arguments.rounds,
+    };
+    let spinner = spinner("fitting");
+    let mut errors = vec![0.0; arguments.levels.min(MAX_LEVELS)];
+    let quantizer = Quantizer::fit(&embeddings, dim, &options, |round| {
+        let FitRound { level, round, error } = round;
+        errors[level] = error;
+        spinner.set_message(format!("level {level}, round {round}: mean squared error {error:.4}"));
+    })?;
+    quantizer.save(&arguments.output)?;
+    spinner.finish_and_clear();
+    let errors: Vec<String> = errors.iter().map(|error| format!("{error:.4}")).collect();
+    say(&format!(
+        "{}: {} levels; mean squared error after each: {}",
+        arguments.output.display(),
+        quantizer.num_levels(),
+        errors.join(", ")
+    ));
+    Ok(())
+}
+
+fn assign(arguments: &Assign) -> Result<()> {
+    for input in [Some(&arguments.embeddings), arguments.names.as_ref()].into_iter().flatten() {
+        refuse_same_file("--output", Some(&arguments.output), input)?;
+    }
+    let quantizer = Quantizer::open(&arguments.codebooks)?;
+    let (embeddings, dim) = matrix(&arguments.embeddings)?;
+    if dim != quantizer.dim() {
+        let reason = format!("have {dim} numbers, the quantiser takes {}", quantizer.dim());
+        return Err(Error::InvalidField { field: "--embeddings", reason });
+    }
+    let num_items = embeddings.len() / dim;
+    let names: Vec<String> = match &arguments.names {
+        None => (0..num_items).map(|item| item.to_string()).collect(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path);
+            let text = text.map_err(write_error(Some(path)))?;
+            text.lines().map(str::to_string).collect()
+        }
+    };
+    if names.len() != num_items {
+        let reason = format!("has {} lines for {num_items} embeddings", names.len());
+        return Err(Error::InvalidField { field: "--names", reason });
+    }
+    let collision = match arguments.collisions {
+        CollisionName::Share => Collision::Share,
+        CollisionName::Append => Collision::Append,
+    };
+    let spinner = spinner("assigning");
+    let sids = quantizer.sids(&embeddings, collision)?;
+    let failed = write_error(Some(&arguments.output));
+    let mut output = BufWriter::new(File::create(&arguments.output).map_err(&failed)?);
+    for (name, sid) in names.iter().zip(&sids) {
+        let line = serde_json::json!({"item": name, "sid": sid.codes()});
+        writeln!(output, "{line}").map_err(&failed)?;
+    }
+    output.flush().map_err(&failed)?;
+    spinner.finish_and_clear();
+    let distinct = sids.iter().collect::<std::collections::HashSet<_>>().len();
+    let output = arguments.output.display();
+    say(&format!("{output}: {num_items} items on {distinct} semantic IDs"));
+    Ok(())
 }
 
 fn build(arguments: &Build) -> Result<()> {
@@ -65,6 +292,15 @@ fn build(arguments: &Build) -> Result<()> {
         return Err(Error::InvalidField { field: "--output", reason: reason.into() });
     }
     refuse_same_file("--output", Some(&arguments.output), &arguments.items)?;
+    let log = change_log::path_of(&arguments.output);
+    if log.exists() {
+        let reason = format!(
+            "{} holds changes of the catalog that is there; delete it, or apply them with \
+             `sidereal catalog change --compact` first",
+            log.display()
+        );
+        return Err(Error::InvalidField { field: "--output", reason });
+    }
     let bytes = std::fs::metadata(&arguments.items).ok().map(|metadata| metadata.len());
     let progress = progress_bar(bytes, "reading items");
     let mut builder = CatalogBuilder::default();

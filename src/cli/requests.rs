@@ -152,6 +152,13 @@ pub fn progress_bar(bytes: Option<u64>, what: &'static str) -> ProgressBar {
     bar.with_style(style).with_message(what)
 }
 
+/// A bar of things that are counted; shown on a terminal only.
+pub fn count_bar(count: u64, what: &'static str) -> ProgressBar {
+    let template = "{msg} {wide_bar} {pos}/{len} {elapsed} (another {eta})";
+    let style = ProgressStyle::with_template(template).expect("a sound template");
+    ProgressBar::new(count).with_style(style).with_message(what)
+}
+
 /// Shows that something of unknown length goes on; on a terminal only.
 pub fn spinner(what: &'static str) -> ProgressBar {
     let spinner = ProgressBar::new_spinner().with_message(what);

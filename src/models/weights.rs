@@ -30,8 +30,20 @@ impl Weights {
     /// # Errors
     /// The operating system's, or [`Error::WeightsFile`] where a file is damaged.
     pub fn open(folder: &Path) -> Result<Weights> {
+        Weights::open_files(weight_files(folder)?)
+    }
+
+    /// Maps one safetensors file.
+    ///
+    /// # Errors
+    /// As [`open`](Weights::open).
+    pub fn open_file(path: &Path) -> Result<Weights> {
+        Weights::open_files(vec![path.to_path_buf()])
+    }
+
+    fn open_files(paths: Vec<PathBuf>) -> Result<Weights> {
         let mut tensors = BTreeMap::new();
-        for path in weight_files(folder)? {
+        for path in paths {
             let mapping = Arc::new(Mapping::open(&path)?);
             let error = |reason: String| Error::WeightsFile { path: path.clone(), reason };
             let parsed = SafeTensors::deserialize(mapping.bytes())
@@ -68,6 +80,18 @@ impl Weights {
     /// Weights in memory.
     pub fn from_tensors(tensors: impl IntoIterator<Item = (String, Tensor)>) -> Weights {
         Weights { source: Source::Files(tensors.into_iter().collect()), taken: HashSet::new() }
+    }
+
+    /// The names and shapes of all tensors.
+    pub fn shapes(&self) -> Vec<(String, Vec<usize>)> {
+        match &self.source {
+            Source::Files(tensors) => {
+                let shape =
+                    |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.shape().to_vec());
+                tensors.iter().map(shape).collect()
+            }
+            Source::Random(_) => Vec::new(),
+        }
     }
 
     /// Whether the checkpoint has a tensor of this name.
