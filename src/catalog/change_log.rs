@@ -89,9 +89,8 @@ pub fn parse(bytes: &[u8]) -> std::result::Result<Contents, String> {
         let Some(payload) = rest.get(RECORD_HEADER_BYTES..end) else { break };
         let (head, checksum) = header.split_at(12);
         if record_checksum(head, payload).to_le_bytes() != checksum {
-            // The system may have lengthened the file before it wrote the last record's bytes.
-            let never_written = rest.iter().all(|&byte| byte == 0);
-            if end == rest.len() || never_written {
+            // A machine that dies may have lengthened the file without having written its end.
+            if rest[end..].iter().all(|&byte| byte == 0) {
                 break;
             }
             return Err(damaged("a damaged record"));

@@ -1,4 +1,4 @@
-//! Files of items: JSON lines, or the field's `*.index.json`.
+//! Files of items: JSON lines, the field's `*.index.json`, or Parquet.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -15,13 +15,16 @@ use crate::request::Name;
 /// Whether the file's name says that it holds items rather than a compiled catalog.
 pub fn is_items_file(path: &Path) -> bool {
     let extension = path.extension().and_then(|extension| extension.to_str());
-    matches!(extension, Some("json" | "jsonl" | "ndjson"))
+    matches!(extension, Some("json" | "jsonl" | "ndjson" | "parquet"))
 }
 
 /// Reads every item of a file and gives it to `add`; `progress` hears how many bytes were read.
 ///
 /// - `*.json`: one object, item to codes: `{"17": ["<a_3>", "<b_250>", "<c_7>"], ...}`. A code is
 ///   the last number in its text, or a plain number.
+/// - `*.parquet`, with the feature of that name: columns `item`, `sid` (a list, or one column a
+///   level: `sid_0`, `sid_1` and so on), and, if they are there, `title`, `tags` (a list) and
+///   `available`.
 /// - any other name: one object a line: `{"item": "17", "sid": [3, 250, 7], "title": "...",
 ///   "tags": ["garden"], "available": true}`. Further fields are allowed and not kept.
 ///
@@ -38,6 +41,15 @@ pub fn read(
         place,
         reason,
     };
+    if path.extension().is_some_and(|extension| extension == "parquet") {
+        #[cfg(feature = "parquet")]
+        return super::columnar::read(path, file, add, progress);
+        #[cfg(not(feature = "parquet"))]
+        return Err(Error::Unsupported {
+            what: "Parquet".into(),
+            way_out: "build with `--features parquet`, or give the items as JSON lines".into(),
+        });
+    }
     let is_index = path.extension().is_some_and(|extension| extension == "json");
     if is_index {
         let reader = Counting { inner: BufReader::new(file), read: 0, progress };
@@ -96,7 +108,7 @@ struct ItemLine {
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a code, a whole number or a text such as \"<a_3>\"")]
-enum Code {
+pub(super) enum Code {
     Number(u64),
     Text(String),
 }
@@ -124,7 +136,7 @@ fn last_number(text: &str) -> Option<u64> {
     text[start..end].parse().ok()
 }
 
-fn to_sid(codes: &[Code]) -> Result<Sid> {
+pub(super) fn to_sid(codes: &[Code]) -> Result<Sid> {
     Sid::new(&codes.iter().map(Code::value).collect::<Result<Vec<u16>>>()?)
 }
 

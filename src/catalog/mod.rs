@@ -22,6 +22,8 @@ pub mod bitmap;
 mod builder;
 pub mod change_log;
 pub(crate) mod column;
+#[cfg(feature = "parquet")]
+mod columnar;
 pub mod filter;
 mod format;
 pub mod items;

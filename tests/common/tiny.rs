@@ -17,6 +17,7 @@ pub struct Tiny {
     seed: u64,
     config: Value,
     layout: SidLayout,
+    pub num_codes: u16,
     pub catalog: Arc<Catalog>,
 }
 
@@ -45,7 +46,7 @@ impl Tiny {
             true => t5(&mut rng, vocab_size),
             false => decoder_only(&mut rng, vocab_size),
         };
-        Tiny { seed, config, layout, catalog }
+        Tiny { seed, config, layout, num_codes, catalog }
     }
 
     pub fn snapshot(&self) -> Arc<Snapshot> {
@@ -53,11 +54,15 @@ impl Tiny {
     }
 
     pub fn open(&self, threads: usize) -> Engine {
+        self.open_with(Arc::clone(&self.catalog), threads)
+    }
+
+    /// The same model over another catalog of the same levels.
+    pub fn open_with(&self, catalog: Arc<Catalog>, threads: usize) -> Engine {
         let keys = self.config.as_object().cloned().expect("an object");
         let config = Config::new(Path::new("config.json"), keys);
         let options = EngineOptions { threads, ..EngineOptions::default() };
         let weights = Weights::random(self.seed);
-        let catalog = Arc::clone(&self.catalog);
         let backend = CpuBackend::default();
         Engine::from_parts(backend, &config, weights, self.layout.clone(), catalog, &options)
             .expect("a sound model")
