@@ -12,6 +12,9 @@ use sidereal::{
 
 #[path = "common/folders.rs"]
 mod folders;
+#[path = "common/fuzzed.rs"]
+#[allow(dead_code)] // the fuzzers use the rest
+mod fuzzed;
 
 use folders::{Folder, INDUSTRIAL, INSTRUMENTS, QWEN3, RawTensor, T5, find, temp, write};
 
@@ -87,58 +90,17 @@ fn a_catalog_with_forged_checksums_never_panics() {
             let at = rng.usize(8..forged.len());
             forged[at] = if rng.bool() { rng.u8(..) } else { forged[at] ^ 1 };
         }
-        sign(&mut forged);
+        fuzzed::sign(&mut forged);
         let path = write(&folder, "c.sidereal", &forged);
         match Catalog::open(&path) {
             Err(_) => refused += 1,
             Ok(catalog) => {
                 opened += 1;
-                let snapshot = catalog.snapshot();
-                let num_levels = snapshot.num_levels();
-                for item in snapshot.all_items() {
-                    let place = snapshot.place(snapshot.sid(item).codes()).expect("its own place");
-                    assert!(snapshot.items(place, num_levels).any(|other| other == item));
-                    // A forged index may miss a name, and finds no other.
-                    let found = snapshot.find(snapshot.name(item));
-                    assert!(found.is_none_or(|it| snapshot.name(it) == snapshot.name(item)));
-                    let _ = (snapshot.title(item), snapshot.tags(item));
-                }
-                let _ = snapshot.base().tags();
-                for filter in [None, Some("tag:t1 & !tag:t2"), Some("!(tag:all | tag:t3)")] {
-                    if let Ok(legality) = snapshot.legality(&[0], filter) {
-                        let _ = legality.below(&snapshot, snapshot.root(), 0);
-                        assert!(!legality.allows(&snapshot, 0));
-                    }
-                }
+                fuzzed::look_around(&catalog);
             }
         }
     }
     assert!(refused > 1000 && opened > 100, "{refused} refused, {opened} opened");
-}
-
-/// Puts right the checksums of sections and head, as far as the head still makes sense.
-fn sign(bytes: &mut [u8]) {
-    let number = |bytes: &[u8], at: usize| -> usize {
-        let field = bytes.get(at..at + 8).expect("inside the head");
-        u64::from_le_bytes(field.try_into().expect("eight bytes")) as usize
-    };
-    const HEADER: usize = 96;
-    let sections = u32::from_le_bytes(bytes[88..92].try_into().expect("four bytes")) as usize;
-    let head = (HEADER + sections.min(64) * 32 + 8).next_multiple_of(64);
-    if head > bytes.len() {
-        return;
-    }
-    for section in 0..sections.min(64) {
-        let at = HEADER + section * 32;
-        let (offset, len) = (number(bytes, at + 8), number(bytes, at + 16));
-        let end = len.checked_next_multiple_of(64).and_then(|len| offset.checked_add(len));
-        if let Some(content) = end.and_then(|end| bytes.get(offset..end)) {
-            let checksum = xxhash_rust::xxh3::xxh3_64(content);
-            bytes[at + 24..at + 32].copy_from_slice(&checksum.to_le_bytes());
-        }
-    }
-    let checksum = xxhash_rust::xxh3::xxh3_64(&bytes[..head - 8]);
-    bytes[head - 8..head].copy_from_slice(&checksum.to_le_bytes());
 }
 
 #[test]
@@ -162,7 +124,7 @@ fn a_catalog_of_another_version_is_an_error() {
         let mut other = small_catalog();
         other[8] = version;
         if is_signed {
-            sign(&mut other);
+            fuzzed::sign(&mut other);
         }
         let path = write(&folder, "v.sidereal", other);
         let format = format!("format {version}");

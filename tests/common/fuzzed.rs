@@ -1,0 +1,126 @@
+//! What is fuzzed: bytes from anywhere go in, and nothing may panic. `tests/fuzz` has the targets of
+//! cargo-fuzz, `tests/fuzzed.rs` goes through the kept seeds in every test run.
+
+use std::path::Path;
+
+use sidereal::catalog::filter::Filter;
+use sidereal::catalog::{Catalog, Change, change_log, items};
+use sidereal::{CatalogWriter, WriterOptions};
+
+/// A filter shows itself as a text that reads as the same filter.
+pub fn filter(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(filter) = Filter::parse(text) {
+        let shown = filter.to_string();
+        if shown.len() < 1 << 16 {
+            // Written out, and-chains in or-chains take parentheses that the text may lack.
+            if let Ok(again) = Filter::parse(&shown) {
+                assert_eq!(again, filter);
+            }
+        }
+        let _ = filter.passes(&|tag| tag.len().is_multiple_of(2));
+    }
+}
+
+pub fn changes(data: &[u8]) {
+    if let Ok(contents) = change_log::parse(data) {
+        assert!(contents.whole_bytes <= data.len() as u64);
+        let again = change_log::parse(&data[..contents.whole_bytes as usize]);
+        assert_eq!(again.as_ref(), Ok(&contents));
+    }
+}
+
+/// Items as JSON lines and as an index, changes as JSON lines.
+pub fn items(data: &[u8], folder: &Path) {
+    for name in ["items.jsonl", "items.json"] {
+        let path = folder.join(name);
+        std::fs::write(&path, data).expect("a writable folder");
+        if let Ok(catalog) = Catalog::open(&path) {
+            let snapshot = catalog.snapshot();
+            for item in snapshot.all_items() {
+                assert_eq!(snapshot.find(snapshot.name(item)), Some(item));
+            }
+            let _ = snapshot.base().tags().expect("just built");
+        }
+    }
+    let path = folder.join("changes.jsonl");
+    std::fs::write(&path, data).expect("a writable folder");
+    let _ = items::read_changes(&path, |_| Ok(()), |_| {});
+}
+
+/// A compiled catalog whose checksums are put right, so that what is behind them is reached.
+pub fn catalog(data: &[u8], folder: &Path) {
+    let mut forged = data.to_vec();
+    if forged.len() < 96 {
+        return;
+    }
+    sign(&mut forged);
+    let path = folder.join("c.sidereal");
+    std::fs::write(&path, &forged).expect("a writable folder");
+    let Ok(catalog) = Catalog::open(&path) else { return };
+    look_around(&catalog);
+    // What opens can be changed and compiled anew, or says why not.
+    let levels = catalog.snapshot().num_levels();
+    let options = WriterOptions { compact_at: Some(usize::MAX), ..WriterOptions::default() };
+    let writer = CatalogWriter::in_memory(catalog.into(), &options).expect("a thread");
+    let sid = sidereal::catalog::sid::Sid::new(&vec![1; levels]).expect("one to eight levels");
+    let put = Change::Put(sidereal::catalog::Item::new("\u{1}new", sid));
+    if writer.apply(&[put]).is_ok() {
+        look_around(writer.catalog());
+    }
+}
+
+/// Asks a catalog, however it came about, all its questions.
+pub fn look_around(catalog: &Catalog) {
+    let snapshot = catalog.snapshot();
+    let num_levels = snapshot.num_levels();
+    for item in snapshot.all_items() {
+        let place = snapshot.place(snapshot.sid(item).codes()).expect("its own place");
+        assert!(snapshot.items(place, num_levels).any(|other| other == item));
+        // A forged index may miss a name, and finds no other.
+        let found = snapshot.find(snapshot.name(item));
+        assert!(found.is_none_or(|it| snapshot.name(it) == snapshot.name(item)));
+        let _ = (snapshot.title(item), snapshot.tags(item));
+    }
+    let _ = snapshot.base().tags();
+    for filter in [None, Some("tag:t1 & !tag:t2"), Some("!(tag:all | tag:t3)")] {
+        let Ok(legality) = snapshot.legality(&[], filter) else { continue };
+        let mut places = vec![snapshot.root()];
+        for depth in 0..num_levels {
+            let mut next = Vec::new();
+            for place in places {
+                let mut below = legality.below(&snapshot, place, depth);
+                for run in snapshot.children(place) {
+                    let children = (0..run.codes.len()).map(|at| run.child(at));
+                    next.extend(children.filter(|&child| below.any(child)));
+                }
+            }
+            places = next;
+        }
+    }
+}
+
+/// Puts right the checksums of sections and head, as far as the head still makes sense.
+pub fn sign(bytes: &mut [u8]) {
+    let number = |bytes: &[u8], at: usize| -> usize {
+        let field = bytes.get(at..at + 8).expect("inside the head");
+        u64::from_le_bytes(field.try_into().expect("eight bytes")) as usize
+    };
+    const HEADER: usize = 96;
+    let sections = u32::from_le_bytes(bytes[88..92].try_into().expect("four bytes")) as usize;
+    let head = (HEADER + sections.min(64) * 32 + 8).next_multiple_of(64);
+    if head > bytes.len() {
+        return;
+    }
+    for section in 0..sections.min(64) {
+        let at = HEADER + section * 32;
+        let (offset, len) = (number(bytes, at + 8), number(bytes, at + 16));
+        let end = len.checked_next_multiple_of(64).and_then(|len| offset.checked_add(len));
+        if let Some(content) = end.and_then(|end| bytes.get(offset..end)) {
+            let checksum = xxhash_rust::xxh3::xxh3_64(content);
+            bytes[at + 24..at + 32].copy_from_slice(&checksum.to_le_bytes());
+        }
+    }
+    let checksum = xxhash_rust::xxh3::xxh3_64(&bytes[..head - 8]);
+    bytes[head - 8..head].copy_from_slice(&checksum.to_le_bytes());
+}
