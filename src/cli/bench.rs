@@ -1,15 +1,19 @@
 //! `sidereal bench`: latency, throughput, where the time goes.
 
+use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use sidereal::catalog::{Change, Item};
 use sidereal::{
-    Constraint, Engine, Error, Normalization, Phases, Request, RequestDefaults, RequestLine, Result,
+    CatalogWriter, Constraint, Engine, Error, Input, Normalization, Phases, Request,
+    RequestDefaults, RequestLine, Result,
 };
 
 use super::measure::{Machine, cpu_time, peak_memory_bytes};
@@ -23,7 +27,8 @@ its group was handed over until its answer came.
 
 Examples:
   sidereal bench --shape tiger --beams 50 --history 20 --threads 1
-  sidereal bench --model DIR --catalog items.sidereal --requests requests.jsonl --concurrency 16 --json")]
+  sidereal bench --model DIR --catalog items.sidereal --requests requests.jsonl --concurrency 16 --json
+  sidereal bench --shape tiger --threads 1 --repeat 50 --churn 1")]
 pub struct Arguments {
     /// Model folder; or else --shape
     #[arg(long, value_name = "DIR", required_unless_present = "shape")]
@@ -34,6 +39,9 @@ pub struct Arguments {
     /// A model known by its shape, with random weights and items
     #[arg(long, conflicts_with = "model")]
     shape: Option<Shape>,
+    /// Items of the shape's catalog; by default as many as its models were published with
+    #[arg(long, value_name = "N", requires = "shape", value_parser = clap::value_parser!(u32).range(1..=50_000_000))]
+    items: Option<u32>,
     /// Requests to repeat; by default random histories
     #[arg(long, value_name = "FILE", requires = "model")]
     requests: Option<PathBuf>,
@@ -50,6 +58,9 @@ pub struct Arguments {
     /// Times that the requests are gone through
     #[arg(long, default_value_t = 5, value_name = "R", value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
+    /// Change this many percent of the items a minute, in memory, half of the time, and compare
+    #[arg(long, value_name = "PERCENT")]
+    churn: Option<f64>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -71,8 +82,24 @@ struct Report {
     matrix_gflops: f64,
     matrix_share: f64,
     peak_memory_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    churn: Option<Churn>,
     settings: Settings,
     machine: Machine,
+}
+
+/// The same requests while nothing changed and while the catalog did, turn by turn.
+#[derive(Serialize)]
+struct Churn {
+    percent_a_minute: f64,
+    items: usize,
+    changes: usize,
+    changes_per_second: f64,
+    /// Times that the catalog was compiled anew meanwhile.
+    compactions: u64,
+    still_ms: Latency,
+    changing_ms: Latency,
+    p99_ratio: f64,
 }
 
 #[derive(Serialize)]
@@ -111,12 +138,18 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let defaults = arguments.search.defaults(usize::from(arguments.search.beams));
     let requests = match &arguments.requests {
         Some(path) => read_requests(path, &defaults)?,
-        None => random_requests(&engine, arguments.history as usize, &defaults),
+        None => random_requests(&engine, arguments.history as usize, &defaults)?,
     };
     engine.recommend(&requests[0])?; // warms caches and scratch memory, and fails early
-    let run = measure(&engine, &requests, arguments)?;
+    let (run, churn) = match arguments.churn {
+        None => (measure(&engine, &requests, arguments, arguments.repeat)?, None),
+        Some(percent) => {
+            let (run, churn) = measure_churn(&engine, &requests, arguments, percent)?;
+            (run, Some(churn))
+        }
+    };
     let machine = engine.run(Machine::measure);
-    let report = report(arguments, &engine, run, machine);
+    let report = report(arguments, &engine, run, churn, machine);
     let text = match arguments.json {
         true => serde_json::to_string_pretty(&report).expect("numbers have a JSON form"),
         false => to_text(&report),
@@ -128,7 +161,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
 fn open(arguments: &Arguments) -> Result<Engine> {
     if let Some(shape) = arguments.shape {
         let spinner = super::requests::spinner("drawing random weights");
-        let engine = shape.open(&arguments.device.options()?);
+        let engine = shape.open(&arguments.device.options()?, arguments.items);
         spinner.finish_and_clear();
         return engine;
     }
@@ -159,11 +192,20 @@ fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>
     }
 }
 
-fn random_requests(engine: &Engine, len: usize, defaults: &RequestDefaults) -> Vec<Request> {
+fn random_requests(
+    engine: &Engine,
+    len: usize,
+    defaults: &RequestDefaults,
+) -> Result<Vec<Request>> {
     let catalog = engine.catalog().snapshot();
+    let items: Vec<u32> = catalog.all_items().collect();
+    if items.is_empty() {
+        let reason = "has no items to make histories of".into();
+        return Err(Error::InvalidField { field: "catalog", reason });
+    }
     let mut rng = fastrand::Rng::with_seed(1);
     let request = |_| {
-        let item = |_| catalog.name(rng.u32(0..catalog.num_items() as u32)).to_string();
+        let item = |_| catalog.name(items[rng.usize(0..items.len())]).to_string();
         let mut request = Request::from_history((0..len).map(item).collect::<Vec<String>>());
         request.beams = defaults.beams;
         request.top_k = defaults.top_k;
@@ -171,9 +213,10 @@ fn random_requests(engine: &Engine, len: usize, defaults: &RequestDefaults) -> V
         request.constraint = defaults.constraint;
         request
     };
-    (0..RANDOM_REQUESTS).map(request).collect()
+    Ok((0..RANDOM_REQUESTS).map(request).collect())
 }
 
+#[derive(Default)]
 struct Run {
     latencies_ms: Vec<f64>,
     seconds: f64,
@@ -182,15 +225,133 @@ struct Run {
     matrix_flops: u64,
 }
 
-fn measure(engine: &Engine, requests: &[Request], arguments: &Arguments) -> Result<Run> {
-    let bar = ProgressBar::new(requests.len() as u64 * u64::from(arguments.repeat));
+impl Run {
+    fn add(&mut self, other: Run) {
+        self.latencies_ms.extend(other.latencies_ms);
+        self.seconds += other.seconds;
+        let both = other.cpu_seconds.map(|seconds| self.cpu_seconds.unwrap_or(0.0) + seconds);
+        self.cpu_seconds = both;
+        self.phases.prefill += other.phases.prefill;
+        self.phases.decode += other.phases.decode;
+        self.phases.search += other.phases.search;
+        self.matrix_flops += other.matrix_flops;
+    }
+
+    fn latency(&self) -> Latency {
+        let mut sorted = self.latencies_ms.clone();
+        sorted.sort_by(f64::total_cmp);
+        let last = sorted.len() - 1;
+        let quantile = |share: f64| sorted[(last as f64 * share).round() as usize];
+        Latency { p50: quantile(0.5), p95: quantile(0.95), p99: quantile(0.99), max: sorted[last] }
+    }
+}
+
+/// How often changes are applied.
+const CHANGES_EVERY: Duration = Duration::from_millis(10);
+
+fn measure_churn(
+    engine: &Engine,
+    requests: &[Request],
+    arguments: &Arguments,
+    percent: f64,
+) -> Result<(Run, Churn)> {
+    if !(percent.is_finite() && percent > 0.0) {
+        let reason = format!("{percent} is not a number of percent above zero");
+        return Err(Error::InvalidField { field: "--churn", reason });
+    }
+    let writer = CatalogWriter::in_memory(Arc::clone(engine.catalog()), &Default::default())?;
+    let snapshot = engine.catalog().snapshot();
+    // What a history names must stay; everything else may come and go.
+    let named: HashSet<&str> = requests
+        .iter()
+        .filter_map(|request| match &request.input {
+            Input::History(items) => Some(items.iter().map(String::as_str)),
+            Input::Tokens(_) => None,
+        })
+        .flatten()
+        .collect();
+    let items: Vec<Item> = snapshot
+        .all_items()
+        .filter(|&item| !named.contains(snapshot.name(item)))
+        .map(|item| snapshot.item(item))
+        .collect();
+    let per_second = percent / 100.0 * snapshot.num_items() as f64 / 60.0;
+    let (mut still, mut changing) = (Run::default(), Run::default());
+    let (mut changes, mut changing_seconds) = (0, 0.0);
+    for _ in 0..arguments.repeat {
+        still.add(measure(engine, requests, arguments, 1)?);
+        let done = AtomicBool::new(false);
+        let start = Instant::now();
+        let (run, changed) = std::thread::scope(|scope| {
+            let change = scope.spawn(|| change_items(&writer, &items, per_second, &done));
+            let run = measure(engine, requests, arguments, 1);
+            done.store(true, Ordering::Relaxed);
+            (run, change.join().expect("the thread reports its errors"))
+        });
+        changing.add(run?);
+        changes += changed?;
+        changing_seconds += start.elapsed().as_secs_f64();
+    }
+    let (still_ms, changing_ms) = (still.latency(), changing.latency());
+    let churn = Churn {
+        percent_a_minute: percent,
+        items: snapshot.num_items(),
+        changes,
+        changes_per_second: changes as f64 / changing_seconds,
+        compactions: writer.num_compactions(),
+        p99_ratio: changing_ms.p99 / still_ms.p99,
+        still_ms,
+        changing_ms,
+    };
+    still.add(changing);
+    Ok((still, churn))
+}
+
+/// Deletes items, puts them back and tags them, so many a second, until it is `done`.
+fn change_items(
+    writer: &CatalogWriter,
+    items: &[Item],
+    per_second: f64,
+    done: &AtomicBool,
+) -> Result<usize> {
+    let start = Instant::now();
+    let (mut count, mut rng) = (0, fastrand::Rng::new());
+    while !done.load(Ordering::Relaxed) && !items.is_empty() {
+        let due = (start.elapsed().as_secs_f64() * per_second) as usize;
+        let change = |_| {
+            let item = &items[rng.usize(0..items.len())];
+            match rng.u8(0..3) {
+                0 => Change::Delete { item: item.name.clone() },
+                1 => Change::Put(item.clone()),
+                _ => Change::Tag {
+                    item: item.name.clone(),
+                    add: vec!["changed".into()],
+                    remove: Vec::new(),
+                },
+            }
+        };
+        let changes: Vec<Change> = (count..due).map(change).collect();
+        count = due;
+        writer.apply(&changes)?;
+        std::thread::sleep(CHANGES_EVERY);
+    }
+    Ok(count)
+}
+
+fn measure(
+    engine: &Engine,
+    requests: &[Request],
+    arguments: &Arguments,
+    repeat: u32,
+) -> Result<Run> {
+    let bar = ProgressBar::new(requests.len() as u64 * u64::from(repeat));
     let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {per_sec} {elapsed}");
     let bar = bar.with_style(style.expect("a sound template")).with_message("requests");
     let latencies = Mutex::new(Vec::new());
     let failure = Mutex::new(None);
     let (phases, flops) = (engine.phases(), engine.run(|backend| backend.matrix_flops()));
     let (start, cpu_start) = (Instant::now(), cpu_time());
-    for _ in 0..arguments.repeat {
+    for _ in 0..repeat {
         for group in requests.chunks(arguments.concurrency as usize) {
             let handed_over = Instant::now();
             let note = |answer: Result<_>| {
@@ -227,10 +388,14 @@ fn measure(engine: &Engine, requests: &[Request], arguments: &Arguments) -> Resu
     })
 }
 
-fn report(arguments: &Arguments, engine: &Engine, mut run: Run, machine: Machine) -> Report {
-    run.latencies_ms.sort_by(f64::total_cmp);
+fn report(
+    arguments: &Arguments,
+    engine: &Engine,
+    run: Run,
+    churn: Option<Churn>,
+    machine: Machine,
+) -> Report {
     let requests = run.latencies_ms.len();
-    let quantile = |share: f64| run.latencies_ms[((requests - 1) as f64 * share).round() as usize];
     let matrix_gflops = run.matrix_flops as f64 / run.seconds / 1e9;
     let model = match (&arguments.model, arguments.shape) {
         (Some(path), _) => path.display().to_string(),
@@ -243,12 +408,7 @@ fn report(arguments: &Arguments, engine: &Engine, mut run: Run, machine: Machine
     Report {
         requests,
         requests_per_second: requests as f64 / run.seconds,
-        latency_ms: Latency {
-            p50: quantile(0.5),
-            p95: quantile(0.95),
-            p99: quantile(0.99),
-            max: quantile(1.0),
-        },
+        latency_ms: run.latency(),
         cpu_ms_per_request: run.cpu_seconds.map(|seconds| seconds * 1e3 / requests as f64),
         seconds: Seconds {
             total: run.seconds,
@@ -259,6 +419,7 @@ fn report(arguments: &Arguments, engine: &Engine, mut run: Run, machine: Machine
         matrix_gflops,
         matrix_share: matrix_gflops / machine.matrix_gflops,
         peak_memory_bytes: peak_memory_bytes(),
+        churn,
         settings: Settings {
             model,
             requests: arguments.requests.as_ref().map(|path| path.display().to_string()),
@@ -284,13 +445,28 @@ fn to_text(report: &Report) -> String {
     let memory = report.peak_memory_bytes.map_or("unknown".into(), |bytes| {
         format!("{:.0} MiB at most", bytes as f64 / f64::from(1 << 20))
     });
+    let churn = report.churn.as_ref().map_or(String::new(), |churn| {
+        format!(
+            "\nchanges  {:.0} a second, {} in all, on {} items, compiled anew {} times\n\
+             still    p50 {:.2} ms, p99 {:.2}; changing p50 {:.2}, p99 {:.2}: {:.2} times",
+            churn.changes_per_second,
+            churn.changes,
+            churn.items,
+            churn.compactions,
+            churn.still_ms.p50,
+            churn.still_ms.p99,
+            churn.changing_ms.p50,
+            churn.changing_ms.p99,
+            churn.p99_ratio,
+        )
+    });
     format!(
         "{} on {} ({} cores, {} threads used, {})\n\
          {} requests of {} beams, {} at a time: {:.1} requests/s{cpu}\n\
          latency  p50 {:.2} ms, p95 {:.2}, p99 {:.2}, max {:.2}\n\
          time     prefill {:.0} %, decode {:.0} %, head and search {:.0} %\n\
          matrices {:.1} GFLOP/s, {:.0} % of the {:.1} measured on this machine\n\
-         memory   {memory}",
+         memory   {memory}{churn}",
         settings.model,
         machine.cpu,
         machine.cores,

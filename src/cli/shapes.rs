@@ -64,8 +64,10 @@ impl Shape {
     }
 
     /// A model of this shape. The same weights and items every time.
-    pub fn open(self, options: &EngineOptions) -> Result<Engine> {
-        let (num_levels, num_codes, first_token, num_items) = self.catalog();
+    /// `items`: how many the catalog has, if not the shape's own number.
+    pub fn open(self, options: &EngineOptions, items: Option<u32>) -> Result<Engine> {
+        let (num_levels, num_codes, first_token, own_items) = self.catalog();
+        let num_items = items.map_or(own_items, |items| items as usize);
         let mut rng = fastrand::Rng::with_seed(20);
         let mut builder = CatalogBuilder::default();
         for item in 0..num_items {
