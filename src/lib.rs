@@ -27,14 +27,19 @@
 //! 2. It joins a wave and gets a slot: room for its context, its beams and their tails ([`engine`]).
 //! 3. The network reads the tokens once and leaves what all beams share ([`models`]).
 //! 4. At each level the output head is evaluated for the codes that the level can have, and the best
-//!    legal continuations of all beams become the new beams ([`backend`], [`catalog::trie`]).
+//!    legal continuations of all beams become the new beams ([`backend`], [`catalog::trie`],
+//!    [`catalog::legality`]).
 //! 5. The network reads the beams' newest codes: their KV goes to the tails, which are never copied.
 //! 6. After the last level the beams are leaves of the catalog's trie; their items are the answer.
 //!
+//! From the first step to the last a request sees one [`catalog::Snapshot`], whatever a
+//! [`CatalogWriter`] does meanwhile.
+//!
 //! # The floors
 //!
-//! A module uses lower floors only, and a test holds it to that: the command line > [`engine`] >
-//! [`models`] > [`backend`] > [`catalog`] > requests, errors, semantic IDs, tensors.
+//! A module uses lower floors only, and a test holds it to that: the command line > [`engine`], the
+//! writer, [`quantizer`] > [`models`] > [`backend`], answers > [`catalog`] > requests, errors, semantic
+//! IDs, tensors.
 //!
 //! # What is absent, deliberately
 //!

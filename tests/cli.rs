@@ -138,6 +138,187 @@ fn a_catalog_is_built_and_inspected() {
 }
 
 #[test]
+fn a_catalog_is_changed_and_answers_with_what_is_there_now() {
+    let small = Folder::small();
+    let path = small.path().join("catalog.sidereal");
+    let items_file = small.path().join("items.jsonl");
+    let build = ["catalog", "build", "--items", plain(&items_file), "--output", plain(&path)];
+    assert_eq!(code(&run(&build)), 0);
+    let line = json!({"history": ["i3", "i4"], "each": ["tag:new", "!tag:new"]}).to_string();
+    let wide = ["--beams", "216", "--top-k", "1000"];
+    let before = recommend_small(&small, &line, &wide).remove(0);
+    assert_eq!(before["groups"][0], json!({"filter": "tag:new", "items": []}));
+    assert_eq!(before["items"], json!([]));
+    let old = before["groups"][1]["items"].as_array().expect("the others").len();
+    assert_eq!(old, small.catalog().num_items());
+
+    let changes = small.write(
+        "changes.jsonl",
+        "{\"put\": {\"item\": \"fresh\", \"sid\": [5, 5, 5], \"tags\": [\"new\"], \"title\": \"A lamp\"}}\n\
+         {\"tag\": {\"item\": \"i7\", \"add\": [\"new\"]}}\n\n\
+         {\"delete\": {\"item\": \"i8\"}}\n{\"delete\": {\"item\": \"unheard of\"}}\n\
+         {\"availability\": {\"item\": \"i9\", \"available\": false}}\n",
+    );
+    let change = ["catalog", "change", plain(&path), "--changes", plain(&changes)];
+    let changed = run(&change);
+    assert_eq!(code(&changed), 0, "{}", errors(&changed));
+    assert!(errors(&changed).contains("5 changes applied (1 named"), "{}", errors(&changed));
+    // From the log first, then from the file compiled anew: the answers are the same.
+    let mut answers = Vec::new();
+    for compact in [false, true] {
+        if compact {
+            small.write("none.jsonl", "");
+            let none = small.path().join("none.jsonl");
+            let change =
+                ["catalog", "change", plain(&path), "--changes", plain(&none), "--compact"];
+            assert_eq!(code(&run(&change)), 0);
+        }
+        let inspected = run(&["catalog", "inspect", plain(&path), "--json"]);
+        let summary: Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
+        assert_eq!(summary["snapshot"], 2);
+        assert_eq!(summary["items"], old);
+        assert_eq!(summary["unavailable"], 1);
+        assert_eq!(summary["changed"] == 0, compact);
+        let answer = recommend_small(&small, &line, &wide).remove(0);
+        let mut new = names(&answer["groups"][0]);
+        new.sort_unstable();
+        assert_eq!(new, ["fresh", "i7"]);
+        let rest = names(&answer["groups"][1]);
+        assert_eq!(rest.len(), old - 3);
+        assert!(!rest.contains(&"i8") && !rest.contains(&"i9"));
+        assert_eq!(answer["snapshot"], 2);
+        // What is not available may stand in a history; what was deleted may not.
+        let lines = "{\"history\": [\"i9\"], \"filter\": \"tag:new\"}\n{\"history\": [\"i8\"]}\n";
+        let arguments = ["recommend", "--model", plain(small.path()), "--requests", "-"];
+        let output = run_with(&arguments, lines.as_bytes());
+        assert_eq!(code(&output), 1);
+        let lines = self::lines(&output.stdout);
+        assert_eq!(names(&lines[0]).len(), 2);
+        assert_eq!(lines[1]["error"]["code"], "unknown_item");
+        answers.push(answer);
+    }
+    assert_eq!(answers[0], answers[1]);
+    // A catalog with changes beside it is not built over.
+    small.write("changes.jsonl", "{\"delete\": {\"item\": \"i1\"}}");
+    assert_eq!(code(&run(&change)), 0);
+    let built = run(&build);
+    assert_eq!(code(&built), 2);
+    assert!(errors(&built).contains("--compact"), "{}", errors(&built));
+}
+
+#[test]
+fn a_bad_line_of_changes_changes_nothing() {
+    let small = Folder::small();
+    let path = small.path().join("c.sidereal");
+    let items_file = small.path().join("items.jsonl");
+    run(&["catalog", "build", "--items", plain(&items_file), "--output", plain(&path)]);
+    for (bad, words) in [
+        ("{\"put\": {\"item\": \"x\"}}", "sid"),
+        ("{\"put\": {\"item\": \"x\", \"sid\": [1]}}", "1 levels"),
+        ("{\"remove\": {\"item\": \"x\"}}", "unknown variant"),
+        ("delete i1", "line 2"),
+    ] {
+        let text = format!("{{\"delete\": {{\"item\": \"i1\"}}}}\n{bad}\n");
+        let changes = small.write("changes.jsonl", text);
+        let changed = run(&["catalog", "change", plain(&path), "--changes", plain(&changes)]);
+        assert_eq!(code(&changed), 2, "{bad}");
+        assert!(errors(&changed).contains(words), "{bad}: {}", errors(&changed));
+        let inspected = run(&["catalog", "inspect", plain(&path), "--json"]);
+        let summary: Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
+        assert_eq!(summary["snapshot"], 1, "{bad}");
+    }
+}
+
+#[test]
+fn codebooks_are_fitted_and_items_assigned_and_built() {
+    let folder = temp();
+    let mut rng = fastrand::Rng::with_seed(6);
+    let values: Vec<u8> = (0..300 * 4).flat_map(|_| rng.f32().to_le_bytes()).collect();
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![300, 4], &values);
+    let view = view.expect("a consistent tensor");
+    let bytes = safetensors::serialize([("embeddings", view)], None).expect("a plain tensor");
+    let embeddings = write(&folder, "e.safetensors", bytes);
+    let names: String = (0..300).map(|item| format!("item {item}\n")).collect();
+    let names = write(&folder, "names.txt", names);
+    let at = |name: &str| folder.path().join(name);
+    let (codebooks, items, catalog) = (at("rq.safetensors"), at("items.jsonl"), at("c.sidereal"));
+    let fit = |output: &Path| {
+        let from = ["catalog", "fit", "--embeddings", plain(&embeddings), "--levels", "2"];
+        run(&[&from[..], &["--codes", "16", "--output", plain(output)]].concat())
+    };
+    let fitted = fit(&codebooks);
+    assert_eq!(code(&fitted), 0, "{}", errors(&fitted));
+    assert_eq!(code(&fit(&at("again.safetensors"))), 0);
+    let read = |path: &Path| std::fs::read(path).expect("codebooks");
+    assert_eq!(read(&codebooks), read(&at("again.safetensors")), "equal seeds, equal codebooks");
+    let assigned =
+        run(
+            &[
+                &[
+                    "catalog",
+                    "assign",
+                    "--embeddings",
+                    plain(&embeddings),
+                    "--names",
+                    plain(&names),
+                ][..],
+                &[
+                    "--codebooks",
+                    plain(&codebooks),
+                    "--collisions",
+                    "append",
+                    "--output",
+                    plain(&items),
+                ],
+            ]
+            .concat(),
+        );
+    assert_eq!(code(&assigned), 0, "{}", errors(&assigned));
+    let build = ["catalog", "build", "--items", plain(&items), "--output", plain(&catalog)];
+    assert_eq!(code(&run(&build)), 0);
+    let inspected = run(&["catalog", "inspect", plain(&catalog), "--json"]);
+    let summary: Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
+    assert_eq!((&summary["items"], &summary["sids"]), (&json!(300), &json!(300)));
+    assert_eq!(summary["levels"], 3);
+
+    let short = write(&folder, "short.txt", "one\ntwo\n");
+    let assigned =
+        run(
+            &[
+                &[
+                    "catalog",
+                    "assign",
+                    "--embeddings",
+                    plain(&embeddings),
+                    "--names",
+                    plain(&short),
+                ][..],
+                &["--codebooks", plain(&codebooks), "--output", plain(&items)],
+            ]
+            .concat(),
+        );
+    assert_eq!(code(&assigned), 2);
+    assert!(errors(&assigned).contains("2 lines for 300"), "{}", errors(&assigned));
+    let wrong = run(&["catalog", "fit", "--embeddings", plain(&names), "--output", plain(&items)]);
+    assert_eq!(code(&wrong), 2);
+}
+
+#[test]
+fn a_bench_compares_latency_with_and_without_changes() {
+    let arguments = ["bench", "--model", "models/industrial", "--history", "3", "--beams", "4"];
+    let churn = ["--repeat", "2", "--threads", "1", "--churn", "5000", "--json"];
+    let output = run(&[&arguments[..], &churn].concat());
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(report["requests"], 64);
+    assert_eq!(report["churn"]["items"], 3686);
+    assert!(report["churn"]["p99_ratio"].as_f64().is_some_and(|ratio| ratio > 0.0));
+    let output = run(&[&arguments[..], &["--churn", "0"]].concat());
+    assert_eq!(code(&output), 2);
+    assert!(errors(&output).contains("above zero"), "{}", errors(&output));
+}
+
+#[test]
 fn a_catalog_is_not_built_over_a_file_of_items() {
     let folder = temp();
     let path = folder.path().join("c.json");
