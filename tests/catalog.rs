@@ -112,11 +112,10 @@ fn any_interleaving_of_changes_and_searches_equals_a_fresh_catalog() {
     assert!(compactions > 150, "only {compactions} compilations came in between");
 }
 
+type Passes = Box<dyn Fn(&[String]) -> bool>;
+
 /// A random filter as text, and whether it passes an item with some tags.
-fn random_filter(
-    rng: &mut fastrand::Rng,
-    depth: usize,
-) -> (String, Box<dyn Fn(&[String]) -> bool>) {
+fn random_filter(rng: &mut fastrand::Rng, depth: usize) -> (String, Passes) {
     match rng.u8(0..if depth == 0 { 3 } else { 8 }) {
         0 => ("all".into(), Box::new(|_| true)),
         1 | 2 => {
@@ -210,7 +209,7 @@ fn large_catalogs_agree_with_brute_force_as_well() {
         .map(|n: usize| {
             let sid = Sid::new(&[rng.u16(0..3), rng.u16(0..40), rng.u16(0..60)]).expect("three");
             let mut item = Item::new(n.to_string(), sid);
-            item.tags.extend((n % 2 == 0).then(|| "half".to_string()));
+            item.tags.extend((n.is_multiple_of(2)).then(|| "half".to_string()));
             item.tags.extend((n % 1999 == 7).then(|| "rare".to_string()));
             item.tags.extend((sid.codes()[0] == 1).then(|| "first is one".to_string()));
             item.tags.sort_unstable();
@@ -297,8 +296,11 @@ fn readers_see_whole_batches_and_keep_what_they_began_with() {
             let names = ["a", "b"].map(|letter| format!("{letter}{n}"));
             let put = |name: &String| Change::Put(item(name.clone(), rng.u16(0..30)));
             let delete = |name: &String| Change::Delete { item: name.clone() };
-            let changes =
-                if n % 2 == 0 { names.each_ref().map(put) } else { names.each_ref().map(delete) };
+            let changes = if n.is_multiple_of(2) {
+                names.each_ref().map(put)
+            } else {
+                names.each_ref().map(delete)
+            };
             writer.apply(&changes).expect("sound changes");
         }
         done.store(true, Ordering::Relaxed);

@@ -121,7 +121,7 @@ impl Base {
     /// The tags with the number of items that carry each.
     ///
     /// # Errors
-    /// [`Error::CatalogContents`] where the file's sets cannot be read.
+    /// [`CatalogContents`](crate::Error::CatalogContents) where the file's sets cannot be read.
     pub fn tags(&self) -> Result<Vec<(String, u64)>> {
         let Some(tags) = &self.tags else { return Ok(Vec::new()) };
         let count = |tag| Ok((tags.names.get(tag).to_string(), tags.items(tag)?.len()));

@@ -266,18 +266,19 @@ impl TrieBuilder {
             0 => 0,
             _ => codes.iter().zip(&self.newest).take_while(|(a, b)| a == b).count(),
         };
-        for depth in shared..num_levels {
+        for (depth, &code) in codes.iter().enumerate().skip(shared) {
+            let is_rising = code > self.newest[depth];
             debug_assert!(
-                depth > shared || self.num_items == 0 || codes[depth] > self.newest[depth],
+                depth > shared || self.num_items == 0 || is_rising,
                 "semantic IDs must be sorted"
             );
-            self.codes[depth].push(codes[depth]);
+            self.codes[depth].push(code);
             self.first_item[depth + 1].push(self.num_items);
             if depth + 1 < num_levels {
                 let first_edge = self.codes[depth + 1].len() as u32;
                 self.first_edge[depth + 1].push(first_edge);
             }
-            self.newest[depth] = codes[depth];
+            self.newest[depth] = code;
         }
         self.num_items += 1;
         assert!(self.num_items < 1 << 31, "items are numbered with 31 bits");
