@@ -36,8 +36,10 @@ pub struct WriterOptions {
 /// Items that were changed since the last compilation, as a multiple of `compact_at`, from which on
 /// a change waits until the next is done.
 const MOST_WAITING: usize = 8;
-/// Changes that are caught up with while other changes wait.
-const CATCH_UP: usize = 256;
+/// Changes that a new compilation catches up with while other changes wait.
+const CATCH_UP: usize = 1000;
+/// Rounds of catching up after which they wait in any case: each is shorter than the one before.
+const CATCH_UP_ROUNDS: usize = 4;
 
 /// Changes a catalog while others search it. There is one a catalog.
 ///
@@ -346,11 +348,11 @@ impl Shared {
             }
         };
         next.base().warm_as(before.base());
-        loop {
+        for round in 1.. {
             let mut state = self.lock();
             let journal = state.journal.replace(Vec::new()).expect("one compilation at a time");
             let current = self.catalog.snapshot().number();
-            let is_last = journal.len() <= CATCH_UP;
+            let is_last = journal.len() <= CATCH_UP || round == CATCH_UP_ROUNDS;
             let state = if is_last { Some(state) } else { None };
             if current > next.number() {
                 next = next.with_numbered(&journal, current)?;
@@ -360,5 +362,6 @@ impl Shared {
                 return state.log.as_mut().map_or(Ok(()), |log| log.drop_until(before.number()));
             }
         }
+        unreachable!("the last round returns")
     }
 }

@@ -47,15 +47,14 @@ impl Selection {
         let num_levels = trie.num_levels();
         let leaves = trie.nodes_at(num_levels);
         let mut nodes = vec![0u64; (leaves.end as usize).div_ceil(64)];
-        let put = |nodes: &mut Vec<u64>, node: u32, passes: bool| {
+        // Backwards, so that a node's children are known before it.
+        for node in leaves.clone().rev() {
+            let passes = any_bit(items.words(), trie.items(node, num_levels));
             nodes[node as usize / 64] |= u64::from(passes) << (node % 64);
-        };
-        for leaf in leaves {
-            put(&mut nodes, leaf, any_bit(items.words(), trie.items(leaf, num_levels)));
         }
-        for node in (0..trie.nodes_at(num_levels).start).rev() {
+        for node in (0..leaves.start).rev() {
             let passes = any_bit(&nodes, trie.children(node).0);
-            put(&mut nodes, node, passes);
+            nodes[node as usize / 64] |= u64::from(passes) << (node % 64);
         }
         Selection { filter, items, nodes }
     }
@@ -133,11 +132,7 @@ impl Base {
     }
 
     pub(super) fn tags_of(&self, item: u32) -> Vec<String> {
-        let tags = self.tags.iter().flat_map(|tags| {
-            let numbers = (0..tags.len() as u32).filter(|&tag| tags.contains(tag, item));
-            numbers.map(|tag| tags.names.get(tag).to_string())
-        });
-        tags.collect()
+        self.tags.iter().flat_map(|tags| tags.of_item(item)).map(str::to_string).collect()
     }
 
     pub(super) fn find(&self, name: &str) -> Option<u32> {

@@ -117,6 +117,12 @@ fn mask_below(bit: u32) -> u64 {
 /// Whether a stretch of positions has a set bit.
 #[inline]
 pub(super) fn any_bit(words: &[u64], positions: Range<u32>) -> bool {
+    let (first, last) =
+        (positions.start as usize / 64, (positions.end as usize).wrapping_sub(1) / 64);
+    if first == last {
+        let below_end = u64::MAX >> (63 - (positions.end - 1) % 64);
+        return words[first] & below_end & !mask_below(positions.start) != 0;
+    }
     words_of(positions).any(|(word, mask)| words[word] & mask != 0)
 }
 

@@ -254,11 +254,8 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Base, String> {
     let titles =
         sections.optional(Kind::TitleStart, |s| s.texts(Kind::TitleBytes, Kind::TitleStart))?;
     let tags = sections.optional(Kind::TagSets, |s| {
-        Ok(Tags {
-            names: s.texts(Kind::TagBytes, Kind::TagStart)?,
-            sets: s.column(Kind::TagSets)?,
-            start: s.column(Kind::TagSetStart)?,
-        })
+        let names = s.texts(Kind::TagBytes, Kind::TagStart)?;
+        Ok(Tags::new(names, s.column(Kind::TagSets)?, s.column(Kind::TagSetStart)?))
     })?;
     let available: Option<Column<u64>> =
         sections.optional(Kind::Available, |s| s.column(Kind::Available))?;

@@ -81,13 +81,6 @@ pub(super) struct AddedItems {
 }
 
 impl Legality {
-    /// Whether no check is needed: every item is allowed.
-    pub fn is_everything(&self) -> bool {
-        let BaseItems { available, passing, excluded } = &self.base;
-        let none_excluded = excluded.items.is_empty();
-        available.is_none() && passing.is_none() && none_excluded && self.added.is_none()
-    }
-
     /// What is allowed below one place, of whose children many will be asked for.
     #[inline]
     pub fn below<'a>(&'a self, snapshot: &'a Snapshot, place: Place, depth: usize) -> Below<'a> {

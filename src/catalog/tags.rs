@@ -1,6 +1,7 @@
 //! Which items carry a tag.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use roaring::RoaringBitmap;
 
@@ -20,6 +21,8 @@ pub(super) struct Tags {
     pub sets: Column<u8>,
     /// `[tags + 1]`; the set of tag `t` is `sets[start[t]..start[t + 1]]`.
     pub start: Column<u64>,
+    /// All sets, unpacked when somebody asks for the tags of an item; those that can be read.
+    unpacked: OnceLock<Vec<Option<RoaringBitmap>>>,
 }
 
 impl Tags {
@@ -35,7 +38,11 @@ impl Tags {
             items.serialize_into(&mut sets).expect("a vector takes all bytes");
             start.push(sets.len() as u64);
         }
-        Tags { names: names.finish(), sets: sets.into(), start: start.into() }
+        Tags::new(names.finish(), sets.into(), start.into())
+    }
+
+    pub fn new(names: Texts, sets: Column<u8>, start: Column<u64>) -> Tags {
+        Tags { names, sets, start, unpacked: OnceLock::new() }
     }
 
     pub fn len(&self) -> usize {
@@ -68,9 +75,14 @@ impl Tags {
         None
     }
 
-    /// Whether an item carries a tag.
-    pub fn contains(&self, tag: u32, item: u32) -> bool {
-        self.items(tag).is_ok_and(|items| items.contains(item))
+    /// The names of an item's tags, ascending.
+    pub fn of_item(&self, item: u32) -> impl Iterator<Item = &str> {
+        let all = || (0..self.len() as u32).map(|tag| self.items(tag).ok()).collect();
+        let sets = self.unpacked.get_or_init(all).iter();
+        let carried = (0..)
+            .zip(sets)
+            .filter(move |(_, set)| set.as_ref().is_some_and(|set| set.contains(item)));
+        carried.map(|(tag, _)| self.names.get(tag))
     }
 
     /// The items below `num_items` that pass a filter.
