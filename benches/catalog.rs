@@ -25,7 +25,7 @@ use baselines::{HashTrie, PaddedTrie};
 const CODES: usize = 8192;
 const LEVELS: usize = 3;
 const BEAMS: usize = 512;
-/// Above this, the baselines are left out: their tables do not fit.
+/// Above this, the baselines are left out: the hash maps do not fit.
 const MOST_FOR_BASELINES: usize = 5_000_000;
 
 fn sizes() -> Vec<usize> {

@@ -27,15 +27,17 @@ pub enum Durability {
 pub struct WriterOptions {
     /// What an acknowledged change survives.
     pub durability: Durability,
-    /// Added, replaced and deleted items from which on the catalog is compiled anew in the
-    /// background; by default a sixteenth of its items, at least ten thousand and at most a hundred
-    /// thousand. `usize::MAX` for never.
+    /// Items put from which on the catalog is compiled anew in the background; by default a
+    /// sixteenth of its items, at least ten thousand and at most a hundred thousand. Deleted items
+    /// cost little, and bring it about when they are a quarter of all. `usize::MAX` for never.
     pub compact_at: Option<usize>,
 }
 
-/// Items that were changed since the last compilation, as a multiple of `compact_at`, from which on
-/// a change waits until the next is done.
+/// Items put, or changes, since the compilation under way began, as a multiple of what brings one
+/// about, from which on a change waits until it is done.
 const MOST_WAITING: usize = 8;
+/// Deleted items, as a share of all, that bring a compilation about: one in so many.
+const FORGOTTEN_SHARE: usize = 4;
 /// Changes that a new compilation catches up with while other changes wait.
 const CATCH_UP: usize = 1000;
 /// Rounds of catching up after which they wait in any case: each is shorter than the one before.
@@ -180,8 +182,7 @@ impl CatalogWriter {
     ) -> Result<u64> {
         let shared = &*self.shared;
         let mut state = shared.lock();
-        let most = shared.compact_at().saturating_mul(MOST_WAITING);
-        while state.journal.is_some() && shared.catalog.snapshot().num_changed() >= most {
+        while shared.must_wait(&state) {
             state = shared.changed.wait(state).expect("no holder panics");
         }
         let before = shared.catalog.snapshot();
@@ -297,9 +298,26 @@ impl Shared {
         self.options.compact_at.unwrap_or_else(default)
     }
 
+    /// The same for deleted items.
+    fn compact_at_forgotten(&self) -> usize {
+        let num_items = self.catalog.snapshot().base().num_items() as usize;
+        self.compact_at().max(num_items / FORGOTTEN_SHARE)
+    }
+
     fn should_compact(&self, state: &State) -> bool {
-        let changed = self.catalog.snapshot().num_changed();
-        state.is_wanted || (changed >= self.compact_at() && changed >= state.retry_at)
+        let snapshot = self.catalog.snapshot();
+        let (added, forgotten) = (snapshot.num_added(), snapshot.num_forgotten());
+        let is_due = added >= self.compact_at() || forgotten >= self.compact_at_forgotten();
+        state.is_wanted || (is_due && added + forgotten >= state.retry_at)
+    }
+
+    /// Whether changes come faster than a compilation under way can take.
+    fn must_wait(&self, state: &State) -> bool {
+        let most = |of: usize| of.saturating_mul(MOST_WAITING);
+        state.journal.as_ref().is_some_and(|journal| {
+            self.catalog.snapshot().num_added() >= most(self.compact_at())
+                || journal.len() >= most(self.compact_at_forgotten())
+        })
     }
 
     fn compact_when_wanted(&self) {
@@ -325,7 +343,8 @@ impl Shared {
                 }
                 Err(error) => {
                     state.failure = Some(error);
-                    state.retry_at = 2 * self.catalog.snapshot().num_changed();
+                    let snapshot = self.catalog.snapshot();
+                    state.retry_at = 2 * (snapshot.num_added() + snapshot.num_forgotten());
                 }
             }
             drop(state);

@@ -13,14 +13,19 @@ pub struct HashTrie {
     codes: HashMap<u32, Vec<u16>>,
 }
 
-/// A trie as sparse matrices by level, every row padded to the longest: gathers without branches,
-/// as STATIC (Google, 2026) does on accelerators.
+/// A trie as a sparse matrix by level; a step reads as many places for every beam as the longest row
+/// of the level has, without branches, and masks what is beyond a row's end: as STATIC (Google,
+/// 2026) does on accelerators.
 pub struct PaddedTrie {
-    /// By level: `[nodes, longest]` codes, and the nodes they lead to; `PAD` in the gaps.
-    levels: Vec<(usize, Vec<u16>, Vec<u32>)>,
+    levels: Vec<Level>,
 }
 
-const PAD: u32 = u32::MAX;
+struct Level {
+    longest: usize,
+    /// `[nodes + 1]`; the children of node `n` are `first[n]..first[n + 1]`, which are their numbers.
+    first: Vec<u32>,
+    codes: Vec<u16>,
+}
 
 impl HashTrie {
     pub fn build(sids: &[[u16; 3]]) -> HashTrie {
@@ -73,48 +78,36 @@ impl HashTrie {
 
 impl PaddedTrie {
     pub fn build(sorted: &[[u16; 3]]) -> PaddedTrie {
-        let mut levels = Vec::new();
-        for level in 0..3 {
-            // The children of each node, in order: prefixes of one code more.
-            let mut rows: Vec<Vec<(u16, u32)>> = Vec::new();
-            let (mut node, mut before): (u32, Option<&[u16; 3]>) = (0, None);
+        let level = |level: usize| {
+            let (mut first, mut codes) = (Vec::new(), Vec::new());
+            let mut before: Option<&[u16; 3]> = None;
             for sid in sorted {
                 if before.is_none_or(|before| before[..level] != sid[..level]) {
-                    rows.push(Vec::new());
+                    first.push(codes.len() as u32);
                 }
                 if before.is_none_or(|before| before[..=level] != sid[..=level]) {
-                    rows.last_mut().expect("pushed above").push((sid[level], node));
-                    node += 1;
+                    codes.push(sid[level]);
                 }
                 before = Some(sid);
             }
-            let longest = rows.iter().map(Vec::len).max().unwrap_or(0);
-            let mut codes = vec![0; rows.len() * longest];
-            let mut nodes = vec![PAD; rows.len() * longest];
-            for (row, children) in rows.iter().enumerate() {
-                for (at, &(code, node)) in children.iter().enumerate() {
-                    codes[row * longest + at] = code;
-                    nodes[row * longest + at] = node;
-                }
-            }
-            levels.push((longest, codes, nodes));
-        }
-        PaddedTrie { levels }
+            first.push(codes.len() as u32);
+            let longest = first.windows(2).map(|row| (row[1] - row[0]) as usize).max();
+            Level { longest: longest.unwrap_or(0), first, codes }
+        };
+        PaddedTrie { levels: (0..3).map(level).collect() }
     }
 
     pub fn size_bytes(&self) -> usize {
-        let bytes = |(_, codes, nodes): &(usize, Vec<u16>, Vec<u32>)| {
-            size_of_val(&codes[..]) + size_of_val(&nodes[..])
-        };
+        let bytes = |level: &Level| size_of_val(&*level.first) + size_of_val(&*level.codes);
         self.levels.iter().map(bytes).sum()
     }
 
     pub fn node(&self, prefix: &[u32]) -> u32 {
-        prefix.iter().zip(&self.levels).fold(0, |node, (&code, (longest, codes, nodes))| {
-            let row = node as usize * longest..(node as usize + 1) * longest;
-            let mut at = codes[row.clone()].iter().zip(&nodes[row.clone()]);
-            let at = at.position(|(&other, &child)| u32::from(other) == code && child != PAD);
-            nodes[row.start + at.expect("a prefix of the catalogue")]
+        prefix.iter().zip(&self.levels).fold(0, |node, (&code, level)| {
+            let row = level.first[node as usize]..level.first[node as usize + 1];
+            let mut children = row.clone();
+            let child = children.find(|&at| u32::from(level.codes[at as usize]) == code);
+            child.expect("a prefix of the catalogue")
         })
     }
 
@@ -126,22 +119,20 @@ impl PaddedTrie {
         beams: &[(f32, u32)],
         width: usize,
     ) -> Vec<(f32, u32)> {
-        let (longest, codes, nodes) = &self.levels[level];
+        let Level { longest, first, codes } = &self.levels[level];
         let mut scores = vec![f32::NEG_INFINITY; beams.len() * longest];
         for (beam, &(score, node)) in beams.iter().enumerate() {
-            let row = node as usize * longest..(node as usize + 1) * longest;
+            let (start, end) = (first[node as usize] as usize, first[node as usize + 1] as usize);
             let log_probs = &log_probs[beam * columns..(beam + 1) * columns];
             let out = &mut scores[beam * longest..(beam + 1) * longest];
-            for ((out, &code), &child) in out.iter_mut().zip(&codes[row.clone()]).zip(&nodes[row]) {
+            for (slot, out) in out.iter_mut().enumerate() {
+                let code = codes[(start + slot).min(codes.len() - 1)];
                 let sum = score + log_probs[usize::from(code)];
-                *out = if child == PAD { f32::NEG_INFINITY } else { sum };
+                *out = if start + slot < end { sum } else { f32::NEG_INFINITY };
             }
         }
         best(&scores, width)
-            .map(|at| {
-                let (beam, child) = (at / longest, at % longest);
-                (scores[at], nodes[beams[beam].1 as usize * longest + child])
-            })
+            .map(|at| (scores[at], first[beams[at / longest].1 as usize] + (at % longest) as u32))
             .collect()
     }
 }

@@ -158,11 +158,14 @@ impl Snapshot {
         base.chain(added.map(move |&number| first + number))
     }
 
-    /// Changes since the catalog was compiled: items added, taken back or replaced.
-    pub fn num_changed(&self) -> usize {
-        let forgotten = self.forgotten.as_ref().map_or(0, |set| set.num_members());
-        let added = self.added.as_ref().map_or(0, |added| added.num_numbers());
-        (forgotten + added) as usize
+    /// Items put since the catalog was compiled, whether they are still there or not.
+    pub fn num_added(&self) -> usize {
+        self.added.as_ref().map_or(0, |added| added.num_numbers() as usize)
+    }
+
+    /// Compiled items that were deleted or replaced since.
+    pub fn num_forgotten(&self) -> usize {
+        self.forgotten.as_ref().map_or(0, |set| set.num_members() as usize)
     }
 
     /// Codes of a semantic ID.
