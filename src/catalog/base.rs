@@ -173,14 +173,22 @@ impl Base {
 
     /// Compiles a snapshot: the catalog with all its changes, in arrays again.
     ///
-    /// `progress` hears how many items are laid out; where it says no, `None` comes back.
+    /// `progress` hears how many items are done, twice over; where it says no, `None` comes back.
     pub(super) fn compile(
         snapshot: &Snapshot,
         mut progress: impl FnMut(usize) -> bool,
     ) -> Result<Option<Base>> {
         let old = snapshot.base();
         let num_items = snapshot.num_items();
+        // The trie first and by itself: what it takes to build is gone when the rest begins.
         let mut trie = TrieBuilder::new(snapshot.num_levels());
+        for (position, (sid, _)) in snapshot.in_order().enumerate() {
+            if position.is_multiple_of(1 << 16) && !progress(position) {
+                return Ok(None);
+            }
+            trie.push(sid.codes());
+        }
+        let trie = trie.finish();
         let mut names = TextsBuilder::with_capacity(num_items, old.names.bytes.len());
         let mut titles = TextsBuilder::with_capacity(
             if old.titles.is_some() { num_items } else { 0 },
@@ -189,11 +197,10 @@ impl Base {
         let mut withdrawn: Vec<u32> = Vec::new();
         let mut added: BTreeMap<String, RoaringBitmap> = BTreeMap::new();
         let mut shifts = Shifts::default();
-        for (position, (sid, item)) in (0u32..).zip(snapshot.in_order()) {
+        for (position, (_, item)) in (0u32..).zip(snapshot.in_order()) {
             if position.is_multiple_of(1 << 16) && !progress(position as usize) {
                 return Ok(None);
             }
-            trie.push(sid.codes());
             names.push(snapshot.name(item));
             if let Some(title) = snapshot.title(item) {
                 // Items before the first that has one have empty titles.
@@ -227,7 +234,7 @@ impl Base {
                 *tags.entry(old_tags.names.get(tag).to_string()).or_default() |= moved;
             }
         }
-        let base = Base::new(trie.finish(), names, index, has_titles.then(|| titles.finish()))
+        let base = Base::new(trie, names, index, has_titles.then(|| titles.finish()))
             .with_tags(tags)
             .with_withdrawn(&withdrawn);
         Ok(Some(Base { lineage: old.lineage, snapshot: snapshot.number(), ..base }))
