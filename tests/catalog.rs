@@ -474,9 +474,36 @@ fn a_compilation_may_die_between_the_new_file_and_the_new_log() {
     assert_holds(&Catalog::open(&on_disk.path()).expect("sound").snapshot(), &states[3].0, "later");
     // The old file with the new log lacks what was dropped from it.
     std::fs::write(on_disk.path(), old_file).expect("a writable folder");
-    on_disk.items.push(Item::new("x", Sid::new(&[0, 0, 0]).expect("three")));
     std::fs::write(&log, new_log).expect("a writable folder");
-    assert!(Catalog::open(&on_disk.path()).is_ok(), "a log without records fits");
+    let stale = Catalog::open(&on_disk.path()).err().map(|error| error.to_string());
+    assert!(stale.is_some_and(|text| text.contains("put the newer catalog back")));
+    let stale = CatalogWriter::open(&on_disk.path(), &WriterOptions::default());
+    assert!(stale.is_err());
+}
+
+#[test]
+fn a_reader_opens_the_catalog_at_any_time() {
+    // Between the new file and the new log a reader must find neither an error nor an old state.
+    let on_disk = OnDisk::new(11);
+    let writer = on_disk.writer();
+    let (done, applied) = (AtomicBool::new(false), AtomicU64::new(1));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let least = applied.load(Ordering::SeqCst);
+                let catalog = Catalog::open(&on_disk.path()).expect("a sound catalog");
+                assert!(catalog.snapshot().number() >= least, "older than what was acknowledged");
+            }
+        });
+        for n in 0..60 {
+            let put = Change::Put(Item::new(format!("n{n}"), Sid::new(&[1, 1, 1]).expect("three")));
+            applied.store(writer.apply(&[put]).expect("sound"), Ordering::SeqCst);
+            if n % 3 == 0 {
+                writer.compact().expect("a writable folder");
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Changes on disk: a log beside the catalog's file, `<catalog>.changes`.
 //!
 //! ```text
-//! header: magic | version | reserved | lineage | checksum            32 bytes
-//! record: bytes of the payload | snapshot | checksum | payload       20 bytes and the payload
+//! header: magic | version | reserved | lineage | snapshot before the first record | checksum
+//! record: bytes of the payload | snapshot | checksum | payload
 //! ```
 //! Numbers are little-endian, checksums XXH3 (64 bits) of everything before them and, in a record,
 //! of the payload: a batch of changes in postcard's format. A record is one batch and makes one
@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 
 const MAGIC: [u8; 8] = *b"SIDCHNGE";
 const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 32;
+const HEADER_BYTES: usize = 40;
 const RECORD_HEADER_BYTES: usize = 20;
 /// Bytes of one batch.
 const MAX_PAYLOAD_BYTES: usize = 1 << 30;
@@ -50,6 +50,8 @@ pub struct Batch {
 pub struct Contents {
     /// The catalog that the log belongs to.
     pub lineage: u64,
+    /// The snapshot that the first batch was applied to: a catalog that is older lacks changes.
+    pub after: u64,
     /// In the order in which they happened.
     pub batches: Vec<Batch>,
     /// Bytes up to the end of the last whole record; the rest was being written.
@@ -69,11 +71,15 @@ pub fn parse(bytes: &[u8]) -> std::result::Result<Contents, String> {
     if version != VERSION {
         return Err(format!("the log is of format {version}, this version reads {VERSION}"));
     }
-    if header[24..] != xxh3_64(&header[..24]).to_le_bytes() {
+    if header[32..] != xxh3_64(&header[..32]).to_le_bytes() {
         return Err("the header is damaged (checksum)".into());
     }
-    let lineage = u64::from_le_bytes(field(header, 16));
-    let mut contents = Contents { lineage, batches: Vec::new(), whole_bytes: HEADER_BYTES as u64 };
+    let mut contents = Contents {
+        lineage: u64::from_le_bytes(field(header, 16)),
+        after: u64::from_le_bytes(field(header, 24)),
+        batches: Vec::new(),
+        whole_bytes: HEADER_BYTES as u64,
+    };
     let mut at = HEADER_BYTES;
     while at < bytes.len() {
         let damaged = |what: &str| {
@@ -96,8 +102,8 @@ pub fn parse(bytes: &[u8]) -> std::result::Result<Contents, String> {
             return Err(damaged("a damaged record"));
         }
         let snapshot = u64::from_le_bytes(field(header, 4));
-        let expected = contents.batches.last().map_or(snapshot, |batch| batch.snapshot + 1);
-        if snapshot != expected {
+        let before = contents.batches.last().map_or(contents.after, |batch| batch.snapshot);
+        if before.checked_add(1) != Some(snapshot) {
             return Err(damaged("a record out of order"));
         }
         let changes = postcard::from_bytes(payload)
@@ -120,11 +126,12 @@ fn record_checksum(head: &[u8], payload: &[u8]) -> u64 {
     hasher.digest()
 }
 
-fn header(lineage: u64) -> Vec<u8> {
+fn header(lineage: u64, after: u64) -> Vec<u8> {
     let mut header = MAGIC.to_vec();
     header.extend_from_slice(&VERSION.to_le_bytes());
     header.extend_from_slice(&[0; 4]);
     header.extend_from_slice(&lineage.to_le_bytes());
+    header.extend_from_slice(&after.to_le_bytes());
     header.extend_from_slice(&xxh3_64(&header).to_le_bytes());
     header
 }
@@ -156,17 +163,17 @@ fn later_batches(log: &Path, contents: Contents, snapshot: &Snapshot) -> Result<
                       put its own catalog back";
         return Err(error(reason.into()));
     }
-    let mut batches = contents.batches;
-    batches.retain(|batch| batch.snapshot > snapshot.number());
-    match batches.first() {
-        Some(first) if first.snapshot != snapshot.number() + 1 => Err(error(format!(
+    if contents.after > snapshot.number() {
+        return Err(error(format!(
             "the catalog beside it is of snapshot {}, the log goes on after {}; put the newer \
              catalog back",
             snapshot.number(),
-            first.snapshot - 1
-        ))),
-        _ => Ok(batches),
+            contents.after
+        )));
     }
+    let mut batches = contents.batches;
+    batches.retain(|batch| batch.snapshot > snapshot.number());
+    Ok(batches)
 }
 
 fn apply(log: &Path, batches: Vec<Batch>, snapshot: &Snapshot) -> Result<Option<Snapshot>> {
@@ -217,7 +224,7 @@ impl ChangeLog {
         let io = |error| Error::io(&path, error);
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let file = create(&path, &header(lineage)).map_err(io)?;
+                let file = create(&path, &header(lineage, snapshot.number())).map_err(io)?;
                 return Ok((
                     ChangeLog { path, file, lineage, len: HEADER_BYTES as u64, broken: None },
                     None,
@@ -290,7 +297,7 @@ impl ChangeLog {
         let bytes = std::fs::read(&self.path).map_err(io)?;
         let contents =
             parse(&bytes).map_err(|reason| Error::ChangeLog { path: self.path.clone(), reason })?;
-        let mut kept = header(self.lineage);
+        let mut kept = header(self.lineage, snapshot.max(contents.after));
         for batch in contents.batches.iter().filter(|batch| batch.snapshot > snapshot) {
             kept.extend_from_slice(&record(batch.snapshot, &batch.changes)?);
         }

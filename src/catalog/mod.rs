@@ -108,6 +108,9 @@ pub enum Change {
     },
 }
 
+/// How often a catalog's file and log are read until they go together.
+const OPEN_ATTEMPTS: usize = 3;
+
 /// A catalog that may change while it is searched.
 ///
 /// Readers take a [`Snapshot`], which costs a few nanoseconds and never waits; a
@@ -130,12 +133,21 @@ impl Catalog {
             items::read(path, |item| builder.add(item), |_| {})?;
             builder.build().map_err(|error| items::whole_file_error(path, &error))
         } else {
-            let catalog = Catalog::open_compiled(path)?;
-            let after = change_log::replay(path, &catalog.snapshot())?;
-            if let Some(after) = after {
-                catalog.publish(after);
+            // A writer may compile the catalog anew in between: then file and log are both newer.
+            let mut attempts = OPEN_ATTEMPTS;
+            loop {
+                attempts -= 1;
+                let catalog = Catalog::open_compiled(path)?;
+                match change_log::replay(path, &catalog.snapshot()) {
+                    Ok(None) => return Ok(catalog),
+                    Ok(Some(after)) => {
+                        catalog.publish(after);
+                        return Ok(catalog);
+                    }
+                    Err(Error::ChangeLog { .. }) if attempts > 0 => {}
+                    Err(error) => return Err(error),
+                }
             }
-            Ok(catalog)
         }
     }
 
