@@ -1,9 +1,37 @@
-//! The kept seeds of the fuzzers go through what is fuzzed: see `tests/fuzz`.
+//! The kept seeds of the fuzzers, and each of them damaged in many ways, go through what is fuzzed:
+//! see `tests/fuzz`.
 
 use std::path::Path;
 
 #[path = "common/fuzzed.rs"]
 mod fuzzed;
+
+const DAMAGED_PER_SEED: usize = 500;
+
+/// A few bytes changed, lost, put in, or a number made large.
+fn damaged(seed: &[u8], rng: &mut fastrand::Rng) -> Vec<u8> {
+    let mut bytes = seed.to_vec();
+    for _ in 0..rng.usize(1..6) {
+        if bytes.is_empty() {
+            break;
+        }
+        let at = rng.usize(0..bytes.len());
+        match rng.u8(0..6) {
+            0 => bytes[at] = rng.u8(..),
+            1 => bytes[at] ^= 1 << rng.u8(0..8),
+            2 => drop(bytes.remove(at)),
+            3 => bytes.insert(at, rng.u8(..)),
+            4 => bytes.truncate(at),
+            _ => {
+                let number = [0, 1, 1 << 31, u32::MAX, rng.u32(..)][rng.usize(0..5)];
+                if let Some(field) = bytes.get_mut(at..at + 4) {
+                    field.copy_from_slice(&number.to_le_bytes());
+                }
+            }
+        }
+    }
+    bytes
+}
 
 fn each_seed(target: &str, fuzz: impl Fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/seeds").join(target);
@@ -11,6 +39,10 @@ fn each_seed(target: &str, fuzz: impl Fn(&[u8])) {
     for seed in std::fs::read_dir(folder).expect("seeds of the repository") {
         let seed = std::fs::read(seed.expect("a readable folder").path()).expect("a seed");
         fuzz(&seed);
+        let mut rng = fastrand::Rng::with_seed(count);
+        for _ in 0..DAMAGED_PER_SEED {
+            fuzz(&damaged(&seed, &mut rng));
+        }
         count += 1;
     }
     assert!(count >= 3, "only {count} seeds of {target}");

@@ -14,7 +14,7 @@ use super::snapshot::Snapshot;
 use super::tags::Tags;
 use super::texts::{NameIndex, Texts, TextsBuilder};
 use super::trie::{Trie, TrieBuilder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A compiled catalog. Its items are numbered in the order of their semantic IDs, those that share
 /// one in the order in which they were added.
@@ -226,7 +226,11 @@ impl Base {
         }
         shifts.finish(old.num_items());
         let names = names.finish();
-        let index = NameIndex::build(&names).expect("a snapshot has each name once");
+        let index = NameIndex::build(&names).map_err(|twin| {
+            // Only a file that was made to deceive has a name twice.
+            let reason = format!("item {:?} stands in it twice", names.get(twin));
+            Error::CatalogContents { reason }
+        })?;
         let mut tags = added;
         if let Some(old_tags) = &old.tags {
             for tag in 0..old_tags.len() as u32 {

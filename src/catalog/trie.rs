@@ -150,17 +150,17 @@ impl Trie {
         if self.first_edge[0] != 0 || self.first_edge[num_inner] as usize != self.code.len() {
             return Some("the trie's edges do not cover its nodes");
         }
-        for depth in 0..num_levels {
-            let nodes = self.nodes_at(depth);
-            if self.first_edge[nodes.start as usize] + 1 != self.depth_start[depth + 1] {
-                return Some("a level of the trie does not start at its first node");
-            }
-        }
         // Every inner node has a child, or the trie is empty and has only its root.
         let whole =
             |edges: &[u32]| edges[0] < edges[1] || (self.code.is_empty() && edges[0] == edges[1]);
         if !self.first_edge.windows(2).all(whole) {
             return Some("the trie's edges are out of order");
+        }
+        for depth in 0..num_levels {
+            let nodes = self.nodes_at(depth);
+            if self.first_edge[nodes.start as usize] + 1 != self.depth_start[depth + 1] {
+                return Some("a level of the trie does not start at its first node");
+            }
         }
         let ascending = |node: u32| self.children(node).1.is_sorted_by(|a, b| a < b);
         if !(0..num_inner as u32).all(ascending) {
