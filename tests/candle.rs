@@ -138,6 +138,7 @@ impl Checkpoint {
         let golden: Golden = read(&self.folder.join("golden.json"));
         let prompts = self.prompts(&golden);
         let catalog = Catalog::open(&self.folder.join(&golden.items_index)).expect("a catalogue");
+        let catalog = catalog.snapshot();
         let head = self.head();
         let layout = SidLayout::read(&self.folder, head.len()).expect("a layout");
         let steps = layout.steps();
@@ -156,8 +157,8 @@ impl Checkpoint {
             backend.open_slot(&spec)
         };
         let rule = |_| SearchRule {
-            catalog: &catalog,
-            legality: catalog.legality(&[]),
+            snapshot: &catalog,
+            legality: catalog.legality(&[], None).expect("no filter"),
             beams: BEAMS,
             normalization: Normalization::Vocabulary,
             constraint: Constraint::Trie,
@@ -165,7 +166,7 @@ impl Checkpoint {
         };
         let mut slots: Vec<_> = prompts.iter().map(open).collect();
         let rules: Vec<SearchRule<'_>> = prompts.iter().map(rule).collect();
-        let mut scratch = Scratch::new(&backend);
+        let (mut scratch, mut scores) = (Scratch::new(&backend), backend.logits());
         let mut truth = Truth::new(network, tolerance);
         model.begin(&backend, &prompts.concat(), &mut slots, &mut scratch);
         for step in 0..steps.len() {
@@ -181,7 +182,8 @@ impl Checkpoint {
                 }
             }
             assert!(rows.next().is_none(), "every row is a beam's");
-            backend.advance_beams(hidden, model.head(), step, &rules, &mut slots);
+            backend.restricted_head(hidden, model.head(), step, &rules, &slots, &mut scores);
+            backend.advance_beams(&scores, model.head(), step, &rules, &mut slots);
             for (prompt, slot) in prompts.iter().zip(&slots) {
                 let beams = backend.read_beams(slot).expect("scores are finite");
                 assert_eq!(beams.len(), BEAMS);
