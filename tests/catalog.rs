@@ -528,6 +528,23 @@ fn a_log_belongs_to_one_catalog_and_one_writer() {
 }
 
 #[test]
+fn a_writer_that_is_closed_is_closed_whatever_processes_are_started_meanwhile() {
+    let on_disk = OnDisk::new(12);
+    std::thread::scope(|scope| {
+        let processes = scope.spawn(|| {
+            for _ in 0..100 {
+                let mut command = Command::new(env!("CARGO_BIN_EXE_sidereal"));
+                let status = command.arg("--version").stdout(Stdio::null()).status();
+                assert!(status.expect("the command").success());
+            }
+        });
+        while !processes.is_finished() {
+            drop(on_disk.writer());
+        }
+    });
+}
+
+#[test]
 fn a_compilation_that_fails_loses_nothing() {
     let mut on_disk = OnDisk::new(9);
     let options = WriterOptions { compact_at: Some(usize::MAX), durability: Durability::Machine };

@@ -312,6 +312,14 @@ impl ChangeLog {
     }
 }
 
+impl Drop for ChangeLog {
+    /// Closing the file is not enough: a child process that another thread is starting has it open
+    /// as well until the child's program begins, and would keep the lock so long.
+    fn drop(&mut self) {
+        let _ = self.file.unlock(); // closing unlocks it too, in the end
+    }
+}
+
 /// A file of these bytes, on the disk before it has its name, locked, open for more.
 fn create(path: &Path, bytes: &[u8]) -> std::io::Result<File> {
     let mut partial = path.as_os_str().to_owned();
