@@ -32,6 +32,8 @@ compile_error!("catalog files are little-endian and mapped as they are");
 const MAGIC: [u8; 8] = *b"SIDEREAL";
 const VERSION: u32 = 2;
 const ALIGN: usize = 64;
+/// So that numbers can go on from any file.
+const MAX_SNAPSHOT: u64 = 1 << 62;
 
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -248,6 +250,9 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Base, String> {
     let num_items = trie.num_items();
     if header.num_items != num_items as u64 {
         return Err("the number of items does not fit the trie".into());
+    }
+    if header.snapshot > MAX_SNAPSHOT {
+        return Err("the number of its snapshot is not one that counting reaches".into());
     }
     let names = sections.texts(Kind::NameBytes, Kind::NameStart)?;
     let index = NameIndex { places: sections.column(Kind::NameIndex)? };
