@@ -12,7 +12,7 @@ use criterion::{
     BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main,
 };
 use sidereal::backend::cpu::{CpuBackend, Head, Logits, Slot};
-use sidereal::backend::{Backend, Heads, SearchRule, SlotSpec, StepTokens};
+use sidereal::backend::{Backend, SearchRule, SlotSpec, StepTokens};
 use sidereal::catalog::legality::Legality;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, SidTable, Snapshot};
@@ -111,10 +111,10 @@ impl Search {
         Search { backend, head, logits, raw }
     }
 
-    fn rule<'a>(&self, snapshot: &'a Snapshot, legality: &Legality) -> [SearchRule<'a>; 1] {
+    fn rule<'a>(&self, snapshot: &'a Snapshot, legality: &'a Legality) -> [SearchRule<'a>; 1] {
         [SearchRule {
             snapshot,
-            legality: legality.clone(),
+            legality,
             beams: BEAMS,
             normalization: Normalization::Level,
             constraint: Constraint::Trie,
@@ -125,20 +125,18 @@ impl Search {
     /// The slot before a step.
     fn before(&self, step: usize, rule: &[SearchRule<'_>]) -> Vec<Slot> {
         let spec = SlotSpec {
-            num_layers: 0,
-            heads: Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 },
-            context_len: 1,
-            max_beams: BEAMS,
-            num_steps: LEVELS,
+            context_pages: Vec::new(),
+            context_len: 0,
+            tail_pages: Vec::new(),
             start_token: 0,
         };
-        let mut slots = vec![self.backend.open_slot(&spec)];
+        let mut slots = vec![self.backend.open_slot(spec)];
         (0..step).for_each(|step| self.advance(step, rule, &mut slots));
         slots
     }
 
     fn advance(&self, step: usize, rule: &[SearchRule<'_>], slots: &mut [Slot]) {
-        self.backend.advance_beams(&self.logits[step], &self.head, step, rule, slots);
+        self.backend.advance_beams(&self.logits[step], &self.head, rule, slots);
     }
 
     fn log_probs(&self, step: usize) -> Vec<f32> {

@@ -2,11 +2,12 @@
 #![allow(missing_docs)] // criterion's macro writes a public function
 
 use std::hint::black_box;
+use std::slice;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sidereal::Tensor;
-use sidereal::backend::cpu::{Buffer, CpuBackend, Slot};
-use sidereal::backend::{Backend, Epilogue, Heads, Mask, Reach, SearchRule, SlotSpec, StepTokens};
+use sidereal::backend::cpu::{Buffer, CpuBackend};
+use sidereal::backend::{Backend, Batch, Epilogue, Heads, Mask, Reach, SearchRule, StepTokens};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item};
 use sidereal::{Constraint, Normalization};
@@ -14,21 +15,14 @@ use sidereal::{Constraint, Normalization};
 #[path = "../tests/common/cases.rs"]
 #[allow(dead_code)] // the tests use the rest
 mod cases;
+#[path = "../tests/common/world.rs"]
+#[allow(dead_code)]
+mod world;
 
 use cases::Cases;
+use world::World;
 
 const TIGER: Heads = Heads { num_heads: 6, num_kv_heads: 6, head_dim: 64 };
-
-fn slot(backend: &CpuBackend, heads: Heads, context_len: usize, max_beams: usize) -> Slot {
-    backend.open_slot(&SlotSpec {
-        num_layers: 1,
-        heads,
-        context_len,
-        max_beams,
-        num_steps: 4,
-        start_token: 0,
-    })
-}
 
 fn matmul(criterion: &mut Criterion) {
     let backend = CpuBackend::default();
@@ -57,12 +51,16 @@ fn attention(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attend_prefill");
     for tokens in [81, 301] {
         let qkv = Buffer::new(cases.numbers(tokens * TIGER.qkv_dim()), TIGER.qkv_dim());
-        let slots = [slot(&backend, TIGER, tokens, 1)];
+        let mut world = World::new(TIGER);
+        let (chunk, mut slots) = (0..tokens, [world.slot(tokens)]);
+        let batch =
+            Batch { memory: &world.memory, chunks: slice::from_ref(&chunk), slots: &mut slots };
         let mut out = backend.buffer();
         group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
             bencher.iter(|| {
                 let mask = Mask::Bidirectional;
-                backend.attend_prefill(&qkv, TIGER, mask, 1.0, None, &slots, &mut out);
+                backend.store_context(0, &qkv, TIGER.query_dim(), TIGER, &batch);
+                backend.attend_prefill(0, &qkv, TIGER, mask, 1.0, None, &batch, &mut out);
             });
         });
     }
@@ -93,27 +91,29 @@ fn search(criterion: &mut Criterion) {
     let head = backend.head(head, &steps);
     let mut logits = backend.logits();
     for beams in [50, 128, 512] {
-        let rule = |excluded: &[u32]| SearchRule {
-            snapshot: &catalog,
-            legality: catalog.legality(excluded, None).expect("no filter"),
-            beams,
-            normalization: Normalization::Level,
-            constraint: Constraint::Trie,
-            temperature: 1.0,
-        };
+        let mut world = World::new(TIGER);
         let excluded: Vec<u32> = (0..catalog.num_items() as u32).step_by(50).collect();
         let mut group = criterion.benchmark_group("advance_beams, three levels");
         for (name, excluded) in [("all items", &[][..]), ("2000 excluded", &excluded[..])] {
             let name = BenchmarkId::new(name, beams);
+            let spec = world.spec(81);
+            let legality = catalog.legality(excluded, None).expect("no filter");
             group.bench_function(name, |bencher| {
                 bencher.iter(|| {
-                    let mut slots = vec![slot(&backend, TIGER, 81, beams)];
-                    for step in 0..3 {
+                    let mut slots = vec![backend.open_slot(spec.clone())];
+                    for _ in 0..3 {
                         let rows = backend.num_beams(&slots[0]);
                         let hidden = Buffer::new(vec![0.5; rows * 128], 128);
-                        let rules = [rule(excluded)];
-                        backend.restricted_head(&hidden, &head, step, &rules, &slots, &mut logits);
-                        backend.advance_beams(&logits, &head, step, &rules, &mut slots);
+                        let rules = [SearchRule {
+                            snapshot: &catalog,
+                            legality: &legality,
+                            beams,
+                            normalization: Normalization::Level,
+                            constraint: Constraint::Trie,
+                            temperature: 1.0,
+                        }];
+                        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+                        backend.advance_beams(&logits, &head, &rules, &mut slots);
                     }
                     backend.read_beams(&slots[0]).expect("finite scores")
                 });
@@ -123,12 +123,17 @@ fn search(criterion: &mut Criterion) {
     }
     let mut group = criterion.benchmark_group("attend_beams");
     for (beams, context) in [(50, 81), (128, 301)] {
-        let mut slots = vec![slot(&backend, TIGER, context, beams)];
+        let mut world = World::new(TIGER);
+        let mut slots = vec![world.slot(context)];
         let kv = Buffer::new(cases.numbers(context * 2 * TIGER.kv_dim()), 2 * TIGER.kv_dim());
-        backend.store_context(0, &kv, 0, TIGER, &mut slots);
+        let whole = 0..context;
+        let batch =
+            Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+        backend.store_context(0, &kv, 0, TIGER, &batch);
+        let legality = catalog.legality(&[], None).expect("no filter");
         let rule = SearchRule {
             snapshot: &catalog,
-            legality: catalog.legality(&[], None).expect("no filter"),
+            legality: &legality,
             beams,
             normalization: Normalization::Level,
             constraint: Constraint::Trie,
@@ -136,18 +141,19 @@ fn search(criterion: &mut Criterion) {
         };
         let hidden = Buffer::new(cases.numbers(128), 128);
         let rules = [rule];
-        backend.restricted_head(&hidden, &head, 0, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, 0, &rules, &mut slots);
+        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut slots);
         let rows = backend.num_beams(&slots[0]);
         let qkv = Buffer::new(cases.numbers(rows * TIGER.qkv_dim()), TIGER.qkv_dim());
-        backend.append_tail(0, &qkv, TIGER, &mut slots);
+        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+        backend.append_tail(0, &qkv, TIGER, &mut batch);
         let mut out = backend.buffer();
         group.bench_function(
             BenchmarkId::from_parameter(format!("{rows} beams, {context}")),
             |b| {
                 b.iter(|| {
                     let reach = Reach::ContextAndTail;
-                    backend.attend_beams(0, &qkv, TIGER, reach, 0.1, None, &slots, &mut out);
+                    backend.attend_beams(0, &qkv, TIGER, reach, 0.1, None, &batch, &mut out);
                 });
             },
         );

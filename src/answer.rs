@@ -26,6 +26,10 @@ pub struct Answer {
     pub groups: Vec<Vec<Recommendation>>,
     /// The state of the catalog that was searched, and that knows the items by these numbers.
     pub snapshot: Arc<Snapshot>,
+    /// Tokens of the request's context.
+    pub tokens: usize,
+    /// Those of them that were there from earlier requests.
+    pub cached_tokens: usize,
 }
 
 impl Answer {

@@ -81,6 +81,35 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A request needs more of something than the engine has, even alone.
+    #[error(
+        "the request needs {needs} {what}, the engine was opened for {limit}; ask for less, or open the engine with more"
+    )]
+    TooLarge {
+        /// Of what.
+        what: &'static str,
+        /// How much.
+        needs: usize,
+        /// How much there is.
+        limit: usize,
+    },
+    /// Too many requests wait already.
+    #[error("{queued} requests wait already, {limit} may; try again later")]
+    Overloaded {
+        /// Requests that wait.
+        queued: usize,
+        /// How many may.
+        limit: usize,
+    },
+    /// The request's deadline went by before its answer was there.
+    #[error("the deadline of {deadline_ms} ms went by before the answer was there")]
+    DeadlineExceeded {
+        /// The deadline, from the moment when the request was handed over.
+        deadline_ms: u64,
+    },
+    /// The service takes no requests any more.
+    #[error("the service is shutting down; no request is taken any more")]
+    ShuttingDown,
     /// Something that this version does not do.
     #[error("{what} is not supported by this version of Sidereal; {way_out}")]
     Unsupported {
@@ -197,6 +226,12 @@ pub enum Error {
         /// The decoding step, from zero.
         step: usize,
     },
+    /// The engine broke off in the middle of its work, and answers nothing any more.
+    #[error("the engine has failed: {reason}; open it again")]
+    EngineFailed {
+        /// What happened.
+        reason: String,
+    },
     /// A device that this build or machine does not have.
     #[error("device {device:?} is not available: {reason}")]
     Device {
@@ -220,6 +255,10 @@ impl Error {
             Error::InvalidField { .. } => "invalid_field",
             Error::MalformedRequest { .. } => "malformed_request",
             Error::InvalidChange { .. } => "invalid_change",
+            Error::TooLarge { .. } => "too_large",
+            Error::Overloaded { .. } => "overloaded",
+            Error::DeadlineExceeded { .. } => "deadline_exceeded",
+            Error::ShuttingDown => "shutting_down",
             Error::Unsupported { .. } => "unsupported",
             Error::Io { .. } => "io",
             Error::CatalogFile { .. } => "catalog_file",
@@ -234,6 +273,7 @@ impl Error {
             Error::NonFiniteWeight { .. } => "non_finite_weight",
             Error::LevelsMismatch { .. } => "levels_mismatch",
             Error::NonFiniteScores { .. } => "non_finite_scores",
+            Error::EngineFailed { .. } => "engine_failed",
             Error::Device { .. } => "device",
         }
     }

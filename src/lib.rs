@@ -55,18 +55,22 @@ pub mod backend;
 pub mod catalog;
 pub mod engine;
 mod error;
+pub mod history_cache;
 mod mapping;
 pub mod models;
+pub mod pages;
 pub mod quantizer;
 mod request;
+pub mod schedule;
 mod tensor;
 mod writer;
 
 pub use answer::{Answer, Recommendation};
-pub use engine::{Engine, EngineOptions, Phases};
+pub use engine::{Engine, EngineOptions, EngineStatus, Phases};
 pub use error::{Error, Result};
 pub use request::{
-    Constraint, Input, MAX_BEAMS, Normalization, Request, RequestDefaults, RequestLine, SharedSid,
+    Constraint, Input, MAX_BEAMS, Normalization, Priority, Request, RequestDefaults, RequestLine,
+    SharedSid,
 };
 pub use tensor::{Dtype, Tensor};
 pub use writer::{CatalogWriter, Durability, WriterOptions};

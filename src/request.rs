@@ -1,5 +1,7 @@
 //! What a caller asks and what comes back.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -45,6 +47,21 @@ pub enum SharedSid {
     First,
 }
 
+/// Which requests go first. One that has waited long enough goes before all that came after it.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Priority {
+    /// Before the others.
+    High,
+    /// The usual.
+    #[default]
+    Normal,
+    /// What nobody waits for.
+    Low,
+}
+
 /// What the model reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
@@ -70,6 +87,8 @@ pub struct Request {
     pub each: Vec<String>,
     /// The beam width: how many prefixes are kept at each level.
     pub beams: usize,
+    /// Where the levels differ: the width at each level, in order. Empty for `beams` at all.
+    pub widths: Vec<usize>,
     /// How many items come back at most.
     pub top_k: usize,
     /// `None` takes the model's default (`normalize` in its `sidereal.json`, else `Vocabulary`).
@@ -80,6 +99,14 @@ pub struct Request {
     pub temperature: f32,
     /// Which items of a shared semantic ID come back.
     pub shared_sid: SharedSid,
+    /// Who asks, by any name. A user who returns with a longer history finds the context of the
+    /// earlier one; answers do not depend on it.
+    pub user: Option<String>,
+    /// Who goes first where many wait.
+    pub priority: Priority,
+    /// How long the answer is of use, from the moment when the request is handed over. Later it is
+    /// answered with [`Error::DeadlineExceeded`].
+    pub deadline: Option<Duration>,
 }
 
 impl Request {
@@ -91,11 +118,15 @@ impl Request {
             filter: None,
             each: Vec::new(),
             beams: 50,
+            widths: Vec::new(),
             top_k: 10,
             normalization: None,
             constraint: Constraint::Trie,
             temperature: 1.0,
             shared_sid: SharedSid::All,
+            user: None,
+            priority: Priority::Normal,
+            deadline: None,
         }
     }
 
@@ -145,7 +176,7 @@ pub struct RequestLine {
     #[serde(default)]
     each: Option<Vec<String>>,
     #[serde(default)]
-    beams: Option<i64>,
+    beams: Option<Beams>,
     #[serde(default)]
     top_k: Option<i64>,
     #[serde(default)]
@@ -157,7 +188,36 @@ pub struct RequestLine {
     #[serde(default)]
     shared_sid: Option<SharedSid>,
     #[serde(default, deserialize_with = "name")]
+    user: Option<String>,
+    #[serde(default)]
+    priority: Option<Priority>,
+    #[serde(default)]
+    deadline_ms: Option<f64>,
+    #[serde(default, deserialize_with = "name")]
     target: Option<String>,
+}
+
+/// One width, or one for each level.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(try_from = "serde_json::Value")]
+enum Beams {
+    One(i64),
+    ByLevel(Vec<i64>),
+}
+
+impl TryFrom<serde_json::Value> for Beams {
+    type Error = String;
+
+    fn try_from(value: serde_json::Value) -> std::result::Result<Beams, String> {
+        let one = value.as_i64().map(Beams::One);
+        let by_level = || {
+            let widths = value.as_array()?.iter().map(serde_json::Value::as_i64);
+            widths.collect::<Option<Vec<i64>>>().map(Beams::ByLevel)
+        };
+        one.or_else(by_level).ok_or_else(|| {
+            format!("beams: {value} is not a width, or a list of one for each level")
+        })
+    }
 }
 
 fn names<'de, D: serde::Deserializer<'de>>(
@@ -178,6 +238,8 @@ fn name<'de, D: serde::Deserializer<'de>>(
 pub struct RequestDefaults {
     /// Beam width.
     pub beams: usize,
+    /// Beam widths by level, where they differ.
+    pub widths: Vec<usize>,
     /// Results.
     pub top_k: usize,
     /// Normalisation; `None` for the model's default.
@@ -191,6 +253,7 @@ impl Default for RequestDefaults {
         let request = Request::new(Input::Tokens(Vec::new()));
         RequestDefaults {
             beams: request.beams,
+            widths: request.widths,
             top_k: request.top_k,
             normalization: request.normalization,
             constraint: request.constraint,
@@ -243,19 +306,38 @@ impl RequestLine {
             (None, None) => return Err(Error::EmptyInput),
         };
         let top_k = self.top_k.unwrap_or(defaults.top_k as i64);
-        let beams = self.beams.unwrap_or(defaults.beams as i64);
+        let width = |width: i64| {
+            usize::try_from(width).map_err(|_| Error::BeamWidth { width, max: MAX_BEAMS })
+        };
+        let (beams, widths) = match &self.beams {
+            None => (defaults.beams, defaults.widths.clone()),
+            Some(Beams::One(beams)) => (width(*beams)?, Vec::new()),
+            Some(Beams::ByLevel(widths)) => {
+                let widths: Vec<usize> = widths.iter().map(|&w| width(w)).collect::<Result<_>>()?;
+                (widths.last().copied().unwrap_or(0), widths)
+            }
+        };
+        let deadline = self.deadline_ms.map(|ms| {
+            Duration::try_from_secs_f64(ms / 1e3).map_err(|_| Error::InvalidField {
+                field: "deadline_ms",
+                reason: format!("{ms} is not a number of milliseconds"),
+            })
+        });
         Ok(Request {
             input,
             exclude: self.exclude.clone().unwrap_or_default(),
             filter: self.filter.clone(),
             each: self.each.clone().unwrap_or_default(),
-            beams: usize::try_from(beams)
-                .map_err(|_| Error::BeamWidth { width: beams, max: MAX_BEAMS })?,
+            beams,
+            widths,
             top_k: usize::try_from(top_k).map_err(|_| Error::TopK { top_k })?,
             normalization: self.normalize.or(defaults.normalization),
             constraint: self.constraint.unwrap_or(defaults.constraint),
             temperature: self.temperature.unwrap_or(1.0),
             shared_sid: self.shared_sid.unwrap_or_default(),
+            user: self.user.clone(),
+            priority: self.priority.unwrap_or_default(),
+            deadline: deadline.transpose()?,
         })
     }
 }

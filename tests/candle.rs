@@ -9,17 +9,20 @@
 //! `cargo test --release --features candle-truth --test candle -- --nocapture` prints how far the
 //! two are apart.
 
+mod common;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, qwen2, qwen3, t5};
+use common::world::World;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use sidereal::backend::cpu::CpuBackend;
-use sidereal::backend::{Backend, Beam, SearchRule};
+use sidereal::backend::{Backend, Batch, Beam, SearchRule};
 use sidereal::catalog::Catalog;
 use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::weights::Weights;
@@ -152,27 +155,29 @@ impl Checkpoint {
         let backend = CpuBackend::default();
         let model = models::load(&backend, &config, weights, &steps).expect("a network");
 
-        let open = |prompt: &Vec<u32>| {
-            let spec = model.spec().slot(prompt.len(), BEAMS, steps.len());
-            backend.open_slot(&spec)
-        };
+        let spec = *model.spec();
+        let mut world = World::of(spec.num_layers, spec.heads, spec.start_token);
+        let legality = catalog.legality(&[], None).expect("no filter");
         let rule = |_| SearchRule {
             snapshot: &catalog,
-            legality: catalog.legality(&[], None).expect("no filter"),
+            legality: &legality,
             beams: BEAMS,
             normalization: Normalization::Vocabulary,
             constraint: Constraint::Trie,
             temperature: 1.0,
         };
-        let mut slots: Vec<_> = prompts.iter().map(open).collect();
+        let mut slots: Vec<_> = prompts.iter().map(|prompt| world.slot(prompt.len())).collect();
         let rules: Vec<SearchRule<'_>> = prompts.iter().map(rule).collect();
         let (mut scratch, mut scores) = (Scratch::new(&backend), backend.logits());
         let mut truth = Truth::new(network, tolerance);
-        model.begin(&backend, &prompts.concat(), &mut slots, &mut scratch);
+        let whole: Vec<_> = prompts.iter().map(|prompt| 0..prompt.len()).collect();
         for step in 0..steps.len() {
-            if step > 0 {
-                model.decode(&backend, step, &mut slots, &mut scratch);
-            }
+            let (tokens, chunks) = match step {
+                0 => (prompts.concat(), &whole[..]),
+                _ => (Vec::new(), &[][..]),
+            };
+            let mut batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
+            model.forward(&backend, &tokens, &mut batch, &mut scratch);
             let hidden = &scratch.hidden;
             let mut rows = hidden.values().chunks_exact(hidden.num_columns());
             for (prompt, slot) in prompts.iter().zip(&slots) {
@@ -182,8 +187,8 @@ impl Checkpoint {
                 }
             }
             assert!(rows.next().is_none(), "every row is a beam's");
-            backend.restricted_head(hidden, model.head(), step, &rules, &slots, &mut scores);
-            backend.advance_beams(&scores, model.head(), step, &rules, &mut slots);
+            backend.restricted_head(hidden, model.head(), &rules, &slots, &mut scores);
+            backend.advance_beams(&scores, model.head(), &rules, &mut slots);
             for (prompt, slot) in prompts.iter().zip(&slots) {
                 let beams = backend.read_beams(slot).expect("scores are finite");
                 assert_eq!(beams.len(), BEAMS);

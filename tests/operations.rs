@@ -3,14 +3,17 @@
 mod common;
 
 use std::collections::HashMap;
+use std::ops::Range;
+use std::slice;
 use std::sync::Arc;
 
 use common::cases::Cases;
 use common::tiny::{TAGS, random_catalog};
 use common::truth::{self, Matrix, relative_error};
+use common::world::World;
 use sidereal::backend::cpu::{Buffer, CpuBackend, Slot};
 use sidereal::backend::{
-    Activation, Backend, Epilogue, Heads, Mask, NO_TOKEN, Reach, SearchRule, SlotSpec, StepTokens,
+    Activation, Backend, Batch, Epilogue, Heads, Mask, NO_TOKEN, Reach, SearchRule, StepTokens,
 };
 use sidereal::catalog::Snapshot;
 use sidereal::catalog::legality::Legality;
@@ -24,15 +27,32 @@ fn check(found: &Buffer, truth: &Matrix, what: &str) {
     assert!(error < TOLERANCE, "{what}: relative error {error:.2e}");
 }
 
-fn slot(backend: &CpuBackend, context_len: usize, heads: Heads) -> Slot {
-    backend.open_slot(&SlotSpec {
-        num_layers: 1,
-        heads,
-        context_len,
-        max_beams: 64,
-        num_steps: 8,
-        start_token: 3,
-    })
+/// Cuts prompts into chunks, each a batch of its own; those that end come last, as in the engine.
+fn chunks(cases: &mut Cases, lens: &[usize]) -> Vec<Vec<Range<usize>>> {
+    let mut read: Vec<usize> = vec![0; lens.len()];
+    let mut batches = Vec::new();
+    while read != lens {
+        let chunk = |(start, &len): (&mut usize, &usize)| {
+            let end = *start + cases.rng.usize(0..=len - *start);
+            let end = if cases.rng.u8(0..4) == 0 { len } else { end };
+            std::mem::replace(start, end)..end
+        };
+        batches.push(read.iter_mut().zip(lens).map(chunk).collect());
+    }
+    batches
+}
+
+/// The rows that chunks take of matrices that stand one after the other.
+fn rows_of(values: &[f32], columns: usize, lens: &[usize], chunks: &[Range<usize>]) -> Buffer {
+    let mut first = 0;
+    let mut rows = Vec::new();
+    for (len, chunk) in lens.iter().zip(chunks) {
+        rows.extend_from_slice(
+            &values[(first + chunk.start) * columns..(first + chunk.end) * columns],
+        );
+        first += len;
+    }
+    Buffer::new(rows, columns)
 }
 
 #[test]
@@ -40,26 +60,35 @@ fn embed_and_last_rows_copy_rows() {
     let backend = CpuBackend::default();
     for seed in 0..50 {
         let mut cases = Cases::new(seed);
-        let (vocab, columns) = (cases.size(50), cases.size(40));
+        let (vocab, columns) = (cases.size(50).max(4), cases.size(40));
         let weight = cases.numbers(vocab * columns);
         let table = backend.table(Tensor::new(&[vocab, columns], weight.clone()));
         let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
         let count: usize = lens.iter().sum();
         let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();
-        let (mut rows, mut last) = (backend.buffer(), backend.buffer());
-        backend.embed(&table, &tokens, &mut rows);
         let row = |token: u32| &weight[token as usize * columns..][..columns];
-        let expected: Vec<f32> = tokens.iter().flat_map(|&token| row(token)).copied().collect();
+        let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
+        let mut world = World::new(heads);
+        let num_beams = cases.rng.usize(0..3);
+        let mut slots: Vec<Slot> =
+            lens.iter().chain(&vec![1; num_beams]).map(|&len| world.slot(len)).collect();
+        let (mut rows, mut last) = (backend.buffer(), backend.buffer());
+        backend.embed(&table, &tokens, &slots[lens.len()..], &mut rows);
+        // The beams of a search that has taken no step have the start token.
+        let all: Vec<u32> = tokens.iter().copied().chain(vec![3; num_beams]).collect();
+        let expected: Vec<f32> = all.iter().flat_map(|&token| row(token)).copied().collect();
         assert_eq!(rows.values(), expected, "seed {seed}");
 
-        let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
-        let slots: Vec<Slot> = lens.iter().map(|&len| slot(&backend, len, heads)).collect();
-        backend.last_rows(&rows, &slots, &mut last);
+        let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+        let first = cases.rng.usize(0..=lens.len());
+        let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+        backend.last_rows(&rows, first, &batch, &mut last);
         let ends = lens.iter().scan(0, |end, len| {
             *end += len;
             Some(*end)
         });
-        let expected: Vec<f32> = ends.flat_map(|end| row(tokens[end - 1])).copied().collect();
+        let kept = ends.skip(first).map(|end| tokens[end - 1]).chain(vec![3; num_beams]);
+        let expected: Vec<f32> = kept.flat_map(|token| row(token).to_vec()).collect();
         assert_eq!(last.values(), expected, "seed {seed}");
     }
 }
@@ -213,29 +242,53 @@ fn rotation_and_rotary_turn_query_and_key_heads() {
 }
 
 #[test]
-fn attend_prefill_is_the_formula() {
+fn attend_prefill_is_the_formula_however_prompts_are_cut() {
     let backend = CpuBackend::default();
-    for seed in 0..60 {
+    for seed in 0..80 {
         let mut cases = Cases::new(seed);
         let heads = cases.heads();
         let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(300)).collect();
-        let qkv = cases.numbers(lens.iter().sum::<usize>() * heads.qkv_dim());
+        let columns = heads.qkv_dim();
+        let qkv = cases.numbers(lens.iter().sum::<usize>() * columns);
         let mask = if cases.rng.bool() { Mask::Causal } else { Mask::Bidirectional };
         let longest = lens.iter().copied().max().unwrap_or(1);
         let width = 2 * longest - 1;
         let bias = cases.rng.bool().then(|| cases.numbers(heads.num_heads * width));
-        let slots: Vec<Slot> = lens.iter().map(|&len| slot(&backend, len, heads)).collect();
-        let mut out = backend.buffer();
-        let x = Buffer::new(qkv.clone(), heads.qkv_dim());
-        backend.attend_prefill(&x, heads, mask, 0.3, bias.as_deref(), &slots, &mut out);
+        let whole: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+        let batches = match mask {
+            Mask::Causal => chunks(&mut cases, &lens),
+            Mask::Bidirectional => vec![whole.clone()],
+        };
+        let attend = |batches: &[Vec<Range<usize>>]| {
+            let mut world = World::new(heads);
+            let mut slots: Vec<Slot> = lens.iter().map(|&len| world.slot(len)).collect();
+            let mut rows: Vec<Vec<f32>> = vec![Vec::new(); lens.len()];
+            for chunks in batches {
+                let x = rows_of(&qkv, columns, &lens, chunks);
+                let batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
+                let mut out = backend.buffer();
+                backend.store_context(0, &x, heads.query_dim(), heads, &batch);
+                let bias = bias.as_deref();
+                backend.attend_prefill(0, &x, heads, mask, 0.3, bias, &batch, &mut out);
+                let mut values = out.values();
+                for (rows, chunk) in rows.iter_mut().zip(chunks) {
+                    let (of_chunk, rest) = values.split_at(chunk.len() * heads.query_dim());
+                    rows.extend_from_slice(of_chunk);
+                    values = rest;
+                }
+            }
+            Buffer::new(rows.concat(), heads.query_dim())
+        };
+        let out = attend(&batches);
         let of_distance = |head: usize, distance: i64| {
             let at = head * width + (distance + longest as i64 - 1) as usize;
             bias.as_ref().map_or(0.0, |bias| f64::from(bias[at]))
         };
-        let qkv = Matrix::new(&qkv, heads.qkv_dim());
+        let matrix = Matrix::new(&qkv, columns);
         let scale = f64::from(0.3f32);
-        let expected = truth::attend_prefill(&qkv, heads, mask, scale, of_distance, &lens);
+        let expected = truth::attend_prefill(&matrix, heads, mask, scale, of_distance, &lens);
         check(&out, &expected, &format!("attend_prefill {mask:?} {lens:?} seed {seed}"));
+        assert_eq!(out.values(), attend(&[whole]).values(), "whole or in parts, seed {seed}");
     }
 }
 
@@ -289,10 +342,10 @@ impl Walk {
         }
     }
 
-    fn rule(&self) -> SearchRule<'_> {
+    fn rule<'a>(&'a self, legality: &'a Legality) -> SearchRule<'a> {
         SearchRule {
             snapshot: &self.snapshot,
-            legality: self.legality(),
+            legality,
             beams: self.beams,
             normalization: self.normalization,
             constraint: self.constraint,
@@ -396,11 +449,15 @@ fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
         let num_slots = cases.rng.usize(1..4);
         let mut walks: Vec<Walk> =
             (0..num_slots).map(|_| Walk::new(&mut cases, num_levels, num_codes, heads)).collect();
-        let mut slots: Vec<Slot> =
-            walks.iter().map(|walk| slot(&backend, walk.context_len, heads)).collect();
+        let mut world = World::new(heads);
+        let mut slots: Vec<Slot> = walks.iter().map(|walk| world.slot(walk.context_len)).collect();
+        let lens: Vec<usize> = walks.iter().map(|walk| walk.context_len).collect();
         let context: Vec<f32> = walks.iter().flat_map(|walk| &walk.context).copied().collect();
-        let context = Buffer::new(context, 2 * heads.kv_dim());
-        backend.store_context(0, &context, 0, heads, &mut slots);
+        for chunks in chunks(&mut cases, &lens) {
+            let context = rows_of(&context, 2 * heads.kv_dim(), &lens, &chunks);
+            let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+            backend.store_context(0, &context, 0, heads, &batch);
+        }
         // Decoders behind an encoder write a position before the first step, others do not.
         let starts_with_tail = cases.rng.bool();
         let bias = cases.numbers(heads.num_heads * (steps.len() + 1));
@@ -410,7 +467,7 @@ fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
             let what = format!("seed {seed} step {step}");
             let rows: usize = slots.iter().map(|slot| backend.num_beams(slot)).sum();
             if step > 0 || starts_with_tail {
-                check_tails(&backend, &mut cases, heads, &bias, &mut walks, &mut slots, &what);
+                check_tails(&world, &mut cases, heads, &bias, &mut walks, &mut slots, &what);
             }
             let hidden = cases.numbers(rows * hidden_dim);
             let logits = truth::matmul(&Matrix::new(&hidden, hidden_dim), &head_weight, None);
@@ -421,10 +478,12 @@ fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
                     beams.into_iter().map(|beam| beam.tokens).collect()
                 })
                 .collect();
-            let rules: Vec<SearchRule<'_>> = walks.iter().map(Walk::rule).collect();
+            let legalities: Vec<Legality> = walks.iter().map(Walk::legality).collect();
+            let rules: Vec<SearchRule<'_>> =
+                walks.iter().zip(&legalities).map(|(walk, legality)| walk.rule(legality)).collect();
             let hidden = Buffer::new(hidden, hidden_dim);
-            backend.restricted_head(&hidden, &head, step, &rules, &slots, &mut scores);
-            backend.advance_beams(&scores, &head, step, &rules, &mut slots);
+            backend.restricted_head(&hidden, &head, &rules, &slots, &mut scores);
+            backend.advance_beams(&scores, &head, &rules, &mut slots);
             drop(rules);
 
             let mut row = 0;
@@ -459,7 +518,7 @@ fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors() {
 
 /// Writes a position of random KV for every beam, then attends in every way.
 fn check_tails(
-    backend: &CpuBackend,
+    world: &World,
     cases: &mut Cases,
     heads: Heads,
     bias: &[f32],
@@ -467,9 +526,11 @@ fn check_tails(
     slots: &mut [Slot],
     what: &str,
 ) {
+    let backend = &world.backend;
     let rows: usize = slots.iter().map(|slot| backend.num_beams(slot)).sum();
     let qkv = Buffer::new(cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
-    backend.append_tail(0, &qkv, heads, slots);
+    let mut batch = Batch { memory: &world.memory, chunks: &[], slots };
+    backend.append_tail(0, &qkv, heads, &mut batch);
     let mut row = 0;
     for (walk, slot) in walks.iter_mut().zip(&*slots) {
         for beam in backend.read_beams(slot).expect("finite scores") {
@@ -481,7 +542,8 @@ fn check_tails(
     for reach in [Reach::Context, Reach::Tail, Reach::ContextAndTail] {
         let tail_bias = (reach == Reach::Tail).then_some(bias);
         let mut out = backend.buffer();
-        backend.attend_beams(0, &qkv, heads, reach, 0.4, tail_bias, slots, &mut out);
+        let batch = Batch { memory: &world.memory, chunks: &[], slots };
+        backend.attend_beams(0, &qkv, heads, reach, 0.4, tail_bias, &batch, &mut out);
         let mut values = Vec::new();
         let mut row = 0;
         for (walk, slot) in walks.iter().zip(&*slots) {
@@ -527,78 +589,135 @@ fn check_tails(
 }
 
 #[test]
-fn embed_beams_reads_each_beams_newest_token() {
-    let backend = CpuBackend::default();
+fn embed_reads_each_beams_newest_token() {
     let mut cases = Cases::new(1);
     let heads = cases.heads();
+    let mut world = World::new(heads);
+    let backend = CpuBackend::default();
     let catalog = random_catalog(&mut cases.rng, 2, 6).snapshot();
     let steps: Vec<StepTokens> =
         [0, 6].map(|first| StepTokens::Level { tokens: (first..first + 6).collect() }).into();
     let weight = cases.numbers(12 * 5);
     let tensor = Tensor::new(&[12, 5], weight.clone());
     let (head, table) = (backend.head(tensor.clone(), &steps), backend.table(tensor));
-    let mut slots = vec![slot(&backend, 1, heads)];
+    let mut slots = vec![world.slot(1)];
     let (mut rows, mut logits) = (backend.buffer(), backend.logits());
-    backend.embed_beams(&table, &slots, &mut rows);
-    assert_eq!(rows.values(), &weight[3 * 5..4 * 5], "the start token's row");
+    let legality = catalog.legality(&[], None).expect("no filter");
     for step in 0..2 {
-        let rule = SearchRule {
+        let rules = [SearchRule {
             snapshot: &catalog,
-            legality: catalog.legality(&[], None).expect("no filter"),
+            legality: &legality,
             beams: 9,
             normalization: Normalization::Vocabulary,
             constraint: Constraint::Trie,
             temperature: 1.0,
-        };
+        }];
         let beams = backend.num_beams(&slots[0]);
         let hidden = Buffer::new(cases.numbers(beams * 5), 5);
-        let rules = [rule];
-        backend.restricted_head(&hidden, &head, step, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, step, &rules, &mut slots);
-        backend.embed_beams(&table, &slots, &mut rows);
+        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        backend.embed(&table, &[7], &slots, &mut rows);
         let beams = backend.read_beams(&slots[0]).expect("finite scores");
         let newest = beams.iter().map(|beam| beam.tokens[step] as usize);
-        let expected: Vec<f32> =
-            newest.flat_map(|token| &weight[token * 5..(token + 1) * 5]).copied().collect();
+        let expected: Vec<f32> = std::iter::once(7)
+            .chain(newest)
+            .flat_map(|token| &weight[token * 5..(token + 1) * 5])
+            .copied()
+            .collect();
         assert_eq!(rows.values(), expected);
     }
 }
 
 #[test]
-fn a_fork_has_the_context_and_the_tail_of_its_slot() {
-    let backend = CpuBackend::default();
-    for seed in 0..50 {
+fn rows_of_prompts_and_of_beams_leave_each_other_alone() {
+    for seed in 0..40 {
         let mut cases = Cases::new(seed);
         let heads = cases.heads();
-        let lens: Vec<usize> = (0..cases.size(4)).map(|_| cases.size(60)).collect();
-        let mut slots: Vec<Slot> = lens.iter().map(|&len| slot(&backend, len, heads)).collect();
-        let context = cases.numbers(lens.iter().sum::<usize>() * 2 * heads.kv_dim());
-        backend.store_context(0, &Buffer::new(context, 2 * heads.kv_dim()), 0, heads, &mut slots);
-        let qkv = cases.numbers(lens.len() * heads.qkv_dim());
-        backend.append_tail(0, &Buffer::new(qkv.clone(), heads.qkv_dim()), heads, &mut slots);
-        let attend = |queries: &[f32], slots: &[Slot]| {
-            let queries = Buffer::new(queries.to_vec(), heads.qkv_dim());
+        let mut world = World::new(heads);
+        let backend = CpuBackend::default();
+        let (prompt_len, context_len) = (cases.size(150), cases.size(150));
+        let mut slots = vec![world.slot(prompt_len), world.slot(context_len)];
+        let context =
+            Buffer::new(cases.numbers(context_len * 2 * heads.kv_dim()), 2 * heads.kv_dim());
+        let whole = 0..context_len;
+        let batch = Batch {
+            memory: &world.memory,
+            chunks: slice::from_ref(&whole),
+            slots: &mut slots[1..],
+        };
+        backend.store_context(0, &context, 0, heads, &batch);
+        let qkv = cases.numbers((prompt_len + 1) * heads.qkv_dim());
+        let attend = |qkv: &[f32], chunks: &[Range<usize>], slots: &mut [Slot]| {
+            let qkv = Buffer::new(qkv.to_vec(), heads.qkv_dim());
+            let mut batch = Batch { memory: &world.memory, chunks, slots };
             let mut out = backend.buffer();
-            let reach = Reach::ContextAndTail;
-            backend.attend_beams(0, &queries, heads, reach, 0.3, None, slots, &mut out);
+            let (mask, reach) = (Mask::Causal, Reach::ContextAndTail);
+            backend.store_context(0, &qkv, heads.query_dim(), heads, &batch);
+            backend.append_tail(0, &qkv, heads, &mut batch);
+            backend.attend_prefill(0, &qkv, heads, mask, 0.3, None, &batch, &mut out);
+            backend.attend_beams(0, &qkv, heads, reach, 0.3, None, &batch, &mut out);
             out.values().to_vec()
         };
-        let before = attend(&qkv, &slots);
+        let chunk = 0..prompt_len;
+        let chunks = slice::from_ref(&chunk);
+        let together = attend(&qkv, chunks, &mut slots);
+        let (prompt, beam) = qkv.split_at(prompt_len * heads.qkv_dim());
+        let apart =
+            [attend(prompt, chunks, &mut slots[..1]), attend(beam, &[], &mut slots[1..])].concat();
+        assert_eq!(together, apart, "seed {seed}");
+    }
+}
 
-        let copies: Vec<usize> = lens.iter().map(|_| cases.rng.usize(0..4)).collect();
-        let repeat = |rows: &[f32], columns: usize| -> Vec<f32> {
-            let rows = rows.chunks(columns).zip(&copies);
-            rows.flat_map(|(row, &copies)| row.repeat(copies)).collect()
+#[test]
+fn searches_at_different_steps_share_a_step() {
+    let backend = CpuBackend::default();
+    for seed in 0..60 {
+        let mut cases = Cases::new(seed);
+        let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
+        let hidden_dim = cases.size(40);
+        let (num_levels, vocab) = (3, 60);
+        let steps: Vec<StepTokens> = (0..num_levels)
+            .map(|level| StepTokens::Level { tokens: (5 + level * 12..15 + level * 12).collect() })
+            .chain([StepTokens::Forced { token: 55 }])
+            .collect();
+        let weight = Tensor::new(&[vocab, hidden_dim], cases.numbers(vocab * hidden_dim));
+        let head = backend.head(weight, &steps);
+        let walks: Vec<Walk> =
+            (0..3).map(|_| Walk::new(&mut cases, num_levels as usize, 10, heads)).collect();
+        let legalities: Vec<Legality> = walks.iter().map(Walk::legality).collect();
+        // Each takes its steps alone, then all do, each begun one step after the one before.
+        let most = walks.iter().map(|walk| walk.beams).max().expect("three walks");
+        let hidden: Vec<Vec<Vec<f32>>> = walks
+            .iter()
+            .map(|_| steps.iter().map(|_| cases.numbers(most * hidden_dim)).collect())
+            .collect();
+        let advance = |slots: &mut [Slot], who: &[usize]| {
+            let rows = who.iter().zip(&*slots).flat_map(|(&walk, slot)| {
+                let hidden = &hidden[walk][backend.num_steps(slot)];
+                hidden[..backend.num_beams(slot) * hidden_dim].to_vec()
+            });
+            let rows = Buffer::new(rows.collect(), hidden_dim);
+            let rules: Vec<SearchRule<'_>> =
+                who.iter().map(|&walk| walks[walk].rule(&legalities[walk])).collect();
+            let mut logits = backend.logits();
+            backend.restricted_head(&rows, &head, &rules, slots, &mut logits);
+            backend.advance_beams(&logits, &head, &rules, slots);
         };
-        let columns = cases.size(9);
-        let rows = cases.numbers(lens.len() * columns);
-        let mut hidden = Buffer::new(rows.clone(), columns);
-        let forks = backend.fork(slots, &copies, &mut hidden);
-        assert_eq!(hidden.values(), repeat(&rows, columns), "seed {seed}");
-        assert_eq!(forks.len(), copies.iter().sum::<usize>());
-        if !forks.is_empty() {
-            let after = attend(&repeat(&qkv, heads.qkv_dim()), &forks);
-            assert_eq!(after, repeat(&before, heads.query_dim()), "seed {seed}");
+        let mut world = World::new(heads);
+        let mut alone: Vec<Slot> = walks.iter().map(|_| world.slot(1)).collect();
+        for (walk, slot) in alone.iter_mut().enumerate() {
+            for _ in &steps {
+                advance(slice::from_mut(slot), &[walk]);
+            }
+        }
+        let mut together: Vec<Slot> = walks.iter().map(|_| world.slot(1)).collect();
+        for round in 0..steps.len() + 2 {
+            let first = round.saturating_sub(steps.len() - 1);
+            let who: Vec<usize> = (first..3.min(round + 1)).collect();
+            advance(&mut together[first..first + who.len()], &who);
+        }
+        for (alone, together) in alone.iter().zip(&together) {
+            assert_eq!(backend.read_beams(alone).ok(), backend.read_beams(together).ok(), "{seed}");
         }
     }
 }

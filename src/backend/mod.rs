@@ -1,13 +1,15 @@
 //! The operations that a network is made of, once for every device.
 //!
-//! A backend does not know what a request is. It knows **slots**: the memory of one running
-//! request, that is its context (KV that all its beams share), its tails (the few positions of KV
-//! that a beam owns, reached through ancestor indices and never copied) and its beams. Operations
-//! work on the rows of several slots at once, slot after slot: prompt tokens in prefill, beams in
-//! decode. Matrices are dense and row-major. Each row's result depends on that row and its slot
-//! alone, to the last bit, so an answer is the same in any company.
+//! A backend does not know what a request is. It knows **slots**: one search with its beams, and
+//! the pages of memory where its context is (KV that all its beams share) and its tails (the few
+//! positions of KV that a beam owns, reached through ancestor indices and never copied). A pass
+//! works on a [`Batch`]: rows of prompts, slot after slot, then rows of beams, slot after slot.
+//! Matrices are dense and row-major. Each row's result depends on that row and its slot alone, to
+//! the last bit, so an answer is the same in any company, however its prompt is cut into chunks.
 //!
 //! An operation has one name everywhere: `Backend::attend_beams` is `backend/cpu/attend_beams.rs`.
+
+use std::ops::Range;
 
 use crate::catalog::Snapshot;
 use crate::catalog::legality::Legality;
@@ -91,21 +93,72 @@ pub enum Reach {
     ContextAndTail,
 }
 
-/// The memory that one running request needs; fixed when it is admitted.
+/// The memory for all contexts and tails, taken once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SlotSpec {
+pub struct MemorySpec {
     /// Layers that keep KV.
     pub num_layers: usize,
     /// The heads of that KV.
     pub heads: Heads,
+    /// Pages of contexts, [`PAGE_LEN`](crate::pages::PAGE_LEN) tokens each.
+    pub context_pages: usize,
+    /// Pages of tails, [`TAIL_PAGE_LEN`](crate::pages::TAIL_PAGE_LEN) rows each.
+    pub tail_pages: usize,
+}
+
+/// One search: what it needs is fixed when it is admitted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotSpec {
+    /// The pages of the context, in order; searches may have them in common.
+    pub context_pages: Vec<u32>,
     /// Tokens of the context.
     pub context_len: usize,
-    /// The most beams at any step.
-    pub max_beams: usize,
-    /// Decoding steps: codes and forced suffix tokens.
-    pub num_steps: usize,
+    /// The pages for tails: at each position as many as its beams fill, one position after the
+    /// other.
+    pub tail_pages: Vec<u32>,
     /// The token of the one beam that a search starts with, where the decoder reads one.
     pub start_token: u32,
+}
+
+/// What one pass works on: rows of prompts, slot after slot, then rows of beams, slot after slot.
+pub struct Batch<'a, B: Backend> {
+    /// Where the KV is.
+    pub memory: &'a B::Memory,
+    /// Of each of the first slots, the positions of its prompt that are read; those whose prompt
+    /// goes on come first.
+    pub chunks: &'a [Range<usize>],
+    /// The slots with chunks, then those whose beams are rows.
+    pub slots: &'a mut [B::Slot],
+}
+
+impl<'a, B: Backend> Batch<'a, B> {
+    /// Rows of prompts; rows of beams begin there.
+    pub fn num_prompt_rows(&self) -> usize {
+        self.chunks.iter().map(Range::len).sum()
+    }
+
+    /// The slots with rows of prompts, each with its chunk.
+    pub fn prompts(&self) -> impl Iterator<Item = (&Range<usize>, &B::Slot)> {
+        self.chunks.iter().zip(&*self.slots)
+    }
+
+    /// The slots with rows of beams.
+    pub fn beams(&self) -> &[B::Slot] {
+        &self.slots[self.chunks.len()..]
+    }
+
+    /// Slots whose prompt goes on after this pass.
+    pub fn num_unfinished(&self, backend: &B) -> usize {
+        let goes_on =
+            |(chunk, slot): &(&Range<usize>, &B::Slot)| chunk.end < backend.context_len(slot);
+        self.prompts().take_while(goes_on).count()
+    }
+
+    /// The slots from `first` on, with rows of beams alone: a search has one beam when its prompt
+    /// has been read.
+    pub fn beams_from(&mut self, first: usize) -> Batch<'_, B> {
+        Batch { memory: self.memory, chunks: &[], slots: &mut self.slots[first..] }
+    }
 }
 
 /// What one decoding step may choose from, the same for every request of a model.
@@ -131,8 +184,8 @@ pub struct SearchRule<'a> {
     /// The state of the catalog that is searched.
     pub snapshot: &'a Snapshot,
     /// What of it the request may be answered with.
-    pub legality: Legality,
-    /// Beams kept at each step.
+    pub legality: &'a Legality,
+    /// Beams kept at this step.
     pub beams: usize,
     /// What scores are normalised over.
     pub normalization: Normalization,
@@ -197,8 +250,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Head: Send + Sync;
     /// The logits of one step, one row a beam.
     type Logits: Send;
-    /// The memory of one running request.
-    type Slot: Send;
+    /// Pages of contexts and tails. Passes over different slots may use it at the same time.
+    type Memory: Send + Sync;
+    /// One search.
+    type Slot: Send + Sync;
 
     // Opening.
 
@@ -210,23 +265,31 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn table(&self, weight: Tensor) -> Self::Table;
     /// The output head `[vocabulary, in]` of a model whose steps choose from `steps`.
     fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Self::Head;
-    /// Rows that a slot takes in decode: its beams.
-    fn num_beams(&self, slot: &Self::Slot) -> usize;
-    /// Rows that a slot takes in prefill: its prompt's tokens.
-    fn context_len(&self, slot: &Self::Slot) -> usize;
     /// An empty buffer.
     fn buffer(&self) -> Self::Buffer;
     /// No logits.
     fn logits(&self) -> Self::Logits;
-    /// The memory of a request, with the one beam that its search starts with.
-    fn open_slot(&self, spec: &SlotSpec) -> Self::Slot;
+    /// The pages for contexts and tails.
+    fn memory(&self, spec: &MemorySpec) -> Self::Memory;
+    /// A search, with the one beam that it starts with.
+    fn open_slot(&self, spec: SlotSpec) -> Self::Slot;
+    /// Rows that a slot takes in decode: its beams.
+    fn num_beams(&self, slot: &Self::Slot) -> usize;
+    /// Steps that a slot's beams have taken.
+    fn num_steps(&self, slot: &Self::Slot) -> usize;
+    /// Tokens of a slot's context.
+    fn context_len(&self, slot: &Self::Slot) -> usize;
 
     // Networks.
 
-    /// `out[r] = table[tokens[r]]`, the embedding of prompt tokens.
-    fn embed(&self, table: &Self::Table, tokens: &[u32], out: &mut Self::Buffer);
-    /// The embedding of each beam's newest token.
-    fn embed_beams(&self, table: &Self::Table, slots: &[Self::Slot], out: &mut Self::Buffer);
+    /// The rows of `table` for prompt tokens, then for the newest token of each beam.
+    fn embed(
+        &self,
+        table: &Self::Table,
+        tokens: &[u32],
+        beams: &[Self::Slot],
+        out: &mut Self::Buffer,
+    );
     /// `out[r] = x[r] / sqrt(mean(x[r]^2) + epsilon) * weight` (Zhang & Sennrich 2019).
     fn rms_norm(
         &self,
@@ -261,39 +324,53 @@ pub trait Backend: Send + Sync + Sized + 'static {
         norms: Option<(&Self::Vector, &Self::Vector, f32)>,
         rotation: &Self::Buffer,
     );
-    /// Attention within each slot's own prompt; `qkv`: `[rows, heads.qkv_dim()]`, `out`:
-    /// `[rows, heads.query_dim()]`. `relative_bias`, if given, is `[num_heads, 2 * longest - 1]`
-    /// over key minus query position, where `longest` is the longest prompt and the middle column
-    /// stands for distance zero. Softmax in f32.
-    fn attend_prefill(
-        &self,
-        qkv: &Self::Buffer,
-        heads: Heads,
-        mask: Mask,
-        scale: f32,
-        relative_bias: Option<&[f32]>,
-        slots: &[Self::Slot],
-        out: &mut Self::Buffer,
-    );
-    /// Keeps the keys and values of a layer as the slots' contexts. `kv`'s columns from `offset` on
-    /// are the key heads, then the value heads.
+    /// Keeps the keys and values of a layer for the rows of prompts, in the slots' contexts. `kv`'s
+    /// columns from `offset` on are the key heads, then the value heads.
     fn store_context(
         &self,
         layer: usize,
         kv: &Self::Buffer,
         offset: usize,
         heads: Heads,
-        slots: &mut [Self::Slot],
+        batch: &Batch<'_, Self>,
     );
-    /// The last row of each slot's prompt; `out`: `[slots, columns]`.
-    fn last_rows(&self, x: &Self::Buffer, slots: &[Self::Slot], out: &mut Self::Buffer);
-    /// Appends the keys and values of the beams' newest tokens to their tails. `qkv` as in
-    /// [`attend_prefill`](Backend::attend_prefill), one row a beam.
-    fn append_tail(&self, layer: usize, qkv: &Self::Buffer, heads: Heads, slots: &mut [Self::Slot]);
-    /// Attention of each beam over what it reaches; the first `heads.query_dim()` columns of
-    /// `queries` are the queries, `out`: `[rows, heads.query_dim()]`. The context is read once for
-    /// all beams of a slot (Hydragen, Juravsky et al. 2024). `tail_bias`, if given, is
-    /// `[num_heads, num_steps]` over the distance back. Softmax in f32.
+    /// Attention of the rows of prompts over their contexts, as far as stored and masked; the first
+    /// `heads.query_dim()` columns of `queries` are the queries, `out`: `[rows,
+    /// heads.query_dim()]`, where rows of beams are left as they are. `relative_bias`, if given, is
+    /// `[num_heads, 2 * longest - 1]` over key minus query position, where `longest` is the longest
+    /// context and the middle column stands for distance zero. Softmax in f32.
+    fn attend_prefill(
+        &self,
+        layer: usize,
+        queries: &Self::Buffer,
+        heads: Heads,
+        mask: Mask,
+        scale: f32,
+        relative_bias: Option<&[f32]>,
+        batch: &Batch<'_, Self>,
+        out: &mut Self::Buffer,
+    );
+    /// From the slot `first` on: the last row of each prompt, then the rows of beams.
+    fn last_rows(
+        &self,
+        x: &Self::Buffer,
+        first: usize,
+        batch: &Batch<'_, Self>,
+        out: &mut Self::Buffer,
+    );
+    /// Appends the keys and values of the beams' newest tokens to their tails; `qkv`: `[rows,
+    /// heads.qkv_dim()]`.
+    fn append_tail(
+        &self,
+        layer: usize,
+        qkv: &Self::Buffer,
+        heads: Heads,
+        batch: &mut Batch<'_, Self>,
+    );
+    /// Attention of each beam over what it reaches; `queries` and `out` as in
+    /// [`attend_prefill`](Backend::attend_prefill), where rows of prompts are left as they are. The
+    /// context is read once for all beams of a slot (Hydragen, Juravsky et al. 2024). `tail_bias`,
+    /// if given, is `[num_heads, num_steps]` over the distance back. Softmax in f32.
     fn attend_beams(
         &self,
         layer: usize,
@@ -302,28 +379,19 @@ pub trait Backend: Send + Sync + Sized + 'static {
         reach: Reach,
         scale: f32,
         tail_bias: Option<&[f32]>,
-        slots: &[Self::Slot],
+        batch: &Batch<'_, Self>,
         out: &mut Self::Buffer,
     );
 
     // Search.
 
-    /// As many slots as `copies` says for each, all with the slot's context and tails, which are
-    /// not copied where they are large; `hidden`'s rows, one a slot, are repeated alike. For a
-    /// request that searches more than once; to be called before the first step.
-    fn fork(
-        &self,
-        slots: Vec<Self::Slot>,
-        copies: &[usize],
-        hidden: &mut Self::Buffer,
-    ) -> Vec<Self::Slot>;
-    /// The output head for what a step can choose from: `hidden`'s product (one row a beam) with
-    /// the step's tokens, and what each row is normalised by, as its slot's rule wants it.
+    /// The output head for what each slot's next step can choose from: `hidden`'s product (one row
+    /// a beam) with the step's tokens, and what each row is normalised by, as its slot's rule wants
+    /// it. Slots may be at different steps.
     fn restricted_head(
         &self,
         hidden: &Self::Buffer,
         head: &Self::Head,
-        step: usize,
         rules: &[SearchRule<'_>],
         slots: &[Self::Slot],
         out: &mut Self::Logits,
@@ -335,7 +403,6 @@ pub trait Backend: Send + Sync + Sized + 'static {
         &self,
         logits: &Self::Logits,
         head: &Self::Head,
-        step: usize,
         rules: &[SearchRule<'_>],
         slots: &mut [Self::Slot],
     );

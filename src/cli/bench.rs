@@ -58,6 +58,9 @@ pub struct Arguments {
     /// Times that the requests are gone through
     #[arg(long, default_value_t = 5, value_name = "R", value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
+    /// Keep contexts from request to request: those that are repeated are then not read again
+    #[arg(long)]
+    history_cache: bool,
     /// Change this many percent of the items a minute, in memory, half of the time, and compare
     #[arg(long, value_name = "PERCENT")]
     churn: Option<f64>,
@@ -125,6 +128,10 @@ struct Settings {
     /// Items of the random histories, where no requests were given.
     history: Option<u32>,
     beams: usize,
+    /// By level, where they differ.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    widths: Vec<usize>,
+    history_cache: bool,
     normalize: Option<Normalization>,
     constraint: Constraint,
     concurrency: u32,
@@ -135,7 +142,8 @@ struct Settings {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let engine = open(arguments)?;
-    let defaults = arguments.search.defaults(usize::from(arguments.search.beams));
+    let mut defaults = arguments.search.defaults(1);
+    defaults.top_k = defaults.beams;
     let requests = match &arguments.requests {
         Some(path) => read_requests(path, &defaults)?,
         None => random_requests(&engine, arguments.history as usize, &defaults)?,
@@ -159,9 +167,11 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
 }
 
 fn open(arguments: &Arguments) -> Result<Engine> {
+    let mut options = arguments.device.options()?;
+    options.history_cache = arguments.history_cache;
     if let Some(shape) = arguments.shape {
         let spinner = super::requests::spinner("drawing random weights");
-        let engine = shape.open(&arguments.device.options()?, arguments.items);
+        let engine = shape.open(&options, arguments.items);
         spinner.finish_and_clear();
         return engine;
     }
@@ -170,7 +180,7 @@ fn open(arguments: &Arguments) -> Result<Engine> {
         catalog: arguments.catalog.clone(),
         device: arguments.device.clone(),
     };
-    model.open()
+    model.open_with(&options)
 }
 
 fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>> {
@@ -208,6 +218,7 @@ fn random_requests(
         let item = |_| catalog.name(items[rng.usize(0..items.len())]).to_string();
         let mut request = Request::from_history((0..len).map(item).collect::<Vec<String>>());
         request.beams = defaults.beams;
+        request.widths = defaults.widths.clone();
         request.top_k = defaults.top_k;
         request.normalization = defaults.normalization;
         request.constraint = defaults.constraint;
@@ -425,6 +436,8 @@ fn report(
             requests: arguments.requests.as_ref().map(|path| path.display().to_string()),
             history: arguments.requests.is_none().then_some(arguments.history),
             beams: defaults.beams,
+            widths: defaults.widths,
+            history_cache: arguments.history_cache,
             normalize: defaults.normalization,
             constraint: defaults.constraint,
             concurrency: arguments.concurrency,

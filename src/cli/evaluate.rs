@@ -76,7 +76,7 @@ struct Metrics {
 struct Report {
     requests: u64,
     failed: u64,
-    beams: u16,
+    beams: usize,
     /// The target counts as found where its semantic ID is.
     by_sid: Metrics,
     /// The target counts as found where the item itself is, after those listed before it.
@@ -118,7 +118,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let report = Report {
         requests,
         failed,
-        beams: arguments.search.beams,
+        beams: defaults.beams,
         by_sid: by_sid.metrics(requests),
         by_item: by_item.metrics(requests),
         seconds: start.elapsed().as_secs_f64(),

@@ -114,15 +114,19 @@ impl DeviceArguments {
                 reason: "this build computes on \"cpu\"".into(),
             });
         }
-        Ok(EngineOptions { threads: self.threads.into(), max_context: self.max_context })
+        Ok(EngineOptions {
+            threads: self.threads.into(),
+            max_context: self.max_context,
+            ..EngineOptions::default()
+        })
     }
 }
 
 #[derive(Args)]
 struct SearchArguments {
-    /// Beam width: prefixes kept at each level
-    #[arg(long, default_value_t = 50, value_name = "W", value_parser = clap::value_parser!(u16).range(1..=sidereal::MAX_BEAMS as i64))]
-    beams: u16,
+    /// Beam width: prefixes kept at each level; or one width for each, as 16,64,128
+    #[arg(long, default_value = "50", value_name = "W", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=sidereal::MAX_BEAMS as i64))]
+    beams: Vec<u16>,
     /// What may follow a prefix
     #[arg(long, default_value = "trie")]
     constraint: ConstraintName,
@@ -133,8 +137,10 @@ struct SearchArguments {
 
 impl SearchArguments {
     fn defaults(&self, top_k: usize) -> RequestDefaults {
+        let widths: Vec<usize> = self.beams.iter().map(|&width| width.into()).collect();
         RequestDefaults {
-            beams: self.beams.into(),
+            beams: *widths.last().expect("clap has a default"),
+            widths: if widths.len() == 1 { Vec::new() } else { widths },
             top_k,
             normalization: self.normalize.map(|name| match name {
                 NormalizationName::Vocabulary => Normalization::Vocabulary,
@@ -183,9 +189,12 @@ impl ModelArguments {
     }
 
     fn open(&self) -> Result<Engine> {
-        let options = self.device.options()?;
+        self.open_with(&self.device.options()?)
+    }
+
+    fn open_with(&self, options: &EngineOptions) -> Result<Engine> {
         let spinner = requests::spinner("opening the model");
-        let engine = Engine::open(&self.model, self.open_catalog()?, &options)?;
+        let engine = Engine::open(&self.model, self.open_catalog()?, options)?;
         spinner.finish_and_clear();
         Ok(engine)
     }

@@ -7,7 +7,7 @@
 use super::config::Config;
 use super::weights::Weights;
 use super::{Model, ModelSpec, Scratch};
-use crate::backend::{Activation, Backend, Epilogue, Heads, Mask, Reach, StepTokens};
+use crate::backend::{Activation, Backend, Batch, Epilogue, Heads, Mask, Reach, StepTokens};
 use crate::error::{Error, Result};
 
 /// Where the checkpoints' layouts differ.
@@ -114,7 +114,9 @@ impl<B: Backend> DecoderOnly<B> {
                 max_positions: Some(config.size_or("max_position_embeddings", 2048)?),
                 num_layers,
                 heads,
-                start_token: None,
+                has_encoder: false,
+                start_token: 0,
+                num_weights: weights.num_taken(),
             },
             epsilon: config.number_or("rms_norm_eps", 1e-6)? as f32,
             frequencies: rotary_frequencies(config, heads.head_dim)?,
@@ -159,69 +161,35 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
         &self.head
     }
 
-    fn begin(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], s: &mut Scratch<B>) {
+    fn forward(&self, backend: &B, tokens: &[u32], batch: &mut Batch<'_, B>, s: &mut Scratch<B>) {
         let heads = self.spec.heads;
-        let positions = slots.iter().flat_map(|slot| 0..backend.context_len(slot) as u32);
-        backend.rotation(&positions.collect::<Vec<u32>>(), &self.frequencies, &mut s.rotation);
-        backend.embed(&self.embedding, tokens, &mut s.residual);
-        for (index, layer) in self.layers.iter().enumerate() {
-            self.project(backend, layer, s);
-            backend.store_context(index, &s.projected, heads.query_dim(), heads, slots);
-            if index + 1 < self.layers.len() {
-                let scale = self.scale();
-                let mask = Mask::Causal;
-                backend.attend_prefill(
-                    &s.projected,
-                    heads,
-                    mask,
-                    scale,
-                    None,
-                    slots,
-                    &mut s.attended,
-                );
-            } else {
-                // Nothing after the last layer reads any row but the last of each prompt.
-                backend.last_rows(&s.residual, slots, &mut s.spare);
-                std::mem::swap(&mut s.residual, &mut s.spare);
-                backend.last_rows(&s.projected, slots, &mut s.spare);
-                let (reach, scale) = (Reach::Context, self.scale());
-                backend.attend_beams(
-                    index,
-                    &s.spare,
-                    heads,
-                    reach,
-                    scale,
-                    None,
-                    slots,
-                    &mut s.attended,
-                );
-            }
-            self.finish_layer(backend, layer, s);
-        }
-        backend.rms_norm(&s.residual, &self.norm, self.epsilon, &mut s.hidden);
-    }
-
-    fn decode(&self, backend: &B, step: usize, slots: &mut [B::Slot], s: &mut Scratch<B>) {
-        let heads = self.spec.heads;
-        let positions = slots.iter().flat_map(|slot| {
-            let position = backend.context_len(slot) + step - 1;
-            std::iter::repeat_n(position as u32, backend.num_beams(slot))
+        let of_prompts = batch.chunks.iter().cloned().flatten();
+        let of_beams = batch.beams().iter().flat_map(|slot| {
+            let position = backend.context_len(slot) + backend.num_steps(slot) - 1;
+            std::iter::repeat_n(position, backend.num_beams(slot))
         });
-        backend.rotation(&positions.collect::<Vec<u32>>(), &self.frequencies, &mut s.rotation);
-        backend.embed_beams(&self.embedding, slots, &mut s.residual);
+        let positions: Vec<u32> = of_prompts.chain(of_beams).map(|at| at as u32).collect();
+        backend.rotation(&positions, &self.frequencies, &mut s.rotation);
+        backend.embed(&self.embedding, tokens, batch.beams(), &mut s.residual);
+        let (reach, scale) = (Reach::ContextAndTail, self.scale());
         for (index, layer) in self.layers.iter().enumerate() {
             self.project(backend, layer, s);
-            backend.append_tail(index, &s.projected, heads, slots);
-            backend.attend_beams(
-                index,
-                &s.projected,
-                heads,
-                Reach::ContextAndTail,
-                self.scale(),
-                None,
-                slots,
-                &mut s.attended,
-            );
+            backend.store_context(index, &s.projected, heads.query_dim(), heads, batch);
+            backend.append_tail(index, &s.projected, heads, batch);
+            let (queries, out) = (&s.projected, &mut s.attended);
+            if index + 1 < self.layers.len() {
+                let mask = Mask::Causal;
+                backend.attend_prefill(index, queries, heads, mask, scale, None, batch, out);
+                backend.attend_beams(index, queries, heads, reach, scale, None, batch, out);
+            } else {
+                // Nothing after the last layer reads any row of a prompt but its last.
+                let first = batch.num_unfinished(backend);
+                backend.last_rows(&s.residual, first, batch, &mut s.spare);
+                std::mem::swap(&mut s.residual, &mut s.spare);
+                backend.last_rows(queries, first, batch, &mut s.spare);
+                let batch = &batch.beams_from(first);
+                backend.attend_beams(index, &s.spare, heads, reach, scale, None, batch, out);
+            }
             self.finish_layer(backend, layer, s);
         }
         backend.rms_norm(&s.residual, &self.norm, self.epsilon, &mut s.hidden);

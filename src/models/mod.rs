@@ -8,7 +8,7 @@
 //! | `T5ForConditionalGeneration` | [`t5`] |
 //! | `Qwen3ForCausalLM`, `Qwen2ForCausalLM`, `LlamaForCausalLM` | [`decoder_only`] |
 
-use crate::backend::{Backend, Heads, SlotSpec, StepTokens};
+use crate::backend::{Backend, Batch, Heads, StepTokens};
 use crate::error::{Error, Result};
 use config::Config;
 use weights::Weights;
@@ -29,22 +29,13 @@ pub struct ModelSpec {
     pub num_layers: usize,
     /// The heads of that KV.
     pub heads: Heads,
-    /// The token that decoding starts with, where the decoder reads one.
-    pub start_token: Option<u32>,
-}
-
-impl ModelSpec {
-    /// The memory that a request needs.
-    pub fn slot(&self, context_len: usize, max_beams: usize, num_steps: usize) -> SlotSpec {
-        SlotSpec {
-            num_layers: self.num_layers,
-            heads: self.heads,
-            context_len,
-            max_beams,
-            num_steps,
-            start_token: self.start_token.unwrap_or(0),
-        }
-    }
+    /// Whether a prompt is read as a whole, by an encoder; the decoder then starts with
+    /// `start_token`. Otherwise it may be read in chunks, and its last row scores the first step.
+    pub has_encoder: bool,
+    /// The token that decoding starts with, where there is an encoder.
+    pub start_token: u32,
+    /// Numbers in the weights.
+    pub num_weights: usize,
 }
 
 /// A network with its weights on a device.
@@ -53,12 +44,16 @@ pub trait Model<B: Backend>: Send + Sync {
     fn spec(&self) -> &ModelSpec;
     /// The output head.
     fn head(&self) -> &B::Head;
-    /// Reads the prompts (one a slot, one after the other in `tokens`), leaves in the slots what
-    /// all beams share, and in `scratch.hidden` one row a slot: what the first step is scored by.
-    fn begin(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], scratch: &mut Scratch<B>);
-    /// Reads the beams' newest tokens and leaves in `scratch.hidden` one row a beam: what step
-    /// `step`, at least 1, is scored by.
-    fn decode(&self, backend: &B, step: usize, slots: &mut [B::Slot], scratch: &mut Scratch<B>);
+    /// Reads the rows of a batch: `tokens` for its prompts, which for an encoder are whole, and the
+    /// newest tokens of its beams. Leaves the KV in the memory, and in `scratch.hidden`, for each
+    /// search whose prompt has been read, a row a beam: what its next step is scored by.
+    fn forward(
+        &self,
+        backend: &B,
+        tokens: &[u32],
+        batch: &mut Batch<'_, B>,
+        scratch: &mut Scratch<B>,
+    );
 }
 
 /// The activations of a forward pass, kept from pass to pass so that nothing is allocated anew.

@@ -9,7 +9,7 @@
 use super::config::Config;
 use super::weights::Weights;
 use super::{Model, ModelSpec, Scratch};
-use crate::backend::{Activation, Backend, Epilogue, Heads, Mask, Reach, StepTokens};
+use crate::backend::{Activation, Backend, Batch, Epilogue, Heads, Mask, Reach, StepTokens};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -173,7 +173,9 @@ impl<B: Backend> T5<B> {
                 max_positions: None,
                 num_layers: num_decoder_layers,
                 heads,
-                start_token: Some(config.token_or("decoder_start_token_id", vocab_size, 0)?),
+                has_encoder: true,
+                start_token: config.token_or("decoder_start_token_id", vocab_size, 0)?,
+                num_weights: weights.num_taken(),
             },
             epsilon: config.number_or("layer_norm_epsilon", 1e-6)? as f32,
             embedding: backend.table(embedding),
@@ -187,30 +189,52 @@ impl<B: Backend> T5<B> {
         })
     }
 
-    fn encode(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], s: &mut Scratch<B>) {
-        let longest = slots.iter().map(|slot| backend.context_len(slot)).max().unwrap_or(0) as i64;
+    /// Reads the prompts, and keeps in the contexts what the decoder attends to. While a prompt is
+    /// read, its context's first layer holds the keys and values of the encoder's.
+    fn encode(&self, backend: &B, tokens: &[u32], batch: &Batch<'_, B>, s: &mut Scratch<B>) {
+        let longest = batch.chunks.iter().map(ExactSizeIterator::len).max().unwrap_or(0) as i64;
         let bias = self.encoder_bias.table(1 - longest..longest);
-        backend.embed(&self.embedding, tokens, &mut s.residual);
+        let heads = self.spec.heads;
+        backend.embed(&self.embedding, tokens, &[], &mut s.residual);
         for EncoderLayer { attention, feed_forward } in &self.encoder {
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
             backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
-            backend.attend_prefill(
-                &s.projected,
-                self.spec.heads,
-                Mask::Bidirectional,
-                1.0,
-                Some(&bias),
-                slots,
-                &mut s.attended,
-            );
+            backend.store_context(0, &s.projected, heads.query_dim(), heads, batch);
+            let (mask, bias) = (Mask::Bidirectional, Some(&bias[..]));
+            let (queries, out) = (&s.projected, &mut s.attended);
+            backend.attend_prefill(0, queries, heads, mask, 1.0, bias, batch, out);
             backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
             feed_forward.forward(backend, self.epsilon, s);
         }
         backend.rms_norm(&s.residual, &self.encoder_norm, self.epsilon, &mut s.normed);
         for (layer, decoder) in self.decoder.iter().enumerate() {
             backend.matmul(&s.normed, &decoder.cross_kv, None, Epilogue::Store, &mut s.projected);
-            backend.store_context(layer, &s.projected, 0, self.spec.heads, slots);
+            backend.store_context(layer, &s.projected, 0, heads, batch);
         }
+    }
+
+    /// Reads the beams' newest tokens.
+    fn decode(&self, backend: &B, batch: &mut Batch<'_, B>, s: &mut Scratch<B>) {
+        let heads = self.spec.heads;
+        backend.embed(&self.embedding, &[], batch.beams(), &mut s.residual);
+        for (index, layer) in self.decoder.iter().enumerate() {
+            let attention = &layer.attention;
+            backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
+            backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
+            backend.append_tail(index, &s.projected, heads, batch);
+            let (reach, bias) = (Reach::Tail, Some(&self.decoder_bias[..]));
+            let (queries, out) = (&s.projected, &mut s.attended);
+            backend.attend_beams(index, queries, heads, reach, 1.0, bias, batch, out);
+            backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
+
+            backend.rms_norm(&s.residual, &layer.cross_norm, self.epsilon, &mut s.normed);
+            backend.matmul(&s.normed, &layer.cross_query, None, Epilogue::Store, &mut s.projected);
+            let (reach, queries, out) = (Reach::Context, &s.projected, &mut s.attended);
+            backend.attend_beams(index, queries, heads, reach, 1.0, None, batch, out);
+            backend.matmul(&s.attended, &layer.cross_out, None, Epilogue::Add, &mut s.residual);
+            layer.feed_forward.forward(backend, self.epsilon, s);
+        }
+        backend.rms_norm(&s.residual, &self.decoder_norm, self.epsilon, &mut s.hidden);
     }
 }
 
@@ -223,47 +247,11 @@ impl<B: Backend> Model<B> for T5<B> {
         &self.head
     }
 
-    fn begin(&self, backend: &B, tokens: &[u32], slots: &mut [B::Slot], scratch: &mut Scratch<B>) {
-        self.encode(backend, tokens, slots, scratch);
-        self.decode(backend, 0, slots, scratch);
-    }
-
-    fn decode(&self, backend: &B, _step: usize, slots: &mut [B::Slot], s: &mut Scratch<B>) {
-        let heads = self.spec.heads;
-        backend.embed_beams(&self.embedding, slots, &mut s.residual);
-        for (index, layer) in self.decoder.iter().enumerate() {
-            let attention = &layer.attention;
-            backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
-            backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
-            backend.append_tail(index, &s.projected, heads, slots);
-            backend.attend_beams(
-                index,
-                &s.projected,
-                heads,
-                Reach::Tail,
-                1.0,
-                Some(&self.decoder_bias),
-                slots,
-                &mut s.attended,
-            );
-            backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
-
-            backend.rms_norm(&s.residual, &layer.cross_norm, self.epsilon, &mut s.normed);
-            backend.matmul(&s.normed, &layer.cross_query, None, Epilogue::Store, &mut s.projected);
-            backend.attend_beams(
-                index,
-                &s.projected,
-                heads,
-                Reach::Context,
-                1.0,
-                None,
-                slots,
-                &mut s.attended,
-            );
-            backend.matmul(&s.attended, &layer.cross_out, None, Epilogue::Add, &mut s.residual);
-            layer.feed_forward.forward(backend, self.epsilon, s);
+    fn forward(&self, backend: &B, tokens: &[u32], batch: &mut Batch<'_, B>, s: &mut Scratch<B>) {
+        if !batch.chunks.is_empty() {
+            self.encode(backend, tokens, batch, s);
         }
-        backend.rms_norm(&s.residual, &self.decoder_norm, self.epsilon, &mut s.hidden);
+        self.decode(backend, &mut batch.beams_from(0), s);
     }
 }
 

@@ -15,6 +15,7 @@ use crate::tensor::{Dtype, Tensor};
 pub struct Weights {
     source: Source,
     taken: HashSet<String>,
+    num_taken: usize,
 }
 
 enum Source {
@@ -68,18 +69,22 @@ impl Weights {
                 }
             }
         }
-        Ok(Weights { source: Source::Files(tensors), taken: HashSet::new() })
+        Ok(Weights { source: Source::Files(tensors), taken: HashSet::new(), num_taken: 0 })
     }
 
     /// Weights drawn at random, of whatever names and shapes a network asks for.
     pub fn random(seed: u64) -> Weights {
         let rng = fastrand::Rng::with_seed(seed);
-        Weights { source: Source::Random(rng), taken: HashSet::new() }
+        Weights { source: Source::Random(rng), taken: HashSet::new(), num_taken: 0 }
     }
 
     /// Weights in memory.
     pub fn from_tensors(tensors: impl IntoIterator<Item = (String, Tensor)>) -> Weights {
-        Weights { source: Source::Files(tensors.into_iter().collect()), taken: HashSet::new() }
+        Weights {
+            source: Source::Files(tensors.into_iter().collect()),
+            taken: HashSet::new(),
+            num_taken: 0,
+        }
     }
 
     /// The names and shapes of all tensors.
@@ -107,6 +112,7 @@ impl Weights {
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`].
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.num_taken += shape.iter().product::<usize>();
         match &mut self.source {
             Source::Files(tensors) => {
                 let tensor = tensors.get(name).cloned();
@@ -126,6 +132,11 @@ impl Weights {
             }
             Source::Random(rng) => Ok(random_tensor(rng, shape)),
         }
+    }
+
+    /// Numbers in all tensors that were taken.
+    pub fn num_taken(&self) -> usize {
+        self.num_taken
     }
 
     /// Checks that nothing is left over but what `is_known_spare` knows of.

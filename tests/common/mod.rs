@@ -4,3 +4,4 @@
 pub mod cases;
 pub mod tiny;
 pub mod truth;
+pub mod world;

@@ -1,9 +1,7 @@
-use std::ops::Range;
-
 use rayon::prelude::*;
 
 use super::head::{Head, StepColumns};
-use super::restricted_head::{LogSumExp, Logits};
+use super::restricted_head::{LogSumExp, Logits, SlotLogits};
 use super::slot::Beams;
 use super::{SearchRule, Slot};
 use crate::backend::Normalizer;
@@ -13,40 +11,31 @@ use crate::request::Constraint;
 pub(super) fn advance_beams(
     logits: &Logits,
     head: &Head,
-    step: usize,
     rules: &[SearchRule<'_>],
     slots: &mut [Slot],
 ) {
     assert_eq!(rules.len(), slots.len(), "a rule for each slot");
-    let mut first_row = 0;
-    let searches: Vec<(Range<usize>, &SearchRule<'_>, &mut Slot)> = rules
-        .iter()
-        .zip(slots)
-        .map(|(rule, slot)| {
-            let rows = first_row..first_row + slot.beams.len();
-            first_row = rows.end;
-            (rows, rule, slot)
-        })
-        .collect();
-    searches.into_par_iter().for_each(|(rows, rule, slot)| {
+    slots.par_iter_mut().zip(rules).enumerate().for_each(|(index, (slot, rule))| {
         let beams = &mut slot.beams;
+        let step = beams.num_steps;
         if step == 0 {
             beams.places = vec![rule.snapshot.root(); beams.len()];
         }
         let columns = &head.steps[step];
+        let SlotLogits { span, rows, .. } = &logits.searches[index];
         let search = Search {
             columns,
-            first: (columns.span.start - logits.span.start) as usize,
+            first: (columns.span.start - span.start) as usize,
             vocab_size: head.vocab_size,
             step,
             rule,
             logits,
-            rows,
+            slot: index,
+            normalizers: &logits.normalizers[rows.clone()],
             inverse_temperature: 1.0 / rule.temperature,
         };
-        let tail_len = slot.tails.first().map_or(0, |tail| tail.positions.len());
         match search.best(beams) {
-            Some(best) => search.replace(beams, &best, tail_len),
+            Some(best) => search.replace(beams, &best, slot.positions.len()),
             None => beams.fail(step),
         }
     });
@@ -61,8 +50,9 @@ struct Search<'a> {
     step: usize,
     rule: &'a SearchRule<'a>,
     logits: &'a Logits,
-    /// The slot's rows in `logits`.
-    rows: Range<usize>,
+    slot: usize,
+    /// By beam.
+    normalizers: &'a [LogSumExp],
     inverse_temperature: f32,
 }
 
@@ -154,7 +144,7 @@ impl Search<'_> {
     /// The normaliser of a beam over the vocabulary or the level, and the score that none of its
     /// continuations can pass; `None` where it is not finite.
     fn normalizer(&self, beams: &Beams, beam: usize) -> Option<(f32, f32)> {
-        let sum = &self.logits.normalizers[self.rows.start + beam];
+        let sum = &self.normalizers[beam];
         let value = sum.value();
         value.is_finite().then(|| (value, beams.scores[beam] + sum.ceiling()))
     }
@@ -168,7 +158,7 @@ impl Search<'_> {
         let gain = match self.rule.normalizer(true) {
             Normalizer::Certain => 0.0,
             _ => {
-                let logit = self.logits.row(self.rows.start + beam)[self.first];
+                let logit = self.logits.row(self.slot, beam)[self.first];
                 self.gain(logit, self.normalizer(beams, beam)?.0)
             }
         };
@@ -179,7 +169,7 @@ impl Search<'_> {
     fn offer_children(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
         let SearchRule { snapshot, legality, .. } = self.rule;
         let place = beams.places[beam];
-        let row = self.logits.row(self.rows.start + beam);
+        let row = self.logits.row(self.slot, beam);
         let logits = &row[self.first..self.first + self.columns.span.len()];
         // A code without a token is none that the model can write: NaN is never high enough.
         let logit = |code: u16| {
@@ -258,7 +248,7 @@ impl Search<'_> {
 
     fn offer_level(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
         let (normalizer, _) = self.normalizer(beams, beam)?;
-        let logits = &self.logits.row(self.rows.start + beam)[self.first..];
+        let logits = &self.logits.row(self.slot, beam)[self.first..];
         let first_place = self.first_place(beams, beam);
         for code in 0..self.columns.columns.len().min(1 << u16::BITS) as u32 {
             let Some(column) = self.columns.column(code as u16) else { continue };
@@ -273,7 +263,7 @@ impl Search<'_> {
     fn offer_tokens(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
         let (normalizer, _) = self.normalizer(beams, beam)?;
         let first_place = self.first_place(beams, beam);
-        for (token, &logit) in self.logits.row(self.rows.start + beam).iter().enumerate() {
+        for (token, &logit) in self.logits.row(self.slot, beam).iter().enumerate() {
             let score = beams.scores[beam] + self.gain(logit, normalizer);
             if score >= best.threshold {
                 best.offer(score, first_place + token as u32);

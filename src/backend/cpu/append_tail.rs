@@ -1,20 +1,24 @@
-use super::scratch::Scratch;
-use super::{Buffer, Heads, Slot};
+use super::{Buffer, CpuBackend, Heads};
+use crate::backend::Batch;
+use crate::pages::TAIL_PAGE_LEN;
 
-pub(super) fn append_tail(layer: usize, qkv: &Buffer, heads: Heads, slots: &mut [Slot]) {
-    let (query_dim, kv_dim) = (heads.query_dim(), heads.kv_dim());
-    let mut first_row = 0;
-    for slot in slots {
-        let rows = first_row..first_row + slot.beams.len();
-        first_row = rows.end;
-        let mut keys = Scratch::new(rows.len() * kv_dim);
-        let mut values = Scratch::new(rows.len() * kv_dim);
-        let outs = keys.chunks_exact_mut(kv_dim).zip(values.chunks_exact_mut(kv_dim));
-        for (row, (keys, values)) in rows.zip(outs) {
-            let (row_keys, row_values) = qkv.row(row)[query_dim..].split_at(kv_dim);
-            keys.copy_from_slice(row_keys);
-            values.copy_from_slice(row_values);
+pub(super) fn append_tail(
+    layer: usize,
+    qkv: &Buffer,
+    heads: Heads,
+    batch: &mut Batch<'_, CpuBackend>,
+) {
+    let (memory, mut row) = (batch.memory, batch.num_prompt_rows());
+    for slot in &mut batch.slots[batch.chunks.len()..] {
+        let num_beams = slot.beams.len();
+        let pages = slot.append_position();
+        for (&page, first) in pages.iter().zip((0..num_beams).step_by(TAIL_PAGE_LEN)) {
+            let mut page = memory.tail_page_mut(page);
+            for beam in first..num_beams.min(first + TAIL_PAGE_LEN) {
+                let kv = memory.layout.tail_row_mut(&mut page, layer, beam - first);
+                kv.copy_from_slice(&qkv.row(row + beam)[heads.query_dim()..]);
+            }
         }
-        slot.tails[layer].positions.push((keys, values));
+        row += num_beams;
     }
 }

@@ -1,14 +1,18 @@
+use std::ops::Deref;
+
 use rayon::prelude::*;
 use rten_simd::functional::simd_map;
 use rten_simd::ops::{BitOps, NumOps};
 use rten_simd::{Isa, SimdIterable, SimdOp};
-use rten_tensor::NdTensorView;
 
-use super::attend_prefill::scatter_heads;
+use super::context::{HeadContext, QUERIES_PER_TILE, Queries};
+use super::matmul::split_columns;
+use super::memory::PageLayout;
 use super::scratch::Scratch;
-use super::slot::{Beams, Tail};
 use super::softmax::{ExpSum, Largest};
 use super::{Buffer, CpuBackend, Heads, Reach, Slot};
+use crate::backend::Batch;
+use crate::pages::TAIL_PAGE_LEN;
 
 impl CpuBackend {
     pub(super) fn attend_beams(
@@ -19,69 +23,146 @@ impl CpuBackend {
         reach: Reach,
         scale: f32,
         tail_bias: Option<&[f32]>,
-        slots: &[Slot],
+        batch: &Batch<'_, CpuBackend>,
         out: &mut Buffer,
     ) {
-        let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
+        let query_dim = heads.query_dim();
         out.reshape(queries.num_rows(), query_dim);
-        let mut by_head = Scratch::new(out.values.len());
-        let mut first_row = 0;
-        for slot in slots {
+        let pages = |slot: &Slot| {
+            let (context, tail) = match reach {
+                Reach::Tail => (&[][..], slot.tail_pages()),
+                Reach::Context => (&slot.spec.context_pages[..], &[][..]),
+                Reach::ContextAndTail => (&slot.spec.context_pages[..], slot.tail_pages()),
+            };
+            (batch.memory.context_pages(context), batch.memory.tail_pages(tail))
+        };
+        let pages: Vec<_> = batch.beams().iter().map(pages).collect();
+        let mut heads_of_slots = Vec::new();
+        let mut first_row = batch.num_prompt_rows();
+        let mut rest = &mut out.values[first_row * query_dim..];
+        for (slot, (context_pages, tail_pages)) in batch.beams().iter().zip(&pages) {
             let num_rows = slot.beams.len();
-            if num_rows == 0 {
-                continue;
+            let (rows, after) = rest.split_at_mut(num_rows * query_dim);
+            rest = after;
+            for (head, out) in
+                split_columns(rows, query_dim, heads.head_dim).into_iter().enumerate()
+            {
+                let bias = tail_bias.map(|bias| {
+                    let row = bias.len() / heads.num_heads;
+                    &bias[head * row..(head + 1) * row]
+                });
+                let tail = Tail { slot, pages: tail_pages, layout: &batch.memory.layout, layer };
+                let attention =
+                    HeadAttention { queries, heads, head, first_row, scale, bias, tail };
+                heads_of_slots.push((attention, context_pages, out));
             }
-            let block = &mut by_head[first_row * query_dim..][..num_rows * query_dim];
-            block.par_chunks_mut(num_rows * head_dim).enumerate().for_each_init(
-                HeadScratch::new,
-                |scratch, (head, out)| {
-                    let bias = tail_bias.map(|bias| {
-                        let row = bias.len() / heads.num_heads;
-                        &bias[head * row..(head + 1) * row]
-                    });
-                    let attention =
-                        HeadAttention { layer, queries, heads, head, first_row, scale, bias, slot };
-                    self.attend_beams_head(&attention, reach, scratch, out);
-                },
-            );
-            let out = &mut out.values[first_row * query_dim..][..num_rows * query_dim];
-            scatter_heads(block, heads, out);
             first_row += num_rows;
         }
+        heads_of_slots.into_par_iter().for_each_init(
+            HeadScratch::new,
+            |scratch, (attention, pages, mut out)| {
+                let context_len = match reach {
+                    Reach::Tail => 0,
+                    _ => attention.tail.slot.spec.context_len,
+                };
+                let (layout, kv_head) = (&batch.memory.layout, attention.kv_head());
+                let context = HeadContext::new(pages, context_len, layout, layer, kv_head);
+                for (tile, out) in out.chunks_mut(QUERIES_PER_TILE).enumerate() {
+                    self.count_flops(2 * out.len(), heads.head_dim, context_len);
+                    let first = tile * QUERIES_PER_TILE;
+                    attention.attend(first, &context, context_len, reach, scratch, out);
+                }
+            },
+        );
+    }
+}
+
+struct HeadScratch {
+    scores: Scratch,
+    tail_scores: Scratch,
+}
+
+impl HeadScratch {
+    fn new() -> HeadScratch {
+        HeadScratch { scores: Scratch::new(0), tail_scores: Scratch::new(0) }
+    }
+}
+
+/// The attention of one query head of one slot.
+struct HeadAttention<'a, P> {
+    queries: &'a Buffer,
+    heads: Heads,
+    head: usize,
+    first_row: usize,
+    scale: f32,
+    /// By distance back.
+    bias: Option<&'a [f32]>,
+    tail: Tail<'a, P>,
+}
+
+/// The tails of one slot in a layer.
+struct Tail<'a, P> {
+    slot: &'a Slot,
+    pages: &'a [P],
+    layout: &'a PageLayout,
+    layer: usize,
+}
+
+impl<'a, P: Deref<Target = Vec<f32>>> Tail<'a, P> {
+    /// The keys and values of a beam and its ancestors, position by position.
+    fn of_beam(&self, beam: usize) -> impl Iterator<Item = (&'a [f32], &'a [f32])> {
+        let Tail { slot, pages, layout, layer } = *self;
+        let rows = slot.beams.ancestors_of(beam).iter().copied().chain(Some(beam as u32));
+        slot.positions.iter().zip(rows).map(move |(&first_page, row)| {
+            let row = row as usize;
+            let page = &pages[first_page + row / TAIL_PAGE_LEN];
+            layout.tail_row(page, layer, row % TAIL_PAGE_LEN)
+        })
+    }
+}
+
+impl<'a, P: Deref<Target = Vec<f32>>> HeadAttention<'a, P> {
+    fn kv_head(&self) -> usize {
+        self.head / (self.heads.num_heads / self.heads.num_kv_heads)
     }
 
-    fn attend_beams_head(
+    fn query(&self, beam: usize) -> &'a [f32] {
+        let head_dim = self.heads.head_dim;
+        &self.queries.row(self.first_row + beam)[self.head * head_dim..][..head_dim]
+    }
+
+    /// The beams from `first` on, one a row of `out`.
+    fn attend(
         &self,
-        attention: &HeadAttention<'_>,
+        first: usize,
+        context: &HeadContext<'_>,
+        context_len: usize,
         reach: Reach,
         scratch: &mut HeadScratch,
-        out: &mut [f32],
+        out: &mut [&mut [f32]],
     ) {
-        let HeadAttention { layer, queries, heads, head, first_row, scale, slot, .. } = *attention;
-        let head_dim = heads.head_dim;
-        let num_rows = out.len() / head_dim;
-        let HeadScratch { scores, tail_scores, sums } = scratch;
-        let queries =
-            queries.view(first_row..first_row + num_rows, head * head_dim..(head + 1) * head_dim);
-        let context = match reach {
-            Reach::Tail => None,
-            _ => Some(&slot.contexts[layer][head / (heads.num_heads / heads.num_kv_heads)]),
+        let HeadScratch { scores, tail_scores } = scratch;
+        let num_rows = out.len();
+        let columns = self.queries.num_columns();
+        let first_value = (self.first_row + first) * columns + self.head * self.heads.head_dim;
+        let queries = Queries {
+            values: &self.queries.values[first_value..],
+            stride: columns,
+            rows: num_rows,
         };
-        let context_len = context.map_or(0, |_| slot.spec.context_len);
         scores.resize(num_rows * context_len);
-        if let Some(context) = context {
-            self.product(queries, context.keys(), scale, scores);
-        }
+        context.scores(queries, context_len, scores);
+        scores.iter_mut().for_each(|score| *score *= self.scale);
         let tail_len = match reach {
             Reach::Context => 0,
-            _ => slot.tails[layer].positions.len(),
+            _ => self.tail.slot.positions.len(),
         };
         tail_scores.resize(num_rows * tail_len);
-        TailScores { attention, tail: &slot.tails[layer], scores: tail_scores }.dispatch();
+        TailScores { attention: self, first, scores: tail_scores }.dispatch();
 
         // One softmax over context and tail together; the division by its sum comes last.
-        sums.resize(num_rows);
-        for (row, out_sum) in sums.iter_mut().enumerate() {
+        let mut sums = [0.0; QUERIES_PER_TILE];
+        for (row, out_sum) in sums[..num_rows].iter_mut().enumerate() {
             let context = &mut scores[row * context_len..(row + 1) * context_len];
             let tail = &mut tail_scores[row * tail_len..(row + 1) * tail_len];
             let largest = tail.iter().fold(Largest(context).dispatch(), |a, &b| a.max(b));
@@ -92,86 +173,44 @@ impl CpuBackend {
             }
             *out_sum = sum;
         }
-        if let Some(context) = context {
-            let weights = NdTensorView::from_data([num_rows, context_len], &scores[..]);
-            self.product(weights, context.values(), 1.0, out);
-        } else {
-            out.fill(0.0);
+        match context_len {
+            0 => out.iter_mut().for_each(|row| row.fill(0.0)),
+            _ => context.weigh(scores, context_len, out),
         }
-        let tail = &slot.tails[layer];
-        AddTail { attention, tail, weights: tail_scores, sums, out }.dispatch();
-    }
-}
-
-struct HeadScratch {
-    scores: Scratch,
-    tail_scores: Scratch,
-    sums: Scratch,
-}
-
-impl HeadScratch {
-    fn new() -> HeadScratch {
-        HeadScratch { scores: Scratch::new(0), tail_scores: Scratch::new(0), sums: Scratch::new(0) }
-    }
-}
-
-/// The attention of one query head of one slot.
-#[derive(Clone, Copy)]
-struct HeadAttention<'a> {
-    layer: usize,
-    queries: &'a Buffer,
-    heads: Heads,
-    head: usize,
-    first_row: usize,
-    scale: f32,
-    /// By distance back.
-    bias: Option<&'a [f32]>,
-    slot: &'a Slot,
-}
-
-impl<'a> HeadAttention<'a> {
-    fn query(&self, row: usize) -> &'a [f32] {
-        let head_dim = self.heads.head_dim;
-        &self.queries.row(self.first_row + row)[self.head * head_dim..][..head_dim]
+        AddTail { attention: self, first, weights: tail_scores, sums: &sums, out }.dispatch();
     }
 
-    /// Where a KV row of the tail that belongs to this head lies: row `row` of position `position`.
-    fn kv<'t>(&self, matrix: &'t [f32], row: u32) -> &'t [f32] {
-        let Heads { num_heads, num_kv_heads, head_dim } = self.heads;
-        let kv_head = self.head / (num_heads / num_kv_heads);
-        &matrix[row as usize * self.heads.kv_dim() + kv_head * head_dim..][..head_dim]
+    /// The columns of this head in a row of keys or values.
+    fn columns(&self) -> std::ops::Range<usize> {
+        let first = self.kv_head() * self.heads.head_dim;
+        first..first + self.heads.head_dim
     }
-}
-
-/// The row of each position of a beam's tail: its ancestors', then its own.
-fn tail_rows(beams: &Beams, beam: usize) -> impl Iterator<Item = u32> {
-    beams.ancestors_of(beam).iter().copied().chain(std::iter::once(beam as u32))
 }
 
 /// `scores`: `[rows, tail_len]`, the scaled and biased products of queries and tail keys.
-struct TailScores<'a> {
-    attention: &'a HeadAttention<'a>,
-    tail: &'a Tail,
+struct TailScores<'a, P> {
+    attention: &'a HeadAttention<'a, P>,
+    first: usize,
     scores: &'a mut [f32],
 }
 
-impl SimdOp for TailScores<'_> {
+impl<P: Deref<Target = Vec<f32>>> SimdOp for TailScores<'_, P> {
     type Output = ();
 
     #[inline(always)]
     fn eval<I: Isa>(self, isa: I) {
         let ops = isa.f32();
-        let Self { attention, tail, scores } = self;
+        let Self { attention, first, scores } = self;
         if scores.is_empty() {
             return;
         }
-        let tail_len = tail.positions.len();
-        for (row, scores) in scores.chunks_exact_mut(tail_len).enumerate() {
-            let query = attention.query(row);
-            let rows = tail_rows(&attention.slot.beams, row);
-            for (position, (score, tail_row)) in scores.iter_mut().zip(rows).enumerate() {
-                let key = attention.kv(&tail.positions[position].0, tail_row);
-                let mut keys = key.simd_iter_pad(ops);
+        let tail_len = attention.tail.slot.positions.len();
+        let columns = attention.columns();
+        for (beam, scores) in (first..).zip(scores.chunks_exact_mut(tail_len)) {
+            let query = attention.query(beam);
+            let tail = attention.tail.of_beam(beam);
+            for (position, (score, (keys, _))) in scores.iter_mut().zip(tail).enumerate() {
+                let mut keys = keys[columns.clone()].simd_iter_pad(ops);
                 let products = query.simd_iter(ops).fold(
                     ops.zero(),
                     #[inline(always)]
@@ -185,32 +224,32 @@ impl SimdOp for TailScores<'_> {
 }
 
 /// `out[r] = (out[r] + sum over the tail of weight * value) / sums[r]`
-struct AddTail<'a> {
-    attention: &'a HeadAttention<'a>,
-    tail: &'a Tail,
+struct AddTail<'a, 'out, P> {
+    attention: &'a HeadAttention<'a, P>,
+    first: usize,
     weights: &'a [f32],
     sums: &'a [f32],
-    out: &'a mut [f32],
+    out: &'a mut [&'out mut [f32]],
 }
 
-impl SimdOp for AddTail<'_> {
+impl<P: Deref<Target = Vec<f32>>> SimdOp for AddTail<'_, '_, P> {
     type Output = ();
 
     #[inline(always)]
     fn eval<I: Isa>(self, isa: I) {
         let ops = isa.f32();
-        let Self { attention, tail, weights, sums, out } = self;
-        let tail_len = weights.len() / sums.len();
-        for (row, out) in out.chunks_exact_mut(attention.heads.head_dim).enumerate() {
+        let Self { attention, first, weights, sums, out } = self;
+        let tail_len = weights.len() / out.len();
+        let columns = attention.columns();
+        for (row, out) in out.iter_mut().enumerate() {
             let weights = &weights[row * tail_len..(row + 1) * tail_len];
-            let rows = tail_rows(&attention.slot.beams, row);
-            for (position, (&weight, tail_row)) in weights.iter().zip(rows).enumerate() {
-                let value = attention.kv(&tail.positions[position].1, tail_row);
-                let mut values = value.simd_iter_pad(ops);
+            let tail = attention.tail.of_beam(first + row);
+            for (&weight, (_, values)) in weights.iter().zip(tail) {
+                let mut values = values[columns.clone()].simd_iter_pad(ops);
                 let weight = ops.splat(weight);
                 simd_map(
                     ops,
-                    &mut *out,
+                    &mut **out,
                     #[inline(always)]
                     |x| ops.mul_add(weight, values.next().expect("as long as the output"), x),
                 );
@@ -218,7 +257,7 @@ impl SimdOp for AddTail<'_> {
             let share = ops.splat(1.0 / sums[row]);
             simd_map(
                 ops,
-                out,
+                &mut **out,
                 #[inline(always)]
                 |x| ops.mul(x, share),
             );

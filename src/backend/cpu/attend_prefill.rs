@@ -1,123 +1,103 @@
 use rayon::prelude::*;
-use rten_gemm::GemmInputB;
 use rten_simd::SimdOp;
-use rten_tensor::NdTensorView;
 
+use super::context::{HeadContext, QUERIES_PER_TILE, Queries};
+use super::matmul::split_columns;
 use super::scratch::Scratch;
 use super::softmax::{ExpSum, Largest};
-use super::{Buffer, CpuBackend, Heads, Mask, Slot};
-
-/// Queries that are worked on together, so that their scores stay in the cache.
-const QUERIES_PER_TILE: usize = 128;
+use super::{Buffer, CpuBackend, Heads, Mask};
+use crate::backend::Batch;
 
 impl CpuBackend {
     pub(super) fn attend_prefill(
         &self,
-        qkv: &Buffer,
+        layer: usize,
+        queries: &Buffer,
         heads: Heads,
         mask: Mask,
         scale: f32,
         relative_bias: Option<&[f32]>,
-        slots: &[Slot],
+        batch: &Batch<'_, CpuBackend>,
         out: &mut Buffer,
     ) {
-        let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
-        out.reshape(qkv.num_rows(), query_dim);
-        let mut by_head = Scratch::new(out.values.len());
-        let longest = slots.iter().map(|slot| slot.spec.context_len).max().unwrap_or(0);
-        let mut first_row = 0;
-        for slot in slots {
-            let len = slot.spec.context_len;
-            let block = &mut by_head[first_row * query_dim..][..len * query_dim];
-            block.par_chunks_mut(len * head_dim).enumerate().for_each_init(
-                || Scratch::new(0),
-                |scores, (head, out)| {
-                    let bias = relative_bias.map(|bias| {
-                        let row = 2 * longest - 1;
-                        &bias[head * row..(head + 1) * row][longest - len..][..2 * len - 1]
-                    });
-                    let prompt = Prompt { qkv, heads, head, first_row, len, bias };
-                    self.attend_head(&prompt, mask, scale, scores, out);
-                },
-            );
-            scatter_heads(
-                block,
-                heads,
-                &mut out.values[first_row * query_dim..][..len * query_dim],
-            );
-            first_row += len;
-        }
-    }
-
-    fn attend_head(
-        &self,
-        prompt: &Prompt<'_>,
-        mask: Mask,
-        scale: f32,
-        scores: &mut Scratch,
-        out: &mut [f32],
-    ) {
-        let Prompt { qkv, heads, head, first_row, len, bias } = *prompt;
-        let head_dim = heads.head_dim;
-        let kv_head = head / (heads.num_heads / heads.num_kv_heads);
-        let keys = heads.query_dim() + kv_head * head_dim;
-        let values = keys + heads.kv_dim();
-        // Tiles of equal length: none is a single query, whose product would be summed otherwise.
-        let tile = len.div_ceil(len.div_ceil(QUERIES_PER_TILE));
-        for (tile_index, out) in out.chunks_mut(tile * head_dim).enumerate() {
-            let start = tile_index * tile;
-            let end = start + out.len() / head_dim;
-            let reach = match mask {
-                Mask::Causal => end,
-                Mask::Bidirectional => len,
-            };
-            let rows = first_row + start..first_row + end;
-            let context = first_row..first_row + reach;
-            scores.resize((end - start) * reach);
-            let queries = qkv.view(rows, head * head_dim..(head + 1) * head_dim);
-            let keys = qkv.view(context.clone(), keys..keys + head_dim);
-            self.product(queries, GemmInputB::Unpacked(keys.transposed()), scale, scores);
-            for (query, row) in (start..end).zip(scores.chunks_exact_mut(reach)) {
-                let (seen, unseen) = row.split_at_mut(match mask {
-                    Mask::Causal => query + 1,
-                    Mask::Bidirectional => len,
+        let query_dim = heads.query_dim();
+        out.reshape(queries.num_rows(), query_dim);
+        let longest = batch.prompts().map(|(_, slot)| slot.spec.context_len).max().unwrap_or(0);
+        let pages: Vec<_> = batch
+            .prompts()
+            .map(|(_, slot)| batch.memory.context_pages(&slot.spec.context_pages))
+            .collect();
+        let mut heads_of_prompts = Vec::new();
+        let (mut rest, mut first_row) = (&mut out.values[..], 0);
+        for ((chunk, _), pages) in batch.prompts().zip(&pages) {
+            let (rows, after) = rest.split_at_mut(chunk.len() * query_dim);
+            rest = after;
+            for (head, out) in
+                split_columns(rows, query_dim, heads.head_dim).into_iter().enumerate()
+            {
+                let bias = relative_bias.map(|bias| {
+                    let row = 2 * longest - 1;
+                    &bias[head * row..(head + 1) * row]
                 });
-                unseen.fill(0.0);
-                if let Some(bias) = bias {
-                    let bias = &bias[len - 1 - query..];
-                    seen.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
-                }
-                let largest = Largest(seen).dispatch();
-                let sum = ExpSum { values: seen, offset: largest }.dispatch();
-                let share = 1.0 / sum;
-                seen.iter_mut().for_each(|score| *score *= share);
+                let prompt = HeadOfPrompt { first_row, start: chunk.start, end: chunk.end, bias };
+                heads_of_prompts.push((prompt, pages, head, out));
             }
-            let weights = NdTensorView::from_data([end - start, reach], &scores[..]);
-            let values = qkv.view(context, values..values + head_dim);
-            self.product(weights, GemmInputB::Unpacked(values), 1.0, out);
+            first_row += chunk.len();
         }
+        heads_of_prompts.into_par_iter().for_each_init(
+            || Scratch::new(0),
+            |scores, (prompt, pages, head, mut out)| {
+                let kv_head = head / (heads.num_heads / heads.num_kv_heads);
+                let layout = &batch.memory.layout;
+                let context = HeadContext::new(pages, prompt.end, layout, layer, kv_head);
+                for (tile, out) in out.chunks_mut(QUERIES_PER_TILE).enumerate() {
+                    let first = tile * QUERIES_PER_TILE;
+                    let row = prompt.first_row + first;
+                    let queries = Queries {
+                        values: &queries.values[row * queries.columns + head * heads.head_dim..],
+                        stride: queries.columns,
+                        rows: out.len(),
+                    };
+                    let start = prompt.start + first;
+                    let reach = match mask {
+                        Mask::Causal => start + out.len(),
+                        Mask::Bidirectional => prompt.end,
+                    };
+                    self.count_flops(2 * out.len(), heads.head_dim, reach);
+                    scores.resize(out.len() * reach);
+                    context.scores(queries, reach, scores);
+                    let mut sums = [0.0; QUERIES_PER_TILE];
+                    let rows = scores.chunks_exact_mut(reach).zip(&mut sums);
+                    for (position, (row, sum)) in (start..).zip(rows) {
+                        let (seen, unseen) = row.split_at_mut(match mask {
+                            Mask::Causal => position + 1,
+                            Mask::Bidirectional => reach,
+                        });
+                        unseen.fill(0.0);
+                        seen.iter_mut().for_each(|score| *score *= scale);
+                        if let Some(bias) = prompt.bias {
+                            let bias = &bias[longest - 1 - position..];
+                            seen.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+                        }
+                        let largest = Largest(seen).dispatch();
+                        *sum = ExpSum { values: seen, offset: largest }.dispatch();
+                    }
+                    context.weigh(scores, reach, out);
+                    for (out, sum) in out.iter_mut().zip(sums) {
+                        let share = 1.0 / sum;
+                        out.iter_mut().for_each(|value| *value *= share);
+                    }
+                }
+            },
+        );
     }
 }
 
-#[derive(Clone, Copy)]
-struct Prompt<'a> {
-    qkv: &'a Buffer,
-    heads: Heads,
-    head: usize,
+/// One query head of one chunk.
+struct HeadOfPrompt<'a> {
     first_row: usize,
-    len: usize,
-    /// `[2 * len - 1]` over key minus query position.
+    start: usize,
+    end: usize,
+    /// `[2 * longest - 1]` over key minus query position.
     bias: Option<&'a [f32]>,
-}
-
-/// Turns `[heads][rows, head_dim]` into `[rows][heads, head_dim]`.
-pub(super) fn scatter_heads(by_head: &[f32], heads: Heads, out: &mut [f32]) {
-    let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
-    let num_rows = out.len() / query_dim;
-    for (row, out) in out.chunks_exact_mut(query_dim).enumerate() {
-        for (head, out) in out.chunks_exact_mut(head_dim).enumerate() {
-            let start = (head * num_rows + row) * head_dim;
-            out.copy_from_slice(&by_head[start..start + head_dim]);
-        }
-    }
 }

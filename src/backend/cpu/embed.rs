@@ -1,16 +1,14 @@
-use super::Buffer;
+use super::{Buffer, Slot};
 use crate::tensor::Tensor;
 
-pub(super) fn embed(table: &Tensor, tokens: &[u32], out: &mut Buffer) {
-    out.reshape(tokens.len(), table.shape()[1]);
-    copy_rows(table, tokens.iter().copied(), out);
-}
-
-/// Row by row, the embedding of each token.
-pub(super) fn copy_rows(table: &Tensor, tokens: impl Iterator<Item = u32>, out: &mut Buffer) {
-    let columns = out.columns;
-    for (token, row) in tokens.zip(out.values.chunks_exact_mut(columns)) {
-        let start = token as usize * columns;
-        table.read(start..start + columns, row);
+pub(super) fn embed(table: &Tensor, tokens: &[u32], beams: &[Slot], out: &mut Buffer) {
+    let columns = table.shape()[1];
+    let num_beams: usize = beams.iter().map(|slot| slot.beams.len()).sum();
+    out.reshape(tokens.len() + num_beams, columns);
+    let newest = beams.iter().flat_map(|slot| slot.beams.newest_tokens());
+    let tokens = tokens.iter().copied().chain(newest);
+    for (token, out) in tokens.zip(out.values.chunks_exact_mut(columns)) {
+        let first = token as usize * columns;
+        table.read(first..first + columns, out);
     }
 }

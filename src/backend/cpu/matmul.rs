@@ -1,4 +1,4 @@
-//! Products with weights: the greater part of all arithmetic.
+//! Products with weights, and with keys and values: the greater part of all arithmetic.
 //!
 //! A matrix `[out, in]` is kept as panels of 32 output columns, so that a tile of rows and columns
 //! is summed in registers while the panel streams by. Decoding reads every weight for few rows (10
@@ -22,7 +22,7 @@ use crate::tensor::Tensor;
 pub(super) const VALUES_PER_TASK: usize = 1 << 14;
 
 /// Output columns of a panel: two registers of AVX-512, four of AVX2, eight of NEON.
-const PANEL: usize = 32;
+pub(super) const PANEL: usize = 32;
 /// Rows that are worked on with one panel after the other, so that they stay in the cache.
 const ROWS_PER_BLOCK: usize = 240;
 /// Floats of a cache line.
@@ -85,16 +85,17 @@ impl CpuBackend {
         self.count_flops(num_rows, num_in, num_out);
         let threads = rayon::current_num_threads();
         let panels_per_task = num_out.div_ceil(PANEL).div_ceil(threads);
+        let panels: Vec<&[f32]> = weight.panels.chunks_exact(num_in * PANEL).collect();
         let mut tasks = split_columns(&mut out.values, num_out, panels_per_task * PANEL);
         tasks.par_iter_mut().enumerate().for_each(|(task, out)| {
             let first = task * panels_per_task;
-            let panels = &weight.panels[first * num_in * PANEL..];
+            let panels = &panels[first..];
             let bias = bias.map(|bias| &bias[first * PANEL..]);
             let adds = epilogue == Epilogue::Add;
             for (x, out) in
                 x.values.chunks(ROWS_PER_BLOCK * num_in).zip(out.chunks_mut(ROWS_PER_BLOCK))
             {
-                Product { x, num_in, panels, bias, adds, out }.dispatch();
+                Product { x, stride: num_in, num_in, panels, bias, adds, out }.dispatch();
             }
             if let Epilogue::Activate(activation) = epilogue {
                 out.iter_mut().for_each(|row| activate(activation, row));
@@ -104,7 +105,11 @@ impl CpuBackend {
 }
 
 /// The rows of `out` cut into stretches of columns: by stretch, then by row.
-fn split_columns(out: &mut [f32], columns: usize, stretch: usize) -> Vec<Vec<&mut [f32]>> {
+pub(super) fn split_columns(
+    out: &mut [f32],
+    columns: usize,
+    stretch: usize,
+) -> Vec<Vec<&mut [f32]>> {
     let mut tasks: Vec<Vec<&mut [f32]>> = Vec::new();
     tasks.resize_with(columns.div_ceil(stretch), || Vec::with_capacity(out.len() / columns));
     for row in out.chunks_exact_mut(columns) {
@@ -116,16 +121,17 @@ fn split_columns(out: &mut [f32], columns: usize, stretch: usize) -> Vec<Vec<&mu
 }
 
 /// `out = x Wᵀ (+ bias)`, or `out +=` that, for a stretch of output columns.
-struct Product<'a, 'out> {
-    /// `[rows, num_in]`
-    x: &'a [f32],
-    num_in: usize,
-    /// From the stretch's first panel on.
-    panels: &'a [f32],
-    bias: Option<&'a [f32]>,
-    adds: bool,
+pub(super) struct Product<'a, 'out> {
+    /// Rows of `num_in`, each so far after the one before.
+    pub x: &'a [f32],
+    pub stride: usize,
+    pub num_in: usize,
+    /// From the stretch's first panel on; each of `num_in` rows at least, the rest is not read.
+    pub panels: &'a [&'a [f32]],
+    pub bias: Option<&'a [f32]>,
+    pub adds: bool,
     /// By row: the stretch.
-    out: &'a mut [&'out mut [f32]],
+    pub out: &'a mut [&'out mut [f32]],
 }
 
 impl SimdOp for Product<'_, '_> {
@@ -149,15 +155,14 @@ impl Product<'_, '_> {
         // Tiles of like height: a low one would leave the multipliers waiting.
         let num_tiles = self.out.len().div_ceil(ROWS).max(1);
         let rows_per_tile = self.out.len().div_ceil(num_tiles).max(1);
-        let mut panels = self.panels.chunks_exact(self.num_in * PANEL).peekable();
-        for first_column in (0..columns).step_by(PANEL) {
-            let panel = panels.next().expect("a panel for each stretch of columns");
-            let next = panels.peek().copied().unwrap_or_default();
-            let tile =
-                Tile { panel, num_in: self.num_in, first_column, bias: self.bias, adds: self.adds };
+        let Product { stride, num_in, bias, adds, .. } = self;
+        for (panel, first_column) in (0..columns).step_by(PANEL).enumerate() {
+            let next = self.panels.get(panel + 1).map_or(&[][..], |next| &next[..num_in * PANEL]);
+            let panel = &self.panels[panel][..num_in * PANEL];
+            let tile = Tile { panel, stride, num_in, first_column, bias, adds };
             let ahead = next.len().div_ceil(num_tiles).next_multiple_of(LINE);
             let mut ahead = next.chunks(ahead.max(LINE));
-            let rows = self.x.chunks(rows_per_tile * self.num_in);
+            let rows = self.x.chunks(rows_per_tile * stride);
             for (x, out) in rows.zip(self.out.chunks_mut(rows_per_tile)) {
                 let ahead = ahead.next().unwrap_or_default();
                 match out.len() {
@@ -183,6 +188,7 @@ impl Product<'_, '_> {
 struct Tile<'a> {
     /// `[num_in][32]`
     panel: &'a [f32],
+    stride: usize,
     num_in: usize,
     first_column: usize,
     bias: Option<&'a [f32]>,
@@ -202,7 +208,7 @@ impl Tile<'_> {
         let ops = isa.f32();
         let lanes = ops.len();
         let num_in = self.num_in;
-        let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * num_in..][..num_in]);
+        let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * self.stride..][..num_in]);
         let mut sums = [[ops.zero(); REGISTERS]; ROWS];
         let mut ahead = ahead.chunks(LINE);
         for (at, weights) in self.panel.chunks_exact(PANEL).enumerate() {

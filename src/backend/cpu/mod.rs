@@ -1,16 +1,18 @@
 //! The CPU backend: f32, any number of threads, no GPU needed.
 //!
-//! Products with weights are `matmul`'s own, those of activations (attention) `rten-gemm`'s.
-//! Everything else is a fused loop. All are written on `rten-simd`, so one binary uses AVX-512,
-//! AVX2 or NEON as the machine has it. There is no unsafe code here.
+//! Products, with weights as with keys and values, are `matmul`'s; everything else is a fused loop.
+//! All are written on `rten-simd`, so one binary uses AVX-512, AVX2 or NEON as the machine has it.
+//! There is no unsafe code here.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rten_gemm::{GemmExecutor, GemmInputA, GemmInputB, GemmOptions, PackedBMatrix};
-use rten_tensor::{Layout, NdTensorView};
+use rten_simd::ops::BitOps;
+use rten_simd::{Isa, SimdOp};
 
 use super::{
-    Activation, Backend, Beam, Epilogue, Heads, Mask, Reach, SearchRule, SlotSpec, StepTokens,
+    Activation, Backend, Batch, Beam, Epilogue, Heads, Mask, MemorySpec, Reach, SearchRule,
+    SlotSpec, StepTokens,
 };
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -19,13 +21,13 @@ mod advance_beams;
 mod append_tail;
 mod attend_beams;
 mod attend_prefill;
+mod context;
 mod embed;
-mod embed_beams;
-mod fork;
 mod gate;
 mod head;
 mod last_rows;
 mod matmul;
+mod memory;
 mod restricted_head;
 mod rms_norm;
 mod rotary;
@@ -37,6 +39,7 @@ mod store_context;
 
 pub use head::Head;
 pub use matmul::Matrix;
+pub use memory::Memory;
 pub use restricted_head::Logits;
 pub use slot::Slot;
 
@@ -48,15 +51,22 @@ pub struct CpuBackend {
     matrix_flops: AtomicU64,
 }
 
-thread_local! {
-    /// The matrix kernels for this machine; an executor does not go from thread to thread.
-    static GEMM: GemmExecutor = GemmExecutor::new();
+/// The numbers of a register.
+struct Lanes;
+
+impl SimdOp for Lanes {
+    type Output = usize;
+
+    #[inline(always)]
+    fn eval<I: Isa>(self, isa: I) -> usize {
+        isa.f32().len()
+    }
 }
 
 impl CpuBackend {
-    /// The matrix kernel in use, as `x86_64-f32-avx512`.
+    /// The matrix kernel in use, as `x86_64 f32x16`.
     pub fn kernel_name(&self) -> String {
-        GEMM.with(|gemm| gemm.kernel_name().to_string())
+        format!("{} f32x{}", std::env::consts::ARCH, Lanes.dispatch())
     }
 
     /// Floating-point operations of all matrix products so far: what a benchmark divides by time.
@@ -66,19 +76,6 @@ impl CpuBackend {
 
     fn count_flops(&self, rows: usize, inner: usize, columns: usize) {
         self.matrix_flops.fetch_add(2 * (rows * inner * columns) as u64, Ordering::Relaxed);
-    }
-
-    /// `out = scale * a b`, `out` dense `[a.rows, b.columns]`: products of activations.
-    fn product(&self, a: NdTensorView<f32, 2>, b: GemmInputB<f32>, scale: f32, out: &mut [f32]) {
-        let options = GemmOptions { alpha: scale, ..GemmOptions::default() };
-        self.count_flops(a.shape()[0], a.shape()[1], b.cols());
-        let product = GEMM.with(|gemm| gemm.gemm(out, GemmInputA::Unpacked(a), b, options));
-        product.expect("shapes were checked");
-    }
-
-    /// The transpose of `[out, in]` rows, or any view, laid out for products.
-    fn pack(&self, view: NdTensorView<f32, 2>) -> PackedBMatrix<f32> {
-        GEMM.with(|gemm| gemm.prepack_b(view))
     }
 }
 
@@ -129,21 +126,16 @@ impl Buffer {
         self.columns = columns;
     }
 
-    /// `columns` of the rows `rows`, as a matrix.
-    fn view(
-        &self,
-        rows: std::ops::Range<usize>,
-        columns: std::ops::Range<usize>,
-    ) -> NdTensorView<'_, f32, 2> {
-        let shape = [rows.len(), columns.len()];
-        if rows.is_empty() {
-            return NdTensorView::from_data(shape, &[][..]);
+    /// Makes `out` of some of the rows.
+    fn copy_rows(&self, rows: impl Iterator<Item = Range<usize>>, out: &mut Buffer) {
+        let rows: Vec<Range<usize>> = rows.collect();
+        out.reshape(rows.iter().map(Range::len).sum(), self.columns);
+        let mut rest = &mut out.values[..];
+        for rows in rows {
+            let (to, after) = rest.split_at_mut(rows.len() * self.columns);
+            to.copy_from_slice(&self.values[rows.start * self.columns..rows.end * self.columns]);
+            rest = after;
         }
-        let first = rows.start * self.columns + columns.start;
-        let last = (rows.end - 1) * self.columns + columns.end;
-        let strides = [self.columns, 1];
-        NdTensorView::from_data_with_strides(shape, &self.values[first..last], strides)
-            .expect("the range is inside the buffer")
     }
 }
 
@@ -154,6 +146,7 @@ impl Backend for CpuBackend {
     type Table = Tensor;
     type Head = Head;
     type Logits = Logits;
+    type Memory = Memory;
     type Slot = Slot;
 
     fn matrix(&self, parts: &[Tensor]) -> Matrix {
@@ -180,7 +173,11 @@ impl Backend for CpuBackend {
         Logits::default()
     }
 
-    fn open_slot(&self, spec: &SlotSpec) -> Slot {
+    fn memory(&self, spec: &MemorySpec) -> Memory {
+        Memory::new(spec)
+    }
+
+    fn open_slot(&self, spec: SlotSpec) -> Slot {
         Slot::new(spec)
     }
 
@@ -188,16 +185,16 @@ impl Backend for CpuBackend {
         slot.beams.len()
     }
 
+    fn num_steps(&self, slot: &Slot) -> usize {
+        slot.beams.num_steps
+    }
+
     fn context_len(&self, slot: &Slot) -> usize {
         slot.spec.context_len
     }
 
-    fn embed(&self, table: &Tensor, tokens: &[u32], out: &mut Buffer) {
-        embed::embed(table, tokens, out);
-    }
-
-    fn embed_beams(&self, table: &Tensor, slots: &[Slot], out: &mut Buffer) {
-        embed_beams::embed_beams(table, slots, out);
+    fn embed(&self, table: &Tensor, tokens: &[u32], beams: &[Slot], out: &mut Buffer) {
+        embed::embed(table, tokens, beams, out);
     }
 
     fn rms_norm(&self, x: &Buffer, weight: &Vec<f32>, epsilon: f32, out: &mut Buffer) {
@@ -233,36 +230,43 @@ impl Backend for CpuBackend {
         rotary::rotary(qkv, heads, norms, rotation);
     }
 
-    fn attend_prefill(
-        &self,
-        qkv: &Buffer,
-        heads: Heads,
-        mask: Mask,
-        scale: f32,
-        relative_bias: Option<&[f32]>,
-        slots: &[Slot],
-        out: &mut Buffer,
-    ) {
-        self.attend_prefill(qkv, heads, mask, scale, relative_bias, slots, out);
-    }
-
     fn store_context(
         &self,
         layer: usize,
         kv: &Buffer,
         offset: usize,
         heads: Heads,
-        slots: &mut [Slot],
+        batch: &Batch<'_, CpuBackend>,
     ) {
-        self.store_context(layer, kv, offset, heads, slots);
+        store_context::store_context(layer, kv, offset, heads, batch);
     }
 
-    fn last_rows(&self, x: &Buffer, slots: &[Slot], out: &mut Buffer) {
-        last_rows::last_rows(x, slots, out);
+    fn attend_prefill(
+        &self,
+        layer: usize,
+        queries: &Buffer,
+        heads: Heads,
+        mask: Mask,
+        scale: f32,
+        relative_bias: Option<&[f32]>,
+        batch: &Batch<'_, CpuBackend>,
+        out: &mut Buffer,
+    ) {
+        self.attend_prefill(layer, queries, heads, mask, scale, relative_bias, batch, out);
     }
 
-    fn append_tail(&self, layer: usize, qkv: &Buffer, heads: Heads, slots: &mut [Slot]) {
-        append_tail::append_tail(layer, qkv, heads, slots);
+    fn last_rows(&self, x: &Buffer, first: usize, batch: &Batch<'_, CpuBackend>, out: &mut Buffer) {
+        last_rows::last_rows(x, first, batch, out);
+    }
+
+    fn append_tail(
+        &self,
+        layer: usize,
+        qkv: &Buffer,
+        heads: Heads,
+        batch: &mut Batch<'_, CpuBackend>,
+    ) {
+        append_tail::append_tail(layer, qkv, heads, batch);
     }
 
     fn attend_beams(
@@ -273,37 +277,31 @@ impl Backend for CpuBackend {
         reach: Reach,
         scale: f32,
         tail_bias: Option<&[f32]>,
-        slots: &[Slot],
+        batch: &Batch<'_, CpuBackend>,
         out: &mut Buffer,
     ) {
-        self.attend_beams(layer, queries, heads, reach, scale, tail_bias, slots, out);
-    }
-
-    fn fork(&self, slots: Vec<Slot>, copies: &[usize], hidden: &mut Buffer) -> Vec<Slot> {
-        fork::fork(slots, copies, hidden)
+        self.attend_beams(layer, queries, heads, reach, scale, tail_bias, batch, out);
     }
 
     fn restricted_head(
         &self,
         hidden: &Buffer,
         head: &Head,
-        step: usize,
         rules: &[SearchRule<'_>],
         slots: &[Slot],
         out: &mut Logits,
     ) {
-        self.restricted_head(hidden, head, step, rules, slots, out);
+        self.restricted_head(hidden, head, rules, slots, out);
     }
 
     fn advance_beams(
         &self,
         logits: &Logits,
         head: &Head,
-        step: usize,
         rules: &[SearchRule<'_>],
         slots: &mut [Slot],
     ) {
-        advance_beams::advance_beams(logits, head, step, rules, slots);
+        advance_beams::advance_beams(logits, head, rules, slots);
     }
 
     fn read_beams(&self, slot: &Slot) -> Result<Vec<Beam>> {

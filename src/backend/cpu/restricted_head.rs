@@ -7,20 +7,34 @@ use super::scratch::Scratch;
 use super::softmax::LogSumExpParts;
 use super::{Buffer, CpuBackend, Epilogue, SearchRule, Slot};
 use crate::backend::{NO_TOKEN, Normalizer};
+use crate::request::Constraint;
 
 /// The logits of a step, one row a beam.
+#[derive(Default)]
 pub struct Logits {
-    /// The tokens of the columns.
-    pub(super) span: Range<u32>,
-    /// `[rows, span]`
+    /// By slot.
+    pub(super) searches: Vec<SlotLogits>,
     values: Scratch,
     /// `[rows]`; what a row's rule normalises by, where that does not depend on the beam.
     pub(super) normalizers: Vec<LogSumExp>,
 }
 
-impl Default for Logits {
-    fn default() -> Logits {
-        Logits { span: 0..0, values: Scratch::new(0), normalizers: Vec::new() }
+/// Where the logits of one slot are.
+pub(super) struct SlotLogits {
+    /// The tokens of the columns.
+    pub span: Range<u32>,
+    /// The slot's rows among all.
+    pub rows: Range<usize>,
+    /// The first of the slot's `[rows, span]` values.
+    first: usize,
+}
+
+impl SlotLogits {
+    /// The logits of a row of the slot, from the column `from` on, in all values.
+    fn columns(&self, row: usize, from: u32) -> Range<usize> {
+        let width = self.span.len();
+        let start = self.first + (row - self.rows.start) * width;
+        start + (from - self.span.start) as usize..start + width
     }
 }
 
@@ -37,14 +51,15 @@ impl Logits {
             sum.add(row, 1.0);
             sum
         };
-        let normalizers = values.chunks(columns).map(normalizer).collect();
-        let span = 0..columns as u32;
-        Logits { span, values: values.into(), normalizers }
+        let normalizers: Vec<_> = values.chunks(columns).map(normalizer).collect();
+        let search = SlotLogits { span: 0..columns as u32, rows: 0..normalizers.len(), first: 0 };
+        Logits { searches: vec![search], values: values.into(), normalizers }
     }
 
-    pub(super) fn row(&self, row: usize) -> &[f32] {
-        let columns = self.span.len();
-        &self.values[row * columns..(row + 1) * columns]
+    /// The logits of a beam of a slot.
+    pub(super) fn row(&self, slot: usize, beam: usize) -> &[f32] {
+        let search = &self.searches[slot];
+        &self.values[search.columns(search.rows.start + beam, search.span.start)]
     }
 }
 
@@ -53,56 +68,72 @@ impl CpuBackend {
         &self,
         hidden: &Buffer,
         head: &Head,
-        step: usize,
         rules: &[SearchRule<'_>],
         slots: &[Slot],
         out: &mut Logits,
     ) {
         assert_eq!(rules.len(), slots.len(), "a rule for each slot");
-        let columns = &head.steps[step];
-        let over: Vec<Normalizer> =
-            rules.iter().map(|rule| rule.normalizer(columns.is_forced)).collect();
-        let needs_vocabulary = over.contains(&Normalizer::Vocabulary);
-        let whole = !columns.is_forced
-            && rules.iter().any(|rule| rule.constraint == crate::request::Constraint::None);
-        let span = if whole { 0..head.vocab_size } else { columns.span.clone() };
-        let (num_rows, num_columns) = (hidden.num_rows(), span.len());
-        out.values.resize(num_rows * num_columns);
+        let columns = |slot: usize| &head.steps[slots[slot].beams.num_steps];
+        let over: Vec<Normalizer> = rules
+            .iter()
+            .enumerate()
+            .map(|(slot, rule)| rule.normalizer(columns(slot).is_forced))
+            .collect();
+        let (mut num_rows, mut num_values) = (0, 0);
+        out.searches.clear();
+        for (slot, rule) in rules.iter().enumerate() {
+            let is_free = rule.constraint == Constraint::None && !columns(slot).is_forced;
+            let span = if is_free { 0..head.vocab_size } else { columns(slot).span.clone() };
+            let (first, rows) = (num_values, num_rows..num_rows + slots[slot].beams.len());
+            num_rows = rows.end;
+            num_values += rows.len() * span.len();
+            out.searches.push(SlotLogits { span, rows, first });
+        }
+        assert_eq!(hidden.num_rows(), num_rows, "a row for each beam");
+        out.values.resize(num_values);
         out.normalizers.clear();
         out.normalizers.resize(num_rows, LogSumExp::default());
-        let rows_of = |slot: usize| {
-            let first: usize = slots[..slot].iter().map(|slot| slot.beams.len()).sum();
-            first..first + slots[slot].beams.len()
-        };
-        let mut chunk_logits = Buffer::default();
+
+        let (mut few, mut logits) = (Buffer::default(), Buffer::default());
         for chunk in &head.chunks {
-            let is_inside = chunk.tokens.start >= span.start && chunk.tokens.end <= span.end;
-            if !is_inside && !needs_vocabulary {
-                continue;
-            }
-            self.matmul(hidden, &chunk.weight, None, Epilogue::Store, &mut chunk_logits);
-            for (slot, rule) in rules.iter().enumerate() {
-                if over[slot] == Normalizer::Vocabulary {
-                    for row in rows_of(slot) {
-                        out.normalizers[row].add(chunk_logits.row(row), 1.0 / rule.temperature);
+            let is_inside = |slot: &usize| {
+                let span = &out.searches[*slot].span;
+                chunk.tokens.start >= span.start && chunk.tokens.end <= span.end
+            };
+            let needs = |slot: &usize| over[*slot] == Normalizer::Vocabulary || is_inside(slot);
+            let wanted: Vec<usize> = (0..rules.len()).filter(needs).collect();
+            let hidden = match wanted.len() {
+                0 => continue,
+                all if all == rules.len() => hidden,
+                _ => {
+                    let rows = wanted.iter().map(|&slot| out.searches[slot].rows.clone());
+                    hidden.copy_rows(rows, &mut few);
+                    &few
+                }
+            };
+            self.matmul(hidden, &chunk.weight, None, Epilogue::Store, &mut logits);
+            let mut row_logits = logits.values.chunks_exact(chunk.tokens.len());
+            for &slot in &wanted {
+                let search = &out.searches[slot];
+                for row in search.rows.clone() {
+                    let logits = row_logits.next().expect("a row for each row wanted");
+                    if over[slot] == Normalizer::Vocabulary {
+                        out.normalizers[row].add(logits, 1.0 / rules[slot].temperature);
+                    }
+                    if is_inside(&slot) {
+                        let to = search.columns(row, chunk.tokens.start);
+                        out.values[to][..logits.len()].copy_from_slice(logits);
                     }
                 }
             }
-            if is_inside {
-                let first = (chunk.tokens.start - span.start) as usize;
-                for row in 0..num_rows {
-                    let out = &mut out.values[row * num_columns + first..][..chunk.tokens.len()];
-                    out.copy_from_slice(chunk_logits.row(row));
-                }
-            }
         }
-        out.span = span;
-        let first = (columns.span.start - out.span.start) as usize;
         for (slot, rule) in rules.iter().enumerate() {
             if over[slot] == Normalizer::Level {
-                for row in rows_of(slot) {
+                let (search, columns) = (&out.searches[slot], columns(slot));
+                for row in search.rows.clone() {
+                    let logits = &out.values[search.columns(row, columns.span.start)];
                     let mut sum = LogSumExp::default();
-                    add_level(&mut sum, columns, &out.row(row)[first..], 1.0 / rule.temperature);
+                    add_level(&mut sum, columns, logits, 1.0 / rule.temperature);
                     out.normalizers[row] = sum;
                 }
             }

@@ -32,11 +32,9 @@ impl Scratch {
     }
 }
 
-impl Clone for Scratch {
-    fn clone(&self) -> Scratch {
-        let mut copy = Scratch::new(self.len);
-        copy.copy_from_slice(self);
-        copy
+impl Default for Scratch {
+    fn default() -> Scratch {
+        Scratch::new(0)
     }
 }
 

@@ -1,59 +1,18 @@
-use std::sync::Arc;
-
-use rten_gemm::{GemmInputB, PackedBMatrix};
-use rten_tensor::NdTensorView;
-
-use super::scratch::Scratch;
-use super::{CpuBackend, SlotSpec};
-use crate::backend::Beam;
+use crate::backend::{Beam, SlotSpec};
 use crate::catalog::snapshot::Place;
 use crate::error::{Error, Result};
+use crate::pages::TAIL_PAGE_LEN;
 
-/// The memory of one running request.
+/// One search.
 pub struct Slot {
     pub(super) spec: SlotSpec,
-    /// By layer and KV head; forks of a slot have it in common.
-    pub(super) contexts: Arc<Vec<Vec<HeadContext>>>,
-    /// By layer.
-    pub(super) tails: Vec<Tail>,
+    /// By position of the tails: which of the slot's tail pages is its first. A row is written
+    /// once, by the beam that chose the token, and stays where it is: the beams that descend from
+    /// it find it through their ancestors.
+    pub(super) positions: Vec<usize>,
+    /// Tail pages that have been begun.
+    num_tail_pages: usize,
     pub(super) beams: Beams,
-}
-
-/// The context of one layer and KV head, packed for products once and read by all beams.
-pub(super) struct HeadContext {
-    /// `[head_dim, context_len]`
-    keys: PackedBMatrix<f32>,
-    /// `[context_len, head_dim]`
-    values: PackedBMatrix<f32>,
-}
-
-impl HeadContext {
-    /// `keys`, `values`: `[context_len, head_dim]`
-    pub fn new(
-        backend: &CpuBackend,
-        keys: NdTensorView<f32, 2>,
-        values: NdTensorView<f32, 2>,
-    ) -> HeadContext {
-        HeadContext { keys: backend.pack(keys.transposed()), values: backend.pack(values) }
-    }
-
-    pub fn keys(&self) -> GemmInputB<'_, f32> {
-        GemmInputB::Packed(&self.keys)
-    }
-
-    pub fn values(&self) -> GemmInputB<'_, f32> {
-        GemmInputB::Packed(&self.values)
-    }
-}
-
-/// Keys and values of the tokens that beams have written, one matrix a position.
-///
-/// A row is written once, by the beam that chose the token, and stays where it is: the beams that
-/// descend from it find it through their ancestors.
-#[derive(Clone, Default)]
-pub(super) struct Tail {
-    /// By position: `[beams then, kv_dim]` keys and the same of values.
-    pub positions: Vec<(Scratch, Scratch)>,
 }
 
 /// The beams of a search, best first once a step was taken.
@@ -123,12 +82,22 @@ impl Beams {
 }
 
 impl Slot {
-    pub(super) fn new(spec: &SlotSpec) -> Slot {
-        Slot {
-            spec: *spec,
-            contexts: Arc::new((0..spec.num_layers).map(|_| Vec::new()).collect()),
-            tails: (0..spec.num_layers).map(|_| Tail::default()).collect(),
-            beams: Beams::start(spec.start_token),
+    pub(super) fn new(spec: SlotSpec) -> Slot {
+        let beams = Beams::start(spec.start_token);
+        Slot { spec, positions: Vec::new(), num_tail_pages: 0, beams }
+    }
+
+    /// The tail pages that have been begun.
+    pub(super) fn tail_pages(&self) -> &[u32] {
+        &self.spec.tail_pages[..self.num_tail_pages]
+    }
+
+    /// The pages of the beams' newest position, which is begun if it has not been.
+    pub(super) fn append_position(&mut self) -> &[u32] {
+        if self.positions.len() == self.beams.num_ancestors {
+            self.positions.push(self.num_tail_pages);
+            self.num_tail_pages += self.beams.len().div_ceil(TAIL_PAGE_LEN);
         }
+        &self.spec.tail_pages[self.positions[self.positions.len() - 1]..self.num_tail_pages]
     }
 }

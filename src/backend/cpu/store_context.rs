@@ -1,32 +1,39 @@
-use std::sync::Arc;
+use rayon::prelude::*;
 
-use super::slot::HeadContext;
-use super::{Buffer, CpuBackend, Heads, Slot};
+use super::{Buffer, CpuBackend, Heads, Memory};
+use crate::backend::Batch;
+use crate::pages::PAGE_LEN;
 
-impl CpuBackend {
-    pub(super) fn store_context(
-        &self,
-        layer: usize,
-        kv: &Buffer,
-        offset: usize,
-        heads: Heads,
-        slots: &mut [Slot],
-    ) {
-        let head_dim = heads.head_dim;
-        let mut first_row = 0;
-        for slot in slots {
-            let rows = first_row..first_row + slot.spec.context_len;
-            first_row = rows.end;
-            let pack = |head: usize| {
-                let keys = offset + head * head_dim;
-                let values = keys + heads.kv_dim();
-                let keys = kv.view(rows.clone(), keys..keys + head_dim);
-                let values = kv.view(rows.clone(), values..values + head_dim);
-                HeadContext::new(self, keys, values)
-            };
-            let contexts = Arc::get_mut(&mut slot.contexts);
-            let contexts = contexts.expect("a context is stored before its slot is forked");
-            contexts[layer] = (0..heads.num_kv_heads).map(pack).collect();
+pub(super) fn store_context(
+    layer: usize,
+    kv: &Buffer,
+    offset: usize,
+    heads: Heads,
+    batch: &Batch<'_, CpuBackend>,
+) {
+    // The page, its first token of the batch, and the rows of the tokens.
+    let mut stretches = Vec::new();
+    let mut row = 0;
+    for (chunk, slot) in batch.prompts() {
+        let mut at = chunk.start;
+        while at < chunk.end {
+            let end = chunk.end.min((at / PAGE_LEN + 1) * PAGE_LEN);
+            let page = slot.spec.context_pages[at / PAGE_LEN];
+            stretches.push((page, at % PAGE_LEN, row..row + (end - at)));
+            row += end - at;
+            at = end;
         }
     }
+    let memory: &Memory = batch.memory;
+    stretches.into_par_iter().for_each(|(page, first, rows)| {
+        let mut page = memory.context_page_mut(page);
+        for (token, row) in (first..).zip(rows) {
+            let (keys, values) = kv.row(row)[offset..].split_at(heads.kv_dim());
+            for head in 0..heads.num_kv_heads {
+                let columns = head * heads.head_dim..(head + 1) * heads.head_dim;
+                let (keys, values) = (&keys[columns.clone()], &values[columns]);
+                memory.layout.write(&mut page, layer, head, token, keys, values);
+            }
+        }
+    });
 }

@@ -1,0 +1,276 @@
+//! A request on its way: what it was found to need, and the answer from its beams.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Engine;
+use crate::answer::{Answer, Recommendation};
+use crate::backend::{Backend, Beam, NO_TOKEN, SearchRule};
+use crate::catalog::Snapshot;
+use crate::catalog::filter::Filter;
+use crate::catalog::legality::Legality;
+use crate::catalog::snapshot::Place;
+use crate::error::{Error, Result};
+use crate::pages;
+use crate::request::{Constraint, Input, MAX_BEAMS, Normalization, Request, SharedSid};
+use crate::schedule::Needs;
+
+/// Groups that one request may ask for.
+const MAX_GROUPS: usize = 256;
+/// Logits that a search without a constraint may hold: beams times vocabulary.
+const MAX_UNCONSTRAINED_LOGITS: usize = 1 << 28;
+
+/// A request that was found possible.
+pub(crate) struct Job {
+    pub request: Request,
+    /// The state of the catalog that the request sees from start to end.
+    pub snapshot: Arc<Snapshot>,
+    pub tokens: Vec<u32>,
+    /// What may come back, search by search: one, or one for each of the request's groups.
+    pub searches: Vec<Legality>,
+    normalization: Normalization,
+    /// The beam width by step.
+    widths: Vec<usize>,
+    pub needs: Needs,
+}
+
+impl Job {
+    /// Pages that the tails of each search take.
+    pub fn tail_pages_per_search(&self) -> usize {
+        self.needs.tail_pages / self.searches.len()
+    }
+
+    pub fn deadline(&self) -> Option<Duration> {
+        self.request.deadline
+    }
+
+    pub fn deadline_exceeded(&self) -> Error {
+        let deadline = self.deadline().unwrap_or_default();
+        Error::DeadlineExceeded { deadline_ms: deadline.as_millis() as u64 }
+    }
+
+    /// How a search's step is done.
+    pub fn rule(&self, search: usize, step: usize) -> SearchRule<'_> {
+        SearchRule {
+            snapshot: &self.snapshot,
+            legality: &self.searches[search],
+            beams: self.widths[step],
+            normalization: self.normalization,
+            constraint: self.request.constraint,
+            temperature: self.request.temperature,
+        }
+    }
+}
+
+impl<B: Backend> Engine<B> {
+    /// Checks a request and works out what it needs.
+    ///
+    /// # Errors
+    /// The request's.
+    pub(crate) fn prepare(&self, request: Request) -> Result<Job> {
+        let Request { top_k, temperature, constraint, .. } = request;
+        let widths = self.widths(&request)?;
+        let most = widths.iter().copied().max().unwrap_or(0);
+        if top_k == 0 {
+            return Err(Error::TopK { top_k: 0 });
+        }
+        if !(temperature.is_finite() && temperature > 0.0 && (1.0 / temperature).is_finite()) {
+            let reason = format!("{temperature} is not a number above zero");
+            return Err(Error::InvalidField { field: "temperature", reason });
+        }
+        let normalization = request.normalization.unwrap_or(self.layout.normalization);
+        if constraint == Constraint::None {
+            if normalization == Normalization::Level {
+                let reason = "\"level\" needs a constraint to the level or the trie".into();
+                return Err(Error::InvalidField { field: "normalize", reason });
+            }
+            let vocab_size = self.model.spec().vocab_size;
+            if most * request.each.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
+                let max = MAX_UNCONSTRAINED_LOGITS / vocab_size;
+                return Err(Error::BeamWidth { width: most as i64, max });
+            }
+        }
+        if request.each.len() > MAX_GROUPS {
+            let reason = format!("has {} filters, at most {MAX_GROUPS} go", request.each.len());
+            return Err(Error::InvalidField { field: "each", reason });
+        }
+        let snapshot = self.catalog.snapshot();
+        let tokens = self.tokens(&request.input, &snapshot)?;
+        let searches = searches(&request, &snapshot)?;
+        let needs = self.needs(tokens.len(), &widths, searches.len())?;
+        Ok(Job { request, snapshot, tokens, searches, normalization, widths, needs })
+    }
+
+    /// The beam width by step: forced steps keep what the last level has.
+    fn widths(&self, request: &Request) -> Result<Vec<usize>> {
+        let num_levels = self.layout.levels.len();
+        let mut widths = request.widths.clone();
+        if widths.is_empty() {
+            widths = vec![request.beams; num_levels];
+        }
+        if widths.len() != num_levels {
+            let reason =
+                format!("{} widths are given, the model has {num_levels} levels", widths.len());
+            return Err(Error::InvalidField { field: "beams", reason });
+        }
+        if let Some(&width) = widths.iter().find(|&&width| width == 0 || width > MAX_BEAMS) {
+            return Err(Error::BeamWidth { width: width as i64, max: MAX_BEAMS });
+        }
+        widths.resize(self.num_steps(), widths[num_levels - 1]);
+        Ok(widths)
+    }
+
+    /// What a request takes, if the engine has it.
+    fn needs(&self, context_len: usize, widths: &[usize], searches: usize) -> Result<Needs> {
+        // What the last step chose is not read again; a decoder behind an encoder also reads its
+        // start token.
+        let read = &widths[..widths.len() - 1];
+        let start = self.model.spec().has_encoder.then_some(1);
+        let tail_pages = pages::tail_pages(start.into_iter().chain(read.iter().copied()));
+        let needs = Needs {
+            context_pages: pages::context_pages(context_len),
+            tail_pages: searches * tail_pages,
+            beam_rows: searches * widths.iter().copied().max().unwrap_or(0),
+        };
+        let limits = [
+            ("tokens of context", context_len, self.context_pages * pages::PAGE_LEN),
+            (
+                "rows of beams' memory",
+                needs.tail_pages * pages::TAIL_PAGE_LEN,
+                self.tail_pages * pages::TAIL_PAGE_LEN,
+            ),
+        ];
+        match limits.into_iter().find(|(_, needs, limit)| needs > limit) {
+            Some((what, needs, limit)) => Err(Error::TooLarge { what, needs, limit }),
+            None => Ok(needs),
+        }
+    }
+
+    /// The tokens that the model reads for an input, with the catalog as it is now.
+    ///
+    /// # Errors
+    /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
+    pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
+        self.tokens(input, &self.catalog.snapshot())
+    }
+
+    fn tokens(&self, input: &Input, snapshot: &Snapshot) -> Result<Vec<u32>> {
+        let tokens = match input {
+            Input::History(items) => self.history_tokens(items, snapshot)?,
+            Input::Tokens(tokens) => tokens.clone(),
+        };
+        self.check_tokens(&tokens)?;
+        Ok(tokens)
+    }
+
+    fn history_tokens(&self, items: &[String], snapshot: &Snapshot) -> Result<Vec<u32>> {
+        let find = |item: &String| {
+            let unknown = || Error::UnknownItem { item: item.clone() };
+            snapshot.find(item).ok_or_else(unknown)
+        };
+        let items = items.iter().map(find).collect::<Result<Vec<u32>>>()?;
+        if items.is_empty() {
+            return Err(Error::EmptyInput);
+        }
+        let prompt = &self.layout.prompt;
+        let newest = prompt.max_items.map_or(0, |max| items.len().saturating_sub(max));
+        let mut tokens = prompt.prefix.clone();
+        for (position, &item) in items[newest..].iter().enumerate() {
+            if position > 0 {
+                tokens.extend_from_slice(&prompt.separator);
+            }
+            let sid = snapshot.sid(item);
+            let levels = self.layout.levels.iter().zip(sid.codes());
+            // A code without a token, which the catalog refuses, would be out of the vocabulary.
+            let token = |(tokens, &code): (&Vec<u32>, &u16)| {
+                tokens.get(usize::from(code)).copied().unwrap_or(NO_TOKEN)
+            };
+            tokens.extend(levels.map(token));
+        }
+        tokens.extend_from_slice(&prompt.suffix);
+        Ok(tokens)
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::EmptyInput);
+        }
+        if tokens.len() > self.max_context {
+            return Err(Error::HistoryTooLong { len: tokens.len(), max: self.max_context });
+        }
+        let vocab_size = self.model.spec().vocab_size;
+        match tokens.iter().position(|&token| token as usize >= vocab_size) {
+            Some(position) => {
+                let token = u64::from(tokens[position]);
+                Err(Error::TokenOutOfRange { token, position, vocab_size })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The answer to a request from the beams of its slots.
+    pub(super) fn answer<'a>(
+        &self,
+        job: &Job,
+        cached_tokens: usize,
+        slots: impl Iterator<Item = &'a B::Slot>,
+    ) -> Result<Answer> {
+        let of_search = |(legality, slot): (&Legality, &B::Slot)| {
+            Ok(self.items(job, legality, &self.backend.read_beams(slot)?))
+        };
+        let mut groups =
+            job.searches.iter().zip(slots).map(of_search).collect::<Result<Vec<_>>>()?;
+        let items = match job.request.each.is_empty() {
+            true => groups.pop().expect("a request without groups is one search"),
+            false => Vec::new(),
+        };
+        let snapshot = Arc::clone(&job.snapshot);
+        Ok(Answer { items, groups, snapshot, tokens: job.tokens.len(), cached_tokens })
+    }
+
+    /// The items that the beams name.
+    fn items(&self, job: &Job, legality: &Legality, beams: &[Beam]) -> Vec<Recommendation> {
+        let snapshot = &*job.snapshot;
+        let most = match job.request.shared_sid {
+            SharedSid::All => usize::MAX,
+            SharedSid::First => 1,
+        };
+        let of_beam = |beam: &Beam| {
+            let place = beam.place.or_else(|| self.place_of_tokens(snapshot, &beam.tokens));
+            let items =
+                place.into_iter().flat_map(|place| snapshot.items(place, snapshot.num_levels()));
+            let allowed = items.filter(|&item| legality.allows(snapshot, item)).take(most);
+            let score = beam.score;
+            allowed.map(move |item| Recommendation { item, sid: snapshot.sid(item), score })
+        };
+        beams.iter().flat_map(of_beam).take(job.request.top_k).collect()
+    }
+
+    /// The place that tokens of an unconstrained search name, if they name one.
+    fn place_of_tokens(&self, snapshot: &Snapshot, tokens: &[u32]) -> Option<Place> {
+        let code = |(codes, token): (&HashMap<u32, u16>, &u32)| codes.get(token).copied();
+        let codes = self.codes.iter().zip(tokens).map(code).collect::<Option<Vec<u16>>>()?;
+        snapshot.place(&codes)
+    }
+}
+
+/// What may come back, search by search.
+fn searches(request: &Request, snapshot: &Snapshot) -> Result<Vec<Legality>> {
+    let find = |name: &String| snapshot.find(name);
+    let mut excluded: Vec<u32> = request.exclude.iter().filter_map(find).collect();
+    excluded.sort_unstable();
+    excluded.dedup();
+    let filter = request.filter.as_deref();
+    if request.each.is_empty() {
+        return Ok(vec![snapshot.legality(&excluded, filter)?]);
+    }
+    let legality = |each: &String| {
+        let both = match filter {
+            Some(filter) => &Filter::both(filter, each)?,
+            None => each,
+        };
+        snapshot.legality(&excluded, Some(both))
+    };
+    request.each.iter().map(legality).collect()
+}

@@ -1,0 +1,422 @@
+//! The requests that wait and run, and one step of them.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use super::job::Job;
+use super::{Engine, EngineStatus, timed};
+use crate::answer::Answer;
+use crate::backend::{Backend, Batch, MemorySpec, SearchRule, SlotSpec};
+use crate::error::Result;
+use crate::history_cache::{CacheStats, Found, HistoryCache};
+use crate::models::Scratch;
+use crate::pages::{Page, Pool};
+use crate::schedule::{self, Micros, Reading, RequestId, Room, Waiting};
+
+/// Rows below which a step is not worth being cut into parts.
+const ROWS_PER_PART: usize = 16;
+
+/// All requests of an engine, and the memory that they share.
+pub(super) struct Load<B: Backend> {
+    memory: B::Memory,
+    context_pages: Pool,
+    tail_pages: Pool,
+    cache: Option<HistoryCache>,
+    waiting: Vec<(Waiting, Job)>,
+    /// In the order of their admission.
+    running: Vec<Running<B>>,
+    /// One for each part of a step.
+    lanes: Vec<Lane<B>>,
+    answers: Vec<(RequestId, Result<Answer>)>,
+    next_id: RequestId,
+}
+
+/// A request that was admitted. Its pages are free when it is dropped.
+struct Running<B: Backend> {
+    id: RequestId,
+    job: Job,
+    deadline_us: Option<Micros>,
+    context: Vec<Page>,
+    _tails: Vec<Page>,
+    /// One for each search; lent to the part that works on them.
+    slots: Vec<Option<B::Slot>>,
+    /// Tokens of the context that are there.
+    read: usize,
+    cached_tokens: usize,
+}
+
+impl<B: Backend> Running<B> {
+    fn left(&self) -> usize {
+        self.job.tokens.len() - self.read
+    }
+}
+
+/// Activations of one part of a step, kept from step to step.
+struct Lane<B: Backend> {
+    scratch: Scratch<B>,
+    logits: B::Logits,
+}
+
+/// What one thread, or all together, work on in a step.
+struct Part<B: Backend> {
+    tokens: Vec<u32>,
+    chunks: Vec<Range<usize>>,
+    /// Those whose prompt goes on, those whose prompt ends, those with beams.
+    slots: Vec<B::Slot>,
+    /// Of each slot: the request among those that run, and the search.
+    owners: Vec<(usize, usize)>,
+    num_unfinished: usize,
+}
+
+/// A request's share in a step.
+struct Share {
+    request: usize,
+    /// Tokens of the prompt that are read.
+    chunk: Range<usize>,
+    rows: usize,
+}
+
+impl<B: Backend> Load<B> {
+    pub fn new(backend: &B, spec: &MemorySpec, has_cache: bool) -> Load<B> {
+        Load {
+            memory: backend.memory(spec),
+            context_pages: Pool::new(spec.context_pages),
+            tail_pages: Pool::new(spec.tail_pages),
+            cache: has_cache.then(HistoryCache::default),
+            waiting: Vec::new(),
+            running: Vec::new(),
+            lanes: Vec::new(),
+            answers: Vec::new(),
+            next_id: 0,
+        }
+    }
+
+    pub fn enqueue(&mut self, job: Job, now_us: Micros) -> RequestId {
+        self.next_id += 1;
+        let waiting = Waiting {
+            id: self.next_id,
+            class: job.request.priority as u8,
+            arrived_us: now_us,
+            deadline_us: job.deadline().map(|within| now_us.saturating_add(micros(within))),
+            needs: job.needs,
+        };
+        self.waiting.push((waiting, job));
+        self.next_id
+    }
+
+    pub fn cancel(&mut self, id: RequestId) {
+        self.waiting.retain(|(waiting, _)| waiting.id != id);
+        self.running.retain(|running| running.id != id);
+        self.answers.retain(|(answered, _)| *answered != id);
+    }
+
+    pub fn take_answer(&mut self, id: RequestId) -> Option<Result<Answer>> {
+        let at = self.answers.iter().position(|(answered, _)| *answered == id)?;
+        Some(self.answers.swap_remove(at).1)
+    }
+
+    pub fn take_answers(&mut self) -> Vec<(RequestId, Result<Answer>)> {
+        std::mem::take(&mut self.answers)
+    }
+
+    pub fn status(&self) -> EngineStatus {
+        EngineStatus {
+            waiting: self.waiting.len(),
+            running: self.running.len(),
+            context_pages: self.context_pages.num_pages(),
+            free_context_pages: self.context_pages.num_free(),
+            cached_context_pages: self.cache.as_ref().map_or(0, HistoryCache::num_pages),
+            tail_pages: self.tail_pages.num_pages(),
+            free_tail_pages: self.tail_pages.num_free(),
+            cache: self.cache.as_ref().map_or(CacheStats::default(), HistoryCache::stats),
+        }
+    }
+
+    /// Answers those whose deadline went by.
+    fn give_up_late(&mut self, now_us: Micros) {
+        let is_late =
+            |deadline: Option<Micros>| deadline.is_some_and(|deadline| deadline <= now_us);
+        let answers = &mut self.answers;
+        self.waiting.retain(|(waiting, job)| {
+            let is_late = is_late(waiting.deadline_us);
+            if is_late {
+                answers.push((waiting.id, Err(job.deadline_exceeded())));
+            }
+            !is_late
+        });
+        self.running.retain(|running| {
+            let is_late = is_late(running.deadline_us);
+            if is_late {
+                answers.push((running.id, Err(running.job.deadline_exceeded())));
+            }
+            !is_late
+        });
+    }
+
+    /// Pages for contexts that are free, or that the cache would give back if they are wanted.
+    fn free_context_pages(&self) -> usize {
+        let wanted: usize =
+            self.waiting.iter().map(|(waiting, _)| waiting.needs.context_pages).sum();
+        let free = self.context_pages.num_free();
+        match &self.cache {
+            Some(cache) if free < wanted => free + cache.num_unshared(),
+            _ => free,
+        }
+    }
+
+    /// The pages of a request's context, with what is there already.
+    fn lease_context(&mut self, job: &Job, has_encoder: bool) -> Found {
+        let mut found = match &mut self.cache {
+            None => Found::default(),
+            Some(cache) if has_encoder => cache.find_whole(&job.tokens),
+            Some(cache) => cache.find_prefix(&job.tokens, job.request.user.as_deref()),
+        };
+        let rest = job.needs.context_pages - found.pages.len();
+        while self.context_pages.num_free() < rest {
+            let dropped = self.cache.as_mut().is_some_and(HistoryCache::drop_oldest);
+            assert!(dropped, "what is admitted has room");
+        }
+        found.pages.extend(self.context_pages.take(rest).expect("as many are free"));
+        found
+    }
+
+    fn keep_context(&mut self, request: usize, has_encoder: bool) {
+        let Running { job, context, .. } = &self.running[request];
+        match &mut self.cache {
+            None => {}
+            Some(cache) if has_encoder => cache.keep_whole(&job.tokens, context),
+            Some(cache) => cache.keep_prefix(&job.tokens, context, job.request.user.as_deref()),
+        }
+    }
+}
+
+impl<B: Backend> Engine<B> {
+    /// One step of all requests.
+    pub(super) fn step_load(&self, load: &mut Load<B>) {
+        let now_us = self.now_us();
+        load.give_up_late(now_us);
+        self.admit(load, now_us);
+        let shares = self.shares(load);
+        if shares.is_empty() {
+            return;
+        }
+        let mut parts = self.parts(load, &shares);
+        while load.lanes.len() < parts.len() {
+            let scratch = Scratch::new(&self.backend);
+            load.lanes.push(Lane { scratch, logits: self.backend.logits() });
+        }
+        let (memory, running) = (&load.memory, &load.running);
+        match &mut parts[..] {
+            [part] => {
+                let lane = &mut load.lanes[0];
+                self.pool.install(|| self.run_part(part, running, memory, lane));
+            }
+            parts => self.pool.in_place_scope(|scope| {
+                for ((part, lane), worker) in
+                    parts.iter_mut().zip(&mut load.lanes).zip(&self.workers)
+                {
+                    scope.spawn(move |_| {
+                        worker.install(|| self.run_part(part, running, memory, lane));
+                    });
+                }
+            }),
+        }
+        for part in parts {
+            for (slot, (request, search)) in part.slots.into_iter().zip(part.owners) {
+                load.running[request].slots[search] = Some(slot);
+            }
+        }
+        for share in shares.iter().filter(|share| !share.chunk.is_empty()) {
+            load.running[share.request].read = share.chunk.end;
+            if load.running[share.request].left() == 0 {
+                load.keep_context(share.request, self.model.spec().has_encoder);
+            }
+        }
+        self.finish(load);
+    }
+
+    fn admit(&self, load: &mut Load<B>, now_us: Micros) {
+        if load.waiting.is_empty() {
+            return;
+        }
+        let spec = self.model.spec();
+        let waiting: Vec<Waiting> = load.waiting.iter().map(|(waiting, _)| *waiting).collect();
+        let rows = load.running.iter().map(|running| running.job.needs.beam_rows).sum();
+        let room = Room {
+            context_pages: load.free_context_pages(),
+            tail_pages: load.tail_pages.num_free(),
+        };
+        for id in schedule::admit(&waiting, rows, room, &self.limits, now_us) {
+            let at = load.waiting.iter().position(|(waiting, _)| waiting.id == id);
+            let (waiting, job) = load.waiting.remove(at.expect("one that waits"));
+            let found = load.lease_context(&job, spec.has_encoder);
+            let tails = load.tail_pages.take(job.needs.tail_pages).expect("admitted with room");
+            let pages = |pages: &[Page]| -> Vec<u32> { pages.iter().map(Page::index).collect() };
+            let slot = |search: usize| {
+                let tail_pages = job.tail_pages_per_search();
+                self.backend.open_slot(SlotSpec {
+                    context_pages: pages(&found.pages),
+                    context_len: job.tokens.len(),
+                    tail_pages: pages(&tails[search * tail_pages..(search + 1) * tail_pages]),
+                    start_token: spec.start_token,
+                })
+            };
+            load.running.push(Running {
+                id,
+                deadline_us: waiting.deadline_us,
+                slots: (0..job.searches.len()).map(|search| Some(slot(search))).collect(),
+                context: found.pages,
+                _tails: tails,
+                read: found.tokens,
+                cached_tokens: found.tokens,
+                job,
+            });
+        }
+    }
+
+    /// What each request does in this step: read a chunk of its prompt, or extend its beams.
+    fn shares(&self, load: &Load<B>) -> Vec<Share> {
+        let has_encoder = self.model.spec().has_encoder;
+        let is_reading = |running: &&Running<B>| running.left() > 0;
+        let reading = load.running.iter().filter(is_reading);
+        let reading: Vec<Reading> = reading
+            .map(|running| Reading { left: running.left(), is_divisible: !has_encoder })
+            .collect();
+        let mut tokens = schedule::share_tokens(&reading, &self.limits).into_iter();
+        let share = |(request, running): (usize, &Running<B>)| {
+            let chunk = match running.left() {
+                0 => running.read..running.read,
+                _ => running.read..running.read + tokens.next().expect("a share for each"),
+            };
+            let beams = running.slots.iter().flatten().map(|slot| self.backend.num_beams(slot));
+            let rows = match running.left() {
+                0 => beams.sum(),
+                _ => chunk.len(),
+            };
+            Share { request, chunk, rows }
+        };
+        let shares = load.running.iter().enumerate().map(share);
+        shares
+            .filter(|share| !share.chunk.is_empty() || load.running[share.request].left() == 0)
+            .collect()
+    }
+
+    /// Cuts a step into parts of like size, one a worker, where that pays.
+    fn parts(&self, load: &mut Load<B>, shares: &[Share]) -> Vec<Part<B>> {
+        let rows: usize = shares.iter().map(|share| share.rows).sum();
+        let most = self.workers.len().min(rows / ROWS_PER_PART).min(shares.len()).max(1);
+        let mut members: Vec<(usize, Vec<&Share>)> = vec![(0, Vec::new()); most];
+        let mut largest_first: Vec<&Share> = shares.iter().collect();
+        largest_first.sort_by_key(|share| std::cmp::Reverse(share.rows));
+        for share in largest_first {
+            let least = members.iter_mut().min_by_key(|(rows, _)| *rows);
+            let (rows, members) = least.expect("one part at least");
+            *rows += share.rows;
+            members.push(share);
+        }
+        let members = members.into_iter().map(|(_, members)| members);
+        members.map(|members| self.part(load, &members)).collect()
+    }
+
+    fn part(&self, load: &mut Load<B>, members: &[&Share]) -> Part<B> {
+        let has_encoder = self.model.spec().has_encoder;
+        let mut part = Part {
+            tokens: Vec::new(),
+            chunks: Vec::new(),
+            slots: Vec::new(),
+            owners: Vec::new(),
+            num_unfinished: 0,
+        };
+        let mut beams = Vec::new();
+        let goes_on =
+            |share: &&&Share| share.chunk.end < load.running[share.request].job.tokens.len();
+        let (unfinished, rest): (Vec<&Share>, Vec<&Share>) =
+            members.iter().partition(|share| goes_on(share));
+        part.num_unfinished = unfinished.len();
+        for share in unfinished.iter().chain(&rest) {
+            let running = &load.running[share.request];
+            let len = running.job.tokens.len();
+            for search in 0..running.slots.len() {
+                let owner = (share.request, search);
+                let chunk = match search {
+                    _ if share.chunk.is_empty() => None,
+                    0 => Some(share.chunk.clone()),
+                    // The searches of one request have its context in common; the first reads it.
+                    // Its last row scores the first step of all, unless a decoder does.
+                    _ if share.chunk.end < len => continue,
+                    _ if has_encoder => None,
+                    _ => Some(len - 1..len),
+                };
+                match chunk {
+                    None => beams.push(owner),
+                    Some(chunk) => {
+                        part.tokens.extend_from_slice(&running.job.tokens[chunk.clone()]);
+                        part.chunks.push(chunk);
+                        part.owners.push(owner);
+                    }
+                }
+            }
+        }
+        part.owners.extend(beams);
+        let slots = part.owners.iter().map(|&(request, search)| {
+            load.running[request].slots[search].take().expect("a slot is in one part")
+        });
+        part.slots = slots.collect();
+        part
+    }
+
+    fn run_part(
+        &self,
+        part: &mut Part<B>,
+        running: &[Running<B>],
+        memory: &B::Memory,
+        lane: &mut Lane<B>,
+    ) {
+        let (backend, model) = (&self.backend, &self.model);
+        let Part { tokens, chunks, slots, owners, num_unfinished } = part;
+        let Lane { scratch, logits } = lane;
+        let clock = match chunks.is_empty() {
+            true => &self.phases.decode,
+            false => &self.phases.prefill,
+        };
+        timed(clock, || {
+            let mut batch = Batch { memory, chunks, slots };
+            model.forward(backend, tokens, &mut batch, scratch);
+        });
+        let (slots, owners) = (&mut slots[*num_unfinished..], &owners[*num_unfinished..]);
+        if slots.is_empty() {
+            return;
+        }
+        let rule = |(&(request, search), slot): (&(usize, usize), &B::Slot)| -> SearchRule<'_> {
+            running[request].job.rule(search, backend.num_steps(slot))
+        };
+        let rules: Vec<SearchRule<'_>> = owners.iter().zip(&*slots).map(rule).collect();
+        timed(&self.phases.search, || {
+            let head = model.head();
+            backend.restricted_head(&scratch.hidden, head, &rules, slots, logits);
+            backend.advance_beams(logits, head, &rules, slots);
+        });
+    }
+
+    /// Answers the requests that have taken all steps.
+    fn finish(&self, load: &mut Load<B>) {
+        let num_steps = self.num_steps();
+        let answers = &mut load.answers;
+        load.running.retain(|running| {
+            let mut slots = running.slots.iter().flatten();
+            let is_finished = slots.all(|slot| {
+                self.backend.num_steps(slot) == num_steps || self.backend.num_beams(slot) == 0
+            });
+            if is_finished {
+                let slots = running.slots.iter().flatten();
+                let answer = self.answer(&running.job, running.cached_tokens, slots);
+                answers.push((running.id, answer));
+            }
+            !is_finished
+        });
+    }
+}
+
+pub(super) fn micros(duration: Duration) -> Micros {
+    duration.as_micros().try_into().unwrap_or(Micros::MAX)
+}

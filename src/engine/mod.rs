@@ -1,0 +1,390 @@
+//! From a request to its answer.
+//!
+//! Requests are batched **continuously**: in every step some read their prompts, in chunks, and
+//! others extend their beams by a level; all rows of a step share its matrix products. What a
+//! request needs is known when it arrives (pages for its context and tails, beam rows), so it is
+//! admitted when that is free ([`schedule`]) and then always finishes. The answer to a request is
+//! the same, to the last bit, in any company and on any number of threads.
+//!
+//! Contexts that were computed stay as long as there is room ([`history_cache`]): a request that
+//! begins like an earlier one reads only what is new.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::answer::Answer;
+use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, MemorySpec, NO_TOKEN};
+use crate::catalog::Catalog;
+use crate::error::{Error, Result};
+use crate::history_cache::CacheStats;
+use crate::models::config::{Config, SidLayout};
+use crate::models::weights::Weights;
+use crate::models::{self, Model, ModelSpec};
+use crate::pages::{self, TAIL_PAGE_LEN};
+use crate::request::Request;
+use crate::schedule::{Limits, Micros, RequestId};
+
+mod job;
+mod load;
+
+use load::Load;
+
+/// Numbers in a network's weights up to which they stay in the caches, so that two threads do
+/// better with half the requests each than with half of every product.
+const MOST_SMALL_WEIGHTS: usize = 16 << 20;
+/// Memory for contexts where the options name none, in bytes.
+const CONTEXT_BYTES: usize = 1 << 30;
+/// Requests that wait at most while [`Engine::recommend_all`] hands over more.
+const MOST_WAITING: usize = 64;
+
+/// How an engine is opened.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Threads to compute on; 0 for all cores.
+    pub threads: usize,
+    /// The most tokens of an input. A model's own limit of positions holds as well.
+    pub max_context: usize,
+    /// Tokens of all contexts together, of those that run and those that are kept for requests to
+    /// come; 0 for what a gigabyte holds, and for one longest input at least.
+    pub context_tokens: usize,
+    /// Beam rows that the memory for tails is enough for: the most that all requests together, and
+    /// one alone, can have.
+    pub max_beam_rows: usize,
+    /// Beam rows that share a step, unless one request has more.
+    pub rows_per_step: usize,
+    /// Prompt tokens that share a step. A prompt that an encoder reads may have more.
+    pub tokens_per_step: usize,
+    /// How long a request of high priority waits before it goes before all that came later; normal
+    /// priority waits twice as long, low three times.
+    pub ageing: Duration,
+    /// Whether contexts are kept for requests to come.
+    pub history_cache: bool,
+}
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions {
+            threads: 0,
+            max_context: 8192,
+            context_tokens: 0,
+            max_beam_rows: 16_384,
+            rows_per_step: 256,
+            tokens_per_step: 1024,
+            ageing: Duration::from_millis(500),
+            history_cache: true,
+        }
+    }
+}
+
+impl EngineOptions {
+    fn memory(&self, spec: &ModelSpec, max_context: usize, num_steps: usize) -> MemorySpec {
+        let token_bytes = spec.num_layers * 2 * spec.heads.kv_dim() * size_of::<f32>();
+        let most_of_one = max_context.min(self.max_context);
+        let tokens = match self.context_tokens {
+            0 => (CONTEXT_BYTES / token_bytes.max(1)).max(most_of_one),
+            tokens => tokens,
+        };
+        MemorySpec {
+            num_layers: spec.num_layers,
+            heads: spec.heads,
+            context_pages: pages::context_pages(tokens),
+            tail_pages: num_steps * self.max_beam_rows.div_ceil(TAIL_PAGE_LEN),
+        }
+    }
+}
+
+/// A model and a catalog, ready to answer. Shared by reference between threads; calls wait for each
+/// other. Many callers at a time are better served by a [`Service`](crate::Service).
+pub struct Engine<B: Backend = CpuBackend> {
+    backend: B,
+    model: Box<dyn Model<B>>,
+    layout: SidLayout,
+    /// By level: the code of each token.
+    codes: Vec<HashMap<u32, u16>>,
+    catalog: Arc<Catalog>,
+    max_context: usize,
+    context_pages: usize,
+    tail_pages: usize,
+    limits: Limits,
+    /// All threads together.
+    pool: ThreadPool,
+    /// One thread each, for a part of a step's requests; empty where there is but one thread or
+    /// the weights are many.
+    workers: Vec<ThreadPool>,
+    load: Mutex<Load<B>>,
+    opened: Instant,
+    phases: PhaseClocks,
+}
+
+/// Where the time went, summed over the threads that work on different requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Phases {
+    /// Passes that read prompts, with the beams that shared them.
+    pub prefill: Duration,
+    /// Passes that read beams alone.
+    pub decode: Duration,
+    /// The output head, the normaliser and the choice of beams.
+    pub search: Duration,
+}
+
+#[derive(Default)]
+struct PhaseClocks {
+    prefill: AtomicU64,
+    decode: AtomicU64,
+    search: AtomicU64,
+}
+
+/// What an engine holds at a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineStatus {
+    /// Requests that wait for room.
+    pub waiting: usize,
+    /// Requests that run.
+    pub running: usize,
+    /// Pages of contexts, [`PAGE_LEN`](pages::PAGE_LEN) tokens each.
+    pub context_pages: usize,
+    /// Those that are free.
+    pub free_context_pages: usize,
+    /// Those that are kept for requests to come, and may be held by running ones as well.
+    pub cached_context_pages: usize,
+    /// Pages of tails, [`TAIL_PAGE_LEN`] rows each.
+    pub tail_pages: usize,
+    /// Those that are free.
+    pub free_tail_pages: usize,
+    /// What the history cache found.
+    pub cache: CacheStats,
+}
+
+impl Engine<CpuBackend> {
+    /// Opens a model folder (`config.json`, `sidereal.json`, safetensors) on the CPU.
+    ///
+    /// # Errors
+    /// The files': see [`models::load`], [`SidLayout`]; [`Error::LevelsMismatch`] where the catalog
+    /// has codes that the model cannot write.
+    pub fn open(folder: &Path, catalog: Arc<Catalog>, options: &EngineOptions) -> Result<Self> {
+        let config = Config::read(&folder.join("config.json"))?;
+        let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
+        Engine::from_parts(
+            CpuBackend::default(),
+            &config,
+            Weights::open(folder)?,
+            layout,
+            catalog,
+            options,
+        )
+    }
+}
+
+impl<B: Backend> Engine<B> {
+    /// Opens a network from its parts, wherever they come from.
+    ///
+    /// # Errors
+    /// As [`Engine::open`].
+    pub fn from_parts(
+        backend: B,
+        config: &Config,
+        weights: Weights,
+        layout: SidLayout,
+        catalog: Arc<Catalog>,
+        options: &EngineOptions,
+    ) -> Result<Engine<B>> {
+        layout.check(&catalog)?;
+        let pool = thread_pool(options.threads)?;
+        let steps = layout.steps();
+        let model = pool.install(|| models::load(&backend, config, weights, &steps))?;
+        // What the decoder writes takes positions as well: all steps but the last are read again.
+        let (spec, written) = (*model.spec(), steps.len() - 1);
+        let max_positions = spec.max_positions.map(|max| max.saturating_sub(written));
+        let max_context = options.max_context.min(max_positions.unwrap_or(usize::MAX));
+        let memory = options.memory(&spec, max_context, steps.len());
+        let workers = match pool.current_num_threads() {
+            threads if threads > 1 && spec.num_weights <= MOST_SMALL_WEIGHTS => {
+                (0..threads).map(|_| thread_pool(1)).collect::<Result<_>>()?
+            }
+            _ => Vec::new(),
+        };
+        let codes = layout.levels.iter().map(|tokens| {
+            let tokens = tokens.iter().enumerate().filter(|&(_, &token)| token != NO_TOKEN);
+            tokens.map(|(code, &token)| (token, code as u16)).collect()
+        });
+        Ok(Engine {
+            codes: codes.collect(),
+            layout,
+            catalog,
+            max_context,
+            context_pages: memory.context_pages,
+            tail_pages: memory.tail_pages,
+            limits: Limits {
+                beam_rows: options.rows_per_step,
+                prompt_tokens: options.tokens_per_step,
+                ageing_us: load::micros(options.ageing),
+            },
+            pool,
+            workers,
+            load: Mutex::new(Load::new(&backend, &memory, options.history_cache)),
+            opened: Instant::now(),
+            phases: PhaseClocks::default(),
+            backend,
+            model,
+        })
+    }
+
+    /// The catalog that is searched.
+    pub fn catalog(&self) -> &Arc<Catalog> {
+        &self.catalog
+    }
+
+    /// Runs something on the engine's threads, with its backend.
+    pub fn run<R: Send>(&self, work: impl FnOnce(&B) -> R + Send) -> R {
+        self.pool.install(|| work(&self.backend))
+    }
+
+    /// Threads that compute.
+    pub fn num_threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// The most tokens that an input may have.
+    pub fn max_context(&self) -> usize {
+        self.max_context
+    }
+
+    /// Where the time went since the engine was opened.
+    pub fn phases(&self) -> Phases {
+        let read = |clock: &AtomicU64| Duration::from_nanos(clock.load(Ordering::Relaxed));
+        Phases {
+            prefill: read(&self.phases.prefill),
+            decode: read(&self.phases.decode),
+            search: read(&self.phases.search),
+        }
+    }
+
+    /// Answers one request, on all threads.
+    ///
+    /// # Errors
+    /// The request's; [`Error::EngineFailed`].
+    pub fn recommend(&self, request: &Request) -> Result<Answer> {
+        let job = self.prepare(request.clone())?;
+        let mut load = self.lock()?;
+        let id = load.enqueue(job, self.now_us());
+        loop {
+            self.step_load(&mut load);
+            if let Some(answer) = load.take_answer(id) {
+                return answer;
+            }
+        }
+    }
+
+    /// Answers many requests and hands each answer to `deliver` with the request's index, in the
+    /// order in which they finish.
+    pub fn recommend_all(
+        &self,
+        requests: &[Request],
+        mut deliver: impl FnMut(usize, Result<Answer>),
+    ) {
+        let mut next = requests.iter().enumerate();
+        let mut indices = HashMap::new();
+        loop {
+            while indices.len() < MOST_WAITING {
+                let Some((index, request)) = next.next() else { break };
+                match self.submit(request.clone()) {
+                    Ok(id) => {
+                        indices.insert(id, index);
+                    }
+                    Err(error) => deliver(index, Err(error)),
+                }
+            }
+            if indices.is_empty() {
+                return;
+            }
+            let mut finished = Vec::new();
+            match self.lock() {
+                Ok(mut load) => {
+                    self.step_load(&mut load);
+                    let answers = indices.keys().map(|&id| (id, load.take_answer(id)));
+                    finished.extend(answers.filter_map(|(id, answer)| Some((id, answer?))));
+                }
+                Err(error) => {
+                    let failed = |id: &RequestId| (*id, Err(error.to_string()));
+                    let failed: Vec<_> = indices.keys().map(failed).collect();
+                    for (id, error) in failed {
+                        let error = error.map_err(|reason| Error::EngineFailed { reason });
+                        finished.push((id, error));
+                    }
+                }
+            }
+            for (id, answer) in finished {
+                deliver(indices.remove(&id).expect("one of ours"), answer);
+            }
+        }
+    }
+
+    /// Hands over a request, which [`step`](Engine::step) will answer: for callers with a loop of
+    /// their own.
+    ///
+    /// # Errors
+    /// The request's; [`Error::EngineFailed`].
+    pub fn submit(&self, request: Request) -> Result<RequestId> {
+        let job = self.prepare(request)?;
+        Ok(self.lock()?.enqueue(job, self.now_us()))
+    }
+
+    /// Forgets a request that waits or runs; what it held is free at once.
+    ///
+    /// # Errors
+    /// [`Error::EngineFailed`].
+    pub fn cancel(&self, id: RequestId) -> Result<()> {
+        self.lock()?.cancel(id);
+        Ok(())
+    }
+
+    /// One step of all requests, and the answers that are there after it.
+    ///
+    /// # Errors
+    /// [`Error::EngineFailed`].
+    pub fn step(&self) -> Result<Vec<(RequestId, Result<Answer>)>> {
+        let mut load = self.lock()?;
+        self.step_load(&mut load);
+        Ok(load.take_answers())
+    }
+
+    /// What waits, what runs and what is free.
+    ///
+    /// # Errors
+    /// [`Error::EngineFailed`].
+    pub fn status(&self) -> Result<EngineStatus> {
+        Ok(self.lock()?.status())
+    }
+
+    fn lock(&self) -> Result<MutexGuard<'_, Load<B>>> {
+        self.load.lock().map_err(|_| Error::EngineFailed {
+            reason: "it panicked in the middle of a step".into(),
+        })
+    }
+
+    fn now_us(&self) -> Micros {
+        self.opened.elapsed().as_micros() as Micros
+    }
+
+    fn num_steps(&self) -> usize {
+        self.layout.levels.len() + self.layout.suffix.len()
+    }
+}
+
+fn timed(clock: &AtomicU64, work: impl FnOnce()) {
+    let start = Instant::now();
+    work();
+    clock.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+}
+
+fn thread_pool(threads: usize) -> Result<ThreadPool> {
+    let name = |index: usize| format!("sidereal-{index}");
+    let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build();
+    pool.map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })
+}

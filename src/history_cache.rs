@@ -1,0 +1,332 @@
+//! Contexts that were computed already, by their tokens.
+//!
+//! A context's page depends on its own tokens and all before them. So pages are kept in a tree: a
+//! page under the one before it, found by the page's tokens themselves; no two contexts can be
+//! taken for each other. A prompt goes down the tree as far as it agrees, and only the rest is
+//! computed. Its last token always is, because its row is what the first step is scored by.
+//!
+//! Pages in the tree are full and never written again. The last page of a context is seldom full;
+//! it can be kept for its **user**, who is likely to come back with a little more. It is given
+//! away when the user comes (it is then written on), so it is used by one request at a time.
+//!
+//! An encoder's context depends on all tokens at once: it is kept, found and dropped as a whole.
+//!
+//! What was not used for longest goes first, leaves before what they stand on.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use crate::pages::{PAGE_LEN, Page};
+
+/// How often requests found their context, and how much of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Requests that found some.
+    pub hits: u64,
+    /// Requests that found none.
+    pub misses: u64,
+    /// Tokens that were found.
+    pub hit_tokens: u64,
+    /// Tokens that were asked for.
+    pub tokens: u64,
+}
+
+/// A context that begins with pages from the cache.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Full pages, shared; behind them the user's own last page, if it was found.
+    pub pages: Vec<Page>,
+    /// Tokens that need not be read.
+    pub tokens: usize,
+}
+
+/// Pages of finished contexts.
+#[derive(Debug, Default)]
+pub struct HistoryCache {
+    entries: HashMap<Key, Entry>,
+    keys: HashMap<EntryId, Key>,
+    /// What can be dropped, least recently used first.
+    droppable: BTreeSet<(u64, EntryId)>,
+    users: HashMap<String, UserTail>,
+    /// Last pages by use.
+    user_order: BTreeSet<(u64, String)>,
+    next_id: EntryId,
+    clock: u64,
+    num_pages: usize,
+    stats: CacheStats,
+}
+
+type EntryId = u64;
+const ROOT: EntryId = 0;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    parent: EntryId,
+    /// A page's tokens, or a whole context's.
+    tokens: Arc<[u32]>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    id: EntryId,
+    pages: Vec<Page>,
+    num_children: usize,
+    used: u64,
+}
+
+/// The last page of a user's last context.
+#[derive(Debug)]
+struct UserTail {
+    /// The full page before it.
+    parent: EntryId,
+    tokens: Vec<u32>,
+    page: Page,
+    used: u64,
+}
+
+impl HistoryCache {
+    /// Pages that the cache holds.
+    pub fn num_pages(&self) -> usize {
+        self.num_pages
+    }
+
+    /// Since the beginning.
+    pub fn stats(&self) -> CacheStats {
+        self.stats
+    }
+
+    /// Pages that would be free if the cache dropped all it has: those that no request holds.
+    pub fn num_unshared(&self) -> usize {
+        let unshared = |pages: &[Page]| pages.iter().filter(|page| page.is_unshared()).count();
+        self.entries.values().map(|entry| unshared(&entry.pages)).sum::<usize>()
+            + self.users.values().filter(|tail| tail.page.is_unshared()).count()
+    }
+
+    /// The longest part of a prompt that is there, of a network that reads from left to right.
+    pub fn find_prefix(&mut self, tokens: &[u32], user: Option<&str>) -> Found {
+        let most = tokens.len().saturating_sub(1);
+        let mut found = Found::default();
+        let mut parent = ROOT;
+        for page in tokens[..most].chunks_exact(PAGE_LEN) {
+            let Some(entry) = self.touch(&Key { parent, tokens: page.into() }) else { break };
+            parent = entry.id;
+            found.pages.extend_from_slice(&entry.pages);
+            found.tokens += PAGE_LEN;
+        }
+        if let Some(tail) = user.and_then(|user| self.take_tail(user)) {
+            let rest = &tokens[found.tokens..most];
+            let common = tail.tokens.iter().zip(rest).take_while(|(a, b)| a == b).count();
+            // A page that a request is still reading must not be written.
+            if tail.parent == parent && common > 0 && tail.page.is_unshared() {
+                found.tokens += common;
+                found.pages.push(tail.page);
+            }
+        }
+        self.count(&found, tokens.len());
+        found
+    }
+
+    /// The context of a prompt that an encoder has read, if it is there.
+    pub fn find_whole(&mut self, tokens: &[u32]) -> Found {
+        let key = Key { parent: ROOT, tokens: tokens.into() };
+        let pages = self.touch(&key).map(|entry| entry.pages.clone());
+        let found = match pages {
+            Some(pages) => Found { pages, tokens: tokens.len() },
+            None => Found::default(),
+        };
+        self.count(&found, tokens.len());
+        found
+    }
+
+    fn count(&mut self, found: &Found, tokens: usize) {
+        match found.tokens {
+            0 => self.stats.misses += 1,
+            _ => self.stats.hits += 1,
+        }
+        self.stats.hit_tokens += found.tokens as u64;
+        self.stats.tokens += tokens as u64;
+    }
+
+    /// Keeps the pages of a context that was read from left to right. The last one, where it is not
+    /// full, is kept for the user alone.
+    pub fn keep_prefix(&mut self, tokens: &[u32], pages: &[Page], user: Option<&str>) {
+        let mut parent = ROOT;
+        let mut full = tokens.chunks_exact(PAGE_LEN);
+        for (tokens, page) in full.by_ref().zip(pages) {
+            parent = self.keep(Key { parent, tokens: tokens.into() }, vec![page.clone()]);
+        }
+        let rest = full.remainder();
+        if let (Some(user), Some(page), false) = (user, pages.last(), rest.is_empty()) {
+            self.take_tail(user);
+            self.clock += 1;
+            let tail =
+                UserTail { parent, tokens: rest.to_vec(), page: page.clone(), used: self.clock };
+            self.user_order.insert((self.clock, user.to_string()));
+            self.users.insert(user.to_string(), tail);
+            self.num_pages += 1;
+        }
+    }
+
+    /// Keeps the context of a prompt that an encoder has read.
+    pub fn keep_whole(&mut self, tokens: &[u32], pages: &[Page]) {
+        self.keep(Key { parent: ROOT, tokens: tokens.into() }, pages.to_vec());
+    }
+
+    /// Drops what was not used for longest until one page or more that nobody holds is free; false
+    /// when there is nothing left to drop.
+    pub fn drop_oldest(&mut self) -> bool {
+        let tail = self.user_order.first().map(|(used, _)| *used);
+        let entry = self.droppable.first().map(|(used, _)| *used);
+        match (tail, entry) {
+            (None, None) => return false,
+            (Some(tail), entry) if entry.is_none_or(|entry| tail < entry) => {
+                let (_, user) = self.user_order.pop_first().expect("there is one");
+                self.users.remove(&user);
+                self.num_pages -= 1;
+            }
+            _ => {
+                let (_, id) = self.droppable.pop_first().expect("there is one");
+                let key = self.keys.remove(&id).expect("entries have keys");
+                let entry = self.entries.remove(&key).expect("keys have entries");
+                self.num_pages -= entry.pages.len();
+                self.release(key.parent);
+            }
+        }
+        true
+    }
+
+    /// Drops everything: the weights are others.
+    pub fn clear(&mut self) {
+        let stats = self.stats;
+        *self = HistoryCache { stats, next_id: self.next_id, ..HistoryCache::default() };
+    }
+
+    /// An entry, used now.
+    fn touch(&mut self, key: &Key) -> Option<&Entry> {
+        self.clock += 1;
+        let entry = self.entries.get_mut(key)?;
+        if entry.num_children == 0 {
+            self.droppable.remove(&(entry.used, entry.id));
+            self.droppable.insert((self.clock, entry.id));
+        }
+        entry.used = self.clock;
+        Some(entry)
+    }
+
+    fn keep(&mut self, key: Key, pages: Vec<Page>) -> EntryId {
+        if let Some(entry) = self.touch(&key) {
+            return entry.id; // the same, computed twice: the first stays
+        }
+        self.next_id += 1;
+        let id = self.next_id;
+        if let Some(parent) = self.keys.get(&key.parent) {
+            let parent = self.entries.get_mut(parent).expect("keys have entries");
+            parent.num_children += 1;
+            self.droppable.remove(&(parent.used, parent.id));
+        }
+        self.num_pages += pages.len();
+        self.droppable.insert((self.clock, id));
+        self.keys.insert(id, key.clone());
+        self.entries.insert(key, Entry { id, pages, num_children: 0, used: self.clock });
+        id
+    }
+
+    /// One child less.
+    fn release(&mut self, parent: EntryId) {
+        let Some(key) = self.keys.get(&parent) else { return };
+        let entry = self.entries.get_mut(key).expect("keys have entries");
+        entry.num_children -= 1;
+        if entry.num_children == 0 {
+            self.droppable.insert((entry.used, entry.id));
+        }
+    }
+
+    fn take_tail(&mut self, user: &str) -> Option<UserTail> {
+        let tail = self.users.remove(user)?;
+        self.user_order.remove(&(tail.used, user.to_string()));
+        self.num_pages -= 1;
+        Some(tail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::{Pool, context_pages};
+
+    fn read(pool: &Pool, cache: &mut HistoryCache, tokens: &[u32], user: Option<&str>) -> usize {
+        let mut found = cache.find_prefix(tokens, user);
+        let rest = context_pages(tokens.len()) - found.pages.len();
+        while pool.num_free() < rest {
+            assert!(cache.drop_oldest(), "nothing else holds pages");
+        }
+        found.pages.extend(pool.take(rest).expect("enough are free"));
+        cache.keep_prefix(tokens, &found.pages, user);
+        found.tokens
+    }
+
+    #[test]
+    fn a_prompt_finds_the_pages_that_it_begins_with() {
+        let (pool, mut cache) = (Pool::new(20), HistoryCache::default());
+        let tokens: Vec<u32> = (0..200).collect();
+        assert_eq!(read(&pool, &mut cache, &tokens, None), 0);
+        assert_eq!(read(&pool, &mut cache, &tokens, None), 192);
+        assert_eq!(read(&pool, &mut cache, &tokens[..192], None), 128, "the last token is read");
+        assert_eq!(read(&pool, &mut cache, &tokens[..193], None), 192);
+        let mut other = tokens.clone();
+        other[70] = 1000;
+        assert_eq!(read(&pool, &mut cache, &other, None), 64);
+        // The same page behind another one is another context.
+        assert_eq!(read(&pool, &mut cache, &tokens[64..], None), 0);
+        assert_eq!(cache.stats().hits, 4);
+        assert_eq!(cache.num_pages() + pool.num_free(), 20);
+    }
+
+    #[test]
+    fn a_user_who_returns_pays_for_what_is_new() {
+        let (pool, mut cache) = (Pool::new(20), HistoryCache::default());
+        let mut tokens: Vec<u32> = (0..100).collect();
+        read(&pool, &mut cache, &tokens, Some("ann"));
+        tokens.extend(200..204);
+        assert_eq!(read(&pool, &mut cache, &tokens, Some("ann")), 100);
+        assert_eq!(read(&pool, &mut cache, &tokens, Some("bob")), 64, "the last page is ann's");
+        tokens[102] = 7; // what was there is no longer so
+        assert_eq!(read(&pool, &mut cache, &tokens, Some("ann")), 102);
+        tokens[3] = 7;
+        assert_eq!(read(&pool, &mut cache, &tokens, Some("ann")), 0);
+        // A page that a request still reads is not written on.
+        let held = cache.users["ann"].page.clone();
+        tokens.push(5);
+        assert_eq!(read(&pool, &mut cache, &tokens, Some("ann")), 64);
+        drop(held);
+    }
+
+    #[test]
+    fn what_was_not_used_for_longest_goes_first() {
+        let (pool, mut cache) = (Pool::new(4), HistoryCache::default());
+        let context = |first: u32| (first..first + 129).collect::<Vec<u32>>();
+        read(&pool, &mut cache, &context(0), None);
+        assert_eq!(
+            (pool.num_free(), cache.num_pages()),
+            (2, 2),
+            "the page that is not full is free"
+        );
+        read(&pool, &mut cache, &context(1000), None);
+        assert_eq!(cache.num_unshared(), 3);
+        assert_eq!(read(&pool, &mut cache, &context(0), None), 64, "its leaf went first");
+        cache.clear();
+        assert_eq!((pool.num_free(), cache.num_pages()), (4, 0));
+    }
+
+    #[test]
+    fn an_encoders_context_is_found_whole() {
+        let (pool, mut cache) = (Pool::new(4), HistoryCache::default());
+        let tokens: Vec<u32> = (0..100).collect();
+        cache.keep_whole(&tokens, &pool.take(2).expect("four are free"));
+        assert_eq!(cache.find_whole(&tokens).tokens, 100);
+        assert_eq!(cache.find_whole(&tokens[..99]).tokens, 0);
+        assert!(cache.drop_oldest());
+        assert!(!cache.drop_oldest());
+        assert_eq!(pool.num_free(), 4);
+    }
+}
