@@ -90,6 +90,12 @@ impl HistoryCache {
         self.num_pages
     }
 
+    /// The pages that the cache holds.
+    pub fn pages(&self) -> impl Iterator<Item = &Page> {
+        let of_entries = self.entries.values().flat_map(|entry| &entry.pages);
+        of_entries.chain(self.users.values().map(|tail| &tail.page))
+    }
+
     /// Since the beginning.
     pub fn stats(&self) -> CacheStats {
         self.stats

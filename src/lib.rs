@@ -62,6 +62,7 @@ pub mod pages;
 pub mod quantizer;
 mod request;
 pub mod schedule;
+mod service;
 mod tensor;
 mod writer;
 
@@ -72,5 +73,6 @@ pub use request::{
     Constraint, Input, MAX_BEAMS, Normalization, Priority, Request, RequestDefaults, RequestLine,
     SharedSid,
 };
+pub use service::{Handle, Service, ServiceOptions};
 pub use tensor::{Dtype, Tensor};
 pub use writer::{CatalogWriter, Durability, WriterOptions};

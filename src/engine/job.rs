@@ -14,7 +14,7 @@ use crate::catalog::snapshot::Place;
 use crate::error::{Error, Result};
 use crate::pages;
 use crate::request::{Constraint, Input, MAX_BEAMS, Normalization, Request, SharedSid};
-use crate::schedule::Needs;
+use crate::schedule::{Micros, Needs};
 
 /// Groups that one request may ask for.
 const MAX_GROUPS: usize = 256;
@@ -33,6 +33,8 @@ pub(crate) struct Job {
     /// The beam width by step.
     widths: Vec<usize>,
     pub needs: Needs,
+    /// When it was handed over.
+    pub arrived_us: Micros,
 }
 
 impl Job {
@@ -69,6 +71,7 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// The request's.
     pub(crate) fn prepare(&self, request: Request) -> Result<Job> {
+        let arrived_us = self.now_us();
         let Request { top_k, temperature, constraint, .. } = request;
         let widths = self.widths(&request)?;
         let most = widths.iter().copied().max().unwrap_or(0);
@@ -99,7 +102,7 @@ impl<B: Backend> Engine<B> {
         let tokens = self.tokens(&request.input, &snapshot)?;
         let searches = searches(&request, &snapshot)?;
         let needs = self.needs(tokens.len(), &widths, searches.len())?;
-        Ok(Job { request, snapshot, tokens, searches, normalization, widths, needs })
+        Ok(Job { request, snapshot, tokens, searches, normalization, widths, needs, arrived_us })
     }
 
     /// The beam width by step: forced steps keep what the last level has.

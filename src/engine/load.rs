@@ -1,5 +1,6 @@
 //! The requests that wait and run, and one step of them.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ struct Running<B: Backend> {
     job: Job,
     deadline_us: Option<Micros>,
     context: Vec<Page>,
-    _tails: Vec<Page>,
+    tails: Vec<Page>,
     /// One for each search; lent to the part that works on them.
     slots: Vec<Option<B::Slot>>,
     /// Tokens of the context that are there.
@@ -91,13 +92,14 @@ impl<B: Backend> Load<B> {
         }
     }
 
-    pub fn enqueue(&mut self, job: Job, now_us: Micros) -> RequestId {
+    pub fn enqueue(&mut self, job: Job) -> RequestId {
         self.next_id += 1;
+        let deadline = |within| job.arrived_us.saturating_add(micros(within));
         let waiting = Waiting {
             id: self.next_id,
             class: job.request.priority as u8,
-            arrived_us: now_us,
-            deadline_us: job.deadline().map(|within| now_us.saturating_add(micros(within))),
+            arrived_us: job.arrived_us,
+            deadline_us: job.deadline().map(deadline),
             needs: job.needs,
         };
         self.waiting.push((waiting, job));
@@ -130,6 +132,19 @@ impl<B: Backend> Load<B> {
             free_tail_pages: self.tail_pages.num_free(),
             cache: self.cache.as_ref().map_or(CacheStats::default(), HistoryCache::stats),
         }
+    }
+
+    pub fn check_integrity(&self) -> std::result::Result<(), String> {
+        let of_requests = self.running.iter().flat_map(|running| &running.context);
+        let cached = self.cache.iter().flat_map(HistoryCache::pages);
+        let held: HashSet<u32> = of_requests.chain(cached).map(Page::index).collect();
+        check_pages("context", &self.context_pages, held)?;
+        let tails = self.running.iter().flat_map(|running| &running.tails).map(Page::index);
+        let held: HashSet<u32> = tails.clone().collect();
+        if held.len() < tails.count() {
+            return Err("two requests hold the same page of tails".into());
+        }
+        check_pages("tail", &self.tail_pages, held)
     }
 
     /// Answers those whose deadline went by.
@@ -266,7 +281,7 @@ impl<B: Backend> Engine<B> {
                 deadline_us: waiting.deadline_us,
                 slots: (0..job.searches.len()).map(|search| Some(slot(search))).collect(),
                 context: found.pages,
-                _tails: tails,
+                tails,
                 read: found.tokens,
                 cached_tokens: found.tokens,
                 job,
@@ -414,6 +429,18 @@ impl<B: Backend> Engine<B> {
             }
             !is_finished
         });
+    }
+}
+
+fn check_pages(what: &str, pool: &Pool, held: HashSet<u32>) -> std::result::Result<(), String> {
+    let free = pool.free_pages();
+    let distinct: HashSet<u32> = free.iter().copied().collect();
+    if distinct.len() < free.len() || !distinct.is_disjoint(&held) {
+        return Err(format!("a {what} page is in two places"));
+    }
+    match free.len() + held.len() {
+        all if all == pool.num_pages() => Ok(()),
+        found => Err(format!("{found} of {} {what} pages are left", pool.num_pages())),
     }
 }
 

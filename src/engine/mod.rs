@@ -33,6 +33,7 @@ use crate::schedule::{Limits, Micros, RequestId};
 mod job;
 mod load;
 
+pub(crate) use job::Job;
 use load::Load;
 
 /// Numbers in a network's weights up to which they stay in the caches, so that two threads do
@@ -272,7 +273,7 @@ impl<B: Backend> Engine<B> {
     pub fn recommend(&self, request: &Request) -> Result<Answer> {
         let job = self.prepare(request.clone())?;
         let mut load = self.lock()?;
-        let id = load.enqueue(job, self.now_us());
+        let id = load.enqueue(job);
         loop {
             self.step_load(&mut load);
             if let Some(answer) = load.take_answer(id) {
@@ -331,8 +332,15 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// The request's; [`Error::EngineFailed`].
     pub fn submit(&self, request: Request) -> Result<RequestId> {
-        let job = self.prepare(request)?;
-        Ok(self.lock()?.enqueue(job, self.now_us()))
+        self.enqueue(self.prepare(request)?)
+    }
+
+    /// The same for a request that was checked.
+    ///
+    /// # Errors
+    /// [`Error::EngineFailed`].
+    pub(crate) fn enqueue(&self, job: Job) -> Result<RequestId> {
+        Ok(self.lock()?.enqueue(job))
     }
 
     /// Forgets a request that waits or runs; what it held is free at once.
@@ -360,6 +368,15 @@ impl<B: Backend> Engine<B> {
     /// [`Error::EngineFailed`].
     pub fn status(&self) -> Result<EngineStatus> {
         Ok(self.lock()?.status())
+    }
+
+    /// Checks that every page of memory is in exactly one place: free, or held by those who share
+    /// it. For tests and for operators who suspect a leak; it takes time in proportion to the pages.
+    ///
+    /// # Errors
+    /// [`Error::EngineFailed`] with what is wrong.
+    pub fn check_integrity(&self) -> Result<()> {
+        self.lock()?.check_integrity().map_err(|reason| Error::EngineFailed { reason })
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, Load<B>>> {

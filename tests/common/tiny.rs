@@ -49,6 +49,14 @@ impl Tiny {
         Tiny { seed, config, layout, num_codes, catalog }
     }
 
+    pub fn num_levels(&self) -> usize {
+        self.layout.levels.len()
+    }
+
+    pub fn num_tokens(&self) -> u32 {
+        5 + self.num_levels() as u32 * u32::from(self.num_codes)
+    }
+
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.catalog.snapshot()
     }
@@ -59,12 +67,15 @@ impl Tiny {
 
     /// The same model over another catalog of the same levels.
     pub fn open_with(&self, catalog: Arc<Catalog>, threads: usize) -> Engine {
+        self.open_as(catalog, &EngineOptions { threads, ..EngineOptions::default() })
+    }
+
+    pub fn open_as(&self, catalog: Arc<Catalog>, options: &EngineOptions) -> Engine {
         let keys = self.config.as_object().cloned().expect("an object");
         let config = Config::new(Path::new("config.json"), keys);
-        let options = EngineOptions { threads, ..EngineOptions::default() };
         let weights = Weights::random(self.seed);
         let backend = CpuBackend::default();
-        Engine::from_parts(backend, &config, weights, self.layout.clone(), catalog, &options)
+        Engine::from_parts(backend, &config, weights, self.layout.clone(), catalog, options)
             .expect("a sound model")
     }
 }

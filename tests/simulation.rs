@@ -1,0 +1,260 @@
+//! The scheduler and the engine under thousands of random steps with hardly any room.
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::tiny::{TAGS, Tiny};
+use sidereal::pages::{self, PAGE_LEN, TAIL_PAGE_LEN};
+use sidereal::schedule::{self, Limits, Needs, Reading, RequestId, Room, Waiting};
+use sidereal::{Answer, Constraint, EngineOptions, Error, Normalization, Priority, Request};
+
+/// A request that the scheduler admitted.
+struct Run {
+    needs: Needs,
+    left: usize,
+    steps: usize,
+}
+
+#[test]
+fn nobody_waits_beyond_the_bound_and_room_is_never_overdrawn() {
+    let mut admitted_overdue = 0;
+    for seed in 0..60 {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let room = Room { context_pages: rng.usize(4..20), tail_pages: rng.usize(4..20) };
+        let limits = Limits {
+            beam_rows: rng.usize(1..40),
+            prompt_tokens: rng.usize(1..100),
+            ageing_us: rng.u64(1..60),
+        };
+        let is_divisible = rng.bool();
+        let mut waiting: Vec<Waiting> = Vec::new();
+        let mut running: Vec<(RequestId, Run)> = Vec::new();
+        let (mut free, mut next_id) = (room, 0);
+        let mut now = 0;
+        while now < 400 || !waiting.is_empty() || !running.is_empty() {
+            assert!(now < 100_000, "seed {seed}: some never run");
+            for _ in 0..if now < 400 { rng.usize(0..3) } else { 0 } {
+                next_id += 1;
+                waiting.push(Waiting {
+                    id: next_id,
+                    class: rng.u8(0..3),
+                    arrived_us: now,
+                    deadline_us: rng.bool().then(|| now + rng.u64(1..50)),
+                    needs: Needs {
+                        context_pages: rng.usize(1..=room.context_pages),
+                        tail_pages: rng.usize(0..=room.tail_pages),
+                        beam_rows: rng.usize(1..60),
+                    },
+                });
+            }
+            let rows = running.iter().map(|(_, run)| run.needs.beam_rows).sum();
+            for id in schedule::admit(&waiting, rows, free, &limits, now) {
+                let at = waiting.iter().position(|request| request.id == id).expect("waits");
+                let request = waiting.remove(at);
+                free.context_pages -= request.needs.context_pages;
+                free.tail_pages -= request.needs.tail_pages;
+                // Who is overdue goes before all that came after it.
+                let is_overdue = |request: &Waiting| {
+                    now - request.arrived_us >= limits.ageing_us * (u64::from(request.class) + 1)
+                };
+                let passed = waiting.iter().find(|other| is_overdue(other) && other.id < id);
+                assert_eq!(passed, None, "seed {seed}: {id} went before");
+                admitted_overdue += usize::from(is_overdue(&request));
+                let (left, steps) = (rng.usize(1..200), rng.usize(1..5));
+                running.push((id, Run { needs: request.needs, left, steps }));
+            }
+            let rows: usize = running.iter().map(|(_, run)| run.needs.beam_rows).sum();
+            assert!(rows <= limits.beam_rows || running.len() == 1, "seed {seed}: {rows} rows");
+            let reading: Vec<Reading> = running
+                .iter()
+                .filter(|(_, run)| run.left > 0)
+                .map(|(_, run)| Reading { left: run.left, is_divisible })
+                .collect();
+            let mut shares = schedule::share_tokens(&reading, &limits).into_iter();
+            let first = running.iter().position(|(_, run)| run.left > 0);
+            let mut tokens = 0;
+            for (at, (_, run)) in running.iter_mut().enumerate() {
+                if run.left == 0 {
+                    run.steps -= 1;
+                    continue;
+                }
+                let share = shares.next().expect("a share for each");
+                assert!(share > 0 || first != Some(at), "seed {seed}: the first waits");
+                assert!(is_divisible || share == 0 || share == run.left);
+                tokens += share;
+                run.left -= share;
+            }
+            let alone = reading.first().map_or(0, |first| first.left);
+            assert!(tokens <= limits.prompt_tokens || (!is_divisible && tokens == alone));
+            running.retain(|(_, run)| {
+                let is_over = run.left == 0 && run.steps == 0;
+                if is_over {
+                    free.context_pages += run.needs.context_pages;
+                    free.tail_pages += run.needs.tail_pages;
+                }
+                !is_over
+            });
+            now += 1;
+        }
+        assert_eq!(free, room, "seed {seed}: all is given back");
+    }
+    assert!(admitted_overdue > 100, "only {admitted_overdue} were overdue");
+}
+
+/// Any request that a tiny model can be asked, whose context often begins like an earlier one.
+fn random_request(rng: &mut fastrand::Rng, tiny: &Tiny, contexts: &mut Vec<Vec<u32>>) -> Request {
+    let mut tokens = match rng.u8(0..4) {
+        0 => Vec::new(),
+        _ => contexts.get(rng.usize(0..=contexts.len())).cloned().unwrap_or_default(),
+    };
+    tokens.truncate(rng.usize(0..=tokens.len()).max(tokens.len() * rng.usize(0..2)));
+    let more = rng.usize(1..2 * PAGE_LEN);
+    tokens.extend((0..more).map(|_| rng.u32(0..tiny.num_tokens())));
+    tokens.truncate(4 * PAGE_LEN);
+    contexts.push(tokens.clone());
+    let mut request = Request::from_tokens(tokens);
+    request.beams = rng.usize(1..40);
+    if rng.bool() {
+        request.widths = (0..tiny.num_levels()).map(|_| rng.usize(1..40)).collect();
+    }
+    request.top_k = rng.usize(1..30);
+    request.normalization = match rng.u8(0..4) {
+        0 => None,
+        1 => Some(Normalization::Vocabulary),
+        2 => Some(Normalization::Level),
+        _ => Some(Normalization::Children),
+    };
+    if request.normalization == Some(Normalization::Vocabulary) && rng.u8(0..4) == 0 {
+        request.constraint = Constraint::None;
+    }
+    request.filter = rng.bool().then(|| format!("tag:{}", TAGS[rng.usize(0..3)]));
+    if rng.u8(0..5) == 0 {
+        request.each = (0..rng.usize(1..4)).map(|tag| format!("tag:{}", TAGS[tag])).collect();
+    }
+    request.user = rng.bool().then(|| rng.u8(0..4).to_string());
+    request.priority = [Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)];
+    request
+}
+
+fn no_cache(tiny: &Tiny) -> sidereal::Engine {
+    let options = EngineOptions { threads: 1, history_cache: false, ..EngineOptions::default() };
+    tiny.open_as(Arc::clone(&tiny.catalog), &options)
+}
+
+#[test]
+fn every_page_is_in_one_place_after_every_step_and_answers_are_those_of_the_request_alone() {
+    let (mut steps, mut refused, mut hits, mut late, mut cancelled, mut answered) =
+        (0, 0, 0, 0, 0, 0);
+    for seed in 0..150 {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let tiny = Tiny::new(seed);
+        let options = EngineOptions {
+            threads: rng.usize(1..3),
+            context_tokens: rng.usize(2..30) * PAGE_LEN,
+            max_beam_rows: rng.usize(2..12) * TAIL_PAGE_LEN,
+            rows_per_step: rng.usize(1..100),
+            tokens_per_step: rng.usize(1..200),
+            ageing: Duration::from_micros(rng.u64(0..2000)),
+            ..EngineOptions::default()
+        };
+        let engine = tiny.open_as(Arc::clone(&tiny.catalog), &options);
+        let alone = no_cache(&tiny);
+        let mut contexts = Vec::new();
+        let mut asked: HashMap<RequestId, Request> = HashMap::new();
+        let mut check =
+            |id: RequestId, answer: Result<Answer, Error>, request: Request| match answer {
+                Err(Error::DeadlineExceeded { .. }) => {
+                    assert!(request.deadline.is_some(), "seed {seed}: {id} has no deadline");
+                    late += 1;
+                }
+                answer => {
+                    let answer = answer.expect("a sound request");
+                    assert!(answer.cached_tokens <= answer.tokens);
+                    hits += usize::from(answer.cached_tokens > 0);
+                    let in_time = Request { deadline: None, ..request.clone() };
+                    let expected = alone.recommend(&in_time).expect("a sound request");
+                    assert_eq!(answer, expected, "seed {seed}: {request:?}");
+                    answered += 1;
+                }
+            };
+        for _ in 0..30 {
+            for _ in 0..rng.usize(0..3) {
+                let mut request = random_request(&mut rng, &tiny, &mut contexts);
+                request.deadline = match rng.u8(0..8) {
+                    0 => Some(Duration::ZERO),
+                    1 => Some(Duration::from_micros(300)),
+                    2 => Some(Duration::MAX),
+                    _ => None,
+                };
+                match engine.submit(request.clone()) {
+                    Ok(id) => {
+                        asked.insert(id, request);
+                    }
+                    Err(Error::TooLarge { needs, limit, .. }) => {
+                        assert!(needs > limit);
+                        refused += 1;
+                    }
+                    Err(error) => panic!("seed {seed}: {error} {request:?}"),
+                }
+            }
+            if rng.u8(0..6) == 0 {
+                let ids: Vec<RequestId> = asked.keys().copied().collect();
+                if let Some(id) = rng.choice(ids) {
+                    engine.cancel(id).expect("the engine goes on");
+                    asked.remove(&id);
+                    cancelled += 1;
+                    engine.check_integrity().expect("all pages");
+                }
+            }
+            for (id, answer) in engine.step().expect("the engine goes on") {
+                check(id, answer, asked.remove(&id).expect("asked once, answered once"));
+            }
+            engine.check_integrity().expect("all pages");
+            steps += 1;
+        }
+        for _ in 0..2000 {
+            if asked.is_empty() {
+                break;
+            }
+            for (id, answer) in engine.step().expect("the engine goes on") {
+                check(id, answer, asked.remove(&id).expect("asked once, answered once"));
+            }
+            engine.check_integrity().expect("all pages");
+            steps += 1;
+        }
+        assert!(asked.is_empty(), "seed {seed}: {} are never answered", asked.len());
+        let status = engine.status().expect("the engine goes on");
+        assert_eq!((status.waiting, status.running), (0, 0));
+        assert_eq!(status.free_tail_pages, status.tail_pages);
+        assert_eq!(status.free_context_pages + status.cached_context_pages, status.context_pages);
+    }
+    assert!(steps > 4000 && answered > 2000, "{steps} steps, {answered} answers");
+    assert!(refused > 50 && hits > 250, "{refused} refused, {hits} with cached tokens");
+    assert!(late > 100 && cancelled > 100, "{late} late, {cancelled} cancelled");
+}
+
+#[test]
+fn what_cannot_fit_is_refused_at_once_and_what_just_fits_is_answered() {
+    let tiny = Tiny::new(3);
+    let options = EngineOptions {
+        context_tokens: 2 * PAGE_LEN,
+        max_beam_rows: 2 * TAIL_PAGE_LEN,
+        ..EngineOptions::default()
+    };
+    let engine = tiny.open_as(Arc::clone(&tiny.catalog), &options);
+    assert_eq!(engine.status().expect("open").context_pages, pages::context_pages(128));
+    let ask = |tokens: usize, beams: usize| {
+        let mut request = Request::from_tokens(vec![1; tokens]);
+        request.beams = beams;
+        engine.recommend(&request).map(|_| ())
+    };
+    ask(2 * PAGE_LEN, 2 * TAIL_PAGE_LEN).expect("this fits");
+    let error = ask(2 * PAGE_LEN + 1, 1).expect_err("one token more");
+    assert!(matches!(error, Error::TooLarge { needs: 129, limit: 128, .. }), "{error}");
+    assert_eq!(error.code(), "too_large");
+    ask(1, 4096).expect_err("more tails than there are");
+    ask(2 * PAGE_LEN, 1).expect("the memory is as it was");
+}
