@@ -119,6 +119,9 @@ impl Search {
             normalization: Normalization::Level,
             constraint: Constraint::Trie,
             temperature: 1.0,
+            candidates: None,
+            seed: None,
+            log_probs: false,
         }]
     }
 

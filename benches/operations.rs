@@ -111,6 +111,9 @@ fn search(criterion: &mut Criterion) {
                             normalization: Normalization::Level,
                             constraint: Constraint::Trie,
                             temperature: 1.0,
+                            candidates: None,
+                            seed: None,
+                            log_probs: false,
                         }];
                         backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
                         backend.advance_beams(&logits, &head, &rules, &mut slots);
@@ -138,6 +141,9 @@ fn search(criterion: &mut Criterion) {
             normalization: Normalization::Level,
             constraint: Constraint::Trie,
             temperature: 1.0,
+            candidates: None,
+            seed: None,
+            log_probs: false,
         };
         let hidden = Buffer::new(cases.numbers(128), 128);
         let rules = [rule];

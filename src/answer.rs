@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::backend::LogProb;
 use crate::catalog::Snapshot;
 use crate::catalog::sid::Sid;
 
@@ -14,6 +15,8 @@ pub struct Recommendation {
     pub sid: Sid,
     /// Natural log of the probability of the semantic ID (and of the forced suffix, if any).
     pub score: f32,
+    /// Of each code (and each forced token), where the request asks for them.
+    pub log_probs: Vec<LogProb>,
 }
 
 /// The answer to one [`Request`](crate::Request).
@@ -30,6 +33,9 @@ pub struct Answer {
     pub tokens: usize,
     /// Those of them that were there from earlier requests.
     pub cached_tokens: usize,
+    /// The weights that answered: 1 as the engine was opened, one more each time that they were
+    /// [replaced](crate::Engine::replace_weights).
+    pub weights_version: u64,
 }
 
 impl Answer {

@@ -85,6 +85,16 @@ pub struct Request {
     /// Further filters, each for a search of its own with `beams` and `top_k` of its own, all in
     /// one context: the best of each of several categories. Empty for one search.
     pub each: Vec<String>,
+    /// Items to score instead of searching: the answer lists them all, best first, with the score
+    /// that each would have in a search. Those that are not available are left out. `beams` and
+    /// `top_k` are not looked at. Empty for a search.
+    pub candidates: Vec<String>,
+    /// Draws the beams instead of keeping the best, without replacement and with the probabilities
+    /// of the legal continuations (Kool et al. 2019); equal seeds draw the same. Items come in the
+    /// order drawn; their scores are what they would be without.
+    pub sample: Option<u64>,
+    /// Whether each item of the answer has the log-probabilities of its tokens.
+    pub log_probs: bool,
     /// The beam width: how many prefixes are kept at each level.
     pub beams: usize,
     /// Where the levels differ: the width at each level, in order. Empty for `beams` at all.
@@ -117,6 +127,9 @@ impl Request {
             exclude: Vec::new(),
             filter: None,
             each: Vec::new(),
+            candidates: Vec::new(),
+            sample: None,
+            log_probs: false,
             beams: 50,
             widths: Vec::new(),
             top_k: 10,
@@ -175,6 +188,12 @@ pub struct RequestLine {
     filter: Option<String>,
     #[serde(default)]
     each: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "names")]
+    candidates: Option<Vec<String>>,
+    #[serde(default)]
+    sample: Option<u64>,
+    #[serde(default)]
+    log_probs: Option<bool>,
     #[serde(default)]
     beams: Option<Beams>,
     #[serde(default)]
@@ -279,6 +298,11 @@ impl RequestLine {
         self.history.as_deref().unwrap_or_default()
     }
 
+    /// The items to score, where the line names some.
+    pub fn candidates(&self) -> Option<&[String]> {
+        self.candidates.as_deref()
+    }
+
     /// The filters of the groups, empty where the line asks for one list.
     pub fn each(&self) -> &[String] {
         self.each.as_deref().unwrap_or_default()
@@ -328,6 +352,9 @@ impl RequestLine {
             exclude: self.exclude.clone().unwrap_or_default(),
             filter: self.filter.clone(),
             each: self.each.clone().unwrap_or_default(),
+            candidates: self.candidates.clone().unwrap_or_default(),
+            sample: self.sample,
+            log_probs: self.log_probs.unwrap_or(false),
             beams,
             widths,
             top_k: usize::try_from(top_k).map_err(|_| Error::TopK { top_k })?,

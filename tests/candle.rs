@@ -165,6 +165,9 @@ impl Checkpoint {
             normalization: Normalization::Vocabulary,
             constraint: Constraint::Trie,
             temperature: 1.0,
+            candidates: None,
+            seed: None,
+            log_probs: false,
         };
         let mut slots: Vec<_> = prompts.iter().map(|prompt| world.slot(prompt.len())).collect();
         let rules: Vec<SearchRule<'_>> = prompts.iter().map(rule).collect();

@@ -52,7 +52,7 @@ fn every_job_that_is_taken_in_is_answered() {
                 Err(refusal) => assert_eq!(refusal, Refusal::Closed),
             }
         });
-        let handle = Exchange::submit(&exchange, 1).ok().expect("two may wait");
+        let Ok(handle) = Exchange::submit(&exchange, 1) else { panic!("two may wait") };
         exchange.close();
         assert_eq!(handle.wait(), 2);
         other.join().expect("no panic");
@@ -69,7 +69,7 @@ fn a_future_is_woken_by_its_answer() {
             let exchange = Arc::clone(&exchange);
             move || work(&exchange)
         });
-        let handle = Exchange::submit(&exchange, 4).ok().expect("one may wait");
+        let Ok(handle) = Exchange::submit(&exchange, 4) else { panic!("one may wait") };
         assert_eq!(loom::future::block_on(handle), 8);
         exchange.close();
         worker.join().expect("no panic");
@@ -80,7 +80,7 @@ fn a_future_is_woken_by_its_answer() {
 fn a_handle_that_is_dropped_is_seen_as_cancelled_or_was_answered() {
     model(|| {
         let exchange: Arc<Exchange<u32, u32>> = Arc::new(Exchange::new(1));
-        let handle = Exchange::submit(&exchange, 1).ok().expect("one may wait");
+        let Ok(handle) = Exchange::submit(&exchange, 1) else { panic!("one may wait") };
         let caller = thread::spawn(move || drop(handle));
         let intake = exchange.take(0, true);
         let (_, ticket) = &intake.jobs[0];

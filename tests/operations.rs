@@ -350,6 +350,9 @@ impl Walk {
             normalization: self.normalization,
             constraint: self.constraint,
             temperature: self.temperature,
+            candidates: None,
+            seed: None,
+            log_probs: false,
         }
     }
 
@@ -611,6 +614,9 @@ fn embed_reads_each_beams_newest_token() {
             normalization: Normalization::Vocabulary,
             constraint: Constraint::Trie,
             temperature: 1.0,
+            candidates: None,
+            seed: None,
+            log_probs: false,
         }];
         let beams = backend.num_beams(&slots[0]);
         let hidden = Buffer::new(cases.numbers(beams * 5), 5);

@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use crate::catalog::Snapshot;
+use crate::catalog::candidates::Candidates;
 use crate::catalog::legality::Legality;
 use crate::catalog::snapshot::Place;
 use crate::error::Result;
@@ -193,6 +194,21 @@ pub struct SearchRule<'a> {
     pub constraint: Constraint,
     /// Divides the logits.
     pub temperature: f32,
+    /// Follow these paths and no others; what is legal still says what scores are normalised over.
+    pub candidates: Option<&'a Candidates>,
+    /// Keep a sample instead of the best: this seeds its noise.
+    pub seed: Option<u64>,
+    /// Keep the log-probabilities of each step, of both kinds.
+    pub log_probs: bool,
+}
+
+/// The log-probability of one chosen code.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogProb {
+    /// Over all tokens of the model.
+    pub vocabulary: f32,
+    /// Over the legal continuations of the prefix.
+    pub children: f32,
 }
 
 /// What the scores of a row are normalised over.
@@ -231,6 +247,8 @@ pub struct Beam {
     pub place: Option<Place>,
     /// Natural log of the probability.
     pub score: f32,
+    /// By step, where the rule asked for them.
+    pub log_probs: Vec<LogProb>,
 }
 
 /// The operations of a device. Rows of several slots stand one after the other, in slot order.
@@ -399,6 +417,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Extends the beams of each slot by one step: the legal continuations, and the best `beams` of
     /// them by score, equal scores by smaller semantic ID. A forced step extends every beam by its
     /// token and puts them in order again. Nothing is reported until the beams are read.
+    ///
+    /// With a seed, `beams` continuations are drawn without replacement from the distribution over
+    /// legal ones (Gumbel top-k in a beam search, Kool et al. 2019), in the order drawn; the noise
+    /// of a continuation depends on the seed and its tokens alone.
     fn advance_beams(
         &self,
         logits: &Self::Logits,

@@ -20,6 +20,7 @@ mod added;
 pub mod base;
 pub mod bitmap;
 mod builder;
+pub mod candidates;
 pub mod change_log;
 pub(crate) mod column;
 #[cfg(feature = "parquet")]

@@ -30,7 +30,7 @@ pub struct Snapshot {
 
 /// A prefix of codes as a place in the catalog: a node of the compiled trie, of the trie of added
 /// items, or of both.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Place {
     /// In the compiled trie.
     pub base: Node,
@@ -39,7 +39,7 @@ pub struct Place {
 }
 
 /// A node that may be missing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Node(u32);
 
 impl Node {

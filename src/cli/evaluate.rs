@@ -90,7 +90,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let (mut by_sid, mut by_item) = (Tally::default(), Tally::default());
     let (mut requests, mut failed) = (0, 0);
     let defaults = arguments.search.defaults(usize::MAX >> 1);
-    answer_file(&engine, Requests::open(&arguments.requests)?, &defaults, |answered| {
+    answer_file(&engine, Requests::open(&arguments.requests)?, &defaults, Ok, |answered| {
         let line = answered.line_number;
         let target = answered.line.as_ref().and_then(RequestLine::target);
         match (&answered.answer, target) {

@@ -39,6 +39,8 @@ struct Cli {
 enum Command {
     /// Answer requests: histories in, items out
     Recommend(recommend::Arguments),
+    /// Score given items for each history
+    Rank(recommend::RankArguments),
     /// Build and inspect catalogs
     #[command(
         subcommand,
@@ -57,6 +59,7 @@ Example:
 pub fn run() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Recommend(arguments) => recommend::run(&arguments),
+        Command::Rank(arguments) => recommend::run_rank(&arguments),
         Command::Catalog(command) => catalog::run(&command),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
@@ -142,11 +145,7 @@ impl SearchArguments {
             beams: *widths.last().expect("clap has a default"),
             widths: if widths.len() == 1 { Vec::new() } else { widths },
             top_k,
-            normalization: self.normalize.map(|name| match name {
-                NormalizationName::Vocabulary => Normalization::Vocabulary,
-                NormalizationName::Level => Normalization::Level,
-                NormalizationName::Children => Normalization::Children,
-            }),
+            normalization: self.normalize.map(NormalizationName::normalization),
             constraint: match self.constraint {
                 ConstraintName::Trie => Constraint::Trie,
                 ConstraintName::Level => Constraint::Level,
@@ -174,6 +173,16 @@ enum NormalizationName {
     Level,
     /// The codes that are legal after the prefix
     Children,
+}
+
+impl NormalizationName {
+    fn normalization(self) -> Normalization {
+        match self {
+            NormalizationName::Vocabulary => Normalization::Vocabulary,
+            NormalizationName::Level => Normalization::Level,
+            NormalizationName::Children => Normalization::Children,
+        }
+    }
 }
 
 /// Names under which a catalog is looked for beside a model, the first that exists.

@@ -2,23 +2,27 @@
 
 use std::fs::File;
 use std::io::{BufWriter, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 use sidereal::catalog::Snapshot;
-use sidereal::{Answer, Error, Recommendation, RequestLine, Result};
+use sidereal::{Answer, Error, Recommendation, Request, RequestDefaults, RequestLine, Result};
 
 use super::requests::{Answered, Requests, answer_file};
-use super::{ModelArguments, Outcome, SearchArguments, refuse_same_file, write_error};
+use super::{
+    ModelArguments, NormalizationName, Outcome, SearchArguments, refuse_same_file, write_error,
+};
 
 #[derive(Args)]
 #[command(after_help = "\
 A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"exclude\": [\"4\"], \"beams\": 50, \"top_k\": 10}
                  or, instead of \"history\", \"tokens\": [...], the model's input as it is;
                  further: \"filter\": \"tag:garden & !tag:adult\", \"each\": [\"tag:a\", ...] for the best of each,
-                 \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\"
+                 \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\",
+                 \"beams\": [16, 64, 128] for a width by level, \"sample\": a seed, \"log_probs\": true,
+                 \"user\": a name, to find the context of an earlier request again
 An answer line:  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250, 7], \"score\": -2.31}], ...}
 A bad line is answered in its place with {\"id\": ..., \"error\": {\"code\": ..., \"message\": ...}}.
 
@@ -37,12 +41,8 @@ pub struct Arguments {
     /// Items of an answer at most
     #[arg(long, default_value_t = 10, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     top_k: u32,
-    /// Where answers go; by default the standard output
-    #[arg(long, value_name = "FILE")]
-    output: Option<PathBuf>,
-    /// How answers look; by default a table on a terminal and JSON lines elsewhere
-    #[arg(long)]
-    format: Option<Format>,
+    #[command(flatten)]
+    answers: AnswerArguments,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -53,11 +53,66 @@ enum Format {
     Jsonl,
 }
 
+#[derive(Args)]
+#[command(after_help = "\
+A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"candidates\": [\"9\", \"12\", \"30\"]}
+An answer line:  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250, 7], \"score\": -2.31}], ...}
+All candidates come back, best first; those that are not available are left out.
+
+Example:
+  echo '{\"history\": [\"17\", \"4\"], \"candidates\": [\"9\", \"12\"]}' | sidereal rank --model DIR --requests -")]
+pub struct RankArguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// Requests with candidates, one JSON object a line; - for the standard input
+    #[arg(long, value_name = "FILE")]
+    requests: PathBuf,
+    /// What scores are normalised over; by default what the model's sidereal.json says, else vocabulary
+    #[arg(long)]
+    normalize: Option<NormalizationName>,
+    #[command(flatten)]
+    answers: AnswerArguments,
+}
+
+#[derive(Args)]
+struct AnswerArguments {
+    /// Where answers go; by default the standard output
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// How answers look; by default a table on a terminal and JSON lines elsewhere
+    #[arg(long)]
+    format: Option<Format>,
+}
+
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
+    let defaults = arguments.search.defaults(arguments.top_k as usize);
+    answer(&arguments.model, &arguments.requests, &arguments.answers, &defaults, Ok)
+}
+
+pub fn run_rank(arguments: &RankArguments) -> Result<Outcome> {
+    let normalization = arguments.normalize.map(NormalizationName::normalization);
+    let defaults = RequestDefaults { normalization, ..RequestDefaults::default() };
+    let check = |request: Request| match request.candidates.is_empty() {
+        true => {
+            let reason = "name the items to score".into();
+            Err(Error::InvalidField { field: "candidates", reason })
+        }
+        false => Ok(request),
+    };
+    answer(&arguments.model, &arguments.requests, &arguments.answers, &defaults, check)
+}
+
+fn answer(
+    model: &ModelArguments,
+    requests: &Path,
+    arguments: &AnswerArguments,
+    defaults: &RequestDefaults,
+    check: impl Fn(Request) -> Result<Request>,
+) -> Result<Outcome> {
     let output = arguments.output.as_deref();
-    refuse_same_file("--output", output, &arguments.requests)?;
-    let engine = arguments.model.open()?;
-    let requests = Requests::open(&arguments.requests)?;
+    refuse_same_file("--output", output, requests)?;
+    let engine = model.open()?;
+    let requests = Requests::open(requests)?;
     let failed = write_error(output);
     let mut writer: Box<dyn Write> = match output {
         Some(path) => Box::new(BufWriter::new(File::create(path).map_err(&failed)?)),
@@ -66,8 +121,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
     let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
-    let defaults = arguments.search.defaults(arguments.top_k as usize);
-    answer_file(&engine, requests, &defaults, |answered| {
+    answer_file(&engine, requests, defaults, check, |answered| {
         if answered.answer.is_err() {
             outcome = Outcome::SomeFailed;
         }
@@ -88,6 +142,9 @@ struct AnswerLine<'a> {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     groups: Vec<GroupEntry<'a>>,
     snapshot: u64,
+    /// Input tokens, and those of them whose context was there from earlier requests.
+    tokens: usize,
+    cached_tokens: usize,
 }
 
 #[derive(Serialize)]
@@ -102,7 +159,16 @@ struct ItemEntry<'a> {
     sid: &'a [u16],
     score: f32,
     #[serde(skip_serializing_if = "Option::is_none")]
+    log_probs: Option<LogProbsEntry>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     title: Option<&'a str>,
+}
+
+/// By token.
+#[derive(Serialize)]
+struct LogProbsEntry {
+    vocabulary: Vec<f32>,
+    children: Vec<f32>,
 }
 
 #[derive(Serialize)]
@@ -144,6 +210,10 @@ fn entries<'a>(answer: &'a Answer, items: &'a [Recommendation]) -> Vec<ItemEntry
         item: answer.name(found),
         sid: found.sid.codes(),
         score: found.score,
+        log_probs: (!found.log_probs.is_empty()).then(|| LogProbsEntry {
+            vocabulary: found.log_probs.iter().map(|token| token.vocabulary).collect(),
+            children: found.log_probs.iter().map(|token| token.children).collect(),
+        }),
         title: answer.snapshot.title(found.item),
     };
     items.iter().map(entry).collect()
@@ -158,6 +228,8 @@ fn write_line(writer: &mut dyn Write, answered: &Answered) -> std::io::Result<()
                 items: Vec::new(),
                 groups: Vec::new(),
                 snapshot: answer.snapshot.number(),
+                tokens: answer.tokens,
+                cached_tokens: answer.cached_tokens,
             };
             for (filter, items) in lists(answered, answer) {
                 let items = entries(answer, items);

@@ -49,11 +49,13 @@ impl Requests {
     }
 }
 
-/// Answers every line and hands the answers over in input order. Blank lines are passed over.
+/// Answers every line whose request passes `check`, and hands the answers over in input order. Blank
+/// lines are passed over.
 pub fn answer_file(
     engine: &Engine,
     requests: Requests,
     defaults: &RequestDefaults,
+    check: impl Fn(Request) -> Result<Request>,
     mut each: impl FnMut(Answered) -> Result<()>,
 ) -> Result<()> {
     let Requests { path, input, bytes } = requests;
@@ -68,7 +70,9 @@ pub fn answer_file(
                 line.drain(..BYTE_ORDER_MARK.len());
             }
             if !line.iter().all(u8::is_ascii_whitespace) {
-                stretch.push(parse(index + 1, &line, defaults));
+                let mut parsed = parse(index + 1, &line, defaults);
+                parsed.request = parsed.request.and_then(&check);
+                stretch.push(parsed);
             }
             if stretch.len() == LINES_PER_STRETCH {
                 break;

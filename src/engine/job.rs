@@ -8,6 +8,7 @@ use super::Engine;
 use crate::answer::{Answer, Recommendation};
 use crate::backend::{Backend, Beam, NO_TOKEN, SearchRule};
 use crate::catalog::Snapshot;
+use crate::catalog::candidates::Candidates;
 use crate::catalog::filter::Filter;
 use crate::catalog::legality::Legality;
 use crate::catalog::snapshot::Place;
@@ -29,6 +30,8 @@ pub(crate) struct Job {
     pub tokens: Vec<u32>,
     /// What may come back, search by search: one, or one for each of the request's groups.
     pub searches: Vec<Legality>,
+    /// What is scored instead.
+    candidates: Option<Candidates>,
     normalization: Normalization,
     /// The beam width by step.
     widths: Vec<usize>,
@@ -61,6 +64,9 @@ impl Job {
             normalization: self.normalization,
             constraint: self.request.constraint,
             temperature: self.request.temperature,
+            candidates: self.candidates.as_ref(),
+            seed: self.request.sample,
+            log_probs: self.request.log_probs,
         }
     }
 }
@@ -73,7 +79,9 @@ impl<B: Backend> Engine<B> {
     pub(crate) fn prepare(&self, request: Request) -> Result<Job> {
         let arrived_us = self.now_us();
         let Request { top_k, temperature, constraint, .. } = request;
-        let widths = self.widths(&request)?;
+        let snapshot = self.catalog.snapshot();
+        let candidates = self.candidates(&request, &snapshot)?;
+        let widths = self.widths(&request, candidates.as_ref())?;
         let most = widths.iter().copied().max().unwrap_or(0);
         if top_k == 0 {
             return Err(Error::TopK { top_k: 0 });
@@ -88,7 +96,7 @@ impl<B: Backend> Engine<B> {
                 let reason = "\"level\" needs a constraint to the level or the trie".into();
                 return Err(Error::InvalidField { field: "normalize", reason });
             }
-            let vocab_size = self.model.spec().vocab_size;
+            let vocab_size = self.spec.vocab_size;
             if most * request.each.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
                 let max = MAX_UNCONSTRAINED_LOGITS / vocab_size;
                 return Err(Error::BeamWidth { width: most as i64, max });
@@ -98,17 +106,61 @@ impl<B: Backend> Engine<B> {
             let reason = format!("has {} filters, at most {MAX_GROUPS} go", request.each.len());
             return Err(Error::InvalidField { field: "each", reason });
         }
-        let snapshot = self.catalog.snapshot();
+        if constraint != Constraint::Trie && (request.sample.is_some() || request.log_probs) {
+            let reason = "samples and log-probabilities need the trie".into();
+            return Err(Error::InvalidField { field: "constraint", reason });
+        }
         let tokens = self.tokens(&request.input, &snapshot)?;
         let searches = searches(&request, &snapshot)?;
         let needs = self.needs(tokens.len(), &widths, searches.len())?;
-        Ok(Job { request, snapshot, tokens, searches, normalization, widths, needs, arrived_us })
+        Ok(Job {
+            request,
+            snapshot,
+            tokens,
+            searches,
+            candidates,
+            normalization,
+            widths,
+            needs,
+            arrived_us,
+        })
+    }
+
+    /// The items to score, if the request names some.
+    fn candidates(&self, request: &Request, snapshot: &Snapshot) -> Result<Option<Candidates>> {
+        if request.candidates.is_empty() {
+            return Ok(None);
+        }
+        let conflicts = [
+            ("filter", request.filter.is_some()),
+            ("exclude", !request.exclude.is_empty()),
+            ("each", !request.each.is_empty()),
+            ("sample", request.sample.is_some()),
+            ("constraint", request.constraint != Constraint::Trie),
+        ];
+        if let Some((field, _)) = conflicts.into_iter().find(|(_, is_given)| *is_given) {
+            let reason = "goes with a search, not with candidates".into();
+            return Err(Error::InvalidField { field, reason });
+        }
+        let find = |item: &String| {
+            let unknown = || Error::UnknownItem { item: item.clone() };
+            snapshot.find(item).ok_or_else(unknown)
+        };
+        if request.candidates.len() > MAX_BEAMS {
+            let reason = format!("{} items, at most {MAX_BEAMS} go", request.candidates.len());
+            return Err(Error::InvalidField { field: "candidates", reason });
+        }
+        let items = request.candidates.iter().map(find).collect::<Result<Vec<u32>>>()?;
+        Ok(Some(Candidates::new(snapshot, &items)))
     }
 
     /// The beam width by step: forced steps keep what the last level has.
-    fn widths(&self, request: &Request) -> Result<Vec<usize>> {
+    fn widths(&self, request: &Request, candidates: Option<&Candidates>) -> Result<Vec<usize>> {
         let num_levels = self.layout.levels.len();
-        let mut widths = request.widths.clone();
+        let mut widths = match candidates {
+            Some(candidates) => candidates.widths().iter().map(|&width| width.max(1)).collect(),
+            None => request.widths.clone(),
+        };
         if widths.is_empty() {
             widths = vec![request.beams; num_levels];
         }
@@ -129,7 +181,7 @@ impl<B: Backend> Engine<B> {
         // What the last step chose is not read again; a decoder behind an encoder also reads its
         // start token.
         let read = &widths[..widths.len() - 1];
-        let start = self.model.spec().has_encoder.then_some(1);
+        let start = self.spec.has_encoder.then_some(1);
         let tail_pages = pages::tail_pages(start.into_iter().chain(read.iter().copied()));
         let needs = Needs {
             context_pages: pages::context_pages(context_len),
@@ -202,7 +254,7 @@ impl<B: Backend> Engine<B> {
         if tokens.len() > self.max_context {
             return Err(Error::HistoryTooLong { len: tokens.len(), max: self.max_context });
         }
-        let vocab_size = self.model.spec().vocab_size;
+        let vocab_size = self.spec.vocab_size;
         match tokens.iter().position(|&token| token as usize >= vocab_size) {
             Some(position) => {
                 let token = u64::from(tokens[position]);
@@ -217,6 +269,7 @@ impl<B: Backend> Engine<B> {
         &self,
         job: &Job,
         cached_tokens: usize,
+        weights_version: u64,
         slots: impl Iterator<Item = &'a B::Slot>,
     ) -> Result<Answer> {
         let of_search = |(legality, slot): (&Legality, &B::Slot)| {
@@ -229,25 +282,48 @@ impl<B: Backend> Engine<B> {
             false => Vec::new(),
         };
         let snapshot = Arc::clone(&job.snapshot);
-        Ok(Answer { items, groups, snapshot, tokens: job.tokens.len(), cached_tokens })
+        Ok(Answer {
+            items,
+            groups,
+            snapshot,
+            tokens: job.tokens.len(),
+            cached_tokens,
+            weights_version,
+        })
     }
 
     /// The items that the beams name.
-    fn items(&self, job: &Job, legality: &Legality, beams: &[Beam]) -> Vec<Recommendation> {
+    fn items<'a>(
+        &self,
+        job: &'a Job,
+        legality: &'a Legality,
+        beams: &'a [Beam],
+    ) -> Vec<Recommendation> {
         let snapshot = &*job.snapshot;
         let most = match job.request.shared_sid {
-            SharedSid::All => usize::MAX,
-            SharedSid::First => 1,
+            SharedSid::First if job.candidates.is_none() => 1,
+            _ => usize::MAX,
         };
-        let of_beam = |beam: &Beam| {
+        let of_beam = |beam: &'a Beam| {
             let place = beam.place.or_else(|| self.place_of_tokens(snapshot, &beam.tokens));
             let items =
                 place.into_iter().flat_map(|place| snapshot.items(place, snapshot.num_levels()));
-            let allowed = items.filter(|&item| legality.allows(snapshot, item)).take(most);
-            let score = beam.score;
-            allowed.map(move |item| Recommendation { item, sid: snapshot.sid(item), score })
+            let is_wanted = move |&item: &u32| match &job.candidates {
+                Some(candidates) => candidates.contains(item),
+                None => legality.allows(snapshot, item),
+            };
+            items.filter(is_wanted).take(most).map(move |item| Recommendation {
+                item,
+                sid: snapshot.sid(item),
+                score: beam.score,
+                log_probs: beam.log_probs.clone(),
+            })
         };
-        beams.iter().flat_map(of_beam).take(job.request.top_k).collect()
+        let most = match &job.candidates {
+            Some(_) => usize::MAX,
+            None => job.request.top_k,
+        };
+        beams.iter().flat_map(of_beam).take(most).collect()
     }
 
     /// The place that tokens of an unconstrained search name, if they name one.

@@ -10,7 +10,7 @@ use crate::answer::Answer;
 use crate::backend::{Backend, Batch, MemorySpec, SearchRule, SlotSpec};
 use crate::error::Result;
 use crate::history_cache::{CacheStats, Found, HistoryCache};
-use crate::models::Scratch;
+use crate::models::{Model, Scratch};
 use crate::pages::{Page, Pool};
 use crate::schedule::{self, Micros, Reading, RequestId, Room, Waiting};
 
@@ -19,6 +19,8 @@ const ROWS_PER_PART: usize = 16;
 
 /// All requests of an engine, and the memory that they share.
 pub(super) struct Load<B: Backend> {
+    model: Box<dyn Model<B>>,
+    weights_version: u64,
     memory: B::Memory,
     context_pages: Pool,
     tail_pages: Pool,
@@ -78,8 +80,15 @@ struct Share {
 }
 
 impl<B: Backend> Load<B> {
-    pub fn new(backend: &B, spec: &MemorySpec, has_cache: bool) -> Load<B> {
+    pub fn new(
+        backend: &B,
+        model: Box<dyn Model<B>>,
+        spec: &MemorySpec,
+        has_cache: bool,
+    ) -> Load<B> {
         Load {
+            model,
+            weights_version: 1,
             memory: backend.memory(spec),
             context_pages: Pool::new(spec.context_pages),
             tail_pages: Pool::new(spec.tail_pages),
@@ -104,6 +113,15 @@ impl<B: Backend> Load<B> {
         };
         self.waiting.push((waiting, job));
         self.next_id
+    }
+
+    /// Takes a network with other weights, and returns their version. Nothing may be running.
+    pub fn replace_model(&mut self, model: Box<dyn Model<B>>) -> u64 {
+        assert!(self.running.is_empty(), "no request sees two weights");
+        self.model = model;
+        self.cache.iter_mut().for_each(HistoryCache::clear);
+        self.weights_version += 1;
+        self.weights_version
     }
 
     pub fn cancel(&mut self, id: RequestId) {
@@ -211,6 +229,17 @@ impl<B: Backend> Engine<B> {
         let now_us = self.now_us();
         load.give_up_late(now_us);
         self.admit(load, now_us);
+        self.step_running(load);
+    }
+
+    /// Steps until nothing runs any more; nothing is admitted meanwhile.
+    pub(super) fn finish_running(&self, load: &mut Load<B>) {
+        while !load.running.is_empty() {
+            self.step_running(load);
+        }
+    }
+
+    fn step_running(&self, load: &mut Load<B>) {
         let shares = self.shares(load);
         if shares.is_empty() {
             return;
@@ -220,18 +249,18 @@ impl<B: Backend> Engine<B> {
             let scratch = Scratch::new(&self.backend);
             load.lanes.push(Lane { scratch, logits: self.backend.logits() });
         }
-        let (memory, running) = (&load.memory, &load.running);
+        let (model, memory, running) = (&*load.model, &load.memory, &load.running);
         match &mut parts[..] {
             [part] => {
                 let lane = &mut load.lanes[0];
-                self.pool.install(|| self.run_part(part, running, memory, lane));
+                self.pool.install(|| self.run_part(model, part, running, memory, lane));
             }
             parts => self.pool.in_place_scope(|scope| {
                 for ((part, lane), worker) in
                     parts.iter_mut().zip(&mut load.lanes).zip(&self.workers)
                 {
                     scope.spawn(move |_| {
-                        worker.install(|| self.run_part(part, running, memory, lane));
+                        worker.install(|| self.run_part(model, part, running, memory, lane));
                     });
                 }
             }),
@@ -244,7 +273,7 @@ impl<B: Backend> Engine<B> {
         for share in shares.iter().filter(|share| !share.chunk.is_empty()) {
             load.running[share.request].read = share.chunk.end;
             if load.running[share.request].left() == 0 {
-                load.keep_context(share.request, self.model.spec().has_encoder);
+                load.keep_context(share.request, self.spec.has_encoder);
             }
         }
         self.finish(load);
@@ -254,7 +283,7 @@ impl<B: Backend> Engine<B> {
         if load.waiting.is_empty() {
             return;
         }
-        let spec = self.model.spec();
+        let spec = &self.spec;
         let waiting: Vec<Waiting> = load.waiting.iter().map(|(waiting, _)| *waiting).collect();
         let rows = load.running.iter().map(|running| running.job.needs.beam_rows).sum();
         let room = Room {
@@ -291,7 +320,7 @@ impl<B: Backend> Engine<B> {
 
     /// What each request does in this step: read a chunk of its prompt, or extend its beams.
     fn shares(&self, load: &Load<B>) -> Vec<Share> {
-        let has_encoder = self.model.spec().has_encoder;
+        let has_encoder = self.spec.has_encoder;
         let is_reading = |running: &&Running<B>| running.left() > 0;
         let reading = load.running.iter().filter(is_reading);
         let reading: Vec<Reading> = reading
@@ -334,7 +363,7 @@ impl<B: Backend> Engine<B> {
     }
 
     fn part(&self, load: &mut Load<B>, members: &[&Share]) -> Part<B> {
-        let has_encoder = self.model.spec().has_encoder;
+        let has_encoder = self.spec.has_encoder;
         let mut part = Part {
             tokens: Vec::new(),
             chunks: Vec::new(),
@@ -382,12 +411,13 @@ impl<B: Backend> Engine<B> {
 
     fn run_part(
         &self,
+        model: &dyn Model<B>,
         part: &mut Part<B>,
         running: &[Running<B>],
         memory: &B::Memory,
         lane: &mut Lane<B>,
     ) {
-        let (backend, model) = (&self.backend, &self.model);
+        let backend = &self.backend;
         let Part { tokens, chunks, slots, owners, num_unfinished } = part;
         let Lane { scratch, logits } = lane;
         let clock = match chunks.is_empty() {
@@ -416,7 +446,7 @@ impl<B: Backend> Engine<B> {
     /// Answers the requests that have taken all steps.
     fn finish(&self, load: &mut Load<B>) {
         let num_steps = self.num_steps();
-        let answers = &mut load.answers;
+        let (version, answers) = (load.weights_version, &mut load.answers);
         load.running.retain(|running| {
             let mut slots = running.slots.iter().flatten();
             let is_finished = slots.all(|slot| {
@@ -424,7 +454,7 @@ impl<B: Backend> Engine<B> {
             });
             if is_finished {
                 let slots = running.slots.iter().flatten();
-                let answer = self.answer(&running.job, running.cached_tokens, slots);
+                let answer = self.answer(&running.job, running.cached_tokens, version, slots);
                 answers.push((running.id, answer));
             }
             !is_finished

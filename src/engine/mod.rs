@@ -25,10 +25,11 @@ use crate::error::{Error, Result};
 use crate::history_cache::CacheStats;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
-use crate::models::{self, Model, ModelSpec};
+use crate::models::{self, ModelSpec};
 use crate::pages::{self, TAIL_PAGE_LEN};
 use crate::request::Request;
 use crate::schedule::{Limits, Micros, RequestId};
+use crate::tensor::Tensor;
 
 mod job;
 mod load;
@@ -104,7 +105,10 @@ impl EngineOptions {
 /// other. Many callers at a time are better served by a [`Service`](crate::Service).
 pub struct Engine<B: Backend = CpuBackend> {
     backend: B,
-    model: Box<dyn Model<B>>,
+    config: Config,
+    spec: ModelSpec,
+    /// The network's weights as they came, of which some may be replaced.
+    weights: Mutex<Weights>,
     layout: SidLayout,
     /// By level: the code of each token.
     codes: Vec<HashMap<u32, u16>>,
@@ -198,7 +202,7 @@ impl<B: Backend> Engine<B> {
         layout.check(&catalog)?;
         let pool = thread_pool(options.threads)?;
         let steps = layout.steps();
-        let model = pool.install(|| models::load(&backend, config, weights, &steps))?;
+        let model = pool.install(|| models::load(&backend, config, weights.clone(), &steps))?;
         // What the decoder writes takes positions as well: all steps but the last are read again.
         let (spec, written) = (*model.spec(), steps.len() - 1);
         let max_positions = spec.max_positions.map(|max| max.saturating_sub(written));
@@ -228,11 +232,13 @@ impl<B: Backend> Engine<B> {
             },
             pool,
             workers,
-            load: Mutex::new(Load::new(&backend, &memory, options.history_cache)),
+            load: Mutex::new(Load::new(&backend, model, &memory, options.history_cache)),
             opened: Instant::now(),
             phases: PhaseClocks::default(),
             backend,
-            model,
+            config: config.clone(),
+            spec,
+            weights: Mutex::new(weights),
         })
     }
 
@@ -362,6 +368,31 @@ impl<B: Backend> Engine<B> {
         Ok(load.take_answers())
     }
 
+    /// Puts other tensors in the place of those of the same names, and returns the version of the
+    /// weights, which the answers from now on carry. Requests that run are finished with the
+    /// weights that they began with; contexts that were kept are dropped.
+    ///
+    /// The network is laid out anew beside the old one: it takes as much memory again meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
+    /// [`Error::Unsupported`] where the weights are random. The old weights stay then.
+    pub fn replace_weights(
+        &self,
+        tensors: impl IntoIterator<Item = (String, Tensor)>,
+    ) -> Result<u64> {
+        let mut own = self.weights.lock().map_err(|_| failed())?;
+        let mut weights = own.clone();
+        weights.replace(tensors.into_iter().collect())?;
+        let steps = self.layout.steps();
+        let load = || models::load(&self.backend, &self.config, weights.clone(), &steps);
+        let model = self.pool.install(load)?;
+        let mut load = self.lock()?;
+        self.finish_running(&mut load);
+        *own = weights;
+        Ok(load.replace_model(model))
+    }
+
     /// What waits, what runs and what is free.
     ///
     /// # Errors
@@ -380,9 +411,7 @@ impl<B: Backend> Engine<B> {
     }
 
     fn lock(&self) -> Result<MutexGuard<'_, Load<B>>> {
-        self.load.lock().map_err(|_| Error::EngineFailed {
-            reason: "it panicked in the middle of a step".into(),
-        })
+        self.load.lock().map_err(|_| failed())
     }
 
     fn now_us(&self) -> Micros {
@@ -392,6 +421,10 @@ impl<B: Backend> Engine<B> {
     fn num_steps(&self) -> usize {
         self.layout.levels.len() + self.layout.suffix.len()
     }
+}
+
+fn failed() -> Error {
+    Error::EngineFailed { reason: "it panicked in the middle of a step".into() }
 }
 
 fn timed(clock: &AtomicU64, work: impl FnOnce()) {

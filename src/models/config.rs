@@ -16,6 +16,7 @@ use crate::request::Normalization;
 const MAX_DIMENSION: u64 = 1 << 24;
 
 /// A `config.json` in the layout of Hugging Face, asked key by key.
+#[derive(Clone)]
 pub struct Config {
     path: PathBuf,
     keys: Map<String, Value>,

@@ -12,12 +12,14 @@ use crate::mapping::Mapping;
 use crate::tensor::{Dtype, Tensor};
 
 /// The tensors of a checkpoint, each to be taken once.
+#[derive(Clone)]
 pub struct Weights {
     source: Source,
     taken: HashSet<String>,
     num_taken: usize,
 }
 
+#[derive(Clone)]
 enum Source {
     Files(BTreeMap<String, Tensor>),
     /// Whatever is asked for, at random: for benchmarks of a shape.
@@ -85,6 +87,33 @@ impl Weights {
             taken: HashSet::new(),
             num_taken: 0,
         }
+    }
+
+    /// Puts other tensors in the place of those of the same names and shapes.
+    ///
+    /// # Errors
+    /// [`Error::UnexpectedTensor`], [`Error::TensorShape`]; nothing was replaced then.
+    pub fn replace(&mut self, tensors: Vec<(String, Tensor)>) -> Result<()> {
+        let Source::Files(own) = &mut self.source else {
+            return Err(Error::Unsupported {
+                what: "replacing weights that were drawn at random".into(),
+                way_out: "those of a checkpoint can be".into(),
+            });
+        };
+        for (name, tensor) in &tensors {
+            let Some(before) = own.get(name) else {
+                return Err(Error::UnexpectedTensor { name: name.clone() });
+            };
+            if before.shape() != tensor.shape() {
+                return Err(Error::TensorShape {
+                    name: name.clone(),
+                    found: tensor.shape().to_vec(),
+                    expected: before.shape().to_vec(),
+                });
+            }
+        }
+        own.extend(tensors);
+        Ok(())
     }
 
     /// The names and shapes of all tensors.

@@ -1,10 +1,11 @@
 use rayon::prelude::*;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::head::{Head, StepColumns};
 use super::restricted_head::{LogSumExp, Logits, SlotLogits};
-use super::slot::Beams;
+use super::slot::{Beams, Sample};
 use super::{SearchRule, Slot};
-use crate::backend::Normalizer;
+use crate::backend::{LogProb, Normalizer};
 use crate::catalog::snapshot::Place;
 use crate::request::Constraint;
 
@@ -32,6 +33,7 @@ pub(super) fn advance_beams(
             logits,
             slot: index,
             normalizers: &logits.normalizers[rows.clone()],
+            first_row: rows.start,
             inverse_temperature: 1.0 / rule.temperature,
         };
         match search.best(beams) {
@@ -53,6 +55,7 @@ struct Search<'a> {
     slot: usize,
     /// By beam.
     normalizers: &'a [LogSumExp],
+    first_row: usize,
     inverse_temperature: f32,
 }
 
@@ -113,6 +116,10 @@ impl Search<'_> {
     fn best(&self, beams: &Beams) -> Option<Vec<u64>> {
         let mut best = Best::new(self.rule.beams.max(1));
         for beam in 0..beams.len() {
+            if let Some(seed) = self.rule.seed {
+                self.offer_sample(beams, beam, seed, &mut best)?;
+                continue;
+            }
             if self.columns.is_forced {
                 self.offer_forced(beams, beam, &mut best)?;
                 continue;
@@ -169,30 +176,13 @@ impl Search<'_> {
     fn offer_children(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
         let SearchRule { snapshot, legality, .. } = self.rule;
         let place = beams.places[beam];
-        let row = self.logits.row(self.slot, beam);
-        let logits = &row[self.first..self.first + self.columns.span.len()];
-        // A code without a token is none that the model can write: NaN is never high enough.
-        let logit = |code: u16| {
-            let column = self.columns.column(code);
-            column.and_then(|column| logits.get(column)).copied().unwrap_or(f32::NAN)
-        };
+        let logits = self.level_logits(beam);
+        let logit = |code: u16| self.logit(logits, code);
         let normalizer = match self.rule.normalizer(false) {
-            Normalizer::Children => {
-                let mut legal = Vec::new();
-                let mut allowed = legality.below(snapshot, place, self.step);
-                for run in snapshot.children(place) {
-                    let children = run.codes.iter().enumerate();
-                    let children = children.filter(|&(at, _)| allowed.any(run.child(at)));
-                    legal.extend(children.map(|(_, &code)| logit(code)));
-                }
-                if legal.is_empty() {
-                    return Some(()); // the request allows nothing at all
-                }
-                let mut sum = LogSumExp::default();
-                sum.add(&legal, self.inverse_temperature);
-                let value = sum.value();
-                value.is_finite().then_some(value)?
-            }
+            Normalizer::Children => match self.over_children(beams, beam) {
+                Some(sum) => sum.is_finite().then_some(sum)?,
+                None => return Some(()), // the request allows nothing at all
+            },
             _ => {
                 let (normalizer, ceiling) = self.normalizer(beams, beam)?;
                 if ceiling < best.threshold {
@@ -202,6 +192,15 @@ impl Search<'_> {
             }
         };
         let (score, first_place) = (beams.scores[beam], self.first_place(beams, beam));
+        if let Some(candidates) = self.rule.candidates {
+            for &code in candidates.codes_after(place) {
+                best.offer(
+                    score + self.gain(logit(code), normalizer),
+                    first_place + u32::from(code),
+                );
+            }
+            return Some(());
+        }
         let mut allowed = legality.below(snapshot, place, self.step);
         for run in snapshot.children(place) {
             let mut bar = self.bar(best.threshold, score, normalizer);
@@ -220,6 +219,70 @@ impl Search<'_> {
                     }
                 }
                 bar = self.bar(best.threshold, score, normalizer);
+            }
+        }
+        Some(())
+    }
+
+    /// The logits of a beam from the level's first token on.
+    fn level_logits(&self, beam: usize) -> &[f32] {
+        &self.logits.row(self.slot, beam)[self.first..][..self.columns.span.len()]
+    }
+
+    /// A code without a token is none that the model can write: NaN is never high enough.
+    #[inline]
+    fn logit(&self, logits: &[f32], code: u16) -> f32 {
+        let column = self.columns.column(code);
+        column.and_then(|column| logits.get(column)).copied().unwrap_or(f32::NAN)
+    }
+
+    /// Goes through the legal continuations of a beam.
+    fn for_each_child(&self, beams: &Beams, beam: usize, mut each: impl FnMut(u16, f32)) {
+        let SearchRule { snapshot, legality, .. } = self.rule;
+        let (place, logits) = (beams.places[beam], self.level_logits(beam));
+        let mut allowed = legality.below(snapshot, place, self.step);
+        for run in snapshot.children(place) {
+            for (at, &code) in run.codes.iter().enumerate() {
+                if allowed.any(run.child(at)) {
+                    each(code, self.logit(logits, code));
+                }
+            }
+        }
+    }
+
+    /// The log of the summed exponentials of a beam's legal continuations; `None` without any.
+    fn over_children(&self, beams: &Beams, beam: usize) -> Option<f32> {
+        let mut legal = Vec::new();
+        self.for_each_child(beams, beam, |_, logit| legal.push(logit));
+        let mut sum = LogSumExp::default();
+        sum.add(&legal, self.inverse_temperature);
+        (!legal.is_empty()).then(|| sum.value())
+    }
+
+    /// Draws the continuations of a beam that are greatest with their noise, given that the
+    /// greatest of all has the beam's own (Kool et al. 2019, section 4).
+    fn offer_sample(&self, beams: &Beams, beam: usize, seed: u64, best: &mut Best) -> Option<()> {
+        let Sample { log_prob, noisy } = beams.samples[beam];
+        let first_place = self.first_place(beams, beam);
+        if self.columns.is_forced {
+            best.offer(noisy, first_place);
+            return Some(());
+        }
+        let Some(normalizer) = self.over_children(beams, beam) else { return Some(()) };
+        let normalizer = normalizer.is_finite().then_some(normalizer)?;
+        let tokens = &beams.tokens[beam * beams.num_steps..(beam + 1) * beams.num_steps];
+        let prefix = xxh3_64_with_seed(bytemuck::cast_slice(tokens), seed);
+        let mut noisy_children = Vec::new();
+        self.for_each_child(beams, beam, |code, logit| {
+            let child = f64::from(log_prob + self.gain(logit, normalizer)) + gumbel(prefix, code);
+            noisy_children.push((code, child));
+        });
+        let greatest =
+            noisy_children.iter().fold(f64::NEG_INFINITY, |most, child| most.max(child.1));
+        for (code, child) in noisy_children {
+            let score = under_ceiling(child, greatest, f64::from(noisy)) as f32;
+            if score >= best.threshold {
+                best.offer(score, first_place + u32::from(code));
             }
         }
         Some(())
@@ -301,6 +364,7 @@ impl Search<'_> {
                 ancestors.push(parent as u32);
             }
         }
+        let steps = self.steps_taken(beams, best, &chosen);
         let places = chosen.iter().map(|&(parent, choice)| {
             let place = beams.places[parent];
             self.moved(place, choice)
@@ -309,11 +373,63 @@ impl Search<'_> {
         let has_levels = self.rule.constraint == Constraint::Trie;
         beams.are_leaves = has_levels && self.step + 1 >= self.rule.snapshot.num_levels();
         beams.ranks = ranks(best);
-        beams.scores = best.iter().map(|&key| score_of(key)).collect();
+        (beams.scores, beams.samples, beams.log_probs) = steps;
         beams.tokens = tokens;
         beams.num_steps += 1;
         beams.ancestors = ancestors;
         beams.num_ancestors = tail_len;
+    }
+
+    /// Scores, samples and log-probabilities of the chosen continuations.
+    fn steps_taken(
+        &self,
+        beams: &Beams,
+        best: &[u64],
+        chosen: &[(usize, u32)],
+    ) -> (Vec<f32>, Vec<Sample>, Vec<LogProb>) {
+        let keys = || best.iter().map(|&key| score_of(key));
+        let SearchRule { seed, log_probs, .. } = *self.rule;
+        if seed.is_none() && !log_probs {
+            return (keys().collect(), Vec::new(), Vec::new());
+        }
+        let mut over_children: Vec<Option<f32>> = vec![None; beams.len()];
+        let mut children = |parent: usize, logit: f32| match self.columns.is_forced {
+            true => 0.0,
+            false => {
+                let sum = over_children[parent].get_or_insert_with(|| {
+                    self.over_children(beams, parent).expect("a chosen beam has continuations")
+                });
+                self.gain(logit, *sum)
+            }
+        };
+        let mut steps = (Vec::new(), Vec::new(), Vec::new());
+        for (noisy, &(parent, choice)) in keys().zip(chosen) {
+            let logits = self.level_logits(parent);
+            let logit = match self.columns.is_forced {
+                true => logits[0],
+                false => self.logit(logits, choice as u16),
+            };
+            let over_children = children(parent, logit);
+            if log_probs {
+                let taken = parent * beams.num_steps..(parent + 1) * beams.num_steps;
+                steps.2.extend_from_slice(&beams.log_probs[taken]);
+                let sum = self.logits.vocabulary[self.first_row + parent].value();
+                let vocabulary = self.gain(logit, sum);
+                steps.2.push(LogProb { vocabulary, children: over_children });
+            }
+            if seed.is_none() {
+                steps.0.push(noisy);
+                continue;
+            }
+            let gain = match self.rule.normalizer(self.columns.is_forced) {
+                Normalizer::Children | Normalizer::Certain => over_children,
+                _ => self.gain(logit, self.normalizers[parent].value()),
+            };
+            steps.0.push(beams.scores[parent] + gain);
+            let log_prob = beams.samples[parent].log_prob + over_children;
+            steps.1.push(Sample { log_prob, noisy });
+        }
+        steps
     }
 
     fn token(&self, choice: u32) -> u32 {
@@ -357,4 +473,24 @@ fn ranks(best: &[u64]) -> Vec<u32> {
         ranks[beam as u32 as usize] = rank;
     }
     ranks
+}
+
+/// Gumbel noise of a code behind a prefix: the same for the same, whoever asks.
+fn gumbel(prefix: u64, code: u16) -> f64 {
+    let bits =
+        fastrand::Rng::with_seed(prefix ^ (u64::from(code) + 1).wrapping_mul(GOLDEN)).u64(..);
+    // In the middle of one of 2^52 steps between zero and one, and never at either.
+    let uniform = ((bits >> 12) as f64 + 0.5) / (1u64 << 52) as f64;
+    -(-uniform.ln()).ln()
+}
+
+/// 2^64 over the golden ratio: spreads small numbers over all bits.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Noise that is at most `ceiling`, from noise whose greatest is `greatest`:
+/// `-ln(exp(-ceiling) - exp(-greatest) + exp(-noise))`, written so that nothing overflows
+/// (Kool et al. 2019, appendix B.3).
+fn under_ceiling(noise: f64, greatest: f64, ceiling: f64) -> f64 {
+    let v = ceiling - noise + (-(noise - greatest).exp()).ln_1p();
+    ceiling - v.max(0.0) - (-v.abs()).exp().ln_1p()
 }

@@ -17,6 +17,8 @@ pub struct Logits {
     values: Scratch,
     /// `[rows]`; what a row's rule normalises by, where that does not depend on the beam.
     pub(super) normalizers: Vec<LogSumExp>,
+    /// `[rows]`; over all tokens, for rows whose rule keeps log-probabilities.
+    pub(super) vocabulary: Vec<LogSumExp>,
 }
 
 /// Where the logits of one slot are.
@@ -53,7 +55,12 @@ impl Logits {
         };
         let normalizers: Vec<_> = values.chunks(columns).map(normalizer).collect();
         let search = SlotLogits { span: 0..columns as u32, rows: 0..normalizers.len(), first: 0 };
-        Logits { searches: vec![search], values: values.into(), normalizers }
+        Logits {
+            searches: vec![search],
+            values: values.into(),
+            normalizers,
+            vocabulary: Vec::new(),
+        }
     }
 
     /// The logits of a beam of a slot.
@@ -93,6 +100,10 @@ impl CpuBackend {
         out.values.resize(num_values);
         out.normalizers.clear();
         out.normalizers.resize(num_rows, LogSumExp::default());
+        out.vocabulary.clear();
+        out.vocabulary.resize(num_rows, LogSumExp::default());
+        let needs_vocabulary =
+            |slot: usize| over[slot] == Normalizer::Vocabulary || rules[slot].log_probs;
 
         let (mut few, mut logits) = (Buffer::default(), Buffer::default());
         for chunk in &head.chunks {
@@ -100,7 +111,7 @@ impl CpuBackend {
                 let span = &out.searches[*slot].span;
                 chunk.tokens.start >= span.start && chunk.tokens.end <= span.end
             };
-            let needs = |slot: &usize| over[*slot] == Normalizer::Vocabulary || is_inside(slot);
+            let needs = |slot: &usize| needs_vocabulary(*slot) || is_inside(slot);
             let wanted: Vec<usize> = (0..rules.len()).filter(needs).collect();
             let hidden = match wanted.len() {
                 0 => continue,
@@ -117,8 +128,8 @@ impl CpuBackend {
                 let search = &out.searches[slot];
                 for row in search.rows.clone() {
                     let logits = row_logits.next().expect("a row for each row wanted");
-                    if over[slot] == Normalizer::Vocabulary {
-                        out.normalizers[row].add(logits, 1.0 / rules[slot].temperature);
+                    if needs_vocabulary(slot) {
+                        out.vocabulary[row].add(logits, 1.0 / rules[slot].temperature);
                     }
                     if is_inside(&slot) {
                         let to = search.columns(row, chunk.tokens.start);
@@ -128,6 +139,10 @@ impl CpuBackend {
             }
         }
         for (slot, rule) in rules.iter().enumerate() {
+            if over[slot] == Normalizer::Vocabulary {
+                let rows = out.searches[slot].rows.clone();
+                out.normalizers[rows.clone()].clone_from_slice(&out.vocabulary[rows]);
+            }
             if over[slot] == Normalizer::Level {
                 let (search, columns) = (&out.searches[slot], columns(slot));
                 for row in search.rows.clone() {

@@ -1,4 +1,4 @@
-use crate::backend::{Beam, SlotSpec};
+use crate::backend::{Beam, LogProb, SlotSpec};
 use crate::catalog::snapshot::Place;
 use crate::error::{Error, Result};
 use crate::pages::TAIL_PAGE_LEN;
@@ -32,7 +32,19 @@ pub(super) struct Beams {
     pub ancestors: Vec<u32>,
     pub num_ancestors: usize,
     pub start_token: u32,
+    /// `[beams][steps taken]`, flat, where the rule keeps them.
+    pub log_probs: Vec<LogProb>,
+    /// By beam, where a sample is drawn: the log-probability over legal continuations, and the same
+    /// with its noise, by which beams are in order.
+    pub samples: Vec<Sample>,
     pub failed_step: Option<usize>,
+}
+
+/// A beam of a sample.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sample {
+    pub log_prob: f32,
+    pub noisy: f32,
 }
 
 impl Beams {
@@ -48,6 +60,8 @@ impl Beams {
             ancestors: Vec::new(),
             num_ancestors: 0,
             start_token,
+            log_probs: Vec::new(),
+            samples: vec![Sample { log_prob: 0.0, noisy: 0.0 }],
             failed_step: None,
         }
     }
@@ -76,6 +90,10 @@ impl Beams {
             tokens: self.tokens[at * self.num_steps..(at + 1) * self.num_steps].to_vec(),
             place: self.are_leaves.then(|| self.places[at]),
             score: self.scores[at],
+            log_probs: match self.log_probs.is_empty() {
+                true => Vec::new(),
+                false => self.log_probs[at * self.num_steps..(at + 1) * self.num_steps].to_vec(),
+            },
         };
         Ok((0..self.len()).map(beam).collect())
     }

@@ -1,0 +1,56 @@
+//! Given items as paths through the catalog: what is scored when nothing is searched.
+
+use std::collections::HashMap;
+
+use super::Snapshot;
+use super::snapshot::Place;
+
+/// Some items of a snapshot, packed as a trie: prefixes that they have in common are there once.
+#[derive(Debug, Clone, Default)]
+pub struct Candidates {
+    /// Item numbers, rising.
+    items: Vec<u32>,
+    /// The codes that follow a place, rising.
+    codes: HashMap<Place, Vec<u16>>,
+    /// Places by depth, from the first level on.
+    widths: Vec<usize>,
+}
+
+impl Candidates {
+    /// The paths of these items, those that are available.
+    pub fn new(snapshot: &Snapshot, items: &[u32]) -> Candidates {
+        let mut items: Vec<u32> =
+            items.iter().copied().filter(|&item| snapshot.is_available(item)).collect();
+        items.sort_unstable();
+        items.dedup();
+        let mut codes: HashMap<Place, Vec<u16>> = HashMap::new();
+        let mut widths = vec![0; snapshot.num_levels()];
+        for &item in &items {
+            let mut place = snapshot.root();
+            for (&code, width) in snapshot.sid(item).codes().iter().zip(&mut widths) {
+                let next = codes.entry(place).or_default();
+                if let Err(at) = next.binary_search(&code) {
+                    next.insert(at, code);
+                    *width += 1;
+                }
+                place = snapshot.child(place, code).expect("an item's path is in the catalog");
+            }
+        }
+        Candidates { items, codes, widths }
+    }
+
+    /// The codes that may follow a place.
+    pub fn codes_after(&self, place: Place) -> &[u16] {
+        self.codes.get(&place).map_or(&[], Vec::as_slice)
+    }
+
+    /// How many prefixes there are at each level: a search that is as wide has them all.
+    pub fn widths(&self) -> &[usize] {
+        &self.widths
+    }
+
+    /// Whether an item is one of them.
+    pub fn contains(&self, item: u32) -> bool {
+        self.items.binary_search(&item).is_ok()
+    }
+}

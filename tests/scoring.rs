@@ -1,0 +1,294 @@
+//! Scores of given items, log-probabilities, samples, and weights that are replaced.
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use common::tiny::Tiny;
+use sidereal::backend::LogProb;
+use sidereal::catalog::Catalog;
+use sidereal::{Answer, Engine, EngineOptions, Error, Normalization, Request, Tensor};
+
+const NORMALIZATIONS: [Normalization; 3] =
+    [Normalization::Vocabulary, Normalization::Level, Normalization::Children];
+
+fn tokens(rng: &mut fastrand::Rng, tiny: &Tiny) -> Vec<u32> {
+    (0..rng.usize(1..100)).map(|_| rng.u32(0..tiny.num_tokens())).collect()
+}
+
+/// A search so wide that it finds everything.
+fn everything(tokens: &[u32], normalization: Normalization) -> Request {
+    let mut request = Request::from_tokens(tokens);
+    request.beams = 600;
+    request.top_k = 1000;
+    request.normalization = Some(normalization);
+    request
+}
+
+#[test]
+fn candidates_have_the_scores_that_a_search_gives_them() {
+    let mut ranked = 0;
+    for seed in 0..200 {
+        let tiny = Tiny::new(seed);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let engine = tiny.open(1);
+        let tokens = tokens(&mut rng, &tiny);
+        for normalization in NORMALIZATIONS {
+            let all = everything(&tokens, normalization);
+            let found = engine.recommend(&all).expect("a sound request");
+            let scores: HashMap<&str, f32> =
+                found.items.iter().map(|item| (found.name(item), item.score)).collect();
+            let snapshot = tiny.snapshot();
+            let names: Vec<String> = snapshot
+                .all_items()
+                .filter(|_| rng.bool())
+                .map(|item| snapshot.name(item).to_string())
+                .collect();
+            if names.is_empty() {
+                continue;
+            }
+            let rank = Request { candidates: names.clone(), beams: 1, top_k: 1, ..all };
+            let answer = engine.recommend(&rank).expect("a sound request");
+            let available = names.iter().filter(|name| scores.contains_key(name.as_str()));
+            assert_eq!(answer.items.len(), available.count(), "seed {seed}");
+            assert!(answer.items.is_sorted_by(|a, b| a.score >= b.score), "seed {seed}");
+            for item in &answer.items {
+                assert!(names.iter().any(|name| name == answer.name(item)));
+                assert_eq!(item.score, scores[answer.name(item)], "seed {seed} {normalization:?}");
+                ranked += 1;
+            }
+        }
+    }
+    assert!(ranked > 2000, "only {ranked} were ranked");
+}
+
+#[test]
+fn candidates_do_not_go_with_what_belongs_to_a_search() {
+    let tiny = Tiny::new(1);
+    let engine = tiny.open(1);
+    let code = |change: &dyn Fn(&mut Request)| {
+        let mut request = Request::from_tokens([1]);
+        request.candidates = vec!["0".into()];
+        change(&mut request);
+        engine.recommend(&request).err().map(|error| error.code())
+    };
+    assert_eq!(code(&|_| {}), None);
+    assert_eq!(code(&|request| request.filter = Some("tag:a".into())), Some("invalid_field"));
+    assert_eq!(code(&|request| request.exclude = vec!["0".into()]), Some("invalid_field"));
+    assert_eq!(code(&|request| request.sample = Some(1)), Some("invalid_field"));
+    assert_eq!(code(&|request| request.candidates.push("nobody".into())), Some("unknown_item"));
+    assert_eq!(code(&|request| request.candidates = vec!["0".into(); 5000]), Some("invalid_field"));
+}
+
+fn sum(log_probs: &[LogProb], of: impl Fn(&LogProb) -> f32) -> f32 {
+    log_probs.iter().map(of).sum()
+}
+
+#[test]
+fn log_probabilities_add_up_to_the_scores_of_either_kind() {
+    let mut compared = 0;
+    for seed in 0..150 {
+        let tiny = Tiny::new(seed);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let engine = tiny.open(1);
+        let tokens = tokens(&mut rng, &tiny);
+        let scores = |normalization: Normalization| -> HashMap<String, f32> {
+            let request = everything(&tokens, normalization);
+            let answer = engine.recommend(&request).expect("a sound request");
+            answer.items.iter().map(|item| (answer.name(item).to_string(), item.score)).collect()
+        };
+        let vocabulary = scores(Normalization::Vocabulary);
+        let children = scores(Normalization::Children);
+        let asked = NORMALIZATIONS[rng.usize(0..3)];
+        let request = Request { log_probs: true, ..everything(&tokens, asked) };
+        let answer = engine.recommend(&request).expect("a sound request");
+        let plain = engine.recommend(&everything(&tokens, asked)).expect("a sound request");
+        assert_eq!(answer.items.len(), plain.items.len());
+        for (item, plain) in answer.items.iter().zip(&plain.items) {
+            assert_eq!((item.item, item.score), (plain.item, plain.score), "seed {seed}");
+            assert!(plain.log_probs.is_empty());
+            let name = answer.name(item);
+            let close = |found: f32, expected: f32| {
+                assert!((found - expected).abs() < 1e-4, "seed {seed}: {found}, not {expected}");
+            };
+            close(sum(&item.log_probs, |token| token.vocabulary), vocabulary[name]);
+            // A forced token counts under the vocabulary alone.
+            close(sum(&item.log_probs, |token| token.children), children[name]);
+            compared += 1;
+        }
+    }
+    assert!(compared > 1000, "only {compared} were compared");
+}
+
+/// By item of the draws' first place, and by pairs of the first two: how often.
+fn draws(engine: &Engine, request: &Request, count: u64) -> HashMap<Vec<u32>, usize> {
+    let mut seen = HashMap::new();
+    let requests: Vec<Request> =
+        (0..count).map(|seed| Request { sample: Some(seed), ..request.clone() }).collect();
+    engine.recommend_all(&requests, |_, answer| {
+        let answer = answer.expect("a sound request");
+        let mut sids: Vec<u32> = Vec::new();
+        for item in &answer.items {
+            let sid = item.sid.codes().iter().fold(0, |sid, &code| sid * 100 + u32::from(code));
+            if !sids.contains(&sid) {
+                sids.push(sid);
+            }
+        }
+        *seen.entry(sids).or_insert(0) += 1;
+    });
+    seen
+}
+
+#[test]
+fn samples_are_drawn_without_replacement_with_the_models_probabilities() {
+    let mut tested = 0;
+    for seed in 0..30 {
+        let tiny = Tiny::new(seed);
+        let engine = tiny.open(2);
+        let tokens: Vec<u32> = vec![1, 2, 3];
+        let all = everything(&tokens, Normalization::Children);
+        let answer = engine.recommend(&all).expect("a sound request");
+        let mut probabilities: HashMap<u32, f64> = HashMap::new();
+        for item in &answer.items {
+            let sid = item.sid.codes().iter().fold(0, |sid, &code| sid * 100 + u32::from(code));
+            probabilities.insert(sid, f64::from(item.score).exp());
+        }
+        if probabilities.len() < 3 {
+            continue;
+        }
+        let total: f64 = probabilities.values().sum();
+        assert!((total - 1.0).abs() < 1e-4, "seed {seed}: {total} in all");
+        let count = 4000;
+        let request = Request { beams: 2, ..all };
+        let seen = draws(&engine, &request, count);
+        assert!(seen.keys().all(|pair| pair.len() == 2 && pair[0] != pair[1]), "seed {seed}");
+        // Chi-square over ordered pairs: the second is drawn from what the first left.
+        let (mut statistic, mut cells, mut rest, mut rest_expected) = (0.0, 0.0, 0.0, 0.0);
+        for (a, pa) in &probabilities {
+            for (b, pb) in probabilities.iter().filter(|(b, _)| *b != a) {
+                let expected = count as f64 * pa * pb / (1.0 - pa);
+                let found = seen.get(&vec![*a, *b]).copied().unwrap_or(0) as f64;
+                if expected < 5.0 {
+                    (rest, rest_expected) = (rest + found, rest_expected + expected);
+                    continue;
+                }
+                statistic += (found - expected) * (found - expected) / expected;
+                cells += 1.0;
+            }
+        }
+        if rest_expected >= 5.0 {
+            statistic += (rest - rest_expected) * (rest - rest_expected) / rest_expected;
+            cells += 1.0;
+        }
+        // Five standard deviations of its distribution.
+        let bound = cells + 5.0 * (2.0f64 * cells).sqrt();
+        assert!(statistic < bound, "seed {seed}: {statistic:.0} over {cells} cells");
+        tested += 1;
+    }
+    assert!(tested >= 15, "only {tested} models were tested");
+}
+
+#[test]
+fn a_sample_is_the_same_for_the_same_seed_in_any_company_with_the_scores_of_a_search() {
+    for seed in 0..60 {
+        let tiny = Tiny::new(seed);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let engine = tiny.open(2);
+        let tokens = tokens(&mut rng, &tiny);
+        let normalization = NORMALIZATIONS[rng.usize(0..3)];
+        let all = everything(&tokens, normalization);
+        let found = engine.recommend(&all).expect("a sound request");
+        let scores: HashMap<u32, f32> =
+            found.items.iter().map(|item| (item.item, item.score)).collect();
+        let requests: Vec<Request> = (0..20)
+            .map(|n| Request { sample: Some(n / 2), beams: 3, log_probs: n % 4 < 2, ..all.clone() })
+            .collect();
+        let mut answers: Vec<Option<Answer>> = vec![None; requests.len()];
+        engine.recommend_all(&requests, |index, answer| answers[index] = answer.ok());
+        let answers: Vec<Answer> = answers.into_iter().flatten().collect();
+        assert_eq!(answers.len(), requests.len());
+        for (pair, request) in answers.chunks(2).zip(requests.iter().step_by(2)) {
+            assert_eq!(pair[0], pair[1], "seed {seed}");
+            assert_eq!(pair[0], engine.recommend(request).expect("alone"), "seed {seed}");
+            for item in &pair[0].items {
+                let expected = scores[&item.item];
+                assert!((item.score - expected).abs() < 1e-4, "seed {seed}: {expected}");
+            }
+        }
+    }
+}
+
+fn golden(family: &str) -> (Engine, Vec<Request>) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(family);
+    let golden = std::fs::read_to_string(folder.join("golden.json")).expect("golden answers");
+    let golden: serde_json::Value = serde_json::from_str(&golden).expect("golden answers");
+    let items = golden["items_index"].as_str().expect("a path");
+    let catalog = Catalog::open(&folder.join(items)).expect("a catalogue");
+    let options = EngineOptions { threads: 1, ..EngineOptions::default() };
+    let engine = Engine::open(&folder, Arc::new(catalog), &options).expect("a model");
+    let request = |first: u32| Request::from_tokens((first..first + 80).collect::<Vec<u32>>());
+    (engine, (1..5).map(request).collect())
+}
+
+#[test]
+fn replaced_weights_answer_from_then_on_and_cached_contexts_are_gone() {
+    for (family, name) in [
+        ("decoder_only/qwen3-tied", "model.layers.0.mlp.down_proj.weight"),
+        ("t5/relu-tied", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ] {
+        let (engine, requests) = golden(family);
+        let (other, _) = golden(family);
+        let ask = |engine: &Engine| -> Vec<Answer> {
+            requests.iter().map(|request| engine.recommend(request).expect("sound")).collect()
+        };
+        let before = ask(&engine);
+        assert!(before.iter().all(|answer| answer.weights_version == 1));
+        assert!(ask(&engine)[0].cached_tokens > 0, "{family} keeps contexts");
+        let weights = sidereal::models::weights::Weights::open(
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(family),
+        )
+        .expect("a checkpoint");
+        let shapes: HashMap<String, Vec<usize>> = weights.shapes().into_iter().collect();
+        let shape = &shapes[name];
+        let values: Vec<f32> =
+            (0..shape.iter().product()).map(|n| (n as f32).sin() / 9.0).collect();
+
+        let wrong = engine.replace_weights([(name.to_string(), Tensor::new(&[1], vec![1.0]))]);
+        assert_eq!(wrong.expect_err("another shape").code(), "tensor_shape");
+        let wrong = engine.replace_weights([("no such".to_string(), Tensor::new(&[1], vec![1.0]))]);
+        assert_eq!(wrong.expect_err("another name").code(), "unexpected_tensor");
+        let mut broken = values.clone();
+        broken[3] = f32::NAN;
+        let wrong = engine.replace_weights([(name.to_string(), Tensor::new(shape, broken))]);
+        assert_eq!(wrong.expect_err("not a number").code(), "non_finite_weight");
+        assert_eq!(ask(&engine), before, "nothing was replaced");
+
+        // One that runs is finished with the weights that it began with.
+        let running = engine.submit(requests[0].clone()).expect("a sound request");
+        assert!(engine.step().expect("it goes on").is_empty());
+        let version =
+            engine.replace_weights([(name.to_string(), Tensor::new(shape, values.clone()))]);
+        assert_eq!(version.expect("the same shape"), 2);
+        let finished = engine.step().expect("it goes on");
+        let (id, answer) = &finished[0];
+        let answer = answer.as_ref().expect("a sound request");
+        assert_eq!((*id, answer), (running, &before[0]));
+        assert_eq!(answer.weights_version, 1);
+
+        let first = engine.recommend(&requests[0]).expect("a sound request");
+        assert_eq!((first.cached_tokens, first.weights_version), (0, 2));
+        let after = ask(&engine);
+        assert_ne!(after, before, "{family} answers as before");
+        // As if the checkpoint had always been so, and back again.
+        other.replace_weights([(name.to_string(), Tensor::new(shape, values))]).expect("sound");
+        assert_eq!(ask(&other), after);
+    }
+}
+
+#[test]
+fn random_weights_cannot_be_replaced() {
+    let error = Tiny::new(2).open(1).replace_weights([]).expect_err("there is no checkpoint");
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+}
