@@ -101,8 +101,8 @@ pub enum Error {
         /// How many may.
         limit: usize,
     },
-    /// The request's deadline went by before its answer was there.
-    #[error("the deadline of {deadline_ms} ms went by before the answer was there")]
+    /// The request's deadline went by, or would have before its answer was there.
+    #[error("the answer could not be there within its deadline of {deadline_ms} ms")]
     DeadlineExceeded {
         /// The deadline, from the moment when the request was handed over.
         deadline_ms: u64,

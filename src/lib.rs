@@ -24,8 +24,10 @@
 //! # The life of a request
 //!
 //! 1. [`Engine::recommend`] checks it and turns its history into tokens ([`models::config`]).
-//! 2. It joins a wave and gets a slot: room for its context, its beams and their tails ([`engine`]).
-//! 3. The network reads the tokens once and leaves what all beams share ([`models`]).
+//! 2. It waits until the pages that it needs are free ([`schedule`], [`pages`]), and then has a slot in
+//!    every step until it is answered ([`engine`]).
+//! 3. The network reads what is new of its tokens ([`history_cache`]) and leaves what all beams share
+//!    ([`models`]).
 //! 4. At each level the output head is evaluated for the codes that the level can have, and the best
 //!    legal continuations of all beams become the new beams ([`backend`], [`catalog::trie`],
 //!    [`catalog::legality`]).
@@ -37,18 +39,19 @@
 //!
 //! # The floors
 //!
-//! A module uses lower floors only, and a test holds it to that: the command line > [`engine`], the
-//! writer, [`quantizer`] > [`models`] > [`backend`], answers > [`catalog`] > requests, errors, semantic
-//! IDs, tensors.
+//! A module uses lower floors only, and a test holds it to that: the command line, the [`Service`] >
+//! [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
+//! [`schedule`], [`pages`], [`history_cache`]) > requests, errors, semantic IDs, tensors.
 //!
 //! # What is absent, deliberately
 //!
-//! - The catalog holds no weights, no device, no thread and no clock.
+//! - Bookkeeping holds no weights, no device, no thread and no clock: time comes in as an argument.
+//! - An admitted request is never stopped to make room for another: what it needs was taken at once.
 //! - The backend does not know what a request is; networks hold no `unsafe` and no `cfg`, and each
 //!   is written once for all devices.
 //! - A forbidden code is not a code with a low score: it is never considered.
-//! - An answer does not depend on the other requests of a wave or on the number of threads, to the
-//!   last bit.
+//! - An answer does not depend on the other requests of a step, on how its prompt is cut, on what is
+//!   cached or on the number of threads, to the last bit.
 
 mod answer;
 pub mod backend;

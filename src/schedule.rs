@@ -109,6 +109,43 @@ pub fn admit(
     admitted
 }
 
+/// How long requests run, from admission to answer: what has been seen lately, with a margin for
+/// what varies (the estimate of TCP's retransmission timer, Jacobson 1988).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RunTime {
+    mean_us: Micros,
+    deviation_us: Micros,
+}
+
+impl RunTime {
+    /// Takes note of a request that ran so long.
+    pub fn note(&mut self, run_us: Micros) {
+        if self.mean_us == 0 {
+            (self.mean_us, self.deviation_us) = (run_us, run_us / 2);
+            return;
+        }
+        self.deviation_us = (3 * self.deviation_us + self.mean_us.abs_diff(run_us)) / 4;
+        self.mean_us = (7 * self.mean_us + run_us) / 8;
+    }
+
+    /// What all but a few requests stay below.
+    pub fn expected_us(&self) -> Micros {
+        self.mean_us + 4 * self.deviation_us
+    }
+}
+
+/// Whether a request that waits cannot be answered in time any more. While nothing runs it is tried
+/// in any case, so that one slow request does not keep others out for ever.
+pub fn is_hopeless(
+    request: &Waiting,
+    run_time: &RunTime,
+    is_anything_running: bool,
+    now_us: Micros,
+) -> bool {
+    let run_us = if is_anything_running { run_time.expected_us() } else { 0 };
+    request.deadline_us.is_some_and(|deadline| now_us.saturating_add(run_us) >= deadline)
+}
+
 /// A request whose prompt is not read to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reading {
@@ -161,6 +198,22 @@ mod tests {
         // At 1004 the first class is overdue, at 2001 all are.
         assert_eq!(admit(&all, 0, ROOM, &LIMITS, 1004), [2, 3, 4, 1]);
         assert_eq!(admit(&all, 0, ROOM, &LIMITS, 2001), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_request_is_given_up_when_it_could_not_run_in_time() {
+        let mut run_time = RunTime::default();
+        let request = waiting(0, 0, Some(1000), 1);
+        assert!(!is_hopeless(&request, &run_time, true, 999));
+        assert!(is_hopeless(&request, &run_time, false, 1000));
+        (0..100).for_each(|_| run_time.note(300));
+        assert!((300..310).contains(&run_time.expected_us()), "{run_time:?}");
+        assert!(!is_hopeless(&request, &run_time, true, 600));
+        assert!(is_hopeless(&request, &run_time, true, 701));
+        assert!(!is_hopeless(&request, &run_time, false, 701), "nothing else runs");
+        run_time.note(700);
+        assert!(run_time.expected_us() > 700, "what varies gets a margin");
+        assert!(!is_hopeless(&waiting(0, 0, None, 1), &run_time, true, Micros::MAX));
     }
 
     #[test]

@@ -560,6 +560,57 @@ fn excluded_items_do_not_come_back_and_the_others_stay() {
 }
 
 #[test]
+fn candidates_are_ranked_and_the_bad_lines_are_answered_in_their_place() {
+    let input = concat!(
+        r#"{"id": 1, "history": ["17", "4"], "candidates": ["9", "12", "30", 9]}"#,
+        "\n",
+        r#"{"id": 2, "history": ["17", "4"]}"#,
+        "\n",
+        r#"{"id": 3, "history": ["17"], "candidates": ["no such item"]}"#,
+        "\n",
+        r#"{"id": 4, "history": ["17", "4"], "candidates": ["9"], "log_probs": true}"#,
+    );
+    let fixed = ["rank", "--model", MODEL, "--catalog", CATALOG, "--requests", "-"];
+    let output = run_with(&fixed, input.as_bytes());
+    assert_eq!(code(&output), 1, "{}", errors(&output));
+    let answers = lines(&output.stdout);
+    let mut ranked = names(&answers[0]);
+    let scores: Vec<f64> =
+        items(&answers[0]).iter().map(|item| item["score"].as_f64().expect("a score")).collect();
+    assert!(scores.is_sorted_by(|a, b| a >= b));
+    ranked.sort_unstable();
+    assert_eq!(ranked, ["12", "30", "9"]);
+    assert_eq!(answers[1]["error"]["code"], "invalid_field");
+    assert_eq!(answers[2]["error"]["code"], "unknown_item");
+    let alone = &items(&answers[3])[0];
+    let in_company = items(&answers[0]).iter().find(|item| item["item"] == "9").expect("ranked");
+    assert_eq!(alone["score"], in_company["score"]);
+    let log_probs = alone["log_probs"]["vocabulary"].as_array().expect("a list");
+    let sum: f64 = log_probs.iter().filter_map(Value::as_f64).sum();
+    assert!((sum - alone["score"].as_f64().expect("a score")).abs() < 1e-4);
+}
+
+#[test]
+fn a_width_for_each_level_and_a_seed_are_taken_from_the_line() {
+    let input = concat!(
+        r#"{"history": ["17", "4"], "beams": [3, 5, 7], "top_k": 100, "shared_sid": "first"}"#,
+        "\n",
+        r#"{"history": ["17", "4"], "beams": [3, 5]}"#,
+        "\n",
+        r#"{"history": ["17", "4"], "beams": 4, "sample": 1}"#,
+        "\n",
+        r#"{"history": ["17", "4"], "beams": 4, "sample": 1}"#,
+    );
+    let output = recommend(input.as_bytes(), &[]);
+    let answers = lines(&output.stdout);
+    assert_eq!(items(&answers[0]).len(), 7);
+    let message = answers[1]["error"]["message"].as_str().expect("a text");
+    assert!(message.contains("3 levels"), "{message}");
+    assert_eq!(names(&answers[2]), names(&answers[3]), "the same seed draws the same");
+    assert!(answers[3]["cached_tokens"].is_u64());
+}
+
+#[test]
 fn every_constraint_and_normalization_answers_with_items_of_the_catalog() {
     let small = Folder::small();
     let catalog = small.catalog();
@@ -842,6 +893,52 @@ fn bench_takes_a_model_and_requests_as_well() {
 }
 
 /// Recall and NDCG at 5, 10 and 20 of one target a request, by ranks from zero.
+#[test]
+fn bench_is_a_load_tool() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let plot = folder.path().join("latency.svg");
+    let model = ["bench", "--model", "models/industrial", "--history", "5", "--beams", "4"];
+    let bench = |more: &[&str]| run(&[&model[..], more].concat());
+    let report = |more: &[&str]| -> Value {
+        let output = bench(&[more, &["--json"]].concat());
+        assert_eq!(code(&output), 0, "{}", errors(&output));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    let open = report(&["--rate", "200", "--seconds", "0.5", "--deadline", "5000"]);
+    let load = &open["loads"][0];
+    let count = |name: &str| load[name].as_u64().expect("a count");
+    assert!((30..300).contains(&count("answered")), "{open}");
+    assert_eq!((count("refused"), count("late")), (0, 0), "{open}");
+    let ms = |quantile: &str| load["latency_ms"][quantile].as_f64().expect("a number");
+    assert!(0.0 < ms("p50") && ms("p50") <= ms("p99") && ms("p99") <= ms("max"), "{open}");
+
+    let callers =
+        report(&["--concurrency", "4", "--repeat", "4", "--returning", "80", "--history-cache"]);
+    assert_eq!(callers["requests"], 64);
+    assert_eq!(callers["settings"]["concurrency"], 4);
+    assert!(callers["gflop_per_request"].as_f64().is_some_and(|gflop| gflop > 0.0));
+    let mixed =
+        ["--batch", "8", "--repeat", "1", "--mixed-beams", "1,9", "--mixed-history", "2,30"];
+    assert_eq!(report(&mixed)["settings"]["batch"], 8);
+    assert_eq!(report(&["--candidates", "20", "--repeat", "1"])["requests"], 16);
+
+    let output = bench(
+        &[&["--sweep", "--seconds", "0.2", "--bound", "10000", "--plot", plain(&plot)][..]]
+            .concat(),
+    );
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    let text = String::from_utf8_lossy(&output.stdout).to_string();
+    assert!(text.contains("within the bound") && text.lines().count() >= 10, "{text}");
+    let svg = std::fs::read_to_string(&plot).expect("a plot");
+    assert!(svg.starts_with("<svg") && svg.contains("p99"));
+
+    for wrong in [["--rate", "0"], ["--rate", "nan"], ["--returning", "101"]] {
+        let output = bench(&wrong);
+        assert_eq!(code(&output), 2, "{wrong:?}");
+        assert!(!errors(&output).contains("panicked"), "{}", errors(&output));
+    }
+}
+
 fn expected_metrics(ranks: &[Option<usize>]) -> [(String, f64); 6] {
     let mean = |gain: &dyn Fn(usize) -> f64| {
         ranks.iter().flatten().map(|&rank| gain(rank)).sum::<f64>() / ranks.len() as f64
@@ -941,6 +1038,7 @@ fn help_shows_examples() {
     for command in [
         vec![],
         vec!["recommend"],
+        vec!["rank"],
         vec!["evaluate"],
         vec!["bench"],
         vec!["catalog", "build"],

@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -13,22 +13,26 @@ use serde::Serialize;
 use sidereal::catalog::{Change, Item};
 use sidereal::{
     CatalogWriter, Constraint, Engine, Error, Input, Normalization, Phases, Request,
-    RequestDefaults, RequestLine, Result,
+    RequestDefaults, RequestLine, Result, Service, ServiceOptions,
 };
 
+use super::load::{self, LoadArguments, OpenReport, Source};
 use super::measure::{Machine, cpu_time, peak_memory_bytes};
 use super::shapes::Shape;
 use super::{DeviceArguments, ModelArguments, Outcome, SearchArguments, write_error};
 
 #[derive(Args)]
 #[command(after_help = "\
-With --concurrency C, C requests are on their way at any time; a request's latency is the time from when
-its group was handed over until its answer came.
+With --concurrency C, C callers send a request each and the next one when they have the answer. With --batch
+B, requests are handed over B at a time, and the next group when all are answered. With --rate or --sweep,
+requests arrive by themselves, and a latency counts from when its request was due.
 
 Examples:
   sidereal bench --shape tiger --beams 50 --history 20 --threads 1
   sidereal bench --model DIR --catalog items.sidereal --requests requests.jsonl --concurrency 16 --json
-  sidereal bench --shape tiger --threads 1 --repeat 50 --churn 1")]
+  sidereal bench --shape tiger --threads 1 --repeat 50 --churn 1
+  sidereal bench --model models/industrial --sweep --bound 20 --plot latency.svg
+  sidereal bench --shape qwen3-small --concurrency 16 --history 100 --history-cache --returning 90")]
 pub struct Arguments {
     /// Model folder; or else --shape
     #[arg(long, value_name = "DIR", required_unless_present = "shape")]
@@ -52,9 +56,14 @@ pub struct Arguments {
     search: SearchArguments,
     #[command(flatten)]
     device: DeviceArguments,
-    /// Requests on their way at a time
-    #[arg(long, default_value_t = 1, value_name = "C", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Callers, each with one request on its way at a time
+    #[arg(long, default_value_t = 1, value_name = "C", value_parser = clap::value_parser!(u32).range(1..=4096))]
     concurrency: u32,
+    /// Requests that are handed over at a time, instead of callers
+    #[arg(long, value_name = "B", conflicts_with = "concurrency", value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Option<u32>,
+    #[command(flatten)]
+    load: LoadArguments,
     /// Times that the requests are gone through
     #[arg(long, default_value_t = 5, value_name = "R", value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
@@ -84,6 +93,9 @@ struct Report {
     /// Rate of matrix products over the whole run, and as a share of the machine's.
     matrix_gflops: f64,
     matrix_share: f64,
+    gflop_per_request: f64,
+    /// Tokens of contexts that were there from earlier requests.
+    cached_tokens_share: f64,
     peak_memory_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     churn: Option<Churn>,
@@ -135,12 +147,15 @@ struct Settings {
     normalize: Option<Normalization>,
     constraint: Constraint,
     concurrency: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch: Option<u32>,
     repeat: u32,
     threads: usize,
     version: &'static str,
 }
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
+    arguments.load.check()?;
     let engine = open(arguments)?;
     let mut defaults = arguments.search.defaults(1);
     defaults.top_k = defaults.beams;
@@ -149,21 +164,47 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         None => random_requests(&engine, arguments.history as usize, &defaults)?,
     };
     engine.recommend(&requests[0])?; // warms caches and scratch memory, and fails early
-    let (run, churn) = match arguments.churn {
-        None => (measure(&engine, &requests, arguments, arguments.repeat)?, None),
-        Some(percent) => {
-            let (run, churn) = measure_churn(&engine, &requests, arguments, percent)?;
-            (run, Some(churn))
+    let service = Service::start(engine, ServiceOptions::default())?;
+    let text = match arguments.load.is_open() {
+        true => {
+            let report = load::run_open(&service, &requests, &arguments.load)?;
+            let machine = service.engine().run(Machine::measure);
+            let settings = settings(arguments, service.engine());
+            match arguments.json {
+                true => to_json(&OpenLoad { report, settings, machine }),
+                false => report.to_text(),
+            }
         }
-    };
-    let machine = engine.run(Machine::measure);
-    let report = report(arguments, &engine, run, churn, machine);
-    let text = match arguments.json {
-        true => serde_json::to_string_pretty(&report).expect("numbers have a JSON form"),
-        false => to_text(&report),
+        false => {
+            let (run, churn) = match arguments.churn {
+                None => (measure(&service, &requests, arguments, arguments.repeat)?, None),
+                Some(percent) => {
+                    let (run, churn) = measure_churn(&service, &requests, arguments, percent)?;
+                    (run, Some(churn))
+                }
+            };
+            let machine = service.engine().run(Machine::measure);
+            let report = report(arguments, service.engine(), run, churn, machine);
+            match arguments.json {
+                true => to_json(&report),
+                false => to_text(&report),
+            }
+        }
     };
     writeln!(std::io::stdout(), "{text}").map_err(write_error(None))?;
     Ok(Outcome::Done)
+}
+
+fn to_json(report: &impl Serialize) -> String {
+    serde_json::to_string_pretty(report).expect("numbers have a JSON form")
+}
+
+#[derive(Serialize)]
+struct OpenLoad {
+    #[serde(flatten)]
+    report: OpenReport,
+    settings: Settings,
+    machine: Machine,
 }
 
 fn open(arguments: &Arguments) -> Result<Engine> {
@@ -234,6 +275,7 @@ struct Run {
     cpu_seconds: Option<f64>,
     phases: Phases,
     matrix_flops: u64,
+    cached_tokens_share: f64,
 }
 
 impl Run {
@@ -261,7 +303,7 @@ impl Run {
 const CHANGES_EVERY: Duration = Duration::from_millis(10);
 
 fn measure_churn(
-    engine: &Engine,
+    service: &Service,
     requests: &[Request],
     arguments: &Arguments,
     percent: f64,
@@ -270,6 +312,7 @@ fn measure_churn(
         let reason = format!("{percent} is not a number of percent above zero");
         return Err(Error::InvalidField { field: "--churn", reason });
     }
+    let engine = service.engine();
     let writer = CatalogWriter::in_memory(Arc::clone(engine.catalog()), &Default::default())?;
     let snapshot = engine.catalog().snapshot();
     // What a history names must stay; everything else may come and go.
@@ -290,12 +333,12 @@ fn measure_churn(
     let (mut still, mut changing) = (Run::default(), Run::default());
     let (mut changes, mut changing_seconds) = (0, 0.0);
     for _ in 0..arguments.repeat {
-        still.add(measure(engine, requests, arguments, 1)?);
+        still.add(measure(service, requests, arguments, 1)?);
         let done = AtomicBool::new(false);
         let start = Instant::now();
         let (run, changed) = std::thread::scope(|scope| {
             let change = scope.spawn(|| change_items(&writer, &items, per_second, &done));
-            let run = measure(engine, requests, arguments, 1);
+            let run = measure(service, requests, arguments, 1);
             done.store(true, Ordering::Relaxed);
             (run, change.join().expect("the thread reports its errors"))
         });
@@ -350,44 +393,56 @@ fn change_items(
 }
 
 fn measure(
-    engine: &Engine,
+    service: &Service,
     requests: &[Request],
     arguments: &Arguments,
     repeat: u32,
 ) -> Result<Run> {
-    let bar = ProgressBar::new(requests.len() as u64 * u64::from(repeat));
+    let engine = service.engine();
+    let count = requests.len() * repeat as usize;
+    let bar = ProgressBar::new(count as u64);
     let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {per_sec} {elapsed}");
     let bar = bar.with_style(style.expect("a sound template")).with_message("requests");
-    let latencies = Mutex::new(Vec::new());
-    let failure = Mutex::new(None);
+    let mut latencies_ms = Vec::with_capacity(count);
     let (phases, flops) = (engine.phases(), engine.run(|backend| backend.matrix_flops()));
     let (start, cpu_start) = (Instant::now(), cpu_time());
-    for _ in 0..repeat {
-        for group in requests.chunks(arguments.concurrency as usize) {
-            let handed_over = Instant::now();
-            let note = |answer: Result<_>| {
-                let latency = handed_over.elapsed().as_secs_f64() * 1e3;
-                latencies.lock().expect("no holder panics").push(latency);
-                if let Err(error) = answer {
-                    failure.lock().expect("no holder panics").get_or_insert(error);
-                }
+    let mut source = Source::new(service, requests, &arguments.load);
+    let mut cached_tokens_share = 0.0;
+    match (arguments.batch, arguments.concurrency) {
+        (None, 1) if !arguments.load.is_mixed() => {
+            for request in (0..repeat).flat_map(|_| requests) {
+                let start = Instant::now();
+                engine.recommend(request)?;
+                latencies_ms.push(start.elapsed().as_secs_f64() * 1e3);
                 bar.inc(1);
-            };
-            match group {
-                [one] => note(engine.recommend(one)),
-                many => engine.recommend_all(many, |_, answer| note(answer)),
+            }
+        }
+        (None, callers) => {
+            let note = |latency: Duration| latencies_ms.push(latency.as_secs_f64() * 1e3);
+            let callers = callers as usize;
+            let load = load::closed_loop(service, &mut source, callers, count, &bar, note)?;
+            cached_tokens_share = load.cached_tokens_share;
+        }
+        (Some(batch), _) => {
+            let drawn: Vec<Request> = (0..count).map(|_| source.draw()).collect();
+            for group in drawn.chunks(batch as usize) {
+                let start = Instant::now();
+                let mut failure = None;
+                engine.recommend_all(group, |_, answer| {
+                    latencies_ms.push(start.elapsed().as_secs_f64() * 1e3);
+                    failure = failure.take().or(answer.err());
+                    bar.inc(1);
+                });
+                failure.map_or(Ok(()), Err)?;
             }
         }
     }
     let seconds = start.elapsed().as_secs_f64();
     let cpu_seconds = cpu_time().zip(cpu_start).map(|(end, start)| (end - start).as_secs_f64());
     bar.finish_and_clear();
-    if let Some(error) = failure.into_inner().expect("no holder panics") {
-        return Err(error);
-    }
     let end = engine.phases();
     Ok(Run {
-        latencies_ms: latencies.into_inner().expect("no holder panics"),
+        latencies_ms,
         seconds,
         cpu_seconds,
         phases: Phases {
@@ -396,6 +451,7 @@ fn measure(
             search: end.search - phases.search,
         },
         matrix_flops: engine.run(|backend| backend.matrix_flops()) - flops,
+        cached_tokens_share,
     })
 }
 
@@ -408,14 +464,6 @@ fn report(
 ) -> Report {
     let requests = run.latencies_ms.len();
     let matrix_gflops = run.matrix_flops as f64 / run.seconds / 1e9;
-    let model = match (&arguments.model, arguments.shape) {
-        (Some(path), _) => path.display().to_string(),
-        (None, shape) => {
-            let value = shape.and_then(|shape| clap::ValueEnum::to_possible_value(&shape));
-            value.map(|value| value.get_name().to_string()).unwrap_or_default()
-        }
-    };
-    let defaults = arguments.search.defaults(1);
     Report {
         requests,
         requests_per_second: requests as f64 / run.seconds,
@@ -429,23 +477,38 @@ fn report(
         },
         matrix_gflops,
         matrix_share: matrix_gflops / machine.matrix_gflops,
+        gflop_per_request: run.matrix_flops as f64 / requests as f64 / 1e9,
+        cached_tokens_share: run.cached_tokens_share,
         peak_memory_bytes: peak_memory_bytes(),
         churn,
-        settings: Settings {
-            model,
-            requests: arguments.requests.as_ref().map(|path| path.display().to_string()),
-            history: arguments.requests.is_none().then_some(arguments.history),
-            beams: defaults.beams,
-            widths: defaults.widths,
-            history_cache: arguments.history_cache,
-            normalize: defaults.normalization,
-            constraint: defaults.constraint,
-            concurrency: arguments.concurrency,
-            repeat: arguments.repeat,
-            threads: engine.num_threads(),
-            version: env!("CARGO_PKG_VERSION"),
-        },
+        settings: settings(arguments, engine),
         machine,
+    }
+}
+
+fn settings(arguments: &Arguments, engine: &Engine) -> Settings {
+    let model = match (&arguments.model, arguments.shape) {
+        (Some(path), _) => path.display().to_string(),
+        (None, shape) => {
+            let value = shape.and_then(|shape| clap::ValueEnum::to_possible_value(&shape));
+            value.map(|value| value.get_name().to_string()).unwrap_or_default()
+        }
+    };
+    let defaults = arguments.search.defaults(1);
+    Settings {
+        model,
+        requests: arguments.requests.as_ref().map(|path| path.display().to_string()),
+        history: arguments.requests.is_none().then_some(arguments.history),
+        beams: defaults.beams,
+        widths: defaults.widths,
+        history_cache: arguments.history_cache,
+        normalize: defaults.normalization,
+        constraint: defaults.constraint,
+        concurrency: arguments.concurrency,
+        batch: arguments.batch,
+        repeat: arguments.repeat,
+        threads: engine.num_threads(),
+        version: env!("CARGO_PKG_VERSION"),
     }
 }
 
@@ -478,7 +541,8 @@ fn to_text(report: &Report) -> String {
          {} requests of {} beams, {} at a time: {:.1} requests/s{cpu}\n\
          latency  p50 {:.2} ms, p95 {:.2}, p99 {:.2}, max {:.2}\n\
          time     prefill {:.0} %, decode {:.0} %, head and search {:.0} %\n\
-         matrices {:.1} GFLOP/s, {:.0} % of the {:.1} measured on this machine\n\
+         matrices {:.1} GFLOP/s, {:.0} % of the {:.1} measured on this machine; {:.3} GFLOP each\n\
+         contexts {:.0} % of the tokens were there from earlier requests\n\
          memory   {memory}{churn}",
         settings.model,
         machine.cpu,
@@ -499,5 +563,7 @@ fn to_text(report: &Report) -> String {
         report.matrix_gflops,
         report.matrix_share * 100.0,
         machine.matrix_gflops,
+        report.gflop_per_request,
+        report.cached_tokens_share * 100.0,
     )
 }

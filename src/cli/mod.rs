@@ -12,6 +12,7 @@ use sidereal::{Constraint, Engine, EngineOptions, Error, Normalization, RequestD
 mod bench;
 mod catalog;
 mod evaluate;
+mod load;
 mod measure;
 mod recommend;
 mod requests;

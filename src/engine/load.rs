@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::history_cache::{CacheStats, Found, HistoryCache};
 use crate::models::{Model, Scratch};
 use crate::pages::{Page, Pool};
-use crate::schedule::{self, Micros, Reading, RequestId, Room, Waiting};
+use crate::schedule::{self, Micros, Reading, RequestId, Room, RunTime, Waiting};
 
 /// Rows below which a step is not worth being cut into parts.
 const ROWS_PER_PART: usize = 16;
@@ -31,6 +31,7 @@ pub(super) struct Load<B: Backend> {
     /// One for each part of a step.
     lanes: Vec<Lane<B>>,
     answers: Vec<(RequestId, Result<Answer>)>,
+    run_time: RunTime,
     next_id: RequestId,
 }
 
@@ -38,6 +39,7 @@ pub(super) struct Load<B: Backend> {
 struct Running<B: Backend> {
     id: RequestId,
     job: Job,
+    admitted_us: Micros,
     deadline_us: Option<Micros>,
     context: Vec<Page>,
     tails: Vec<Page>,
@@ -51,6 +53,10 @@ struct Running<B: Backend> {
 impl<B: Backend> Running<B> {
     fn left(&self) -> usize {
         self.job.tokens.len() - self.read
+    }
+
+    fn is_late(&self, now_us: Micros) -> bool {
+        self.deadline_us.is_some_and(|deadline| deadline <= now_us)
     }
 }
 
@@ -97,6 +103,7 @@ impl<B: Backend> Load<B> {
             running: Vec::new(),
             lanes: Vec::new(),
             answers: Vec::new(),
+            run_time: RunTime::default(),
             next_id: 0,
         }
     }
@@ -165,20 +172,19 @@ impl<B: Backend> Load<B> {
         check_pages("tail", &self.tail_pages, held)
     }
 
-    /// Answers those whose deadline went by.
+    /// Answers those whose deadline went by, or would.
     fn give_up_late(&mut self, now_us: Micros) {
-        let is_late =
-            |deadline: Option<Micros>| deadline.is_some_and(|deadline| deadline <= now_us);
+        let (run_time, is_busy) = (&self.run_time, !self.running.is_empty());
         let answers = &mut self.answers;
         self.waiting.retain(|(waiting, job)| {
-            let is_late = is_late(waiting.deadline_us);
+            let is_late = schedule::is_hopeless(waiting, run_time, is_busy, now_us);
             if is_late {
                 answers.push((waiting.id, Err(job.deadline_exceeded())));
             }
             !is_late
         });
         self.running.retain(|running| {
-            let is_late = is_late(running.deadline_us);
+            let is_late = running.is_late(now_us);
             if is_late {
                 answers.push((running.id, Err(running.job.deadline_exceeded())));
             }
@@ -307,6 +313,7 @@ impl<B: Backend> Engine<B> {
             };
             load.running.push(Running {
                 id,
+                admitted_us: now_us,
                 deadline_us: waiting.deadline_us,
                 slots: (0..job.searches.len()).map(|search| Some(slot(search))).collect(),
                 context: found.pages,
@@ -446,15 +453,21 @@ impl<B: Backend> Engine<B> {
     /// Answers the requests that have taken all steps.
     fn finish(&self, load: &mut Load<B>) {
         let num_steps = self.num_steps();
+        let now_us = self.now_us();
         let (version, answers) = (load.weights_version, &mut load.answers);
+        let run_time = &mut load.run_time;
         load.running.retain(|running| {
             let mut slots = running.slots.iter().flatten();
             let is_finished = slots.all(|slot| {
                 self.backend.num_steps(slot) == num_steps || self.backend.num_beams(slot) == 0
             });
             if is_finished {
+                run_time.note(now_us.saturating_sub(running.admitted_us));
                 let slots = running.slots.iter().flatten();
-                let answer = self.answer(&running.job, running.cached_tokens, version, slots);
+                let answer = match running.is_late(now_us) {
+                    true => Err(running.job.deadline_exceeded()),
+                    false => self.answer(&running.job, running.cached_tokens, version, slots),
+                };
                 answers.push((running.id, answer));
             }
             !is_finished

@@ -1,0 +1,565 @@
+//! Load on a service: requests that arrive by themselves, or callers that wait for their answers.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use hdrhistogram::Histogram;
+use indicatif::{ProgressBar, ProgressStyle};
+use plotters::prelude::*;
+use serde::Serialize;
+use sidereal::{Answer, Error, Handle, Input, Request, Result, Service};
+
+use super::measure::cpu_time;
+
+/// Load that arrives over time.
+#[derive(Args)]
+#[command(next_help_heading = "Load")]
+pub struct LoadArguments {
+    /// Requests arrive at random, so many a second on average, whether others are answered or not
+    #[arg(long, value_name = "R")]
+    rate: Option<f64>,
+    /// Measure one load after the other, from a fifth of what the engine can do to more than that
+    #[arg(long, conflicts_with = "rate")]
+    sweep: bool,
+    /// Seconds that each load lasts
+    #[arg(long, value_name = "S", default_value_t = 10.0)]
+    seconds: f64,
+    /// Beam widths that requests are drawn from
+    #[arg(long, value_name = "W,W,...", value_delimiter = ',')]
+    mixed_beams: Vec<usize>,
+    /// Lengths of histories, in items, that requests are drawn from
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',')]
+    mixed_history: Vec<usize>,
+    /// Percent of the requests that come from users who were there before and have one item more;
+    /// some users come far more often than others (Zipf)
+    #[arg(long, value_name = "PERCENT", default_value_t = 0.0)]
+    returning: f64,
+    /// Score so many random items for each request, instead of searching
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    candidates: usize,
+    /// Milliseconds after which an answer is of no use
+    #[arg(long, value_name = "MS")]
+    deadline: Option<f64>,
+    /// With --sweep: name the largest load whose 99th percentile stays below so many milliseconds
+    #[arg(long, value_name = "MS", requires = "sweep")]
+    bound: Option<f64>,
+    /// With --sweep: draw latency against load, as SVG
+    #[arg(long, value_name = "FILE", requires = "sweep")]
+    plot: Option<std::path::PathBuf>,
+}
+
+impl LoadArguments {
+    /// Whether requests arrive by themselves.
+    pub fn is_open(&self) -> bool {
+        self.rate.is_some() || self.sweep
+    }
+
+    /// Whether requests are drawn from more than the histories given.
+    pub fn is_mixed(&self) -> bool {
+        !self.mixed_beams.is_empty()
+            || !self.mixed_history.is_empty()
+            || self.returning > 0.0
+            || self.candidates > 0
+    }
+
+    pub fn check(&self) -> Result<()> {
+        let wrong = |field, value: f64| {
+            let reason = format!("{value} is not a number above zero");
+            Err(Error::InvalidField { field, reason })
+        };
+        let is_positive = |value: f64| value.is_finite() && value > 0.0;
+        if let Some(rate) = self.rate.filter(|&rate| !is_positive(rate) || rate > 1e6) {
+            return wrong("--rate", rate);
+        }
+        if !is_positive(self.seconds) || self.seconds > 86_400.0 {
+            return wrong("--seconds", self.seconds);
+        }
+        if let Some(deadline) = self.deadline.filter(|&ms| !is_positive(ms) || ms > 1e9) {
+            return wrong("--deadline", deadline);
+        }
+        if !(0.0..=100.0).contains(&self.returning) {
+            let reason = format!("{} is not between 0 and 100", self.returning);
+            return Err(Error::InvalidField { field: "--returning", reason });
+        }
+        if self.mixed_history.contains(&0) {
+            return wrong("--mixed-history", 0.0);
+        }
+        Ok(())
+    }
+}
+
+/// Where requests are drawn from.
+pub struct Source<'a> {
+    arguments: &'a LoadArguments,
+    /// Drawn from as they are, but for what is mixed.
+    requests: &'a [Request],
+    items: Vec<String>,
+    rng: fastrand::Rng,
+    /// Histories by user; those who came first come most often.
+    users: Vec<Vec<String>>,
+    next: usize,
+}
+
+impl<'a> Source<'a> {
+    pub fn new(
+        service: &Service,
+        requests: &'a [Request],
+        arguments: &'a LoadArguments,
+    ) -> Source<'a> {
+        let snapshot = service.engine().catalog().snapshot();
+        let items = snapshot.all_items().map(|item| snapshot.name(item).to_string()).collect();
+        let rng = fastrand::Rng::with_seed(2);
+        Source { arguments, requests, items, rng, users: Vec::new(), next: 0 }
+    }
+
+    fn random_items(&mut self, count: usize) -> Vec<String> {
+        (0..count).map(|_| self.items[self.rng.usize(0..self.items.len())].clone()).collect()
+    }
+
+    /// Zipf over the users so far, by the inverse of its distribution: log-uniform ranks.
+    fn returning_user(&mut self) -> usize {
+        let rank = (self.users.len() as f64).powf(self.rng.f64()) as usize;
+        rank.min(self.users.len()) - 1
+    }
+
+    pub fn draw(&mut self) -> Request {
+        let mut request = self.requests[self.next % self.requests.len()].clone();
+        self.next += 1;
+        let LoadArguments { mixed_beams, mixed_history, returning, candidates, deadline, .. } =
+            self.arguments;
+        if let Some(&beams) = self.rng.choice(mixed_beams) {
+            request.beams = beams;
+            request.widths = Vec::new();
+        }
+        if let Some(&len) = self.rng.choice(mixed_history) {
+            request.input = Input::History(self.random_items(len));
+        }
+        if *returning > 0.0 {
+            let user = match self.rng.f64() * 100.0 < *returning && !self.users.is_empty() {
+                true => {
+                    let user = self.returning_user();
+                    let item = self.random_items(1);
+                    self.users[user].extend(item);
+                    user
+                }
+                false => {
+                    let history = match &request.input {
+                        Input::History(history) => history.clone(),
+                        Input::Tokens(_) => self.random_items(20),
+                    };
+                    self.users.push(history);
+                    self.users.len() - 1
+                }
+            };
+            request.input = Input::History(self.users[user].clone());
+            request.user = Some(user.to_string());
+        }
+        request.candidates = self.random_items(*candidates);
+        request.deadline = deadline.map(|ms| Duration::from_secs_f64(ms / 1e3));
+        request
+    }
+}
+
+/// What became of the requests of one load.
+#[derive(Serialize, Default)]
+pub struct LoadReport {
+    /// Requests that arrived a second; none where callers wait for their answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offered_per_second: Option<f64>,
+    pub answered_per_second: f64,
+    pub answered: usize,
+    /// Refused because too many waited.
+    pub refused: usize,
+    /// Not answered before their deadline.
+    pub late: usize,
+    /// Of those answered.
+    pub latency_ms: LatencyReport,
+    /// Tokens of contexts that were there from earlier requests, as a share of all.
+    pub cached_tokens_share: f64,
+    pub gflop_per_request: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_ms_per_request: Option<f64>,
+    pub seconds: f64,
+}
+
+#[derive(Serialize, Default)]
+pub struct LatencyReport {
+    pub p50: f64,
+    pub p90: f64,
+    pub p95: f64,
+    pub p99: f64,
+    pub p999: f64,
+    pub max: f64,
+}
+
+/// Collects outcomes.
+struct Tally {
+    latencies_us: Histogram<u64>,
+    refused: usize,
+    late: usize,
+    tokens: usize,
+    cached_tokens: usize,
+    failure: Option<Error>,
+}
+
+impl Tally {
+    fn new() -> Tally {
+        Tally {
+            latencies_us: Histogram::new(3).expect("three digits are few"),
+            refused: 0,
+            late: 0,
+            tokens: 0,
+            cached_tokens: 0,
+            failure: None,
+        }
+    }
+
+    fn note(&mut self, answer: Result<Answer>, latency: Duration) {
+        match answer {
+            Ok(answer) => {
+                self.latencies_us
+                    .record(latency.as_micros() as u64)
+                    .expect("a histogram that grows has room");
+                self.tokens += answer.tokens;
+                self.cached_tokens += answer.cached_tokens;
+            }
+            Err(Error::Overloaded { .. }) => self.refused += 1,
+            Err(Error::DeadlineExceeded { .. }) => self.late += 1,
+            Err(error) => {
+                self.failure.get_or_insert(error);
+            }
+        }
+    }
+}
+
+/// What is counted from a moment on.
+struct Since {
+    start: Instant,
+    cpu: Option<Duration>,
+    flops: u64,
+}
+
+impl Since {
+    fn now(service: &Service) -> Since {
+        let flops = service.engine().run(|backend| backend.matrix_flops());
+        Since { start: Instant::now(), cpu: cpu_time(), flops }
+    }
+
+    fn report(&self, service: &Service, offered: Option<f64>, tally: Tally) -> Result<LoadReport> {
+        if let Some(failure) = tally.failure {
+            return Err(failure);
+        }
+        let seconds = self.start.elapsed().as_secs_f64();
+        let end = Since::now(service);
+        let answered = tally.latencies_us.len() as usize;
+        let each = answered.max(1) as f64;
+        let ms = |quantile: f64| tally.latencies_us.value_at_quantile(quantile) as f64 / 1e3;
+        Ok(LoadReport {
+            offered_per_second: offered,
+            answered_per_second: answered as f64 / seconds,
+            answered,
+            refused: tally.refused,
+            late: tally.late,
+            latency_ms: LatencyReport {
+                p50: ms(0.5),
+                p90: ms(0.9),
+                p95: ms(0.95),
+                p99: ms(0.99),
+                p999: ms(0.999),
+                max: tally.latencies_us.max() as f64 / 1e3,
+            },
+            cached_tokens_share: tally.cached_tokens as f64 / tally.tokens.max(1) as f64,
+            gflop_per_request: (end.flops - self.flops) as f64 / each / 1e9,
+            cpu_ms_per_request: end
+                .cpu
+                .zip(self.cpu)
+                .map(|(end, start)| (end - start).as_secs_f64() * 1e3 / each),
+            seconds,
+        })
+    }
+}
+
+/// Notes when an answer was there, whoever looks at it later.
+#[derive(Default)]
+struct Stamp(OnceLock<Instant>);
+
+impl Wake for Stamp {
+    fn wake(self: Arc<Self>) {
+        self.0.get_or_init(Instant::now);
+    }
+}
+
+/// A request on its way.
+struct Sent {
+    start: Instant,
+    handle: Handle,
+    stamp: Arc<Stamp>,
+}
+
+impl Sent {
+    fn new(mut handle: Handle, start: Instant) -> std::result::Result<Sent, Result<Answer>> {
+        let stamp = Arc::new(Stamp::default());
+        let waker = Waker::from(Arc::clone(&stamp));
+        match Pin::new(&mut handle).poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(answer) => Err(answer),
+            Poll::Pending => Ok(Sent { start, handle, stamp }),
+        }
+    }
+
+    fn wait(self) -> (Result<Answer>, Duration) {
+        let answer = self.handle.wait();
+        let end = self.stamp.0.get().copied().unwrap_or_else(Instant::now);
+        (answer, end - self.start)
+    }
+}
+
+/// Requests arrive at random moments, `rate` a second on average (a Poisson process).
+fn open_loop(
+    service: &Service,
+    source: &mut Source<'_>,
+    rate: f64,
+    seconds: f64,
+    bar: &ProgressBar,
+) -> Result<LoadReport> {
+    let since = Since::now(service);
+    let (sender, receiver) = mpsc::channel::<Sent>();
+    let collected = std::thread::scope(|scope| {
+        let collector = scope.spawn(move || {
+            let mut tally = Tally::new();
+            for sent in receiver {
+                let (answer, latency) = sent.wait();
+                tally.note(answer, latency);
+            }
+            tally
+        });
+        let mut own = Tally::new();
+        let mut due = 0.0;
+        while due < seconds {
+            let arrival = since.start + Duration::from_secs_f64(due);
+            let request = source.draw();
+            std::thread::sleep(arrival.saturating_duration_since(Instant::now()));
+            bar.set_position((due * 1e3) as u64);
+            // Whoever sends late has waited since the request was due.
+            match service.submit(request).map(|handle| Sent::new(handle, arrival)) {
+                Ok(Ok(sent)) => sender.send(sent).expect("the collector outlives the loop"),
+                Ok(Err(answer)) => own.note(answer, arrival.elapsed()),
+                Err(error) => own.note(Err(error), Duration::ZERO),
+            }
+            due -= (1.0 - source.rng.f64()).ln() / rate;
+        }
+        drop(sender);
+        let mut tally = collector.join().expect("the collector reports errors");
+        tally.latencies_us.add(&own.latencies_us).expect("histograms of one kind");
+        tally.refused += own.refused;
+        tally.late += own.late;
+        tally.failure = tally.failure.or(own.failure);
+        tally
+    });
+    since.report(service, Some(rate), collected)
+}
+
+/// So many callers, each of whom sends its next request when it has its answer, until as many as
+/// wanted are answered. Each latency is handed over as it comes.
+pub fn closed_loop(
+    service: &Service,
+    source: &mut Source<'_>,
+    callers: usize,
+    requests: usize,
+    bar: &ProgressBar,
+    mut each: impl FnMut(Duration),
+) -> Result<LoadReport> {
+    let drawn: VecDeque<Request> = (0..requests).map(|_| source.draw()).collect();
+    let drawn = Mutex::new(drawn);
+    let since = Since::now(service);
+    let (sender, receiver) = mpsc::channel();
+    let mut tally = Tally::new();
+    std::thread::scope(|scope| {
+        for _ in 0..callers {
+            let (drawn, sender) = (&drawn, sender.clone());
+            scope.spawn(move || {
+                loop {
+                    let next = drawn.lock().expect("no holder panics").pop_front();
+                    let Some(request) = next else { return };
+                    let start = Instant::now();
+                    let answer = service.submit(request).and_then(Handle::wait);
+                    let latency = start.elapsed();
+                    if sender.send((answer, latency)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        for (answer, latency) in receiver {
+            each(latency);
+            bar.inc(1);
+            tally.note(answer, latency);
+        }
+    });
+    since.report(service, None, tally)
+}
+
+/// Loads that arrive by themselves, one after the other.
+#[derive(Serialize)]
+pub struct OpenReport {
+    pub loads: Vec<LoadReport>,
+    /// What callers who wait for their answers get done, for comparison; where loads were swept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub capacity_per_second: Option<f64>,
+    /// The largest load whose 99th percentile stayed below the bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_second_within_bound: Option<f64>,
+}
+
+/// Callers who wait that find out what the engine can do.
+const CAPACITY_CALLERS: usize = 32;
+/// Loads of a sweep, as shares of that.
+const SWEEP: [f64; 8] = [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2];
+
+pub fn run_open(
+    service: &Service,
+    requests: &[Request],
+    arguments: &LoadArguments,
+) -> Result<OpenReport> {
+    let mut source = Source::new(service, requests, arguments);
+    let seconds = arguments.seconds;
+    let (mut rates, mut capacity) = (Vec::from_iter(arguments.rate), None);
+    if arguments.sweep {
+        let bar = super::requests::spinner("finding out what the engine can do");
+        let start = Instant::now();
+        let mut answered = 0;
+        while start.elapsed().as_secs_f64() < seconds.min(5.0) {
+            let hidden = ProgressBar::hidden();
+            let count = 4 * CAPACITY_CALLERS;
+            closed_loop(service, &mut source, CAPACITY_CALLERS, count, &hidden, |_| {})?;
+            answered += count;
+        }
+        bar.finish_and_clear();
+        let per_second = answered as f64 / start.elapsed().as_secs_f64();
+        capacity = Some(per_second);
+        rates = SWEEP.iter().map(|share| share * per_second).collect();
+    }
+    let bar = ProgressBar::new((seconds * 1e3) as u64 * rates.len() as u64);
+    let style =
+        ProgressStyle::with_template("{msg} {wide_bar} {percent} % {elapsed} of {duration}");
+    let bar = bar.with_style(style.expect("a sound template"));
+    let mut loads = Vec::new();
+    for rate in rates {
+        bar.set_message(format!("{rate:.0} requests/s"));
+        let part = ProgressBar::hidden();
+        loads.push(open_loop(service, &mut source, rate, seconds, &part)?);
+        bar.inc((seconds * 1e3) as u64);
+    }
+    bar.finish_and_clear();
+    let within = |bound: f64| {
+        let holds = |load: &&LoadReport| {
+            load.latency_ms.p99 <= bound && load.refused + load.late == 0 && load.answered > 0
+        };
+        loads.iter().filter(holds).map(|load| load.answered_per_second).reduce(f64::max)
+    };
+    let per_second_within_bound = arguments.bound.and_then(within);
+    if let Some(path) = &arguments.plot {
+        plot(path, &loads)?;
+    }
+    Ok(OpenReport { loads, capacity_per_second: capacity, per_second_within_bound })
+}
+
+impl OpenReport {
+    pub fn to_text(&self) -> String {
+        let mut lines = vec![
+            "offered/s  answered/s  refused  late   p50 ms   p95 ms   p99 ms   max ms  cached  GFLOP each"
+                .to_string(),
+        ];
+        for load in &self.loads {
+            let LatencyReport { p50, p95, p99, max, .. } = load.latency_ms;
+            lines.push(format!(
+                "{:9.1}  {:10.1}  {:7}  {:4}  {p50:7.2}  {p95:7.2}  {p99:7.2}  {max:7.2}  {:4.0} %  {:10.3}",
+                load.offered_per_second.unwrap_or(0.0),
+                load.answered_per_second,
+                load.refused,
+                load.late,
+                load.cached_tokens_share * 100.0,
+                load.gflop_per_request,
+            ));
+        }
+        if let Some(capacity) = self.capacity_per_second {
+            lines.push(format!(
+                "{CAPACITY_CALLERS} callers who wait for their answers: {capacity:.1} requests/s"
+            ));
+        }
+        if let Some(rate) = self.per_second_within_bound {
+            lines.push(format!("within the bound: {rate:.1} requests/s"));
+        }
+        lines.join("\n")
+    }
+}
+
+/// Latency against load, on a logarithmic scale.
+fn plot(path: &Path, loads: &[LoadReport]) -> Result<()> {
+    let failed = |reason: String| Error::Io {
+        path: path.to_path_buf(),
+        source: std::io::Error::other(reason),
+    };
+    let area = SVGBackend::new(path, (800, 500)).into_drawing_area();
+    let draw = || -> std::result::Result<(), Box<dyn std::error::Error>> {
+        area.fill(&WHITE)?;
+        let most_load =
+            loads.iter().filter_map(|load| load.offered_per_second).fold(1.0, f64::max) * 1.05;
+        let most = loads.iter().map(|load| load.latency_ms.p99).fold(1.0, f64::max) * 1.3;
+        let least =
+            loads.iter().map(|load| load.latency_ms.p50).fold(most, f64::min).max(1e-3) / 1.3;
+        let mut chart = ChartBuilder::on(&area)
+            .margin(16)
+            .caption("Latency against load", ("sans-serif", 20))
+            .x_label_area_size(40)
+            .y_label_area_size(60)
+            .build_cartesian_2d(0.0..most_load, (least..most).log_scale())?;
+        chart
+            .configure_mesh()
+            .x_desc("requests a second that arrive")
+            .y_desc("milliseconds")
+            .draw()?;
+        type Quantile = fn(&LatencyReport) -> f64;
+        let quantiles: [(&str, RGBColor, Quantile); 3] = [
+            ("p50", BLUE, |latency| latency.p50),
+            ("p95", GREEN, |latency| latency.p95),
+            ("p99", RED, |latency| latency.p99),
+        ];
+        for (name, color, quantile) in quantiles {
+            let points = loads.iter().filter_map(|load| {
+                Some((load.offered_per_second?, quantile(&load.latency_ms).max(least)))
+            });
+            chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?.label(name).legend(
+                move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2)),
+            );
+        }
+        chart.configure_series_labels().border_style(BLACK).background_style(WHITE).draw()?;
+        area.present()?;
+        Ok(())
+    };
+    draw().map_err(|error| failed(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    #[test]
+    fn users_who_came_first_come_most_often() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut counts: HashMap<usize, usize> = HashMap::new();
+        for _ in 0..100_000 {
+            let rank = (1000f64).powf(rng.f64()) as usize;
+            *counts.entry(rank.min(1000) - 1).or_default() += 1;
+        }
+        // Log-uniform: the first has ln 2 / ln 1000 of all, about a tenth.
+        assert!((9_500..10_600).contains(&counts[&0]), "{}", counts[&0]);
+        assert!(counts[&0] > 5 * counts[&9]);
+    }
+}
