@@ -327,7 +327,7 @@ fn open_loop(
     seconds: f64,
     bar: &ProgressBar,
 ) -> Result<LoadReport> {
-    let since = Since::now(service);
+    let (since, before) = (Since::now(service), bar.position());
     let (sender, receiver) = mpsc::channel::<Sent>();
     let collected = std::thread::scope(|scope| {
         let collector = scope.spawn(move || {
@@ -344,7 +344,7 @@ fn open_loop(
             let arrival = since.start + Duration::from_secs_f64(due);
             let request = source.draw();
             std::thread::sleep(arrival.saturating_duration_since(Instant::now()));
-            bar.set_position((due * 1e3) as u64);
+            bar.set_position(before + (due * 1e3) as u64);
             // Whoever sends late has waited since the request was due.
             match service.submit(request).map(|handle| Sent::new(handle, arrival)) {
                 Ok(Ok(sent)) => sender.send(sent).expect("the collector outlives the loop"),
@@ -452,9 +452,7 @@ pub fn run_open(
     let mut loads = Vec::new();
     for rate in rates {
         bar.set_message(format!("{rate:.0} requests/s"));
-        let part = ProgressBar::hidden();
-        loads.push(open_loop(service, &mut source, rate, seconds, &part)?);
-        bar.inc((seconds * 1e3) as u64);
+        loads.push(open_loop(service, &mut source, rate, seconds, &bar)?);
     }
     bar.finish_and_clear();
     let within = |bound: f64| {

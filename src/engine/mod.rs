@@ -3,10 +3,10 @@
 //! Requests are batched **continuously**: in every step some read their prompts, in chunks, and
 //! others extend their beams by a level; all rows of a step share its matrix products. What a
 //! request needs is known when it arrives (pages for its context and tails, beam rows), so it is
-//! admitted when that is free ([`schedule`]) and then always finishes. The answer to a request is
+//! admitted when that is free ([`schedule`](crate::schedule)) and then always finishes. The answer to a request is
 //! the same, to the last bit, in any company and on any number of threads.
 //!
-//! Contexts that were computed stay as long as there is room ([`history_cache`]): a request that
+//! Contexts that were computed stay as long as there is room ([`history_cache`](crate::history_cache)): a request that
 //! begins like an earlier one reads only what is new.
 
 use std::collections::HashMap;

@@ -230,6 +230,22 @@ impl Tile<'_> {
         let columns = self.first_column..out[0].len().min(self.first_column + PANEL);
         // Counted loops: an index that is not known here would keep the sums in memory.
         let mut stored = [[0.0; PANEL]; ROWS];
+        if self.bias.is_none() && columns.len() == PANEL {
+            for row in 0..ROWS {
+                if let Some(out) = out.get_mut(row).and_then(|out| out.get_mut(columns.clone())) {
+                    for r in 0..REGISTERS {
+                        if let Some(out) = out.get_mut(r * lanes..(r + 1) * lanes) {
+                            let sum = match self.adds {
+                                true => ops.add(ops.load(out), sums[row][r]),
+                                false => sums[row][r],
+                            };
+                            ops.store(sum, out);
+                        }
+                    }
+                }
+            }
+            return;
+        }
         for row in 0..ROWS {
             for r in 0..REGISTERS {
                 ops.store(sums[row][r], &mut stored[row][r * lanes..(r + 1) * lanes]);
@@ -241,12 +257,9 @@ impl Tile<'_> {
                 sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias);
             }
             let out = &mut out[columns.clone()];
-            match <&mut [f32; PANEL]>::try_from(&mut *out) {
-                Ok(out) if self.adds => add(out, sums),
-                Ok(out) => *out = *sums,
-                // The last panel may be wider than what is left of the output.
-                Err(_) if self.adds => add(out, sums),
-                Err(_) => out.copy_from_slice(&sums[..out.len()]),
+            match self.adds {
+                true => add(out, sums),
+                false => out.copy_from_slice(&sums[..out.len()]),
             }
         }
     }
