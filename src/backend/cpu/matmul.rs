@@ -197,6 +197,7 @@ struct Tile<'a> {
 
 impl Tile<'_> {
     /// `ROWS` rows against the panel, sums in `ROWS * REGISTERS` registers.
+    #[expect(clippy::needless_range_loop, reason = "counted loops keep the sums in registers")]
     #[inline(always)]
     fn run<I: Isa, const REGISTERS: usize, const ROWS: usize>(
         &self,
