@@ -953,6 +953,63 @@ fn fields_of_a_request_line_must_be_possible() {
 }
 
 #[test]
+fn what_a_line_says_of_load_and_scoring_must_be_possible() {
+    let engine = engine();
+    let answer = |fields: &str| {
+        let line = format!(r#"{{"history": ["17"], {fields}}}"#);
+        parse(&line).and_then(|request| engine.recommend(&request))
+    };
+    for good in [
+        r#""beams": [1, 4096, 3]"#,
+        r#""deadline_ms": 1e12"#,
+        r#""priority": "low", "user": 7"#,
+        r#""sample": 18446744073709551615"#,
+        r#""candidates": [17, "4"], "beams": 1"#,
+        r#""candidates": [], "log_probs": true"#,
+    ] {
+        assert!(answer(good).is_ok(), "{good}");
+    }
+    for (beams, words) in [
+        ("[]", ["0", "4096"]),
+        ("[1, 0, 1]", ["0", "4096"]),
+        ("[1, 2, 4097]", ["4097", "4096"]),
+        ("[1, -2, 3]", ["-2", "4096"]),
+    ] {
+        let outcome = answer(&format!(r#""beams": {beams}"#));
+        assert_error!(outcome, Error::BeamWidth { .. }, words[0], words[1]);
+    }
+    for beams in ["[1, 2]", "[1, 2, 3, 4]"] {
+        let outcome = answer(&format!(r#""beams": {beams}"#));
+        assert_error!(outcome, Error::InvalidField { .. }, "beams", "3 levels");
+    }
+    for malformed in [
+        r#""beams": [1, "2", 3]"#,
+        r#""beams": 1.5"#,
+        r#""priority": "urgent""#,
+        r#""sample": -1"#,
+        r#""log_probs": 1"#,
+        r#""candidates": 5"#,
+    ] {
+        assert_error!(answer(malformed), Error::MalformedRequest { .. }, "malformed");
+    }
+    for deadline in ["-1", "1e300"] {
+        let outcome = answer(&format!(r#""deadline_ms": {deadline}"#));
+        assert_error!(outcome, Error::InvalidField { .. }, "deadline_ms");
+    }
+    assert_error!(
+        answer(r#""deadline_ms": 0"#),
+        Error::DeadlineExceeded { .. },
+        "deadline of 0 ms"
+    );
+    let unknown = answer(r#""candidates": ["x"]"#);
+    assert_error!(unknown, Error::UnknownItem { .. }, "\"x\"");
+    let free = answer(r#""constraint": "level", "log_probs": true"#);
+    assert_error!(free, Error::InvalidField { .. }, "constraint", "trie");
+    let many = answer(&format!(r#""candidates": [{}]"#, vec!["17"; 4097].join(",")));
+    assert_error!(many, Error::InvalidField { .. }, "candidates", "4097", "4096");
+}
+
+#[test]
 fn texts_speak_of_the_file_and_not_of_the_parser() {
     let folder = temp();
     let items = |line: &str| Catalog::open(&write(&folder, "items.jsonl", line)).map(|_| ());

@@ -50,7 +50,7 @@ fn ten_thousand_requests_of_64_threads_are_all_answered_cancelled_or_refused() {
                         Err(Error::Overloaded { queued, limit }) => {
                             assert!(queued >= limit);
                             refused.fetch_add(1, Ordering::Relaxed);
-                            std::thread::yield_now();
+                            std::thread::sleep(Duration::from_millis(1));
                             continue;
                         }
                         Err(error) => panic!("{error}"),
@@ -80,6 +80,7 @@ fn ten_thousand_requests_of_64_threads_are_all_answered_cancelled_or_refused() {
     });
     let [answered, cancelled, refused, checked] =
         [answered, cancelled, refused, checked].map(|count| count.load(Ordering::Relaxed));
+    println!("{answered} answered, {cancelled} cancelled, {refused} refused");
     assert_eq!(answered + cancelled + refused, 10_000);
     assert!(
         answered > 2000 && cancelled > 200 && checked > 100,
