@@ -27,77 +27,109 @@ impl CpuBackend {
             .prompts()
             .map(|(_, slot)| batch.memory.context_pages(&slot.spec.context_pages))
             .collect();
-        let mut heads_of_prompts = Vec::new();
+        let mut all_heads = Vec::new();
         let (mut rest, mut first_row) = (&mut out.values[..], 0);
         for ((chunk, _), pages) in batch.prompts().zip(&pages) {
             let (rows, after) = rest.split_at_mut(chunk.len() * query_dim);
             rest = after;
-            for (head, out) in
-                split_columns(rows, query_dim, heads.head_dim).into_iter().enumerate()
-            {
+            let by_head = split_columns(rows, query_dim, heads.head_dim);
+            for (head, out) in by_head.into_iter().enumerate() {
                 let bias = relative_bias.map(|bias| {
                     let row = 2 * longest - 1;
                     &bias[head * row..(head + 1) * row]
                 });
-                let prompt = HeadOfPrompt { first_row, start: chunk.start, end: chunk.end, bias };
-                heads_of_prompts.push((prompt, pages, head, out));
+                let attention = HeadAttention {
+                    queries,
+                    heads,
+                    head,
+                    first_row,
+                    start: chunk.start,
+                    end: chunk.end,
+                    mask,
+                    scale,
+                    bias,
+                    longest,
+                };
+                all_heads.push((attention, pages, out));
             }
             first_row += chunk.len();
         }
-        heads_of_prompts.into_par_iter().for_each_init(
-            || Scratch::new(0),
-            |scores, (prompt, pages, head, mut out)| {
-                let kv_head = head / (heads.num_heads / heads.num_kv_heads);
-                let layout = &batch.memory.layout;
-                let context = HeadContext::new(pages, prompt.end, layout, layer, kv_head);
-                for (tile, out) in out.chunks_mut(QUERIES_PER_TILE).enumerate() {
-                    let first = tile * QUERIES_PER_TILE;
-                    let row = prompt.first_row + first;
-                    let queries = Queries {
-                        values: &queries.values[row * queries.columns + head * heads.head_dim..],
-                        stride: queries.columns,
-                        rows: out.len(),
-                    };
-                    let start = prompt.start + first;
-                    let reach = match mask {
-                        Mask::Causal => start + out.len(),
-                        Mask::Bidirectional => prompt.end,
-                    };
-                    self.count_flops(2 * out.len(), heads.head_dim, reach);
-                    scores.resize(out.len() * reach);
-                    context.scores(queries, reach, scores);
-                    let mut sums = [0.0; QUERIES_PER_TILE];
-                    let rows = scores.chunks_exact_mut(reach).zip(&mut sums);
-                    for (position, (row, sum)) in (start..).zip(rows) {
-                        let (seen, unseen) = row.split_at_mut(match mask {
-                            Mask::Causal => position + 1,
-                            Mask::Bidirectional => reach,
-                        });
-                        unseen.fill(0.0);
-                        seen.iter_mut().for_each(|score| *score *= scale);
-                        if let Some(bias) = prompt.bias {
-                            let bias = &bias[longest - 1 - position..];
-                            seen.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
-                        }
-                        let largest = Largest(seen).dispatch();
-                        *sum = ExpSum { values: seen, offset: largest }.dispatch();
-                    }
-                    context.weigh(scores, reach, out);
-                    for (out, sum) in out.iter_mut().zip(sums) {
-                        let share = 1.0 / sum;
-                        out.iter_mut().for_each(|value| *value *= share);
-                    }
-                }
-            },
-        );
+        let layout = &batch.memory.layout;
+        all_heads.into_par_iter().for_each_init(Scratch::default, |scores, task| {
+            let (attention, pages, mut out) = task;
+            let kv_head = attention.head / (heads.num_heads / heads.num_kv_heads);
+            let context = HeadContext::new(pages, attention.end, layout, layer, kv_head);
+            for (tile, out) in out.chunks_mut(QUERIES_PER_TILE).enumerate() {
+                let first = tile * QUERIES_PER_TILE;
+                let reach = attention.reach(first + out.len());
+                self.count_flops(2 * out.len(), heads.head_dim, reach);
+                attention.attend(first, reach, &context, scores, out);
+            }
+        });
     }
 }
 
-/// One query head of one chunk.
-struct HeadOfPrompt<'a> {
+/// The attention of one query head over one chunk of a prompt.
+struct HeadAttention<'a> {
+    queries: &'a Buffer,
+    heads: Heads,
+    head: usize,
+    /// The chunk's first row among all.
     first_row: usize,
+    /// Its positions.
     start: usize,
     end: usize,
+    mask: Mask,
+    scale: f32,
     /// `[2 * longest - 1]` over key minus query position.
     bias: Option<&'a [f32]>,
+    longest: usize,
+}
+
+impl HeadAttention<'_> {
+    /// How many positions the first `rows` rows of the chunk see together.
+    fn reach(&self, rows: usize) -> usize {
+        match self.mask {
+            Mask::Causal => self.start + rows,
+            Mask::Bidirectional => self.end,
+        }
+    }
+
+    /// The rows from `first` on, one a row of `out`.
+    fn attend(
+        &self,
+        first: usize,
+        reach: usize,
+        context: &HeadContext<'_>,
+        scores: &mut Scratch,
+        out: &mut [&mut [f32]],
+    ) {
+        let columns = self.queries.num_columns();
+        let first_value = (self.first_row + first) * columns + self.head * self.heads.head_dim;
+        let queries = Queries {
+            values: &self.queries.values[first_value..],
+            stride: columns,
+            rows: out.len(),
+        };
+        scores.resize(out.len() * reach);
+        context.scores(queries, reach, scores);
+        let mut sums = [0.0; QUERIES_PER_TILE];
+        let rows = scores.chunks_exact_mut(reach).zip(&mut sums).enumerate();
+        for (row, (scores, sum)) in rows {
+            let (seen, unseen) = scores.split_at_mut(self.reach(first + row + 1));
+            unseen.fill(0.0);
+            seen.iter_mut().for_each(|score| *score *= self.scale);
+            if let Some(bias) = self.bias {
+                let bias = &bias[self.longest - 1 - (self.start + first + row)..];
+                seen.iter_mut().zip(bias).for_each(|(score, bias)| *score += bias);
+            }
+            let largest = Largest(seen).dispatch();
+            *sum = ExpSum { values: seen, offset: largest }.dispatch();
+        }
+        context.weigh(scores, reach, out);
+        for (out, sum) in out.iter_mut().zip(sums) {
+            let share = 1.0 / sum;
+            out.iter_mut().for_each(|value| *value *= share);
+        }
+    }
 }
