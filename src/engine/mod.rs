@@ -41,7 +41,7 @@ use load::Load;
 /// better with half the requests each than with half of every product.
 const MOST_SMALL_WEIGHTS: usize = 16 << 20;
 /// Memory for contexts where the options name none, in bytes.
-const CONTEXT_BYTES: usize = 1 << 30;
+const CONTEXT_BYTES: usize = 256 << 20;
 /// Requests that wait at most while [`Engine::recommend_all`] hands over more.
 const MOST_WAITING: usize = 64;
 
@@ -53,7 +53,7 @@ pub struct EngineOptions {
     /// The most tokens of an input. A model's own limit of positions holds as well.
     pub max_context: usize,
     /// Tokens of all contexts together, of those that run and those that are kept for requests to
-    /// come; 0 for what a gigabyte holds, and for one longest input at least.
+    /// come; 0 for what 256 MiB hold, and for one longest input at least.
     pub context_tokens: usize,
     /// Beam rows that the memory for tails is enough for: the most that all requests together, and
     /// one alone, can have.
