@@ -94,6 +94,9 @@ impl LoadArguments {
     }
 }
 
+/// Items after which a user is replaced by another.
+const MOST_ITEMS: usize = 1000;
+
 /// Where requests are drawn from.
 pub struct Source<'a> {
     arguments: &'a LoadArguments,
@@ -144,8 +147,15 @@ impl<'a> Source<'a> {
             let user = match self.rng.f64() * 100.0 < *returning && !self.users.is_empty() {
                 true => {
                     let user = self.returning_user();
-                    let item = self.random_items(1);
-                    self.users[user].extend(item);
+                    let more = match self.users[user].len() < MOST_ITEMS {
+                        true => self.random_items(1),
+                        false => {
+                            // Nobody goes on for ever: another takes the place.
+                            self.users[user].clear();
+                            self.random_items(20)
+                        }
+                    };
+                    self.users[user].extend(more);
                     user
                 }
                 false => {
