@@ -178,8 +178,8 @@ impl HistoryCache {
         self.keep(Key { parent: ROOT, tokens: tokens.into() }, pages.to_vec());
     }
 
-    /// Drops what was not used for longest until one page or more that nobody holds is free; false
-    /// when there is nothing left to drop.
+    /// Drops what was not used for longest; its pages are free unless requests hold them. False when
+    /// there is nothing left to drop.
     pub fn drop_oldest(&mut self) -> bool {
         let tail = self.user_order.first().map(|(used, _)| *used);
         let entry = self.droppable.first().map(|(used, _)| *used);
