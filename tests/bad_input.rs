@@ -6,8 +6,8 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 use sidereal::catalog::Catalog;
 use sidereal::{
-    Answer, Constraint, Engine, Error, MAX_BEAMS, Normalization, Request, RequestDefaults,
-    RequestLine,
+    Answer, Constraint, Engine, Error, MAX_BEAMS, Normalization, Recommendation, Request,
+    RequestDefaults, RequestLine,
 };
 
 #[path = "common/folders.rs"]
@@ -802,6 +802,10 @@ fn a_score_is_finite_at_any_temperature_or_the_request_fails() {
     // Where the inverse of the temperature nears the end of f32, one step is not as the next.
     let small = (10..90).step_by(4).map(|tenths| tenths as f32 * 1e-38);
     let all = (-39..=38).step_by(3).map(|exponent| 10f32.powi(exponent)).chain(small);
+    let is_finite = |item: &Recommendation| {
+        let log_probs = item.log_probs.iter().flat_map(|token| [token.vocabulary, token.children]);
+        log_probs.chain([item.score]).all(f32::is_finite)
+    };
     let (mut answered, mut infinite, mut silent) = (0, Vec::new(), Vec::new());
     for temperature in all {
         request.temperature = temperature;
@@ -809,19 +813,20 @@ fn a_score_is_finite_at_any_temperature_or_the_request_fails() {
             [Normalization::Vocabulary, Normalization::Level, Normalization::Children]
         {
             request.normalization = Some(normalization);
-            let case = format!("{temperature:e} {normalization:?}");
-            match engine.recommend(&request) {
-                Ok(Answer { items, .. }) if items.iter().all(|item| item.score.is_finite()) => {
-                    answered += 1;
+            for (sample, log_probs) in [(None, false), (Some(1), false), (None, true)] {
+                (request.sample, request.log_probs) = (sample, log_probs);
+                let case = format!("{temperature:e} {normalization:?} {sample:?} {log_probs}");
+                match engine.recommend(&request) {
+                    Ok(Answer { items, .. }) if items.iter().all(is_finite) => answered += 1,
+                    Ok(_) => infinite.push(case),
+                    // The way out is another temperature: nothing is wrong with the model.
+                    Err(error) if error.to_string().contains("temperature") => {}
+                    Err(error) => silent.push(format!("{case}: {error}")),
                 }
-                Ok(_) => infinite.push(case),
-                // The way out is another temperature: nothing is wrong with the model.
-                Err(error) if error.to_string().contains("temperature") => {}
-                Err(error) => silent.push(format!("{case}: {error}")),
             }
         }
     }
-    assert!(answered > 60, "{answered}");
+    assert!(answered > 180, "{answered}");
     assert!(infinite.is_empty(), "scores that are not finite at {infinite:?}");
     assert!(silent.is_empty(), "errors that do not name the temperature: {silent:#?}");
 }

@@ -317,14 +317,7 @@ impl<B: Backend> Engine<B> {
                     let answers = indices.keys().map(|&id| (id, load.take_answer(id)));
                     finished.extend(answers.filter_map(|(id, answer)| Some((id, answer?))));
                 }
-                Err(error) => {
-                    let failed = |id: &RequestId| (*id, Err(error.to_string()));
-                    let failed: Vec<_> = indices.keys().map(failed).collect();
-                    for (id, error) in failed {
-                        let error = error.map_err(|reason| Error::EngineFailed { reason });
-                        finished.push((id, error));
-                    }
-                }
+                Err(_) => finished.extend(indices.keys().map(|&id| (id, Err(failed())))),
             }
             for (id, answer) in finished {
                 deliver(indices.remove(&id).expect("one of ours"), answer);

@@ -40,6 +40,9 @@ pub(super) fn advance_beams(
             Some(best) => search.replace(beams, &best, slot.positions.len()),
             None => beams.fail(step),
         }
+        if !beams.are_finite() {
+            beams.fail(step);
+        }
     });
 }
 
@@ -454,6 +457,14 @@ impl Search<'_> {
 }
 
 impl Beams {
+    /// Whether all numbers are finite that a sample or its caller is told: a sample is not drawn by
+    /// its scores, so these may be broken where the noise is sound.
+    fn are_finite(&self) -> bool {
+        let is_finite =
+            |token: &LogProb| token.vocabulary.is_finite() && token.children.is_finite();
+        self.scores.iter().all(|score| score.is_finite()) && self.log_probs.iter().all(is_finite)
+    }
+
     /// Ends the search: the beams are gone, and reading them tells why.
     fn fail(&mut self, step: usize) {
         let start_token = self.start_token;
