@@ -8,8 +8,9 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use sidereal::Tensor;
 use sidereal::backend::cpu::{Buffer, CpuBackend};
 use sidereal::backend::{Backend, Batch, Epilogue, Heads, Mask, Reach, SearchRule, StepTokens};
+use sidereal::catalog::legality::Legality;
 use sidereal::catalog::sid::Sid;
-use sidereal::catalog::{Catalog, CatalogBuilder, Item};
+use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
 use sidereal::{Constraint, Normalization};
 
 #[path = "../tests/common/cases.rs"]
@@ -79,6 +80,20 @@ fn random_catalog(cases: &mut Cases, items: usize) -> Catalog {
     builder.build().expect("names are unique")
 }
 
+fn rule<'a>(snapshot: &'a Snapshot, legality: &'a Legality, beams: usize) -> SearchRule<'a> {
+    SearchRule {
+        snapshot,
+        legality,
+        beams,
+        normalization: Normalization::Level,
+        constraint: Constraint::Trie,
+        temperature: 1.0,
+        candidates: None,
+        seed: None,
+        log_probs: false,
+    }
+}
+
 /// A search of two levels, then attention over context and tails, and the third level.
 fn search(criterion: &mut Criterion) {
     let backend = CpuBackend::default();
@@ -104,17 +119,7 @@ fn search(criterion: &mut Criterion) {
                     for _ in 0..3 {
                         let rows = backend.num_beams(&slots[0]);
                         let hidden = Buffer::new(vec![0.5; rows * 128], 128);
-                        let rules = [SearchRule {
-                            snapshot: &catalog,
-                            legality: &legality,
-                            beams,
-                            normalization: Normalization::Level,
-                            constraint: Constraint::Trie,
-                            temperature: 1.0,
-                            candidates: None,
-                            seed: None,
-                            log_probs: false,
-                        }];
+                        let rules = [rule(&catalog, &legality, beams)];
                         backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
                         backend.advance_beams(&logits, &head, &rules, &mut slots);
                     }
@@ -134,19 +139,8 @@ fn search(criterion: &mut Criterion) {
             Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
         backend.store_context(0, &kv, 0, TIGER, &batch);
         let legality = catalog.legality(&[], None).expect("no filter");
-        let rule = SearchRule {
-            snapshot: &catalog,
-            legality: &legality,
-            beams,
-            normalization: Normalization::Level,
-            constraint: Constraint::Trie,
-            temperature: 1.0,
-            candidates: None,
-            seed: None,
-            log_probs: false,
-        };
         let hidden = Buffer::new(cases.numbers(128), 128);
-        let rules = [rule];
+        let rules = [rule(&catalog, &legality, beams)];
         backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
         let rows = backend.num_beams(&slots[0]);
