@@ -244,7 +244,12 @@ fn baseline_steps(criterion: &mut Criterion, sids: &[[u16; LEVELS]], snapshot: &
             padded.step(step, &log_probs, CODES, &of_padded, BEAMS),
         ];
         let slots = search.before(step + 1, &rule);
-        let ours = search.backend.read_beams(&slots[0]).expect("finite scores");
+        let ours = search
+            .backend
+            .read_beams(&[&slots[0]])
+            .pop()
+            .expect("one slot")
+            .expect("finite scores");
         for theirs in &found {
             assert_eq!(theirs.len(), ours.len());
             for (ours, (theirs, _)) in ours.iter().zip(theirs) {

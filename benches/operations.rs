@@ -6,22 +6,13 @@ use std::slice;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sidereal::Tensor;
+use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cpu::{Buffer, CpuBackend};
 use sidereal::backend::{Backend, Batch, Epilogue, Heads, Mask, Reach, SearchRule, StepTokens};
 use sidereal::catalog::legality::Legality;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
 use sidereal::{Constraint, Normalization};
-
-#[path = "../tests/common/cases.rs"]
-#[allow(dead_code)] // the tests use the rest
-mod cases;
-#[path = "../tests/common/world.rs"]
-#[allow(dead_code)]
-mod world;
-
-use cases::Cases;
-use world::World;
 
 const TIGER: Heads = Heads { num_heads: 6, num_kv_heads: 6, head_dim: 64 };
 
@@ -52,7 +43,7 @@ fn attention(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attend_prefill");
     for tokens in [81, 301] {
         let qkv = Buffer::new(cases.numbers(tokens * TIGER.qkv_dim()), TIGER.qkv_dim());
-        let mut world = World::new(TIGER);
+        let mut world = World::on(&backend, TIGER);
         let (chunk, mut slots) = (0..tokens, [world.slot(tokens)]);
         let batch =
             Batch { memory: &world.memory, chunks: slice::from_ref(&chunk), slots: &mut slots };
@@ -106,7 +97,7 @@ fn search(criterion: &mut Criterion) {
     let head = backend.head(head, &steps);
     let mut logits = backend.logits();
     for beams in [50, 128, 512] {
-        let mut world = World::new(TIGER);
+        let mut world = World::on(&backend, TIGER);
         let excluded: Vec<u32> = (0..catalog.num_items() as u32).step_by(50).collect();
         let mut group = criterion.benchmark_group("advance_beams, three levels");
         for (name, excluded) in [("all items", &[][..]), ("2000 excluded", &excluded[..])] {
@@ -123,7 +114,7 @@ fn search(criterion: &mut Criterion) {
                         backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
                         backend.advance_beams(&logits, &head, &rules, &mut slots);
                     }
-                    backend.read_beams(&slots[0]).expect("finite scores")
+                    backend.read_beams(&[&slots[0]])
                 });
             });
         }
@@ -131,7 +122,7 @@ fn search(criterion: &mut Criterion) {
     }
     let mut group = criterion.benchmark_group("attend_beams");
     for (beams, context) in [(50, 81), (128, 301)] {
-        let mut world = World::new(TIGER);
+        let mut world = World::on(&backend, TIGER);
         let mut slots = vec![world.slot(context)];
         let kv = Buffer::new(cases.numbers(context * 2 * TIGER.kv_dim()), 2 * TIGER.kv_dim());
         let whole = 0..context;

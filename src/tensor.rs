@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::mapping::Mapping;
 
 /// The number types of weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE single precision.
     F32,
@@ -20,6 +20,15 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// Its name, as `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "f32",
+            Dtype::F16 => "f16",
+            Dtype::Bf16 => "bf16",
+        }
+    }
+
     /// Bytes of one number.
     pub fn size(self) -> usize {
         match self {

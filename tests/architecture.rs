@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use common::cases::OPERATIONS;
+use sidereal::backend::cases::OPERATIONS;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -112,15 +112,23 @@ fn backend_operations() -> Vec<String> {
 #[test]
 fn an_operation_has_one_name_everywhere() {
     let operations = backend_operations();
-    assert_eq!(operations, OPERATIONS, "tests/common/cases.rs names the trait's operations");
-    let tests = std::fs::read_to_string(root().join("tests/operations.rs")).expect("the tests");
+    assert_eq!(operations, OPERATIONS, "src/backend/cases.rs names the trait's operations");
+    let tests =
+        std::fs::read_to_string(root().join("tests/common/operations.rs")).expect("the tests");
     for operation in operations {
-        let file = format!("src/backend/cpu/{operation}.rs");
+        for backend in ["cpu", "cuda"] {
+            let file = format!("src/backend/{backend}/{operation}.rs");
+            let text = std::fs::read_to_string(root().join(&file));
+            let text = text.unwrap_or_else(|_| panic!("{operation} has no {file}"));
+            let defines = text.contains(&format!("fn {operation}"));
+            assert!(defines, "{file} does not define {operation}");
+        }
+        let file = format!("kernels/{operation}.cu");
         let text = std::fs::read_to_string(root().join(&file));
         let text = text.unwrap_or_else(|_| panic!("{operation} has no {file}"));
-        assert!(text.contains(&format!("fn {operation}")), "{file} does not define {operation}");
+        assert!(text.contains(&format!("KERNEL({operation}_")), "{file} has no such kernel");
         let calls = format!("backend.{operation}(");
-        assert!(tests.contains(&calls), "tests/operations.rs does not test {operation}");
+        assert!(tests.contains(&calls), "tests/common/operations.rs does not test {operation}");
     }
 }
 
@@ -142,14 +150,15 @@ fn a_family_has_one_name_everywhere() {
 }
 
 #[test]
-fn unsafe_code_lives_where_memory_is_mapped() {
+fn unsafe_code_lives_where_memory_is_mapped_and_where_the_driver_is_called() {
     let mut homes = BTreeSet::new();
     for (file, text) in sources("src") {
         if code(&text).contains("unsafe") {
             homes.insert(file);
         }
     }
-    assert_eq!(homes.into_iter().collect::<Vec<_>>(), ["src/mapping.rs"]);
+    let homes: Vec<String> = homes.into_iter().collect();
+    assert_eq!(homes, ["src/backend/cuda/device.rs", "src/mapping.rs"]);
 }
 
 #[test]

@@ -17,10 +17,10 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, qwen2, qwen3, t5};
-use common::world::World;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use sidereal::backend::cases::World;
 use sidereal::backend::cpu::CpuBackend;
 use sidereal::backend::{Backend, Batch, Beam, SearchRule};
 use sidereal::catalog::Catalog;
@@ -184,7 +184,7 @@ impl Checkpoint {
             let hidden = &scratch.hidden;
             let mut rows = hidden.values().chunks_exact(hidden.num_columns());
             for (prompt, slot) in prompts.iter().zip(&slots) {
-                for beam in backend.read_beams(slot).expect("scores are finite") {
+                for beam in backend.read_beams(&[slot]).remove(0).expect("scores are finite") {
                     let ours = logits(rows.next().expect("every beam has a row"), &head);
                     truth.check_logits(prompt, &beam.tokens, &ours);
                 }
@@ -193,7 +193,7 @@ impl Checkpoint {
             backend.restricted_head(hidden, model.head(), &rules, &slots, &mut scores);
             backend.advance_beams(&scores, model.head(), &rules, &mut slots);
             for (prompt, slot) in prompts.iter().zip(&slots) {
-                let beams = backend.read_beams(slot).expect("scores are finite");
+                let beams = backend.read_beams(&[slot]).remove(0).expect("scores are finite");
                 assert_eq!(beams.len(), BEAMS);
                 beams.iter().for_each(|beam| truth.check_score(prompt, beam));
             }

@@ -706,6 +706,8 @@ fn what_cannot_run_ends_with_two() {
         ([&sound[..], &["--output", plain(&nowhere)]].concat(), "place.jsonl"),
         ([&sound[..], &["--device", "cuda:0"]].concat(), "\"cpu\""),
         ([&sound[..], &["--device", "abacus"]].concat(), "\"cpu\""),
+        ([&sound[..], &["--device", "cuda:x"]].concat(), "\"cuda:0\""),
+        ([&sound[..], &["--dtype", "bf16"]].concat(), "f32"),
         ([&sound[..], &["--beams", "0"]].concat(), "4096"),
         ([&sound[..], &["--beams", "9999"]].concat(), "4096"),
         ([&sound[..], &["--top-k", "0"]].concat(), "--top-k"),
@@ -1055,4 +1057,17 @@ fn help_shows_examples() {
     let version = run(&["--version"]);
     let text = String::from_utf8_lossy(&version.stdout);
     assert_eq!((code(&version), text.trim()), (0, concat!("sidereal ", env!("CARGO_PKG_VERSION"))));
+}
+
+#[test]
+fn selftest_checks_every_operation_and_a_model() {
+    let output = run(&["selftest", "--cases", "2", "--no-bench"]);
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    for operation in sidereal::backend::cases::OPERATIONS {
+        let line = text.lines().find(|line| line.starts_with(operation));
+        assert!(line.is_some_and(|line| line.contains(" ok ")), "{operation}: {text}");
+    }
+    assert!(text.lines().any(|line| line.starts_with("model") && line.contains(" ok ")), "{text}");
+    assert!(text.ends_with("all agrees\n"), "{text}");
 }

@@ -6,10 +6,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::tiny::{TAGS, Tiny};
+use common::tiny::{Tiny, random_request};
 use sidereal::pages::{self, PAGE_LEN, TAIL_PAGE_LEN};
 use sidereal::schedule::{self, Limits, Needs, Reading, RequestId, Room, Waiting};
-use sidereal::{Answer, Constraint, EngineOptions, Error, Normalization, Priority, Request};
+use sidereal::{Answer, EngineOptions, Error, Request};
 
 /// A request that the scheduler admitted.
 struct Run {
@@ -102,41 +102,6 @@ fn nobody_waits_beyond_the_bound_and_room_is_never_overdrawn() {
         assert_eq!(free, room, "seed {seed}: all is given back");
     }
     assert!(admitted_overdue > 100, "only {admitted_overdue} were overdue");
-}
-
-/// Any request that a tiny model can be asked, whose context often begins like an earlier one.
-fn random_request(rng: &mut fastrand::Rng, tiny: &Tiny, contexts: &mut Vec<Vec<u32>>) -> Request {
-    let mut tokens = match rng.u8(0..4) {
-        0 => Vec::new(),
-        _ => contexts.get(rng.usize(0..=contexts.len())).cloned().unwrap_or_default(),
-    };
-    tokens.truncate(rng.usize(0..=tokens.len()).max(tokens.len() * rng.usize(0..2)));
-    let more = rng.usize(1..2 * PAGE_LEN);
-    tokens.extend((0..more).map(|_| rng.u32(0..tiny.num_tokens())));
-    tokens.truncate(4 * PAGE_LEN);
-    contexts.push(tokens.clone());
-    let mut request = Request::from_tokens(tokens);
-    request.beams = rng.usize(1..40);
-    if rng.bool() {
-        request.widths = (0..tiny.num_levels()).map(|_| rng.usize(1..40)).collect();
-    }
-    request.top_k = rng.usize(1..30);
-    request.normalization = match rng.u8(0..4) {
-        0 => None,
-        1 => Some(Normalization::Vocabulary),
-        2 => Some(Normalization::Level),
-        _ => Some(Normalization::Children),
-    };
-    if request.normalization == Some(Normalization::Vocabulary) && rng.u8(0..4) == 0 {
-        request.constraint = Constraint::None;
-    }
-    request.filter = rng.bool().then(|| format!("tag:{}", TAGS[rng.usize(0..3)]));
-    if rng.u8(0..5) == 0 {
-        request.each = (0..rng.usize(1..4)).map(|tag| format!("tag:{}", TAGS[tag])).collect();
-    }
-    request.user = rng.bool().then(|| rng.u8(0..4).to_string());
-    request.priority = [Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)];
-    request
 }
 
 fn no_cache(tiny: &Tiny) -> sidereal::Engine {

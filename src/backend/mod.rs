@@ -19,7 +19,10 @@ use crate::error::Result;
 use crate::request::{Constraint, Normalization};
 use crate::tensor::Tensor;
 
+pub mod cases;
 pub mod cpu;
+pub mod cuda;
+mod noise;
 
 /// How the columns of a projection are shared out: `num_heads` query heads, then `num_kv_heads`
 /// key heads, then as many value heads, each `head_dim` wide.
@@ -256,6 +259,11 @@ pub struct Beam {
 /// In every shape, `rows` is the number of prompt tokens of the slots in prefill and the number of
 /// their beams in decode. `out` buffers take the shape of what is written to them.
 pub trait Backend: Send + Sync + Sized + 'static {
+    /// Whether the threads that call it compute: then several may work on parts of a step.
+    const COMPUTES_ON_CALLERS: bool;
+    /// Bytes that contexts take where nobody says otherwise.
+    const CONTEXT_BYTES: usize;
+
     /// Activations, `[rows, columns]`.
     type Buffer: Send;
     /// A weight matrix `[out, in]`, laid out for products once.
@@ -273,6 +281,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// One search.
     type Slot: Send + Sync;
 
+    /// What computes, as `x86_64 f32x16`.
+    fn description(&self) -> String;
+    /// Floating-point operations of all matrix products so far: what a benchmark divides by time.
+    fn matrix_flops(&self) -> u64;
+
     // Opening.
 
     /// Stacks weight matrices `[out_i, in]` into one `[sum of out_i, in]`.
@@ -285,18 +298,36 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Self::Head;
     /// An empty buffer.
     fn buffer(&self) -> Self::Buffer;
+    /// A buffer of these values, whole rows.
+    fn upload(&self, values: &[f32], columns: usize) -> Self::Buffer;
+    /// The values of a buffer, row after row.
+    ///
+    /// # Errors
+    /// [`Device`](crate::Error::Device) where the device failed.
+    fn download(&self, buffer: &Self::Buffer) -> Result<Vec<f32>>;
     /// No logits.
     fn logits(&self) -> Self::Logits;
     /// The pages for contexts and tails.
     fn memory(&self, spec: &MemorySpec) -> Self::Memory;
     /// A search, with the one beam that it starts with.
     fn open_slot(&self, spec: SlotSpec) -> Self::Slot;
-    /// Rows that a slot takes in decode: its beams.
+    /// Rows that a slot takes in decode: as many as there can be beams, which come first.
     fn num_beams(&self, slot: &Self::Slot) -> usize;
     /// Steps that a slot's beams have taken.
     fn num_steps(&self, slot: &Self::Slot) -> usize;
     /// Tokens of a slot's context.
     fn context_len(&self, slot: &Self::Slot) -> usize;
+    /// Does `work`, which calls the operations of one step of a search: the passes of a network
+    /// over `batch`, then the head and the choice of beams by `rules`, one for each slot. A device
+    /// may record what `work` asks for, and replay it in steps of the same shape instead.
+    fn step(
+        &self,
+        batch: &mut Batch<'_, Self>,
+        head: &Self::Head,
+        rules: &[SearchRule<'_>],
+        logits: &mut Self::Logits,
+        work: impl FnOnce(&mut Batch<'_, Self>, &mut Self::Logits),
+    );
 
     // Networks.
 
@@ -328,19 +359,24 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// `out[:, j] = activation(x[:, j]) * x[:, columns + j]`; `x`: `[rows, 2 * columns]`
     /// (GLU variants, Shazeer 2020).
     fn gate(&self, x: &Self::Buffer, activation: Activation, out: &mut Self::Buffer);
-    /// The cosines, then the sines, of `positions[r] * frequencies[i]`: what [`rotary`] turns by.
-    /// `out`: `[positions, 2 * frequencies]`.
+    /// The cosines, then the sines, of each row's position times `frequencies[i]`: what [`rotary`]
+    /// turns by. A beam's newest token stands behind its context and the tokens before it. `out`:
+    /// `[rows, 2 * frequencies]`.
     ///
     /// [`rotary`]: Backend::rotary
-    fn rotation(&self, positions: &[u32], frequencies: &[f32], out: &mut Self::Buffer);
+    fn rotation(&self, frequencies: &Self::Vector, batch: &Batch<'_, Self>, out: &mut Self::Buffer);
     /// Turns each query and key head of `qkv` by its row of `rotation`, first and second half of a
-    /// head paired (RoPE, Su et al. 2021), after an RMS norm of each head where weights are given.
+    /// head paired (RoPE, Su et al. 2021), after an RMS norm of each head where weights are given;
+    /// then keeps the keys and values, as [`store_context`](Backend::store_context) and
+    /// [`append_tail`](Backend::append_tail) do.
     fn rotary(
         &self,
+        layer: usize,
         qkv: &mut Self::Buffer,
         heads: Heads,
         norms: Option<(&Self::Vector, &Self::Vector, f32)>,
         rotation: &Self::Buffer,
+        batch: &mut Batch<'_, Self>,
     );
     /// Keeps the keys and values of a layer for the rows of prompts, in the slots' contexts. `kv`'s
     /// columns from `offset` on are the key heads, then the value heads.
@@ -396,7 +432,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         heads: Heads,
         reach: Reach,
         scale: f32,
-        tail_bias: Option<&[f32]>,
+        tail_bias: Option<&Self::Vector>,
         batch: &Batch<'_, Self>,
         out: &mut Self::Buffer,
     );
@@ -428,10 +464,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
         rules: &[SearchRule<'_>],
         slots: &mut [Self::Slot],
     );
-    /// The beams of a slot, best first.
+    /// The beams of each slot, best first. This alone waits for the device.
     ///
     /// # Errors
     /// [`NonFiniteScores`](crate::Error::NonFiniteScores) where a step's scores were NaN or
-    /// infinite.
-    fn read_beams(&self, slot: &Self::Slot) -> Result<Vec<Beam>>;
+    /// infinite; [`Device`](crate::Error::Device) where the device failed.
+    fn read_beams(&self, slots: &[&Self::Slot]) -> Vec<Result<Vec<Beam>>>;
 }

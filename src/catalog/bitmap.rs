@@ -51,6 +51,11 @@ impl RankBitmap {
         RankBitmap::new(words, self.len)
     }
 
+    /// Members before each eight words, and at last all of them.
+    pub fn counts(&self) -> &[u32] {
+        &self.counts
+    }
+
     /// The words, 64 positions each.
     pub fn words(&self) -> &[u64] {
         &self.words

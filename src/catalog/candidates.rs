@@ -39,6 +39,11 @@ impl Candidates {
         Candidates { items, codes, widths }
     }
 
+    /// The items, rising.
+    pub fn items(&self) -> &[u32] {
+        &self.items
+    }
+
     /// The codes that may follow a place.
     pub fn codes_after(&self, place: Place) -> &[u16] {
         self.codes.get(&place).map_or(&[], Vec::as_slice)

@@ -55,6 +55,10 @@ impl Excluded {
         Excluded { items, first, shift }
     }
 
+    pub fn items(&self) -> &[u32] {
+        &self.items
+    }
+
     fn from(&self, item: u32) -> usize {
         let block = (item >> self.shift) as usize;
         let Some(&[start, end]) = self.first.get(block..block + 2) else { return self.items.len() };
@@ -210,7 +214,7 @@ impl BaseItems {
 }
 
 impl AddedItems {
-    fn allows(&self, number: u32) -> bool {
+    pub fn allows(&self, number: u32) -> bool {
         let (word, bit) = (number as usize / 64, number % 64);
         self.added.is_available(number)
             && self.passing.as_ref().is_none_or(|bits| bits[word] >> bit & 1 == 1)

@@ -17,6 +17,7 @@ use base::Base;
 use sid::Sid;
 
 mod added;
+pub mod arrays;
 pub mod base;
 pub mod bitmap;
 mod builder;

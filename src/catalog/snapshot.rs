@@ -46,7 +46,8 @@ impl Node {
     /// No node.
     pub const NONE: Node = Node(u32::MAX);
 
-    fn new(node: u32) -> Node {
+    /// The node of a number; [`u32::MAX`] is none.
+    pub fn new(node: u32) -> Node {
         Node(node)
     }
 
@@ -295,6 +296,15 @@ impl Snapshot {
         let added = place.added.get().zip(self.added.as_ref());
         let added = added.map_or(&[][..], |(node, added)| added.below(node, depth));
         self.base_items(place, depth).chain(added.iter().map(move |&number| first + number))
+    }
+
+    /// The compiled part, as it is shared among snapshots.
+    pub(super) fn base_parts(&self) -> (Arc<Base>, &Base) {
+        (Arc::clone(&self.base), &self.base)
+    }
+
+    pub(super) fn added_parts(&self) -> Option<&Arc<Added>> {
+        self.added.as_ref()
     }
 
     pub(super) fn num_base_items(&self) -> u32 {

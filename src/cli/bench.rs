@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use sidereal::backend::Backend;
 use sidereal::catalog::{Change, Item};
 use sidereal::{
     CatalogWriter, Constraint, Engine, Error, Input, Normalization, Phases, Request,
@@ -128,6 +129,13 @@ struct Latency {
 #[derive(Serialize)]
 struct Seconds {
     total: f64,
+    /// Where the callers' threads compute: a device's phases follow one another unseen.
+    #[serde(flatten)]
+    phases: Option<PhaseSeconds>,
+}
+
+#[derive(Serialize)]
+struct PhaseSeconds {
     prefill: f64,
     decode: f64,
     search: f64,
@@ -156,7 +164,10 @@ struct Settings {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     arguments.load.check()?;
-    let engine = open(arguments)?;
+    on_device!(&arguments.device, |backend| run_on(arguments, open(arguments, backend)?))
+}
+
+fn run_on<B: Backend>(arguments: &Arguments, engine: Engine<B>) -> Result<Outcome> {
     let mut defaults = arguments.search.defaults(1);
     defaults.top_k = defaults.beams;
     let requests = match &arguments.requests {
@@ -168,7 +179,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let text = match arguments.load.is_open() {
         true => {
             let report = load::run_open(&service, &requests, &arguments.load)?;
-            let machine = service.engine().run(Machine::measure);
+            let machine = service.engine().run(|backend| Machine::measure(backend));
             let settings = settings(arguments, service.engine());
             match arguments.json {
                 true => to_json(&OpenLoad { report, settings, machine }),
@@ -183,7 +194,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
                     (run, Some(churn))
                 }
             };
-            let machine = service.engine().run(Machine::measure);
+            let machine = service.engine().run(|backend| Machine::measure(backend));
             let report = report(arguments, service.engine(), run, churn, machine);
             match arguments.json {
                 true => to_json(&report),
@@ -207,12 +218,12 @@ struct OpenLoad {
     machine: Machine,
 }
 
-fn open(arguments: &Arguments) -> Result<Engine> {
+fn open<B: Backend>(arguments: &Arguments, backend: B) -> Result<Engine<B>> {
     let mut options = arguments.device.options()?;
     options.history_cache = arguments.history_cache;
     if let Some(shape) = arguments.shape {
         let spinner = super::requests::spinner("drawing random weights");
-        let engine = shape.open(&options, arguments.items);
+        let engine = shape.open(backend, &options, arguments.items);
         spinner.finish_and_clear();
         return engine;
     }
@@ -221,7 +232,7 @@ fn open(arguments: &Arguments) -> Result<Engine> {
         catalog: arguments.catalog.clone(),
         device: arguments.device.clone(),
     };
-    model.open_with(&options)
+    model.open_with(backend, &options)
 }
 
 fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>> {
@@ -243,8 +254,8 @@ fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>
     }
 }
 
-fn random_requests(
-    engine: &Engine,
+fn random_requests<B: Backend>(
+    engine: &Engine<B>,
     len: usize,
     defaults: &RequestDefaults,
 ) -> Result<Vec<Request>> {
@@ -302,8 +313,8 @@ impl Run {
 /// How often changes are applied.
 const CHANGES_EVERY: Duration = Duration::from_millis(10);
 
-fn measure_churn(
-    service: &Service,
+fn measure_churn<B: Backend>(
+    service: &Service<B>,
     requests: &[Request],
     arguments: &Arguments,
     percent: f64,
@@ -392,8 +403,8 @@ fn change_items(
     Ok(count)
 }
 
-fn measure(
-    service: &Service,
+fn measure<B: Backend>(
+    service: &Service<B>,
     requests: &[Request],
     arguments: &Arguments,
     repeat: u32,
@@ -455,9 +466,9 @@ fn measure(
     })
 }
 
-fn report(
+fn report<B: Backend>(
     arguments: &Arguments,
-    engine: &Engine,
+    engine: &Engine<B>,
     run: Run,
     churn: Option<Churn>,
     machine: Machine,
@@ -471,9 +482,11 @@ fn report(
         cpu_ms_per_request: run.cpu_seconds.map(|seconds| seconds * 1e3 / requests as f64),
         seconds: Seconds {
             total: run.seconds,
-            prefill: run.phases.prefill.as_secs_f64(),
-            decode: run.phases.decode.as_secs_f64(),
-            search: run.phases.search.as_secs_f64(),
+            phases: B::COMPUTES_ON_CALLERS.then(|| PhaseSeconds {
+                prefill: run.phases.prefill.as_secs_f64(),
+                decode: run.phases.decode.as_secs_f64(),
+                search: run.phases.search.as_secs_f64(),
+            }),
         },
         matrix_gflops,
         matrix_share: matrix_gflops / machine.matrix_gflops,
@@ -486,7 +499,7 @@ fn report(
     }
 }
 
-fn settings(arguments: &Arguments, engine: &Engine) -> Settings {
+fn settings<B: Backend>(arguments: &Arguments, engine: &Engine<B>) -> Settings {
     let model = match (&arguments.model, arguments.shape) {
         (Some(path), _) => path.display().to_string(),
         (None, shape) => {
@@ -514,8 +527,15 @@ fn settings(arguments: &Arguments, engine: &Engine) -> Settings {
 
 fn to_text(report: &Report) -> String {
     let Report { latency_ms, seconds, machine, settings, .. } = report;
-    let busy = seconds.prefill + seconds.decode + seconds.search;
-    let share = |part: f64| 100.0 * part / busy;
+    let time = seconds.phases.as_ref().map_or(String::new(), |phases| {
+        let share = |part: f64| 100.0 * part / (phases.prefill + phases.decode + phases.search);
+        format!(
+            "time     prefill {:.0} %, decode {:.0} %, head and search {:.0} %\n",
+            share(phases.prefill),
+            share(phases.decode),
+            share(phases.search)
+        )
+    });
     let cpu =
         report.cpu_ms_per_request.map_or(String::new(), |ms| format!(", {ms:.2} ms of CPU each"));
     let memory = report.peak_memory_bytes.map_or("unknown".into(), |bytes| {
@@ -540,8 +560,7 @@ fn to_text(report: &Report) -> String {
         "{} on {} ({} cores, {} threads used, {})\n\
          {} requests of {} beams, {} at a time: {:.1} requests/s{cpu}\n\
          latency  p50 {:.2} ms, p95 {:.2}, p99 {:.2}, max {:.2}\n\
-         time     prefill {:.0} %, decode {:.0} %, head and search {:.0} %\n\
-         matrices {:.1} GFLOP/s, {:.0} % of the {:.1} measured on this machine; {:.3} GFLOP each\n\
+         {time}matrices {:.1} GFLOP/s, {:.0} % of the {:.1} measured on this machine; {:.3} GFLOP each\n\
          contexts {:.0} % of the tokens were there from earlier requests\n\
          memory   {memory}{churn}",
         settings.model,
@@ -557,9 +576,6 @@ fn to_text(report: &Report) -> String {
         latency_ms.p95,
         latency_ms.p99,
         latency_ms.max,
-        share(seconds.prefill),
-        share(seconds.decode),
-        share(seconds.search),
         report.matrix_gflops,
         report.matrix_share * 100.0,
         machine.matrix_gflops,

@@ -13,6 +13,7 @@ use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use serde::Serialize;
+use sidereal::backend::Backend;
 use sidereal::{Answer, Error, Handle, Input, Request, Result, Service};
 
 use super::measure::cpu_time;
@@ -110,8 +111,8 @@ pub struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    pub fn new(
-        service: &Service,
+    pub fn new<B: Backend>(
+        service: &Service<B>,
         requests: &'a [Request],
         arguments: &'a LoadArguments,
     ) -> Source<'a> {
@@ -256,12 +257,17 @@ struct Since {
 }
 
 impl Since {
-    fn now(service: &Service) -> Since {
+    fn now<B: Backend>(service: &Service<B>) -> Since {
         let flops = service.engine().run(|backend| backend.matrix_flops());
         Since { start: Instant::now(), cpu: cpu_time(), flops }
     }
 
-    fn report(&self, service: &Service, offered: Option<f64>, tally: Tally) -> Result<LoadReport> {
+    fn report<B: Backend>(
+        &self,
+        service: &Service<B>,
+        offered: Option<f64>,
+        tally: Tally,
+    ) -> Result<LoadReport> {
         if let Some(failure) = tally.failure {
             return Err(failure);
         }
@@ -330,8 +336,8 @@ impl Sent {
 }
 
 /// Requests arrive at random moments, `rate` a second on average (a Poisson process).
-fn open_loop(
-    service: &Service,
+fn open_loop<B: Backend>(
+    service: &Service<B>,
     source: &mut Source<'_>,
     rate: f64,
     seconds: f64,
@@ -376,8 +382,8 @@ fn open_loop(
 
 /// So many callers, each of whom sends its next request when it has its answer, until as many as
 /// wanted are answered. Each latency is handed over as it comes.
-pub fn closed_loop(
-    service: &Service,
+pub fn closed_loop<B: Backend>(
+    service: &Service<B>,
     source: &mut Source<'_>,
     callers: usize,
     requests: usize,
@@ -432,8 +438,8 @@ const CAPACITY_CALLERS: usize = 32;
 /// Loads of a sweep, as shares of that.
 const SWEEP: [f64; 8] = [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2];
 
-pub fn run_open(
-    service: &Service,
+pub fn run_open<B: Backend>(
+    service: &Service<B>,
     requests: &[Request],
     arguments: &LoadArguments,
 ) -> Result<OpenReport> {

@@ -6,8 +6,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use device::{Device, DtypeName};
+use sidereal::backend::Backend;
 use sidereal::catalog::Catalog;
 use sidereal::{Constraint, Engine, EngineOptions, Error, Normalization, RequestDefaults, Result};
+
+#[macro_use]
+mod device;
 
 mod bench;
 mod catalog;
@@ -16,6 +21,7 @@ mod load;
 mod measure;
 mod recommend;
 mod requests;
+mod selftest;
 mod shapes;
 
 /// Exact recommendations from generative models: semantic IDs under a catalog's trie.
@@ -54,6 +60,8 @@ Example:
     Evaluate(evaluate::Arguments),
     /// Measure latency, throughput and where the time goes
     Bench(bench::Arguments),
+    /// Check a device against the CPU, operation by operation, and measure it
+    Selftest(selftest::Arguments),
 }
 
 /// Runs the command line.
@@ -64,6 +72,7 @@ pub fn run() -> ExitCode {
         Command::Catalog(command) => catalog::run(&command),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Selftest(arguments) => selftest::run(&arguments),
     };
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
@@ -99,9 +108,12 @@ struct ModelArguments {
 
 #[derive(Args, Clone)]
 struct DeviceArguments {
-    /// Device to compute on
+    /// Device to compute on: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
-    device: String,
+    device: Device,
+    /// Number type of activations; by default bf16 on GPUs and f32 on the CPU, which has no other
+    #[arg(long)]
+    dtype: Option<DtypeName>,
     /// Threads to compute on; 0 for all cores
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u16).range(..=1024))]
     threads: u16,
@@ -111,17 +123,37 @@ struct DeviceArguments {
 }
 
 impl DeviceArguments {
-    fn options(&self) -> Result<EngineOptions> {
-        if self.device != "cpu" {
-            return Err(Error::Device {
-                device: self.device.clone(),
-                reason: "this build computes on \"cpu\"".into(),
-            });
+    /// Refuses what the CPU does not have.
+    fn check_cpu(&self) -> Result<()> {
+        match self.dtype {
+            Some(DtypeName::Bf16) => Err(Error::InvalidField {
+                field: "--dtype",
+                reason: "the CPU computes in f32; bf16 is for GPUs".into(),
+            }),
+            _ => Ok(()),
         }
-        Ok(EngineOptions {
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_dtype(&self) -> sidereal::Dtype {
+        match self.dtype {
+            Some(DtypeName::F32) => sidereal::Dtype::F32,
+            _ => sidereal::Dtype::Bf16,
+        }
+    }
+
+    fn options(&self) -> Result<EngineOptions> {
+        let defaults = EngineOptions {
             threads: self.threads.into(),
             max_context: self.max_context,
             ..EngineOptions::default()
+        };
+        Ok(match self.device {
+            Device::Cpu => defaults,
+            // A GPU is full only with more rows in a step than a CPU needs.
+            Device::Cuda(_) => {
+                EngineOptions { rows_per_step: 4096, tokens_per_step: 8192, ..defaults }
+            }
         })
     }
 }
@@ -198,13 +230,13 @@ impl ModelArguments {
         Ok(Arc::new(Catalog::open(&path)?))
     }
 
-    fn open(&self) -> Result<Engine> {
-        self.open_with(&self.device.options()?)
+    fn open<B: Backend>(&self, backend: B) -> Result<Engine<B>> {
+        self.open_with(backend, &self.device.options()?)
     }
 
-    fn open_with(&self, options: &EngineOptions) -> Result<Engine> {
+    fn open_with<B: Backend>(&self, backend: B, options: &EngineOptions) -> Result<Engine<B>> {
         let spinner = requests::spinner("opening the model");
-        let engine = Engine::open(&self.model, self.open_catalog()?, options)?;
+        let engine = Engine::open_on(backend, &self.model, self.open_catalog()?, options)?;
         spinner.finish_and_clear();
         Ok(engine)
     }

@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
+use sidereal::backend::Backend;
 use sidereal::catalog::Snapshot;
-use sidereal::{Answer, Error, Recommendation, Request, RequestDefaults, RequestLine, Result};
+use sidereal::{
+    Answer, Engine, Error, Recommendation, Request, RequestDefaults, RequestLine, Result,
+};
 
 use super::requests::{Answered, Requests, answer_file};
 use super::{
@@ -109,10 +112,21 @@ fn answer(
     defaults: &RequestDefaults,
     check: impl Fn(Request) -> Result<Request>,
 ) -> Result<Outcome> {
+    refuse_same_file("--output", arguments.output.as_deref(), requests)?;
+    on_device!(&model.device, |backend| {
+        let engine = model.open(backend)?;
+        answer_on(&engine, Requests::open(requests)?, arguments, defaults, check)
+    })
+}
+
+fn answer_on<B: Backend>(
+    engine: &Engine<B>,
+    requests: Requests,
+    arguments: &AnswerArguments,
+    defaults: &RequestDefaults,
+    check: impl Fn(Request) -> Result<Request>,
+) -> Result<Outcome> {
     let output = arguments.output.as_deref();
-    refuse_same_file("--output", output, requests)?;
-    let engine = model.open()?;
-    let requests = Requests::open(requests)?;
     let failed = write_error(output);
     let mut writer: Box<dyn Write> = match output {
         Some(path) => Box::new(BufWriter::new(File::create(path).map_err(&failed)?)),
@@ -121,7 +135,7 @@ fn answer(
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
     let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
-    answer_file(&engine, requests, defaults, check, |answered| {
+    answer_file(engine, requests, defaults, check, |answered| {
         if answered.answer.is_err() {
             outcome = Outcome::SomeFailed;
         }

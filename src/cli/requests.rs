@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use sidereal::backend::Backend;
 use sidereal::{Answer, Engine, Error, Request, RequestDefaults, RequestLine, Result};
 
 /// Lines that are held at a time.
@@ -51,8 +52,8 @@ impl Requests {
 
 /// Answers every line whose request passes `check`, and hands the answers over in input order. Blank
 /// lines are passed over.
-pub fn answer_file(
-    engine: &Engine,
+pub fn answer_file<B: Backend>(
+    engine: &Engine<B>,
     requests: Requests,
     defaults: &RequestDefaults,
     check: impl Fn(Request) -> Result<Request>,
@@ -115,7 +116,11 @@ fn parse(line_number: usize, bytes: &[u8], defaults: &RequestDefaults) -> Parsed
     }
 }
 
-fn answer(engine: &Engine, stretch: Vec<Parsed>, progress: &ProgressBar) -> Vec<Answered> {
+fn answer<B: Backend>(
+    engine: &Engine<B>,
+    stretch: Vec<Parsed>,
+    progress: &ProgressBar,
+) -> Vec<Answered> {
     let mut requests = Vec::new();
     let mut answers = Vec::new(); // by line: its error, or its request's index
     let mut heads = Vec::new();

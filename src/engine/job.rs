@@ -178,11 +178,9 @@ impl<B: Backend> Engine<B> {
 
     /// What a request takes, if the engine has it.
     fn needs(&self, context_len: usize, widths: &[usize], searches: usize) -> Result<Needs> {
-        // What the last step chose is not read again; a decoder behind an encoder also reads its
-        // start token.
-        let read = &widths[..widths.len() - 1];
-        let start = self.spec.has_encoder.then_some(1);
-        let tail_pages = pages::tail_pages(start.into_iter().chain(read.iter().copied()));
+        // A position for the start and for each step, whether anything reads it again or not: a
+        // device may keep the beams themselves there.
+        let tail_pages = pages::tail_pages(std::iter::once(1).chain(widths.iter().copied()));
         let needs = Needs {
             context_pages: pages::context_pages(context_len),
             tail_pages: searches * tail_pages,
@@ -264,19 +262,19 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// The answer to a request from the beams of its slots.
-    pub(super) fn answer<'a>(
+    /// The answer to a request from the beams of its searches.
+    pub(super) fn answer(
         &self,
         job: &Job,
         cached_tokens: usize,
         weights_version: u64,
-        slots: impl Iterator<Item = &'a B::Slot>,
+        beams: impl Iterator<Item = Result<Vec<Beam>>>,
     ) -> Result<Answer> {
-        let of_search = |(legality, slot): (&Legality, &B::Slot)| {
-            Ok(self.items(job, legality, &self.backend.read_beams(slot)?))
+        let of_search = |(legality, beams): (&Legality, Result<Vec<Beam>>)| {
+            Ok(self.items(job, legality, &beams?))
         };
         let mut groups =
-            job.searches.iter().zip(slots).map(of_search).collect::<Result<Vec<_>>>()?;
+            job.searches.iter().zip(beams).map(of_search).collect::<Result<Vec<_>>>()?;
         let items = match job.request.each.is_empty() {
             true => groups.pop().expect("a request without groups is one search"),
             false => Vec::new(),

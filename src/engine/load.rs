@@ -142,6 +142,17 @@ impl<B: Backend> Load<B> {
         Some(self.answers.swap_remove(at).1)
     }
 
+    /// Whether nothing waits and nothing runs.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Forgets what was computed and measured.
+    pub fn forget(&mut self) {
+        self.cache = self.cache.as_ref().map(|_| HistoryCache::default());
+        self.run_time = RunTime::default();
+    }
+
     pub fn take_answers(&mut self) -> Vec<(RequestId, Result<Answer>)> {
         std::mem::take(&mut self.answers)
     }
@@ -431,46 +442,59 @@ impl<B: Backend> Engine<B> {
             true => &self.phases.decode,
             false => &self.phases.prefill,
         };
-        timed(clock, || {
-            let mut batch = Batch { memory, chunks, slots };
-            model.forward(backend, tokens, &mut batch, scratch);
-        });
-        let (slots, owners) = (&mut slots[*num_unfinished..], &owners[*num_unfinished..]);
-        if slots.is_empty() {
-            return;
-        }
         let rule = |(&(request, search), slot): (&(usize, usize), &B::Slot)| -> SearchRule<'_> {
             running[request].job.rule(search, backend.num_steps(slot))
         };
-        let rules: Vec<SearchRule<'_>> = owners.iter().zip(&*slots).map(rule).collect();
-        timed(&self.phases.search, || {
-            let head = model.head();
-            backend.restricted_head(&scratch.hidden, head, &rules, slots, logits);
-            backend.advance_beams(logits, head, &rules, slots);
+        let rules: Vec<SearchRule<'_>> =
+            owners.iter().zip(&*slots).skip(*num_unfinished).map(rule).collect();
+        let head = model.head();
+        let mut batch = Batch { memory, chunks, slots };
+        backend.step(&mut batch, head, &rules, logits, |batch, logits| {
+            timed(clock, || model.forward(backend, tokens, batch, scratch));
+            if rules.is_empty() {
+                return;
+            }
+            let slots = &mut batch.slots[*num_unfinished..];
+            timed(&self.phases.search, || {
+                backend.restricted_head(&scratch.hidden, head, &rules, slots, logits);
+                backend.advance_beams(logits, head, &rules, slots);
+            });
         });
     }
 
     /// Answers the requests that have taken all steps.
     fn finish(&self, load: &mut Load<B>) {
         let num_steps = self.num_steps();
-        let now_us = self.now_us();
+        let is_finished = |running: &Running<B>| {
+            running.slots.iter().flatten().all(|slot| {
+                self.backend.num_steps(slot) == num_steps || self.backend.num_beams(slot) == 0
+            })
+        };
         let (version, answers) = (load.weights_version, &mut load.answers);
+        // All that are finished are read at once: where a device computes, this waits for it.
+        let finished = load.running.iter().filter(|running| is_finished(running));
+        let slots: Vec<&B::Slot> =
+            finished.flat_map(|running| running.slots.iter().flatten()).collect();
+        if slots.is_empty() {
+            return;
+        }
+        let mut beams = self.backend.read_beams(&slots).into_iter();
+        let now_us = self.now_us();
         let run_time = &mut load.run_time;
         load.running.retain(|running| {
-            let mut slots = running.slots.iter().flatten();
-            let is_finished = slots.all(|slot| {
-                self.backend.num_steps(slot) == num_steps || self.backend.num_beams(slot) == 0
-            });
-            if is_finished {
-                run_time.note(now_us.saturating_sub(running.admitted_us));
-                let slots = running.slots.iter().flatten();
-                let answer = match running.is_late(now_us) {
-                    true => Err(running.job.deadline_exceeded()),
-                    false => self.answer(&running.job, running.cached_tokens, version, slots),
-                };
-                answers.push((running.id, answer));
+            if !is_finished(running) {
+                return true;
             }
-            !is_finished
+            run_time.note(now_us.saturating_sub(running.admitted_us));
+            let beams: Vec<_> = beams.by_ref().take(running.slots.len()).collect();
+            let answer =
+                self.answer(&running.job, running.cached_tokens, version, beams.into_iter());
+            let answer = match running.is_late(now_us) {
+                true => Err(running.job.deadline_exceeded()),
+                false => answer,
+            };
+            answers.push((running.id, answer));
+            false
         });
     }
 }

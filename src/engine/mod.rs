@@ -27,7 +27,7 @@ use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::models::{self, ModelSpec};
 use crate::pages::{self, TAIL_PAGE_LEN};
-use crate::request::Request;
+use crate::request::{MAX_BEAMS, Request};
 use crate::schedule::{Limits, Micros, RequestId};
 use crate::tensor::Tensor;
 
@@ -40,8 +40,6 @@ use load::Load;
 /// Numbers in a network's weights up to which they stay in the caches, so that two threads do
 /// better with half the requests each than with half of every product.
 const MOST_SMALL_WEIGHTS: usize = 16 << 20;
-/// Memory for contexts where the options name none, in bytes.
-const CONTEXT_BYTES: usize = 256 << 20;
 /// Requests that wait at most while [`Engine::recommend_all`] hands over more.
 const MOST_WAITING: usize = 64;
 
@@ -85,18 +83,23 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    fn memory(&self, spec: &ModelSpec, max_context: usize, num_steps: usize) -> MemorySpec {
+    fn memory<B: Backend>(
+        &self,
+        spec: &ModelSpec,
+        max_context: usize,
+        num_steps: usize,
+    ) -> MemorySpec {
         let token_bytes = spec.num_layers * 2 * spec.heads.kv_dim() * size_of::<f32>();
         let most_of_one = max_context.min(self.max_context);
         let tokens = match self.context_tokens {
-            0 => (CONTEXT_BYTES / token_bytes.max(1)).max(most_of_one),
+            0 => (B::CONTEXT_BYTES / token_bytes.max(1)).max(most_of_one),
             tokens => tokens,
         };
         MemorySpec {
             num_layers: spec.num_layers,
             heads: spec.heads,
             context_pages: pages::context_pages(tokens),
-            tail_pages: num_steps * self.max_beam_rows.div_ceil(TAIL_PAGE_LEN),
+            tail_pages: (1 + num_steps) * self.max_beam_rows.div_ceil(TAIL_PAGE_LEN),
         }
     }
 }
@@ -145,6 +148,14 @@ struct PhaseClocks {
     search: AtomicU64,
 }
 
+impl PhaseClocks {
+    fn clear(&self) {
+        for clock in [&self.prefill, &self.decode, &self.search] {
+            clock.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
 /// What an engine holds at a moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineStatus {
@@ -173,20 +184,26 @@ impl Engine<CpuBackend> {
     /// The files': see [`models::load`], [`SidLayout`]; [`Error::LevelsMismatch`] where the catalog
     /// has codes that the model cannot write.
     pub fn open(folder: &Path, catalog: Arc<Catalog>, options: &EngineOptions) -> Result<Self> {
-        let config = Config::read(&folder.join("config.json"))?;
-        let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
-        Engine::from_parts(
-            CpuBackend::default(),
-            &config,
-            Weights::open(folder)?,
-            layout,
-            catalog,
-            options,
-        )
+        Engine::open_on(CpuBackend::default(), folder, catalog, options)
     }
 }
 
 impl<B: Backend> Engine<B> {
+    /// Opens a model folder on a device.
+    ///
+    /// # Errors
+    /// As [`Engine::open`]; [`Error::Device`].
+    pub fn open_on(
+        backend: B,
+        folder: &Path,
+        catalog: Arc<Catalog>,
+        options: &EngineOptions,
+    ) -> Result<Engine<B>> {
+        let config = Config::read(&folder.join("config.json"))?;
+        let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
+        Engine::from_parts(backend, &config, Weights::open(folder)?, layout, catalog, options)
+    }
+
     /// Opens a network from its parts, wherever they come from.
     ///
     /// # Errors
@@ -207,9 +224,13 @@ impl<B: Backend> Engine<B> {
         let (spec, written) = (*model.spec(), steps.len() - 1);
         let max_positions = spec.max_positions.map(|max| max.saturating_sub(written));
         let max_context = options.max_context.min(max_positions.unwrap_or(usize::MAX));
-        let memory = options.memory(&spec, max_context, steps.len());
+        let memory = options.memory::<B>(&spec, max_context, steps.len());
         let workers = match pool.current_num_threads() {
-            threads if threads > 1 && spec.num_weights <= MOST_SMALL_WEIGHTS => {
+            threads
+                if B::COMPUTES_ON_CALLERS
+                    && threads > 1
+                    && spec.num_weights <= MOST_SMALL_WEIGHTS =>
+            {
                 (0..threads).map(|_| thread_pool(1)).collect::<Result<_>>()?
             }
             _ => Vec::new(),
@@ -218,7 +239,7 @@ impl<B: Backend> Engine<B> {
             let tokens = tokens.iter().enumerate().filter(|&(_, &token)| token != NO_TOKEN);
             tokens.map(|(code, &token)| (token, code as u16)).collect()
         });
-        Ok(Engine {
+        let engine = Engine {
             codes: codes.collect(),
             layout,
             catalog,
@@ -239,7 +260,41 @@ impl<B: Backend> Engine<B> {
             config: config.clone(),
             spec,
             weights: Mutex::new(weights),
-        })
+        };
+        if !B::COMPUTES_ON_CALLERS {
+            engine.warm_up(options)?;
+        }
+        Ok(engine)
+    }
+
+    /// Runs the largest steps that the options allow, so that a device has taken all memory that
+    /// steps need, and fails here where it has too little: two requests, of which one reads its
+    /// prompt while the other's beams are read.
+    fn warm_up(&self, options: &EngineOptions) -> Result<()> {
+        let most = match self.spec.has_encoder {
+            true => self.max_context,
+            false => self.max_context.min(options.tokens_per_step),
+        };
+        let context_tokens = self.context_pages / 2 * pages::PAGE_LEN;
+        let rows = options.rows_per_step.min(options.max_beam_rows / 2).clamp(2, MAX_BEAMS);
+        for (token, beams) in [(0, rows - 1), (1, 1)] {
+            let mut request = Request::from_tokens(vec![token; most.min(context_tokens).max(1)]);
+            (request.beams, request.top_k) = (beams, 1);
+            self.submit(request)?;
+            self.step_load(&mut *self.lock()?);
+        }
+        let mut load = self.lock()?;
+        while !load.is_idle() {
+            self.step_load(&mut load);
+        }
+        // Random weights, or weights that make no sense, are not the device's failure.
+        let failure = load.take_answers().into_iter().find_map(|(_, answer)| match answer {
+            Err(error @ Error::Device { .. }) => Some(error),
+            _ => None,
+        });
+        load.forget();
+        self.phases.clear();
+        failure.map_or(Ok(()), Err)
     }
 
     /// The catalog that is searched.

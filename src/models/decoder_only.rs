@@ -9,6 +9,7 @@ use super::weights::Weights;
 use super::{Model, ModelSpec, Scratch};
 use crate::backend::{Activation, Backend, Batch, Epilogue, Heads, Mask, Reach, StepTokens};
 use crate::error::{Error, Result};
+use crate::tensor::Tensor;
 
 /// Where the checkpoints' layouts differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +38,7 @@ pub struct DecoderOnly<B: Backend> {
     spec: ModelSpec,
     epsilon: f32,
     /// `[head_dim / 2]`, radians per position.
-    frequencies: Vec<f32>,
+    frequencies: B::Vector,
     embedding: B::Table,
     layers: Vec<Layer<B>>,
     norm: B::Vector,
@@ -108,6 +109,8 @@ impl<B: Backend> DecoderOnly<B> {
             true => embedding.clone(),
             false => weights.take("lm_head.weight", &[vocab_size, hidden_size])?,
         };
+        let frequencies = rotary_frequencies(config, heads.head_dim)?;
+        let frequencies = Tensor::new(&[frequencies.len()], frequencies);
         Ok(DecoderOnly {
             spec: ModelSpec {
                 vocab_size,
@@ -119,7 +122,7 @@ impl<B: Backend> DecoderOnly<B> {
                 num_weights: weights.num_taken(),
             },
             epsilon: config.number_or("rms_norm_eps", 1e-6)? as f32,
-            frequencies: rotary_frequencies(config, heads.head_dim)?,
+            frequencies: backend.vector(&[frequencies]),
             embedding: backend.table(embedding),
             layers,
             norm: backend.vector(&[norm]),
@@ -127,14 +130,22 @@ impl<B: Backend> DecoderOnly<B> {
         })
     }
 
-    /// Queries, keys and values of a layer, turned to their positions.
-    fn project(&self, backend: &B, layer: &Layer<B>, s: &mut Scratch<B>) {
+    /// Queries, keys and values of a layer, turned to their positions; the latter two are kept.
+    fn project(
+        &self,
+        backend: &B,
+        index: usize,
+        layer: &Layer<B>,
+        batch: &mut Batch<'_, B>,
+        s: &mut Scratch<B>,
+    ) {
         backend.rms_norm(&s.residual, &layer.attention_norm, self.epsilon, &mut s.normed);
         let bias = layer.qkv_bias.as_ref();
         backend.matmul(&s.normed, &layer.qkv, bias, Epilogue::Store, &mut s.projected);
         let norms = layer.query_key_norms.as_ref();
         let norms = norms.map(|(query, key)| (query, key, self.epsilon));
-        backend.rotary(&mut s.projected, self.spec.heads, norms, &s.rotation);
+        let heads = self.spec.heads;
+        backend.rotary(index, &mut s.projected, heads, norms, &s.rotation, batch);
     }
 
     /// The rest of a layer after its attention.
@@ -163,19 +174,11 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
 
     fn forward(&self, backend: &B, tokens: &[u32], batch: &mut Batch<'_, B>, s: &mut Scratch<B>) {
         let heads = self.spec.heads;
-        let of_prompts = batch.chunks.iter().cloned().flatten();
-        let of_beams = batch.beams().iter().flat_map(|slot| {
-            let position = backend.context_len(slot) + backend.num_steps(slot) - 1;
-            std::iter::repeat_n(position, backend.num_beams(slot))
-        });
-        let positions: Vec<u32> = of_prompts.chain(of_beams).map(|at| at as u32).collect();
-        backend.rotation(&positions, &self.frequencies, &mut s.rotation);
+        backend.rotation(&self.frequencies, batch, &mut s.rotation);
         backend.embed(&self.embedding, tokens, batch.beams(), &mut s.residual);
         let (reach, scale) = (Reach::ContextAndTail, self.scale());
         for (index, layer) in self.layers.iter().enumerate() {
-            self.project(backend, layer, s);
-            backend.store_context(index, &s.projected, heads.query_dim(), heads, batch);
-            backend.append_tail(index, &s.projected, heads, batch);
+            self.project(backend, index, layer, batch, s);
             let (queries, out) = (&s.projected, &mut s.attended);
             if index + 1 < self.layers.len() {
                 let mask = Mask::Causal;
@@ -184,8 +187,8 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
             } else {
                 // Nothing after the last layer reads any row of a prompt but its last.
                 let first = batch.num_unfinished(backend);
-                backend.last_rows(&s.residual, first, batch, &mut s.spare);
-                std::mem::swap(&mut s.residual, &mut s.spare);
+                backend.last_rows(&s.residual, first, batch, &mut s.last);
+                std::mem::swap(&mut s.residual, &mut s.last);
                 backend.last_rows(queries, first, batch, &mut s.spare);
                 let batch = &batch.beams_from(first);
                 backend.attend_beams(index, &s.spare, heads, reach, scale, None, batch, out);
@@ -193,6 +196,7 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
             self.finish_layer(backend, layer, s);
         }
         backend.rms_norm(&s.residual, &self.norm, self.epsilon, &mut s.hidden);
+        std::mem::swap(&mut s.residual, &mut s.last); // each buffer keeps its size from pass to pass
     }
 }
 

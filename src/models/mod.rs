@@ -66,6 +66,8 @@ pub struct Scratch<B: Backend> {
     attended: B::Buffer,
     rotation: B::Buffer,
     spare: B::Buffer,
+    /// The residual stream of the rows that the last layer goes on with.
+    last: B::Buffer,
 }
 
 impl<B: Backend> Scratch<B> {
@@ -79,6 +81,7 @@ impl<B: Backend> Scratch<B> {
             attended: backend.buffer(),
             rotation: backend.buffer(),
             spare: backend.buffer(),
+            last: backend.buffer(),
         }
     }
 }

@@ -23,7 +23,7 @@ pub struct T5<B: Backend> {
     encoder_norm: B::Vector,
     decoder: Vec<DecoderLayer<B>>,
     /// `[num_heads, num_steps]` over the distance back.
-    decoder_bias: Vec<f32>,
+    decoder_bias: B::Vector,
     decoder_norm: B::Vector,
     head: B::Head,
 }
@@ -167,6 +167,8 @@ impl<B: Backend> T5<B> {
             .map(|layer| layers.decoder(backend, weights, &format!("decoder.block.{layer}")))
             .collect::<Result<Vec<_>>>()?;
         let encoder_norm = weights.take("encoder.final_layer_norm.weight", &[d_model])?;
+        let decoder_bias = decoder_bias.table((0..steps.len() as i64).map(|back| -back));
+        let decoder_bias = Tensor::new(&[decoder_bias.len()], decoder_bias);
         Ok(T5 {
             spec: ModelSpec {
                 vocab_size,
@@ -183,7 +185,7 @@ impl<B: Backend> T5<B> {
             encoder_bias,
             encoder_norm: backend.vector(&[encoder_norm]),
             decoder,
-            decoder_bias: decoder_bias.table((0..steps.len() as i64).map(|back| -back)),
+            decoder_bias: backend.vector(&[decoder_bias]),
             decoder_norm: backend.vector(&[Tensor::new(&[d_model], final_norm)]),
             head: backend.head(head, steps),
         })
@@ -222,7 +224,7 @@ impl<B: Backend> T5<B> {
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
             backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
             backend.append_tail(index, &s.projected, heads, batch);
-            let (reach, bias) = (Reach::Tail, Some(&self.decoder_bias[..]));
+            let (reach, bias) = (Reach::Tail, Some(&self.decoder_bias));
             let (queries, out) = (&s.projected, &mut s.attended);
             backend.attend_beams(index, queries, heads, reach, 1.0, bias, batch, out);
             backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);

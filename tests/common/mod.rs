@@ -1,7 +1,7 @@
 //! What several tests need.
 #![allow(dead_code)] // each test file uses a part
 
-pub mod cases;
+pub mod emulator;
+pub mod operations;
 pub mod tiny;
 pub mod truth;
-pub mod world;

@@ -5,12 +5,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
+use sidereal::backend::Backend;
 use sidereal::backend::cpu::CpuBackend;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, Snapshot};
 use sidereal::models::config::{Config, Prompt, SidLayout};
 use sidereal::models::weights::Weights;
-use sidereal::{CatalogWriter, Engine, EngineOptions, Normalization, WriterOptions};
+use sidereal::pages::PAGE_LEN;
+use sidereal::{
+    CatalogWriter, Constraint, Engine, EngineOptions, Normalization, Priority, Request,
+    WriterOptions,
+};
 
 /// A model and catalog; equal seeds give equal ones, whatever the number of threads.
 pub struct Tiny {
@@ -53,6 +58,11 @@ impl Tiny {
         self.layout.levels.len()
     }
 
+    /// Steps of a search: the levels and what is forced after them.
+    pub fn num_steps(&self) -> usize {
+        self.layout.levels.len() + self.layout.suffix.len()
+    }
+
     pub fn num_tokens(&self) -> u32 {
         5 + self.num_levels() as u32 * u32::from(self.num_codes)
     }
@@ -71,10 +81,19 @@ impl Tiny {
     }
 
     pub fn open_as(&self, catalog: Arc<Catalog>, options: &EngineOptions) -> Engine {
+        self.open_on(CpuBackend::default(), catalog, options)
+    }
+
+    /// The model on a device.
+    pub fn open_on<B: Backend>(
+        &self,
+        backend: B,
+        catalog: Arc<Catalog>,
+        options: &EngineOptions,
+    ) -> Engine<B> {
         let keys = self.config.as_object().cloned().expect("an object");
         let config = Config::new(Path::new("config.json"), keys);
         let weights = Weights::random(self.seed);
-        let backend = CpuBackend::default();
         Engine::from_parts(backend, &config, weights, self.layout.clone(), catalog, options)
             .expect("a sound model")
     }
@@ -152,4 +171,43 @@ pub fn random_catalog(rng: &mut fastrand::Rng, num_levels: usize, num_codes: u16
         writer.apply(&[Change::Put(random_item(rng, "0", num_levels, num_codes))]).expect("sound");
     }
     Arc::into_inner(catalog).expect("the writer is gone")
+}
+
+/// Any request that a tiny model can be asked, whose context often begins like an earlier one.
+pub fn random_request(
+    rng: &mut fastrand::Rng,
+    tiny: &Tiny,
+    contexts: &mut Vec<Vec<u32>>,
+) -> Request {
+    let mut tokens = match rng.u8(0..4) {
+        0 => Vec::new(),
+        _ => contexts.get(rng.usize(0..=contexts.len())).cloned().unwrap_or_default(),
+    };
+    tokens.truncate(rng.usize(0..=tokens.len()).max(tokens.len() * rng.usize(0..2)));
+    let more = rng.usize(1..2 * PAGE_LEN);
+    tokens.extend((0..more).map(|_| rng.u32(0..tiny.num_tokens())));
+    tokens.truncate(4 * PAGE_LEN);
+    contexts.push(tokens.clone());
+    let mut request = Request::from_tokens(tokens);
+    request.beams = rng.usize(1..40);
+    if rng.bool() {
+        request.widths = (0..tiny.num_levels()).map(|_| rng.usize(1..40)).collect();
+    }
+    request.top_k = rng.usize(1..30);
+    request.normalization = match rng.u8(0..4) {
+        0 => None,
+        1 => Some(Normalization::Vocabulary),
+        2 => Some(Normalization::Level),
+        _ => Some(Normalization::Children),
+    };
+    if request.normalization == Some(Normalization::Vocabulary) && rng.u8(0..4) == 0 {
+        request.constraint = Constraint::None;
+    }
+    request.filter = rng.bool().then(|| format!("tag:{}", TAGS[rng.usize(0..3)]));
+    if rng.u8(0..5) == 0 {
+        request.each = (0..rng.usize(1..4)).map(|tag| format!("tag:{}", TAGS[tag])).collect();
+    }
+    request.user = rng.bool().then(|| rng.u8(0..4).to_string());
+    request.priority = [Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)];
+    request
 }

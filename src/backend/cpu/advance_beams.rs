@@ -1,11 +1,10 @@
 use rayon::prelude::*;
-use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::head::{Head, StepColumns};
 use super::restricted_head::{LogSumExp, Logits, SlotLogits};
 use super::slot::{Beams, Sample};
 use super::{SearchRule, Slot};
-use crate::backend::{LogProb, Normalizer};
+use crate::backend::{LogProb, Normalizer, noise};
 use crate::catalog::snapshot::Place;
 use crate::request::Constraint;
 
@@ -274,16 +273,17 @@ impl Search<'_> {
         let Some(normalizer) = self.over_children(beams, beam) else { return Some(()) };
         let normalizer = normalizer.is_finite().then_some(normalizer)?;
         let tokens = &beams.tokens[beam * beams.num_steps..(beam + 1) * beams.num_steps];
-        let prefix = xxh3_64_with_seed(bytemuck::cast_slice(tokens), seed);
+        let prefix = tokens.iter().fold(seed, |prefix, &token| noise::extended(prefix, token));
         let mut noisy_children = Vec::new();
         self.for_each_child(beams, beam, |code, logit| {
-            let child = f64::from(log_prob + self.gain(logit, normalizer)) + gumbel(prefix, code);
+            let child = f64::from(log_prob + self.gain(logit, normalizer))
+                + noise::gumbel(prefix, code.into());
             noisy_children.push((code, child));
         });
         let greatest =
             noisy_children.iter().fold(f64::NEG_INFINITY, |most, child| most.max(child.1));
         for (code, child) in noisy_children {
-            let score = under_ceiling(child, greatest, f64::from(noisy)) as f32;
+            let score = noise::under_ceiling(child, greatest, f64::from(noisy)) as f32;
             if score >= best.threshold {
                 best.offer(score, first_place + u32::from(code));
             }
@@ -484,24 +484,4 @@ fn ranks(best: &[u64]) -> Vec<u32> {
         ranks[beam as u32 as usize] = rank;
     }
     ranks
-}
-
-/// Gumbel noise of a code behind a prefix: the same for the same, whoever asks.
-fn gumbel(prefix: u64, code: u16) -> f64 {
-    let bits =
-        fastrand::Rng::with_seed(prefix ^ (u64::from(code) + 1).wrapping_mul(GOLDEN)).u64(..);
-    // In the middle of one of 2^52 steps between zero and one, and never at either.
-    let uniform = ((bits >> 12) as f64 + 0.5) / (1u64 << 52) as f64;
-    -(-uniform.ln()).ln()
-}
-
-/// 2^64 over the golden ratio: spreads small numbers over all bits.
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// Noise that is at most `ceiling`, from noise whose greatest is `greatest`:
-/// `-ln(exp(-ceiling) - exp(-greatest) + exp(-noise))`, written so that nothing overflows
-/// (Kool et al. 2019, appendix B.3).
-fn under_ceiling(noise: f64, greatest: f64, ceiling: f64) -> f64 {
-    let v = ceiling - noise + (-(noise - greatest).exp()).ln_1p();
-    ceiling - v.max(0.0) - (-v.abs()).exp().ln_1p()
 }

@@ -64,16 +64,6 @@ impl SimdOp for Lanes {
 }
 
 impl CpuBackend {
-    /// The matrix kernel in use, as `x86_64 f32x16`.
-    pub fn kernel_name(&self) -> String {
-        format!("{} f32x{}", std::env::consts::ARCH, Lanes.dispatch())
-    }
-
-    /// Floating-point operations of all matrix products so far: what a benchmark divides by time.
-    pub fn matrix_flops(&self) -> u64 {
-        self.matrix_flops.load(Ordering::Relaxed)
-    }
-
     fn count_flops(&self, rows: usize, inner: usize, columns: usize) {
         self.matrix_flops.fetch_add(2 * (rows * inner * columns) as u64, Ordering::Relaxed);
     }
@@ -140,6 +130,9 @@ impl Buffer {
 }
 
 impl Backend for CpuBackend {
+    const COMPUTES_ON_CALLERS: bool = true;
+    const CONTEXT_BYTES: usize = 256 << 20;
+
     type Buffer = Buffer;
     type Matrix = Matrix;
     type Vector = Vec<f32>;
@@ -148,6 +141,14 @@ impl Backend for CpuBackend {
     type Logits = Logits;
     type Memory = Memory;
     type Slot = Slot;
+
+    fn description(&self) -> String {
+        format!("{} f32x{}", std::env::consts::ARCH, Lanes.dispatch())
+    }
+
+    fn matrix_flops(&self) -> u64 {
+        self.matrix_flops.load(Ordering::Relaxed)
+    }
 
     fn matrix(&self, parts: &[Tensor]) -> Matrix {
         Matrix::stack(parts)
@@ -167,6 +168,14 @@ impl Backend for CpuBackend {
 
     fn buffer(&self) -> Buffer {
         Buffer::default()
+    }
+
+    fn upload(&self, values: &[f32], columns: usize) -> Buffer {
+        Buffer::new(values.to_vec(), columns)
+    }
+
+    fn download(&self, buffer: &Buffer) -> Result<Vec<f32>> {
+        Ok(buffer.values().to_vec())
     }
 
     fn logits(&self) -> Logits {
@@ -193,6 +202,17 @@ impl Backend for CpuBackend {
         slot.spec.context_len
     }
 
+    fn step(
+        &self,
+        batch: &mut Batch<'_, CpuBackend>,
+        _head: &Head,
+        _rules: &[SearchRule<'_>],
+        logits: &mut Logits,
+        work: impl FnOnce(&mut Batch<'_, CpuBackend>, &mut Logits),
+    ) {
+        work(batch, logits);
+    }
+
     fn embed(&self, table: &Tensor, tokens: &[u32], beams: &[Slot], out: &mut Buffer) {
         embed::embed(table, tokens, beams, out);
     }
@@ -216,18 +236,22 @@ impl Backend for CpuBackend {
         gate::gate(x, activation, out);
     }
 
-    fn rotation(&self, positions: &[u32], frequencies: &[f32], out: &mut Buffer) {
-        rotation::rotation(positions, frequencies, out);
+    fn rotation(&self, frequencies: &Vec<f32>, batch: &Batch<'_, CpuBackend>, out: &mut Buffer) {
+        rotation::rotation(frequencies, batch, out);
     }
 
     fn rotary(
         &self,
+        layer: usize,
         qkv: &mut Buffer,
         heads: Heads,
         norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
         rotation: &Buffer,
+        batch: &mut Batch<'_, CpuBackend>,
     ) {
         rotary::rotary(qkv, heads, norms, rotation);
+        store_context::store_context(layer, qkv, heads.query_dim(), heads, batch);
+        append_tail::append_tail(layer, qkv, heads, batch);
     }
 
     fn store_context(
@@ -276,10 +300,11 @@ impl Backend for CpuBackend {
         heads: Heads,
         reach: Reach,
         scale: f32,
-        tail_bias: Option<&[f32]>,
+        tail_bias: Option<&Vec<f32>>,
         batch: &Batch<'_, CpuBackend>,
         out: &mut Buffer,
     ) {
+        let tail_bias = tail_bias.map(Vec::as_slice);
         self.attend_beams(layer, queries, heads, reach, scale, tail_bias, batch, out);
     }
 
@@ -304,7 +329,7 @@ impl Backend for CpuBackend {
         advance_beams::advance_beams(logits, head, rules, slots);
     }
 
-    fn read_beams(&self, slot: &Slot) -> Result<Vec<Beam>> {
-        slot.beams.read()
+    fn read_beams(&self, slots: &[&Slot]) -> Vec<Result<Vec<Beam>>> {
+        slots.iter().map(|slot| slot.beams.read()).collect()
     }
 }

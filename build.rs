@@ -1,0 +1,83 @@
+//! Compiles the kernels where the feature `cuda` asks for them, and says whether there is a C++
+//! compiler: the tests that run kernels on the CPU need one.
+
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// What the fat binary holds: code for Ampere and for Hopper, and PTX for what comes later.
+const ARCHITECTURES: [&str; 3] = [
+    "arch=compute_80,code=sm_80",
+    "arch=compute_90a,code=sm_90a",
+    "arch=compute_90,code=compute_90",
+];
+
+fn main() {
+    for variable in ["CXX", "NVCC", "CUDA_HOME", "CUDA_PATH"] {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=kernels");
+    println!("cargo:rustc-check-cfg=cfg(cpp_compiler)");
+    let compiler = env::var("CXX").unwrap_or_else(|_| "g++".into());
+    if answers(Path::new(&compiler)) {
+        println!("cargo:rustc-cfg=cpp_compiler");
+    }
+    if env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        compile_kernels();
+    }
+}
+
+fn answers(compiler: &Path) -> bool {
+    let output = Command::new(compiler).arg("--version").output();
+    output.is_ok_and(|output| output.status.success())
+}
+
+/// The compiler named by `NVCC`, that of `CUDA_HOME` or `CUDA_PATH`, or the one on the path.
+fn nvcc() -> Option<PathBuf> {
+    let named = env::var_os("NVCC").map(PathBuf::from);
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+    let in_homes = homes.map(|home| Path::new(&home).join("bin/nvcc"));
+    let known = [PathBuf::from("nvcc"), PathBuf::from("/usr/local/cuda/bin/nvcc")];
+    named.into_iter().chain(in_homes).chain(known).find(|nvcc| answers(nvcc))
+}
+
+fn compile_kernels() {
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let fat_binary = out.join("kernels.fatbin");
+    let Some(nvcc) = nvcc() else {
+        println!(
+            "cargo:warning=nvcc was not found: this build has no kernels and refuses the device \
+             \"cuda\". Install the CUDA toolkit (13.0 was tried) and set NVCC or CUDA_HOME"
+        );
+        fs::write(&fat_binary, []).expect("OUT_DIR is writable");
+        return;
+    };
+    // One file of all kernels makes one fat binary.
+    let folder =
+        Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("kernels");
+    let entries = fs::read_dir(&folder).expect("the kernels are beside build.rs");
+    let mut kernels: Vec<PathBuf> =
+        entries.map(|entry| entry.expect("a readable folder").path()).collect();
+    kernels.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    kernels.sort();
+    let mut all = String::new();
+    for kernel in &kernels {
+        writeln!(all, "#include \"{}\"", kernel.display()).expect("text takes all");
+    }
+    let source = out.join("kernels.cu");
+    fs::write(&source, all).expect("OUT_DIR is writable");
+    let mut command = Command::new(&nvcc);
+    command.args(["-fatbin", "-std=c++17", "-O3", "--threads", "0", "-Xptxas", "-warn-spills"]);
+    ARCHITECTURES.iter().for_each(|architecture| {
+        command.args(["-gencode", architecture]);
+    });
+    let output = command.arg(&source).arg("-o").arg(&fat_binary).output().expect("it answered");
+    let messages = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}:\n{messages}");
+    for line in messages.lines().filter(|line| line.contains("warning")) {
+        println!("cargo:warning={line}");
+    }
+}

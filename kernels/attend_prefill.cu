@@ -1,0 +1,96 @@
+// Attention of the rows of prompts over their contexts, as far as stored and masked: causal or
+// bidirectional, with a bias over relative positions where one is given; softmax in f32.
+// FlashAttention-2 (Dao 2023) over pages (vLLM, Kwon et al. 2023), prompts of any lengths.
+// Grid: (tiles, KV heads); a tile is 64 rows of (token, query head) for tensor cores, else 16.
+// Block: 128 threads. Bound by tensor cores for long prompts. Reads a page of keys and values once
+// a tile.
+#include "common/attention.cuh"
+
+namespace attend_prefill {
+
+struct Params {
+  void* out;            // [rows, num_heads * head_dim]
+  const void* queries;  // [rows, query_columns]
+  const uint2* tiles;   // the prompt, and the first of its rows
+  const float* bias;    // [num_heads, 2 * longest - 1], or null
+  Batch batch;
+  Pages pages;
+  uint32_t query_columns, num_heads, layer, longest;
+  uint32_t is_causal;
+  float scale;
+};
+
+__device__ __forceinline__ Tile tile_of(const Params& params, uint32_t rows_per_tile) {
+  const uint2 place = params.tiles[blockIdx.x];
+  const Prompt& prompt = params.batch.prompts[place.x];
+  Tile tile;
+  tile.group = params.num_heads / params.pages.num_kv_heads;
+  tile.first = place.y;
+  tile.num_rows = prompt.num_rows * tile.group;
+  tile.kv_head = blockIdx.y;
+  tile.num_heads = params.num_heads;
+  tile.layer = params.layer;
+  tile.first_item_row = prompt.first_row;
+  tile.first_page = prompt.first_page;
+  tile.context_len = prompt.start + prompt.num_rows;
+  tile.is_causal = params.is_causal != 0;
+  tile.start = prompt.start;
+  tile.scale = params.scale;
+  tile.bias = params.bias;
+  tile.longest = params.longest;
+  const uint32_t last = min(tile.first + rows_per_tile, tile.num_rows) - 1 - tile.first;
+  tile.page_from = 0;
+  tile.page_to = (tile.reach_of(last) + kPageLen - 1) / kPageLen;
+  return tile;
+}
+
+template <class T> __device__ __forceinline__ void run_plain(const Params& params) {
+  SharedMemory shared;
+  const uint32_t head_dim = params.pages.head_dim;
+  PlainAttention<T> attention(shared, head_dim);
+  const Tile tile = tile_of(params, PlainAttention<T>::kRows);
+  attention.attend(tile, params.batch, params.pages, static_cast<const T*>(params.queries),
+                   params.query_columns);
+  const uint32_t rows = min(PlainAttention<T>::kRows, tile.num_rows - tile.first);
+  for (uint32_t i = threadIdx.x; i < rows * head_dim; i += blockDim.x) {
+    const uint32_t row = i / head_dim, column = i % head_dim;
+    T* out = static_cast<T*>(params.out) +
+             (size_t(tile.row_of(row)) * params.num_heads + tile.head_of(row)) * head_dim;
+    out[column] = narrowed<T>(attention.accumulated[i] / attention.sums[row]);
+  }
+}
+
+template <uint32_t kHeadDim> __device__ __forceinline__ void run_tensor(const Params& params) {
+  using Attention = TensorAttention<kHeadDim>;
+  SharedMemory shared;
+  Attention attention(shared);
+  const Tile tile = tile_of(params, Attention::kRows);
+  attention.attend(tile, params.batch, params.pages, static_cast<const bf16*>(params.queries),
+                   params.query_columns);
+#pragma unroll
+  for (uint32_t which = 0; which < 2; which++) {
+    const uint32_t row = Attention::row_in_tile(which);
+    if (tile.first + row >= tile.num_rows) continue;
+    bf16* out = static_cast<bf16*>(params.out) +
+                (size_t(tile.row_of(row)) * params.num_heads + tile.head_of(row)) * kHeadDim;
+    attention.for_each_pair(which, 1.0f / attention.sums[which],
+                            [&](uint32_t column, float x, float y) {
+                              *reinterpret_cast<bf16x2*>(out + column) = __floats2bfloat162_rn(x, y);
+                            });
+  }
+}
+
+}  // namespace attend_prefill
+
+KERNEL(attend_prefill_f32, attend_prefill::Params, 128) {
+  attend_prefill::run_plain<float>(params);
+}
+KERNEL(attend_prefill_bf16, attend_prefill::Params, 128) {
+  attend_prefill::run_plain<bf16>(params);
+}
+KERNEL(attend_prefill_bf16_64, attend_prefill::Params, 128) {
+  attend_prefill::run_tensor<64>(params);
+}
+KERNEL(attend_prefill_bf16_128, attend_prefill::Params, 128) {
+  attend_prefill::run_tensor<128>(params);
+}

@@ -1,0 +1,179 @@
+// What every kernel includes: names of the language, shared memory, and the few instructions that
+// C++ has no words for. nvcc compiles the first half, any other compiler the second, which is the
+// emulator's; inline PTX is in this file alone.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <stdint.h>
+#else
+#include "../emulator/cuda.h"
+#endif
+
+using bf16 = __nv_bfloat16;
+using bf16x2 = __nv_bfloat162;
+
+#if defined(__CUDACC__)
+
+// A kernel of one parameter struct, launched by its name.
+#define KERNEL(name, Params, max_threads) \
+  extern "C" __global__ void __launch_bounds__(max_threads, 1) \
+      name(const __grid_constant__ Params params)
+// An array of a block's shared memory.
+#define SHARED(T, name, size) __shared__ T name[size]
+
+// The dynamic shared memory of a launch, array by array.
+struct SharedMemory {
+  uint32_t used = 0;
+  template <class T> __device__ T* take(uint32_t count, const char*) {
+    extern __shared__ __align__(128) unsigned char dynamic_shared[];
+    const uint32_t start = (used + 127u) & ~127u;
+    used = start + count * uint32_t(sizeof(T));
+    return reinterpret_cast<T*>(dynamic_shared + start);
+  }
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
+  return uint32_t(__cvta_generic_to_shared(at));
+}
+// Four 8 x 8 matrices of 16-bit numbers, a row's address from each lane.
+__device__ __forceinline__ void ldmatrix(uint32_t (&matrices)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&matrices)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// d += a b with a: 16 x 16, b: 16 x 8.
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                    uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// Copies 16 bytes to shared memory without waiting; zeros where `is_wanted` is false.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool is_wanted) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)),
+               "l"(from), "r"(is_wanted ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// Waits for this thread's copies but those of the last `kGroups` commits.
+template <int kGroups> __device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroups) : "memory");
+}
+
+#else
+
+#define KERNEL(name, Params, max_threads)                                               \
+  static void name(Params params);                                                      \
+  static ::emulator::Registered<Params, name> registered_##name(#name, max_threads);    \
+  static void name(Params params)
+#define SHARED(T, name, size)                                                           \
+  static const char key_of_##name = 0;                                                  \
+  T(&name)[size] = *static_cast<T(*)[size]>(                                            \
+      ::emulator::static_shared(&key_of_##name, sizeof(T) * (size), alignof(T), #name))
+
+struct SharedMemory {
+  uint32_t used = 0;
+  template <class T> T* take(uint32_t count, const char* name) {
+    const uint32_t start = (used + 127u) & ~127u;
+    used = start + count * uint32_t(sizeof(T));
+    return static_cast<T*>(::emulator::dynamic_shared(start, count * sizeof(T), name));
+  }
+};
+
+inline void ldmatrix(uint32_t (&matrices)[4], const void* row, EMULATOR_SITE) {
+  ::emulator::ldmatrix(matrices, false, row, site);
+}
+inline void ldmatrix_transposed(uint32_t (&matrices)[4], const void* row, EMULATOR_SITE) {
+  ::emulator::ldmatrix(matrices, true, row, site);
+}
+inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATOR_SITE) {
+  const uint32_t b[2] = {b0, b1};
+  ::emulator::mma_bf16(d, a, b, site);
+}
+inline void copy_async(void* to, const void* from, bool is_wanted, EMULATOR_SITE) {
+  ::emulator::cp_async(to, from, 16, is_wanted ? 16 : 0, site);
+}
+inline void commit_copies() { ::emulator::cp_async_commit(); }
+template <int kGroups> inline void wait_for_copies() { ::emulator::cp_async_wait(kGroups); }
+
+#endif
+
+constexpr uint32_t kWarpSize = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr uint32_t kNone = 0xffffffffu;
+#define INFINITY_F __uint_as_float(0x7f800000u)
+
+template <class T> __device__ __forceinline__ T narrowed(float value);
+template <> __device__ __forceinline__ float narrowed<float>(float value) { return value; }
+template <> __device__ __forceinline__ bf16 narrowed<bf16>(float value) {
+  return __float2bfloat16(value);
+}
+__device__ __forceinline__ float widened(float value) { return value; }
+__device__ __forceinline__ float widened(bf16 value) { return __bfloat162float(value); }
+
+__device__ __forceinline__ bool is_finite(float value) {
+  return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2)
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2)
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, distance));
+  return value;
+}
+// Sums over the lanes below and this one.
+__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
+  const uint32_t lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (uint32_t distance = 1; distance < kWarpSize; distance *= 2) {
+    const uint32_t below = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane >= distance) value += below;
+  }
+  return value;
+}
+
+// Whether stretches of `count` numbers that begin here, one after the other, are whole packs of 16
+// bytes, as many as one access moves.
+template <class T>
+__device__ __forceinline__ bool are_packs(const T* at, uint32_t count) {
+  return reinterpret_cast<uintptr_t>(at) % 16 == 0 && count % (16 / sizeof(T)) == 0;
+}
+
+// All threads of a block take part.
+template <class T>
+__device__ __forceinline__ void copy_row(T* to, const T* from, uint32_t count) {
+  if (are_packs(to, count) && are_packs(from, count)) {
+    for (uint32_t i = threadIdx.x; i < count / uint32_t(16 / sizeof(T)); i += blockDim.x)
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+  } else {
+    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+  }
+}
+
+// How many elements of a sorted array are below a value.
+template <class T>
+__device__ __forceinline__ uint32_t lower_bound(const T* values, uint32_t count, uint32_t value) {
+  uint32_t low = 0, high = count;
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if (values[middle] < value) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}

@@ -1,0 +1,46 @@
+// What each row of logits is normalised by: the log of its summed exponentials, over a stretch of
+// the vocabulary at a time, or over the codes of a level (online softmax, Milakov & Gimelshein
+// 2018). The logits themselves are a matrix product with the step's rows of the head.
+// Grid: a block a row of beams. Block: 256 threads. Bound by memory: reads the logits twice, the
+// second time from L2.
+#include "common/search.cuh"
+
+namespace restricted_head {
+
+struct Params {
+  const float* logits;  // of a stretch of the vocabulary; those of a level are the rules' own
+  float2* sums;         // by row
+  const Rule* rules;
+  Batch batch;
+  uint32_t width, stride;
+  uint32_t is_level, is_first;  // a first stretch forgets what the sums were
+};
+constexpr uint32_t kThreads = 256;
+
+}  // namespace restricted_head
+
+KERNEL(restricted_head_sums, restricted_head::Params, restricted_head::kThreads) {
+  using restricted_head::kThreads;
+  const uint32_t row = blockIdx.x;
+  const Search* search = search_of_row(params.batch, row);
+  if (!search) return;
+  const Rule& rule = params.rules[search - params.batch.searches];
+  const bool is_wanted = params.is_level
+                             ? rule.normalizer == kLevel
+                             : rule.normalizer == kVocabulary || (rule.flags & kKeepsLogProbs);
+  if (!is_wanted) return;
+  const uint32_t beam = row - search->first_row;
+  const float* logits = params.is_level
+                            ? rule.logits + size_t(beam) * rule.logits_stride + rule.first_column
+                            : params.logits + size_t(row) * params.stride;
+  const uint32_t count = params.is_level ? rule.num_codes : params.width;
+  const uint32_t* columns = params.is_level ? rule.columns : nullptr;
+  float2 parts = make_float2(-INFINITY_F, 0.0f);
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+    const uint32_t column = columns ? columns[i] : i;
+    if (column != kNone) join(parts, logits[column] * rule.inverse_temperature);
+  }
+  parts = block_joined<kThreads>(parts);
+  if (threadIdx.x != 0) return;
+  params.sums[row] = params.is_first ? parts : joined(params.sums[row], parts);
+}

@@ -1,0 +1,34 @@
+// out[r] = cosines, then sines, of position[r] * frequencies: what queries and keys are turned by.
+// The position of a beam's newest token is the context's length plus its steps less one.
+// Grid: a block a row. Block: 64 threads. Bound by memory: writes out once.
+#include "common/batch.cuh"
+
+namespace rotation {
+
+struct Params {
+  float* out;                // [rows, 2 * num_frequencies]
+  const float* frequencies;  // [num_frequencies]
+  Batch batch;
+  uint32_t num_frequencies, padding;
+};
+constexpr uint32_t kThreads = 64;
+
+}  // namespace rotation
+
+KERNEL(rotation_f32, rotation::Params, rotation::kThreads) {
+  const Batch& batch = params.batch;
+  const uint32_t row = blockIdx.x;
+  uint32_t position = 0;
+  if (row < batch.num_prompt_rows) {
+    const Prompt& prompt = prompt_of_row(batch, row);
+    position = prompt.start + row - prompt.first_row;
+  } else if (const Search* search = search_of_row(batch, row)) {
+    position = search->context_len + search->num_steps - 1;
+  }
+  float* out = params.out + size_t(row) * 2 * params.num_frequencies;
+  for (uint32_t i = threadIdx.x; i < params.num_frequencies; i += rotation::kThreads) {
+    const float angle = float(position) * params.frequencies[i];
+    out[i] = cosf(angle);
+    out[params.num_frequencies + i] = sinf(angle);
+  }
+}

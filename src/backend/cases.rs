@@ -1,0 +1,329 @@
+//! Cases of every operation, drawn at random from a seed: what tests hold backends to each other
+//! and to the truth with, and what `sidereal selftest` runs on a device.
+
+use std::ops::Range;
+use std::slice;
+
+use crate::backend::{
+    Activation, Backend, Batch, Beam, Epilogue, Heads, Mask, MemorySpec, Reach, SearchRule,
+    SlotSpec, StepTokens,
+};
+use crate::catalog::sid::Sid;
+use crate::catalog::{CatalogBuilder, Item, Snapshot};
+use crate::error::Result;
+use crate::pages;
+use crate::request::{Constraint, Normalization};
+use crate::tensor::Tensor;
+
+/// The operations that have cases.
+pub const OPERATIONS: [&str; 13] = [
+    "embed",
+    "rms_norm",
+    "matmul",
+    "gate",
+    "rotation",
+    "rotary",
+    "store_context",
+    "attend_prefill",
+    "last_rows",
+    "append_tail",
+    "attend_beams",
+    "restricted_head",
+    "advance_beams",
+];
+
+/// A source of cases; the seed repeats them.
+pub struct Cases {
+    /// Where they are drawn from.
+    pub rng: fastrand::Rng,
+}
+
+impl Cases {
+    /// The cases of a seed.
+    pub fn new(seed: u64) -> Cases {
+        Cases { rng: fastrand::Rng::with_seed(seed) }
+    }
+
+    /// Numbers between -1 and 1 that 16 bits hold exactly.
+    pub fn numbers(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| half::bf16::from_f32(2.0 * self.rng.f32() - 1.0).to_f32()).collect()
+    }
+
+    /// A size: often one, often small, sometimes `most`.
+    pub fn size(&mut self, most: usize) -> usize {
+        match self.rng.u8(0..8) {
+            0 => 1,
+            1 => most,
+            2..6 => self.rng.usize(1..=most.min(20)),
+            _ => self.rng.usize(1..=most),
+        }
+    }
+
+    /// Heads of attention: grouped or not, of sizes that have kernels of their own or not.
+    pub fn heads(&mut self) -> Heads {
+        let num_kv_heads = self.rng.usize(1..4);
+        let num_heads = num_kv_heads * self.rng.usize(1..4);
+        let dims = [2, 6, 16, 24, 64, 128];
+        Heads { num_heads, num_kv_heads, head_dim: dims[self.rng.usize(0..dims.len())] }
+    }
+}
+
+const CONTEXT_PAGES: usize = 128;
+const TAIL_PAGES: usize = 2048;
+
+/// Memory and searches for operations that are called one by one. Pages are given out in an order
+/// that is not that of their numbers.
+pub struct World<'b, B: Backend> {
+    /// The backend whose memory it is.
+    pub backend: &'b B,
+    /// All pages.
+    pub memory: B::Memory,
+    start_token: u32,
+    context_pages: Vec<u32>,
+    tail_pages: Vec<u32>,
+}
+
+impl<'b, B: Backend> World<'b, B> {
+    /// One layer, for searches that start with token 3.
+    pub fn on(backend: &'b B, heads: Heads) -> World<'b, B> {
+        World::of(backend, 1, heads, 3)
+    }
+
+    /// So many layers, for searches that start with a token.
+    pub fn of(backend: &'b B, num_layers: usize, heads: Heads, start_token: u32) -> World<'b, B> {
+        let memory = backend.memory(&MemorySpec {
+            num_layers,
+            heads,
+            context_pages: CONTEXT_PAGES,
+            tail_pages: TAIL_PAGES,
+        });
+        let mut rng = fastrand::Rng::with_seed(1);
+        let mut shuffled = |count: usize| {
+            let mut pages: Vec<u32> = (0..count as u32).collect();
+            rng.shuffle(&mut pages);
+            pages
+        };
+        let (context_pages, tail_pages) = (shuffled(CONTEXT_PAGES), shuffled(TAIL_PAGES));
+        World { backend, memory, start_token, context_pages, tail_pages }
+    }
+
+    /// A search in a context of so many tokens, with room for 512 beams at 6 steps.
+    ///
+    /// # Panics
+    /// Where no pages are left.
+    pub fn spec(&mut self, context_len: usize) -> SlotSpec {
+        let context = self.context_pages.len() - pages::context_pages(context_len);
+        let tail = self.tail_pages.len() - pages::tail_pages([1, 512, 512, 512, 512, 512, 512]);
+        SlotSpec {
+            context_pages: self.context_pages.split_off(context),
+            context_len,
+            tail_pages: self.tail_pages.split_off(tail),
+            start_token: self.start_token,
+        }
+    }
+
+    /// The same, opened.
+    pub fn slot(&mut self, context_len: usize) -> B::Slot {
+        let spec = self.spec(context_len);
+        self.backend.open_slot(spec)
+    }
+}
+
+/// What an operation makes of its case number `seed`, as numbers that are the same on every backend
+/// but for rounding.
+///
+/// # Errors
+/// [`Device`](crate::Error::Device) where the device failed.
+///
+/// # Panics
+/// Where `operation` is none of [`OPERATIONS`].
+pub fn run<B: Backend>(backend: &B, operation: &str, seed: u64) -> Result<Vec<f32>> {
+    let mut cases = Cases::new(seed);
+    match operation {
+        "embed" | "last_rows" => embed_and_last_rows(backend, &mut cases),
+        "rms_norm" => rms_norm(backend, &mut cases),
+        "matmul" => matmul(backend, &mut cases),
+        "gate" => gate(backend, &mut cases),
+        "rotation" | "rotary" | "store_context" | "attend_prefill" => prompt(backend, &mut cases),
+        "append_tail" | "attend_beams" | "restricted_head" | "advance_beams" => {
+            search(backend, &mut cases)
+        }
+        other => panic!("{other} is no operation"),
+    }
+}
+
+fn vector<B: Backend>(backend: &B, values: Vec<f32>) -> B::Vector {
+    backend.vector(&[Tensor::new(&[values.len()], values)])
+}
+
+fn embed_and_last_rows<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+    let (vocab, columns) = (cases.size(50).max(4), cases.size(40));
+    let table = backend.table(Tensor::new(&[vocab, columns], cases.numbers(vocab * columns)));
+    let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
+    let count: usize = lens.iter().sum();
+    let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();
+    let mut world = World::on(backend, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 });
+    let mut slots: Vec<B::Slot> = lens.iter().chain(&[1]).map(|&len| world.slot(len)).collect();
+    let (mut rows, mut last) = (backend.buffer(), backend.buffer());
+    backend.embed(&table, &tokens, &slots[lens.len()..], &mut rows);
+    let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+    let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+    backend.last_rows(&rows, cases.rng.usize(0..=lens.len()), &batch, &mut last);
+    Ok([backend.download(&rows)?, backend.download(&last)?].concat())
+}
+
+fn rms_norm<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+    let (rows, columns) = (cases.size(70), cases.size(3000));
+    let x = backend.upload(&cases.numbers(rows * columns), columns);
+    let mut out = backend.buffer();
+    backend.rms_norm(&x, &vector(backend, cases.numbers(columns)), 1e-6, &mut out);
+    backend.download(&out)
+}
+
+fn matmul<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+    let (rows, inner, columns) = (cases.size(130), cases.size(600), cases.size(300));
+    let x = backend.upload(&cases.numbers(rows * inner), inner);
+    let weight = backend.matrix(&[Tensor::new(&[columns, inner], cases.numbers(columns * inner))]);
+    let bias = cases.rng.bool().then(|| vector(backend, cases.numbers(columns)));
+    let activations = [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu];
+    let epilogue = match cases.rng.usize(0..6) {
+        0 => Epilogue::Store,
+        1 => Epilogue::Add,
+        at => Epilogue::Activate(activations[at - 2]),
+    };
+    let mut out = backend.upload(&cases.numbers(rows * columns), columns);
+    backend.matmul(&x, &weight, bias.as_ref(), epilogue, &mut out);
+    backend.download(&out)
+}
+
+fn gate<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+    let (rows, columns) = (cases.size(60), cases.size(400));
+    let x = backend.upload(&cases.numbers(rows * 2 * columns), 2 * columns);
+    let mut out = backend.buffer();
+    let activations = [Activation::Silu, Activation::GeluTanh, Activation::Relu, Activation::Gelu];
+    backend.gate(&x, activations[cases.rng.usize(0..4)], &mut out);
+    backend.download(&out)
+}
+
+/// Prompts, turned, kept and attended to in two passes.
+fn prompt<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+    let heads = cases.heads();
+    let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(300)).collect();
+    let mut world = World::on(backend, heads);
+    let mut slots: Vec<B::Slot> = lens.iter().map(|&len| world.slot(len)).collect();
+    let frequencies = (0..heads.head_dim / 2)
+        .map(|pair| 10_000f32.powf(-2.0 * pair as f32 / heads.head_dim as f32));
+    let frequencies = vector(backend, frequencies.collect());
+    let norms =
+        cases.rng.bool().then(|| [(); 2].map(|()| vector(backend, cases.numbers(heads.head_dim))));
+    let norms = norms.as_ref().map(|[query, key]| (query, key, 1e-6));
+    let cut: Vec<usize> = lens.iter().map(|&len| cases.rng.usize(0..=len)).collect();
+    let early: Vec<Range<usize>> = cut.iter().map(|&cut| 0..cut).collect();
+    let late: Vec<Range<usize>> = cut.iter().zip(&lens).map(|(&cut, &len)| cut..len).collect();
+    let mut found = Vec::new();
+    for chunks in [early, late] {
+        let rows: usize = chunks.iter().map(Range::len).sum();
+        if rows == 0 {
+            continue;
+        }
+        let mut qkv = backend.upload(&cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
+        let (mut rotation, mut out) = (backend.buffer(), backend.buffer());
+        let mut batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+        backend.rotation(&frequencies, &batch, &mut rotation);
+        backend.rotary(0, &mut qkv, heads, norms, &rotation, &mut batch);
+        backend.attend_prefill(0, &qkv, heads, Mask::Causal, 0.3, None, &batch, &mut out);
+        found.extend(backend.download(&qkv)?);
+        found.extend(backend.download(&out)?);
+    }
+    // All of a prompt at once, in both directions, with a bias.
+    let longest = lens.iter().copied().max().unwrap_or(1);
+    let bias = cases.numbers(heads.num_heads * (2 * longest - 1));
+    let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+    let rows: usize = lens.iter().sum();
+    let qkv = backend.upload(&cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
+    let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+    let (mask, mut out) = (Mask::Bidirectional, backend.buffer());
+    backend.store_context(0, &qkv, heads.query_dim(), heads, &batch);
+    backend.attend_prefill(0, &qkv, heads, mask, 0.3, Some(&bias), &batch, &mut out);
+    found.extend(backend.download(&out)?);
+    Ok(found)
+}
+
+/// A rule that wants the best of all that a snapshot allows.
+pub fn rule<'a>(
+    snapshot: &'a Snapshot,
+    legality: &'a crate::catalog::legality::Legality,
+    beams: usize,
+) -> SearchRule<'a> {
+    SearchRule {
+        snapshot,
+        legality,
+        beams,
+        normalization: Normalization::Vocabulary,
+        constraint: Constraint::Trie,
+        temperature: 1.0,
+        candidates: None,
+        seed: None,
+        log_probs: false,
+    }
+}
+
+/// A search of three levels whose logits are weights themselves, so that every number type ranks
+/// them alike; its beams attend to their context and tails.
+fn search<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+    const HIDDEN: usize = 64;
+    let (heads, num_codes) = (cases.heads(), cases.rng.u16(2..40));
+    let mut builder = CatalogBuilder::default();
+    for item in 0..cases.size(600) {
+        let codes: Vec<u16> = (0..3).map(|_| cases.rng.u16(0..num_codes)).collect();
+        builder.add(Item::new(item.to_string(), Sid::new(&codes)?))?;
+    }
+    let snapshot = builder.build()?.snapshot();
+    let share = cases.rng.f32() * 0.5;
+    let excluded: Vec<u32> = snapshot.all_items().filter(|_| cases.rng.f32() < share).collect();
+    let legality = snapshot.legality(&excluded, None)?;
+    let first = |level: u32| 1 + level * u32::from(num_codes);
+    let steps: Vec<StepTokens> = (0..3)
+        .map(|level| StepTokens::Level { tokens: (first(level)..first(level + 1)).collect() })
+        .collect();
+    let vocab = first(3) as usize;
+    let head = Tensor::new(&[vocab, HIDDEN], cases.numbers(vocab * HIDDEN));
+    let (head, mut logits) = (backend.head(head, &steps), backend.logits());
+    let mut world = World::on(backend, heads);
+    let context_len = cases.size(700);
+    let mut slots = vec![world.slot(context_len)];
+    let kv = backend.upload(&cases.numbers(context_len * 2 * heads.kv_dim()), 2 * heads.kv_dim());
+    let whole = 0..context_len;
+    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    backend.store_context(0, &kv, 0, heads, &batch);
+    let width = cases.size(200);
+    let bias = vector(backend, cases.numbers(heads.num_heads * 4));
+    let mut found = Vec::new();
+    for _ in 0..3 {
+        let rows = backend.num_beams(&slots[0]);
+        let mut hidden = vec![0.0; rows * HIDDEN];
+        for row in 0..rows {
+            hidden[row * HIDDEN + row % HIDDEN] = 1.0;
+        }
+        let hidden = backend.upload(&hidden, HIDDEN);
+        let rules = [rule(&snapshot, &legality, width)];
+        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let beams: Vec<Beam> = backend.read_beams(&[&slots[0]]).remove(0)?;
+        found.extend(beams.iter().map(|beam| beam.score));
+        // Rows are drawn for as many beams as there could be, so that all backends see the same.
+        let numbers = cases.numbers(width * heads.qkv_dim());
+        let rows = backend.num_beams(&slots[0]);
+        let qkv = backend.upload(&numbers[..rows * heads.qkv_dim()], heads.qkv_dim());
+        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+        backend.append_tail(0, &qkv, heads, &mut batch);
+        for reach in [Reach::Context, Reach::Tail, Reach::ContextAndTail] {
+            let mut out = backend.buffer();
+            let bias = (reach == Reach::Tail).then_some(&bias);
+            backend.attend_beams(0, &qkv, heads, reach, 0.4, bias, &batch, &mut out);
+            let out = backend.download(&out)?;
+            found.extend_from_slice(&out[..beams.len() * heads.query_dim()]);
+        }
+    }
+    Ok(found)
+}

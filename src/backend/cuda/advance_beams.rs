@@ -1,0 +1,78 @@
+use bytemuck::{Pod, Zeroable};
+
+use super::driver::Driver;
+use super::memory::Beams;
+use super::tables::BatchParams;
+use super::{CudaBackend, Head, Logits, SearchRule, Slot, rules, shared_bytes};
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    rules: u64,
+    vocabulary_sums: u64,
+    level_sums: u64,
+    child_sums: u64,
+    greatest: u64,
+    offsets: u64,
+    failures: u64,
+    keys: u64,
+    num_keys_of_part: u64,
+    batch: BatchParams,
+    beams: Beams,
+    num_parts: u32,
+    num_keys: u32,
+    capacity: u32,
+    padding: u32,
+}
+
+impl<D: Driver> CudaBackend<D> {
+    pub(super) fn advance_beams(
+        &self,
+        logits: &Logits<D>,
+        head: &Head<D>,
+        rules: &[SearchRule<'_>],
+        slots: &mut [Slot<D>],
+    ) {
+        assert_eq!(rules.len(), slots.len(), "a rule for each slot");
+        let Some(first) = slots.first() else { return };
+        let beams = first.arrays.beams();
+        let state = &mut *self.state();
+        let is_prepared = state.prepared.is_some();
+        if !is_prepared {
+            rules::begin_step(head, rules, slots);
+        }
+        let tables = self.tables(state, &[], slots);
+        let plan = logits.plan.as_ref().expect("the head comes first");
+        let params = Params {
+            rules: state.rule_memory.at(0),
+            vocabulary_sums: logits.vocabulary_sums.at(0),
+            level_sums: logits.level_sums.at(0),
+            child_sums: logits.child_sums.at(0),
+            greatest: logits.greatest.at(0),
+            offsets: logits.offsets.at(0),
+            failures: logits.failures.at(0),
+            keys: logits.keys.at(0),
+            num_keys_of_part: logits.num_keys.at(0),
+            batch: tables.batch,
+            beams,
+            num_parts: plan.num_parts as u32,
+            num_keys: plan.num_keys as u32,
+            capacity: plan.capacity as u32,
+            padding: 0,
+        };
+        let (rows, searches) = (tables.batch.num_rows as usize, tables.batch.num_searches as usize);
+        let shared = shared_bytes(&[plan.capacity * size_of::<u64>(), size_of::<u32>()]);
+        let launch = |kernel, grid, shared| {
+            self.device.launch(kernel, grid, 256, shared, &params);
+        };
+        launch("advance_beams_count", [searches, 1, 1], 0);
+        if plan.needs_children {
+            launch("advance_beams_children", [rows, 1, 1], 0);
+        }
+        launch("advance_beams_expand", [plan.num_parts, searches, 1], shared);
+        launch("advance_beams_select", [searches, 1, 1], shared);
+        if !is_prepared {
+            slots.iter_mut().for_each(|slot| slot.num_steps += 1);
+        }
+    }
+}

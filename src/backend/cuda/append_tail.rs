@@ -1,0 +1,29 @@
+use super::driver::Driver;
+use super::store_context::Params;
+use super::{Buffer, CudaBackend, Heads};
+use crate::backend::Batch;
+
+impl<D: Driver> CudaBackend<D> {
+    pub(super) fn append_tail(
+        &self,
+        layer: usize,
+        qkv: &Buffer<D>,
+        heads: Heads,
+        batch: &mut Batch<'_, CudaBackend<D>>,
+    ) {
+        self.begin_tails(batch);
+        let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
+        let params = Params {
+            kv: qkv.memory.at(0),
+            batch: tables.batch,
+            pages: batch.memory.0.pages(),
+            columns: qkv.columns as u32,
+            offset: heads.query_dim() as u32,
+            layer: layer as u32,
+            padding: 0,
+        };
+        let kernel = self.kernel("append_tail_f32", "append_tail_bf16");
+        let rows = tables.batch.num_rows - tables.batch.num_prompt_rows;
+        self.device.launch(kernel, [rows as usize, 1, 1], 128, 0, &params);
+    }
+}

@@ -1,0 +1,111 @@
+use bytemuck::{Pod, Zeroable};
+
+use super::attend_prefill::attention_bytes;
+use super::driver::Driver;
+use super::memory::{Beams, Pages};
+use super::tables::{BatchParams, MAX_POSITIONS, has_tensor_kernel};
+use super::{Buffer, CudaBackend, Heads, Reach, Vector};
+use crate::backend::Batch;
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    out: u64,
+    queries: u64,
+    parts: u64,
+    part_sums: u64,
+    tiles: u64,
+    tail_bias: u64,
+    batch: BatchParams,
+    pages: Pages,
+    beams: Beams,
+    query_columns: u32,
+    num_heads: u32,
+    layer: u32,
+    num_biases: u32,
+    num_splits: u32,
+    reaches_context: u32,
+    reaches_tail: u32,
+    scale: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct CombineParams {
+    out: u64,
+    parts: u64,
+    part_sums: u64,
+    batch: BatchParams,
+    num_heads: u32,
+    head_dim: u32,
+    num_splits: u32,
+    padding: u32,
+}
+
+impl<D: Driver> CudaBackend<D> {
+    pub(super) fn attend_beams(
+        &self,
+        layer: usize,
+        queries: &Buffer<D>,
+        heads: Heads,
+        reach: Reach,
+        scale: f32,
+        tail_bias: Option<&Vector<D>>,
+        batch: &Batch<'_, CudaBackend<D>>,
+        out: &mut Buffer<D>,
+    ) {
+        let state = &mut *self.state();
+        let tables = self.tables(state, batch.chunks, batch.slots);
+        out.reshape(queries.rows, heads.query_dim(), self.dtype);
+        let num_splits = if reach == Reach::Tail { 1 } else { tables.num_splits };
+        if num_splits > 1 {
+            let parts = num_splits * tables.batch.num_rows as usize * heads.num_heads;
+            state.parts.reserve(parts * heads.head_dim * size_of::<f32>());
+            state.part_sums.reserve(parts * size_of::<[f32; 2]>());
+        }
+        let (parts, part_sums) = (state.parts.at(0), state.part_sums.at(0));
+        let params = Params {
+            out: out.memory.at(0),
+            queries: queries.memory.at(0),
+            parts,
+            part_sums,
+            tiles: tables.beam_tiles,
+            tail_bias: tail_bias.map_or(0, |bias| bias.values.at(0)),
+            batch: tables.batch,
+            pages: batch.memory.0.pages(),
+            beams: batch.memory.0.beams(),
+            query_columns: queries.columns as u32,
+            num_heads: heads.num_heads as u32,
+            layer: layer as u32,
+            num_biases: tail_bias.map_or(0, |bias| bias.len / heads.num_heads) as u32,
+            num_splits: num_splits as u32,
+            reaches_context: u32::from(reach != Reach::Tail),
+            reaches_tail: u32::from(reach != Reach::Context),
+            scale,
+        };
+        let is_tensor = has_tensor_kernel(heads, self.dtype);
+        let kernel = match (is_tensor, heads.head_dim) {
+            (true, 64) => "attend_beams_bf16_64",
+            (true, _) => "attend_beams_bf16_128",
+            _ => self.kernel("attend_beams_f32", "attend_beams_bf16"),
+        };
+        let grid = [tables.num_beam_tiles, heads.num_kv_heads, num_splits];
+        let shared = attention_bytes(is_tensor, heads.head_dim, MAX_POSITIONS);
+        self.device.launch(kernel, grid, 128, shared, &params);
+        if num_splits > 1 {
+            let params = CombineParams {
+                out: out.memory.at(0),
+                parts,
+                part_sums,
+                batch: tables.batch,
+                num_heads: heads.num_heads as u32,
+                head_dim: heads.head_dim as u32,
+                num_splits: num_splits as u32,
+                padding: 0,
+            };
+            let rows = tables.batch.num_rows - tables.batch.num_prompt_rows;
+            let kernel = self.kernel("attend_beams_combine_f32", "attend_beams_combine_bf16");
+            self.device.launch(kernel, [rows as usize, heads.num_heads, 1], 64, 0, &params);
+        }
+    }
+}

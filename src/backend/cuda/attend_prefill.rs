@@ -1,0 +1,85 @@
+use bytemuck::{Pod, Zeroable};
+
+use super::driver::Driver;
+use super::memory::Pages;
+use super::tables::{BatchParams, has_tensor_kernel};
+use super::{Buffer, CudaBackend, Heads, Mask, shared_bytes};
+use crate::backend::Batch;
+use crate::pages::PAGE_LEN;
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    out: u64,
+    queries: u64,
+    tiles: u64,
+    bias: u64,
+    batch: BatchParams,
+    pages: Pages,
+    query_columns: u32,
+    num_heads: u32,
+    layer: u32,
+    longest: u32,
+    is_causal: u32,
+    scale: f32,
+}
+
+/// Bytes of shared memory of `TensorAttention` and `PlainAttention` in
+/// kernels/common/attention.cuh, with ancestors of `positions` a row.
+pub(super) fn attention_bytes(is_tensor: bool, head_dim: usize, positions: usize) -> usize {
+    if is_tensor {
+        let row = (head_dim + 8) * 2;
+        let buffers = 2 * PAGE_LEN * row;
+        return shared_bytes(&[64 * row, buffers, buffers, 64 * positions * 4]);
+    }
+    let (rows, page) = (16 * head_dim * 4, PAGE_LEN * (head_dim + 1) * 4);
+    shared_bytes(&[rows, rows, page, 16 * PAGE_LEN * 4, 64, 64, 64, 16 * positions * 4])
+}
+
+impl<D: Driver> CudaBackend<D> {
+    pub(super) fn attend_prefill(
+        &self,
+        layer: usize,
+        queries: &Buffer<D>,
+        heads: Heads,
+        mask: Mask,
+        scale: f32,
+        relative_bias: Option<&[f32]>,
+        batch: &Batch<'_, CudaBackend<D>>,
+        out: &mut Buffer<D>,
+    ) {
+        let state = &mut *self.state();
+        let tables = self.tables(state, batch.chunks, batch.slots);
+        out.reshape(queries.rows, heads.query_dim(), self.dtype);
+        if let Some(bias) = relative_bias
+            && state.bias.0 != bias
+        {
+            state.bias.0 = bias.to_vec();
+            state.bias.1.write(bias);
+        }
+        let num_biases = relative_bias.map_or(0, |bias| bias.len() / heads.num_heads);
+        let params = Params {
+            out: out.memory.at(0),
+            queries: queries.memory.at(0),
+            tiles: tables.prompt_tiles,
+            bias: relative_bias.map_or(0, |_| state.bias.1.at(0)),
+            batch: tables.batch,
+            pages: batch.memory.0.pages(),
+            query_columns: queries.columns as u32,
+            num_heads: heads.num_heads as u32,
+            layer: layer as u32,
+            longest: num_biases.div_ceil(2) as u32,
+            is_causal: u32::from(mask == Mask::Causal),
+            scale,
+        };
+        let is_tensor = has_tensor_kernel(heads, self.dtype);
+        let kernel = match (is_tensor, heads.head_dim) {
+            (true, 64) => "attend_prefill_bf16_64",
+            (true, _) => "attend_prefill_bf16_128",
+            _ => self.kernel("attend_prefill_f32", "attend_prefill_bf16"),
+        };
+        let grid = [tables.num_prompt_tiles, heads.num_kv_heads, 1];
+        let shared = attention_bytes(is_tensor, heads.head_dim, 0);
+        self.device.launch(kernel, grid, 128, shared, &params);
+    }
+}

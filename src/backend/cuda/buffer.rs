@@ -1,0 +1,103 @@
+use std::sync::Arc;
+
+use half::bf16;
+
+use super::driver::{Device, DeviceMemory, Driver};
+use crate::error::Result;
+use crate::tensor::{Dtype, Tensor};
+
+/// Activations `[rows, columns]`, dense.
+pub struct Buffer<D: Driver> {
+    pub(super) memory: DeviceMemory<D>,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) dtype: Dtype,
+}
+
+impl<D: Driver> Buffer<D> {
+    /// Where it is on the device.
+    pub fn address(&self) -> u64 {
+        self.memory.at(0)
+    }
+
+    pub(super) fn new(device: &Arc<Device<D>>, dtype: Dtype) -> Buffer<D> {
+        Buffer { memory: DeviceMemory::none(device, "activations"), rows: 0, columns: 0, dtype }
+    }
+
+    /// Takes a shape; the values are then arbitrary.
+    pub(super) fn reshape(&mut self, rows: usize, columns: usize, dtype: Dtype) {
+        self.memory.reserve(rows * columns * dtype.size());
+        (self.rows, self.columns, self.dtype) = (rows, columns, dtype);
+    }
+
+    pub(super) fn write(&mut self, values: &[f32], columns: usize, dtype: Dtype) {
+        assert!(values.len().is_multiple_of(columns), "rows must be whole");
+        write(&mut self.memory, values, dtype);
+        (self.rows, self.columns, self.dtype) = (values.len() / columns, columns, dtype);
+    }
+
+    pub(super) fn read(&self) -> Result<Vec<f32>> {
+        let count = self.rows * self.columns;
+        match self.dtype {
+            Dtype::Bf16 => {
+                let mut values = vec![bf16::ZERO; count];
+                self.memory.read(&mut values)?;
+                Ok(values.into_iter().map(bf16::to_f32).collect())
+            }
+            _ => {
+                let mut values = vec![0.0; count];
+                self.memory.read(&mut values)?;
+                Ok(values)
+            }
+        }
+    }
+}
+
+fn write<D: Driver>(memory: &mut DeviceMemory<D>, values: &[f32], dtype: Dtype) {
+    match dtype {
+        Dtype::Bf16 => {
+            let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
+            memory.write(&values);
+        }
+        _ => {
+            memory.write(values);
+        }
+    }
+}
+
+/// Weights `[rows, columns]` on the device.
+pub struct Weights<D: Driver> {
+    pub(super) memory: DeviceMemory<D>,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+}
+
+impl<D: Driver> Weights<D> {
+    /// Stacks matrices of as many columns.
+    pub(super) fn stack(device: &Arc<Device<D>>, parts: &[Tensor], dtype: Dtype) -> Weights<D> {
+        let columns = parts[0].shape()[1];
+        let values: Vec<f32> = parts.iter().flat_map(Tensor::to_vec).collect();
+        let mut memory = DeviceMemory::none(device, "weights");
+        write(&mut memory, &values, dtype);
+        Weights { memory, rows: values.len().checked_div(columns).unwrap_or(0), columns }
+    }
+}
+
+/// A vector of weights: in f32, which kernels read, and in the type of activations, which products
+/// take as a bias.
+pub struct Vector<D: Driver> {
+    pub(super) values: DeviceMemory<D>,
+    pub(super) bias: DeviceMemory<D>,
+    pub(super) len: usize,
+}
+
+impl<D: Driver> Vector<D> {
+    pub(super) fn join(device: &Arc<Device<D>>, parts: &[Tensor], dtype: Dtype) -> Vector<D> {
+        let values: Vec<f32> = parts.iter().flat_map(Tensor::to_vec).collect();
+        let mut bias = DeviceMemory::none(device, "bias");
+        write(&mut bias, &values, dtype);
+        let mut vector = DeviceMemory::none(device, "vector");
+        vector.write(&values);
+        Vector { values: vector, bias, len: values.len() }
+    }
+}

@@ -1,0 +1,29 @@
+use bytemuck::{Pod, Zeroable};
+
+use super::driver::Driver;
+use super::matmul::activation_number;
+use super::{Activation, Buffer, CudaBackend};
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    out: u64,
+    x: u64,
+    columns: u32,
+    activation: u32,
+}
+
+impl<D: Driver> CudaBackend<D> {
+    pub(super) fn gate(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
+        let columns = x.columns / 2;
+        out.reshape(x.rows, columns, self.dtype);
+        let params = Params {
+            out: out.memory.at(0),
+            x: x.memory.at(0),
+            columns: columns as u32,
+            activation: activation_number(activation),
+        };
+        let kernel = self.kernel("gate_f32", "gate_bf16");
+        self.device.launch(kernel, [x.rows, columns.div_ceil(256), 1], 256, 0, &params);
+    }
+}

@@ -1,0 +1,73 @@
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::buffer::Weights;
+use super::driver::{Device, DeviceMemory, Driver};
+use super::tables::MAX_POSITIONS;
+use crate::backend::{NO_TOKEN, StepTokens};
+use crate::tensor::{Dtype, Tensor};
+
+/// The output head, and what each step can choose from.
+pub struct Head<D: Driver> {
+    pub(super) weight: Weights<D>,
+    pub(super) steps: Vec<StepColumns<D>>,
+}
+
+/// What a step can choose from, as columns of its logits.
+pub(super) struct StepColumns<D: Driver> {
+    /// The tokens whose logits a step evaluates.
+    pub span: Range<usize>,
+    pub num_codes: usize,
+    /// By code: its column in the span, or `NO_TOKEN`; `None` where code `c` is column `c`.
+    pub columns: Option<DeviceMemory<D>>,
+    pub is_forced: bool,
+}
+
+impl<D: Driver> StepColumns<D> {
+    fn new(device: &Arc<Device<D>>, step: &StepTokens) -> StepColumns<D> {
+        let (tokens, is_forced) = match step {
+            StepTokens::Level { tokens } => (tokens.as_slice(), false),
+            StepTokens::Forced { token } => (std::slice::from_ref(token), true),
+        };
+        let known = || tokens.iter().copied().filter(|&token| token != NO_TOKEN);
+        let start = known().min().unwrap_or(0);
+        let end = known().max().map_or(0, |last| last + 1);
+        let column = |&token: &u32| if token == NO_TOKEN { token } else { token - start };
+        let columns: Vec<u32> = tokens.iter().map(column).collect();
+        let is_straight = (0..).zip(&columns).all(|(code, &column)| code == column);
+        StepColumns {
+            span: start as usize..end as usize,
+            num_codes: columns.len(),
+            columns: (!is_straight)
+                .then(|| DeviceMemory::of(device, &columns, "columns of a level's codes")),
+            is_forced,
+        }
+    }
+}
+
+impl<D: Driver> Head<D> {
+    pub(super) fn new(
+        device: &Arc<Device<D>>,
+        weight: Tensor,
+        steps: &[StepTokens],
+        dtype: Dtype,
+    ) -> Head<D> {
+        if steps.len() >= MAX_POSITIONS {
+            let most = MAX_POSITIONS - 1;
+            device.fail(format!("a search of {} steps; at most {most} go", steps.len()));
+        }
+        Head {
+            weight: Weights::stack(device, &[weight], dtype),
+            steps: steps.iter().map(|step| StepColumns::new(device, step)).collect(),
+        }
+    }
+
+    pub(super) fn vocab_size(&self) -> usize {
+        self.weight.rows
+    }
+
+    /// The longest stretch of tokens that a step evaluates.
+    pub(super) fn longest_span(&self) -> usize {
+        self.steps.iter().map(|step| step.span.len()).max().unwrap_or(0)
+    }
+}

@@ -1,0 +1,52 @@
+use bytemuck::{Pod, Zeroable};
+
+use super::driver::Driver;
+use super::{Buffer, CudaBackend};
+use crate::backend::Batch;
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    out: u64,
+    x: u64,
+    rows: u64,
+    columns: u32,
+    padding: u32,
+}
+
+impl<D: Driver> CudaBackend<D> {
+    pub(super) fn last_rows(
+        &self,
+        x: &Buffer<D>,
+        first: usize,
+        batch: &Batch<'_, CudaBackend<D>>,
+        out: &mut Buffer<D>,
+    ) {
+        let state = &mut *self.state();
+        let (rows, list) = match batch.chunks {
+            // All rows of beams are wanted, in their order.
+            [] => (x.rows, self.tables(state, &[], batch.slots).rows),
+            chunks => {
+                let ends = chunks.iter().scan(0, |end, chunk| {
+                    *end += chunk.len() as u32;
+                    Some(*end)
+                });
+                let last = ends.skip(first).map(|end| end - 1);
+                let beams = batch.num_prompt_rows() as u32..x.rows as u32;
+                let rows: Vec<u32> = last.chain(beams).collect();
+                state.list.write(&rows);
+                (rows.len(), state.list.at(0))
+            }
+        };
+        out.reshape(rows, x.columns, self.dtype);
+        let params = Params {
+            out: out.memory.at(0),
+            x: x.memory.at(0),
+            rows: list,
+            columns: x.columns as u32,
+            padding: 0,
+        };
+        let kernel = self.kernel("last_rows_f32", "last_rows_bf16");
+        self.device.launch(kernel, [rows, 1, 1], 128, 0, &params);
+    }
+}

@@ -1,0 +1,70 @@
+use bytemuck::{Pod, Zeroable};
+
+use super::driver::{Driver, FusedActivation, Product};
+use super::{Activation, Buffer, CudaBackend, Epilogue, Vector, Weights};
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ActivateParams {
+    x: u64,
+    count: u32,
+    activation: u32,
+}
+
+/// `Activation` in kernels/common/activation.cuh.
+pub(super) fn activation_number(activation: Activation) -> u32 {
+    match activation {
+        Activation::Relu => 0,
+        Activation::Gelu => 1,
+        Activation::GeluTanh => 2,
+        Activation::Silu => 3,
+    }
+}
+
+impl<D: Driver> CudaBackend<D> {
+    pub(super) fn matmul(
+        &self,
+        x: &Buffer<D>,
+        weight: &Weights<D>,
+        bias: Option<&Vector<D>>,
+        epilogue: Epilogue,
+        out: &mut Buffer<D>,
+    ) {
+        assert_eq!(x.columns, weight.columns, "inner dimensions must agree");
+        let adds = epilogue == Epilogue::Add;
+        match adds {
+            true => assert_eq!((out.rows, out.columns), (x.rows, weight.rows), "what is added to"),
+            false => out.reshape(x.rows, weight.rows, self.dtype),
+        }
+        let (fused, own) = match epilogue {
+            Epilogue::Activate(Activation::Relu) => (Some(FusedActivation::Relu), None),
+            Epilogue::Activate(Activation::GeluTanh) => (Some(FusedActivation::GeluTanh), None),
+            Epilogue::Activate(other) => (None, Some(other)),
+            Epilogue::Store | Epilogue::Add => (None, None),
+        };
+        self.device.multiply(&Product {
+            x: x.memory.address(),
+            weight: weight.memory.address(),
+            bias: bias.map(|bias| bias.bias.address()),
+            out: out.memory.address(),
+            rows: x.rows,
+            columns: weight.rows,
+            inner: x.columns,
+            stride: weight.rows,
+            dtype: self.dtype,
+            out_dtype: self.dtype,
+            adds,
+            activation: fused,
+        });
+        if let Some(activation) = own {
+            let count = out.rows * out.columns;
+            let params = ActivateParams {
+                x: out.memory.at(0),
+                count: count as u32,
+                activation: activation_number(activation),
+            };
+            let kernel = self.kernel("matmul_activate_f32", "matmul_activate_bf16");
+            self.device.launch(kernel, [count.div_ceil(256), 1, 1], 256, 0, &params);
+        }
+    }
+}

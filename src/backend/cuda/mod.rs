@@ -1,0 +1,456 @@
+//! The CUDA backend: kernels of our own, f32 or bf16, sums in f32.
+//!
+//! Nothing that a step needs is read back: beams are kept, chosen and put in order on the device,
+//! and the host only enqueues. So the steps of a search follow one another without a gap, and a
+//! step whose shape was seen before is one replay of what was recorded then. What the host must
+//! know is what may be at most: rows for beams, not their number.
+//!
+//! A [`Driver`] stands between the backend and the device. `device.rs` is that of an NVIDIA GPU;
+//! the tests have one that runs the same kernels on the CPU.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::{
+    Activation, Backend, Batch, Beam, Epilogue, Heads, Mask, MemorySpec, Reach, SearchRule,
+    SlotSpec, StepTokens,
+};
+use crate::error::Result;
+use crate::tensor::{Dtype, Tensor};
+
+mod advance_beams;
+mod append_tail;
+mod attend_beams;
+mod attend_prefill;
+mod buffer;
+#[cfg(feature = "cuda")]
+mod device;
+mod driver;
+mod embed;
+mod gate;
+mod head;
+mod last_rows;
+mod matmul;
+mod memory;
+mod read_beams;
+mod restricted_head;
+mod rms_norm;
+mod rotary;
+mod rotation;
+mod rules;
+mod slot;
+mod store_context;
+mod tables;
+
+pub use buffer::{Buffer, Vector, Weights};
+#[cfg(feature = "cuda")]
+pub use device::{CudaDevice, num_devices};
+pub use driver::{Address, Driver, FusedActivation, Launch, Product, Traffic};
+pub use head::Head;
+pub use memory::Memory;
+pub use restricted_head::Logits;
+pub use slot::Slot;
+
+use driver::{Device, DeviceMemory, Recording};
+use memory::Arrays;
+use rules::{Plan, Uploads};
+use tables::{Shape, Tables, TileRows};
+
+/// Recorded steps that are kept; when there are more, all are made anew.
+const MAX_RECORDINGS: usize = 256;
+
+/// The operations on a device.
+pub struct CudaBackend<D: Driver> {
+    device: Arc<Device<D>>,
+    /// Of activations and keys and values.
+    dtype: Dtype,
+    /// The memory that slots are opened in.
+    arrays: Mutex<Option<Arc<Arrays<D>>>>,
+    state: Mutex<State<D>>,
+}
+
+/// What passes use on their way.
+struct State<D: Driver> {
+    uploads: Uploads<D>,
+    table_memory: DeviceMemory<D>,
+    tables: Option<(Vec<u64>, Tables)>,
+    /// Set while the operations of a step are called whose tables and rules are there already.
+    prepared: Option<(Tables, Plan)>,
+    rule_memory: DeviceMemory<D>,
+    tokens: DeviceMemory<D>,
+    list: DeviceMemory<D>,
+    bias: (Vec<f32>, DeviceMemory<D>),
+    parts: DeviceMemory<D>,
+    part_sums: DeviceMemory<D>,
+    results: DeviceMemory<D>,
+    recordings: HashMap<(Shape, Plan), Recorded<D>>,
+    /// Moves of memory up to which the recordings are good.
+    num_moves: u64,
+}
+
+/// A step of a shape: seen once, so that all memory has its size, or recorded.
+enum Recorded<D: Driver> {
+    Seen,
+    As(Recording<D>),
+}
+
+impl<D: Driver> CudaBackend<D> {
+    /// A backend on a device, with activations of `dtype`: [`Dtype::F32`] or [`Dtype::Bf16`].
+    ///
+    /// # Panics
+    /// With any other type.
+    pub fn new(driver: D, dtype: Dtype) -> CudaBackend<D> {
+        assert!(matches!(dtype, Dtype::F32 | Dtype::Bf16), "kernels are for f32 and bf16");
+        let device = Arc::new(Device::new(driver));
+        let none = |name| DeviceMemory::none(&device, name);
+        let state = State {
+            uploads: Uploads::default(),
+            table_memory: none("tables"),
+            tables: None,
+            prepared: None,
+            rule_memory: none("rules"),
+            tokens: none("tokens"),
+            list: none("list"),
+            bias: (Vec::new(), none("bias")),
+            parts: none("parts of attention"),
+            part_sums: none("sums of parts"),
+            results: none("results"),
+            recordings: HashMap::new(),
+            num_moves: 0,
+        };
+        CudaBackend { state: Mutex::new(state), arrays: Mutex::new(None), device, dtype }
+    }
+
+    /// What the device was asked for so far.
+    pub fn traffic(&self) -> Traffic {
+        self.device.traffic()
+    }
+
+    /// The device's name.
+    pub fn device_name(&self) -> String {
+        self.device.driver.name()
+    }
+
+    /// The number type of activations.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Waits for nothing and says whether the device has failed so far.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device).
+    pub fn check(&self) -> Result<()> {
+        self.device.check()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<D>> {
+        self.state.lock().expect("no holder panics")
+    }
+
+    /// The kernel for this backend's number type.
+    fn kernel(&self, f32: &'static str, bf16: &'static str) -> &'static str {
+        if self.dtype == Dtype::Bf16 { bf16 } else { f32 }
+    }
+
+    /// The tables of a pass: those that are there already, or new ones.
+    fn tables(&self, state: &mut State<D>, chunks: &[Range<usize>], slots: &[Slot<D>]) -> Tables {
+        if let Some((tables, _)) = &state.prepared {
+            return *tables;
+        }
+        let key = tables::key(chunks, slots);
+        if let Some((known, tables)) = &state.tables
+            && *known == key
+        {
+            return *tables;
+        }
+        let processors = self.device.driver.num_processors();
+        let heads = slots.first().map_or(NO_HEADS, |slot| slot.arrays.spec.heads);
+        let tile_rows = TileRows::of(heads, self.dtype);
+        let memory = &mut state.table_memory;
+        let tables = tables::write(memory, chunks, slots, heads, tile_rows, processors, None);
+        state.tables = Some((key, tables));
+        tables
+    }
+
+    /// Puts the tables and rules of a step of beams where kernels find them.
+    fn prepare(
+        &self,
+        slots: &mut [Slot<D>],
+        head: &Head<D>,
+        rules: &[SearchRule<'_>],
+        logits: &mut Logits<D>,
+    ) -> (Shape, Plan) {
+        let state = &mut *self.state();
+        // A step of beams appends their newest tokens before anything attends to them.
+        slots.iter_mut().for_each(|slot| {
+            slot.tail_from.get_or_insert(slot.num_steps);
+        });
+        let plan = rules::plan(&self.device, &mut state.uploads, head, rules, slots, true);
+        rules::begin_step(head, rules, slots);
+        let heads = slots[0].arrays.spec.heads;
+        let tile_rows = TileRows::of(heads, self.dtype);
+        let processors = self.device.driver.num_processors();
+        let shape = tables::padded_shape(slots, heads, tile_rows, processors);
+        let memory = &mut state.table_memory;
+        let tables = tables::write(memory, &[], slots, heads, tile_rows, processors, Some(shape));
+        logits.reserve(&plan, shape.num_rows, shape.num_searches);
+        let (memory, address) = (&mut state.rule_memory, logits.address());
+        rules::write(memory, head, rules, slots, &plan, address, shape.num_searches);
+        state.tables = None;
+        state.prepared = Some((tables, plan.clone()));
+        (shape, plan)
+    }
+}
+
+/// Stands for the heads of a pass without slots.
+const NO_HEADS: Heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 1 };
+
+/// Bytes of dynamic shared memory for arrays of these sizes, as `SharedMemory` in
+/// kernels/common/device.cuh puts them.
+fn shared_bytes(arrays: &[usize]) -> usize {
+    arrays.iter().fold(0, |used: usize, bytes| used.next_multiple_of(128) + bytes)
+}
+
+impl<D: Driver> Backend for CudaBackend<D> {
+    const COMPUTES_ON_CALLERS: bool = false;
+    const CONTEXT_BYTES: usize = 8 << 30;
+
+    type Buffer = Buffer<D>;
+    type Matrix = Weights<D>;
+    type Vector = Vector<D>;
+    type Table = Weights<D>;
+    type Head = Head<D>;
+    type Logits = Logits<D>;
+    type Memory = Memory<D>;
+    type Slot = Slot<D>;
+
+    fn description(&self) -> String {
+        format!("{}, {}", self.device.driver.name(), self.dtype.name())
+    }
+
+    fn matrix_flops(&self) -> u64 {
+        self.device.flops()
+    }
+
+    fn matrix(&self, parts: &[Tensor]) -> Weights<D> {
+        Weights::stack(&self.device, parts, self.dtype)
+    }
+
+    fn vector(&self, parts: &[Tensor]) -> Vector<D> {
+        Vector::join(&self.device, parts, self.dtype)
+    }
+
+    fn table(&self, weight: Tensor) -> Weights<D> {
+        Weights::stack(&self.device, &[weight], self.dtype)
+    }
+
+    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Head<D> {
+        Head::new(&self.device, weight, steps, self.dtype)
+    }
+
+    fn buffer(&self) -> Buffer<D> {
+        Buffer::new(&self.device, self.dtype)
+    }
+
+    fn upload(&self, values: &[f32], columns: usize) -> Buffer<D> {
+        let mut buffer = self.buffer();
+        buffer.write(values, columns, self.dtype);
+        buffer
+    }
+
+    fn download(&self, buffer: &Buffer<D>) -> Result<Vec<f32>> {
+        buffer.read()
+    }
+
+    fn logits(&self) -> Logits<D> {
+        Logits::new(&self.device)
+    }
+
+    fn memory(&self, spec: &MemorySpec) -> Memory<D> {
+        let arrays = Arc::new(Arrays::new(&self.device, spec, self.dtype));
+        *self.arrays.lock().expect("no holder panics") = Some(Arc::clone(&arrays));
+        Memory(arrays)
+    }
+
+    fn open_slot(&self, spec: SlotSpec) -> Slot<D> {
+        let arrays = self.arrays.lock().expect("no holder panics");
+        Slot::new(spec, Arc::clone(arrays.as_ref().expect("memory is made before slots are")))
+    }
+
+    fn num_beams(&self, slot: &Slot<D>) -> usize {
+        slot.num_rows()
+    }
+
+    fn num_steps(&self, slot: &Slot<D>) -> usize {
+        slot.num_steps
+    }
+
+    fn context_len(&self, slot: &Slot<D>) -> usize {
+        slot.spec.context_len
+    }
+
+    fn step(
+        &self,
+        batch: &mut Batch<'_, Self>,
+        head: &Head<D>,
+        rules: &[SearchRule<'_>],
+        logits: &mut Logits<D>,
+        work: impl FnOnce(&mut Batch<'_, Self>, &mut Logits<D>),
+    ) {
+        if !batch.chunks.is_empty() || batch.slots.is_empty() {
+            return work(batch, logits);
+        }
+        let key = self.prepare(batch.slots, head, rules, logits);
+        let moves = self.device.num_moves();
+        let recorded = {
+            let mut state = self.state();
+            if state.num_moves != moves || state.recordings.len() >= MAX_RECORDINGS {
+                state.recordings.clear();
+                state.num_moves = moves;
+            }
+            state.recordings.remove(&key)
+        };
+        let recorded = match recorded {
+            // The first time everything is done at once, and gets the size that it needs.
+            None => {
+                work(batch, logits);
+                Some(Recorded::Seen)
+            }
+            Some(Recorded::Seen) => {
+                let recording = self.device.record(|| work(batch, logits));
+                assert_eq!(self.device.num_moves(), moves, "a step seen before needs no memory");
+                recording.map(Recorded::As)
+            }
+            known => known,
+        };
+        if let Some(Recorded::As(recording)) = &recorded {
+            self.device.replay(recording);
+        }
+        let mut state = self.state();
+        if let Some(recorded) = recorded {
+            state.num_moves = self.device.num_moves();
+            state.recordings.insert(key, recorded);
+        }
+        state.prepared = None;
+        batch.slots.iter_mut().for_each(|slot| slot.num_steps += 1);
+    }
+
+    fn embed(&self, table: &Weights<D>, tokens: &[u32], beams: &[Slot<D>], out: &mut Buffer<D>) {
+        self.embed(table, tokens, beams, out);
+    }
+
+    fn rms_norm(&self, x: &Buffer<D>, weight: &Vector<D>, epsilon: f32, out: &mut Buffer<D>) {
+        self.rms_norm(x, weight, epsilon, out);
+    }
+
+    fn matmul(
+        &self,
+        x: &Buffer<D>,
+        weight: &Weights<D>,
+        bias: Option<&Vector<D>>,
+        epilogue: Epilogue,
+        out: &mut Buffer<D>,
+    ) {
+        self.matmul(x, weight, bias, epilogue, out);
+    }
+
+    fn gate(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
+        self.gate(x, activation, out);
+    }
+
+    fn rotation(&self, frequencies: &Vector<D>, batch: &Batch<'_, Self>, out: &mut Buffer<D>) {
+        self.rotation(frequencies, batch, out);
+    }
+
+    fn rotary(
+        &self,
+        layer: usize,
+        qkv: &mut Buffer<D>,
+        heads: Heads,
+        norms: Option<(&Vector<D>, &Vector<D>, f32)>,
+        rotation: &Buffer<D>,
+        batch: &mut Batch<'_, Self>,
+    ) {
+        self.rotary(layer, qkv, heads, norms, rotation, batch);
+    }
+
+    fn store_context(
+        &self,
+        layer: usize,
+        kv: &Buffer<D>,
+        offset: usize,
+        _heads: Heads,
+        batch: &Batch<'_, Self>,
+    ) {
+        self.store_context(layer, kv, offset, batch);
+    }
+
+    fn attend_prefill(
+        &self,
+        layer: usize,
+        queries: &Buffer<D>,
+        heads: Heads,
+        mask: Mask,
+        scale: f32,
+        relative_bias: Option<&[f32]>,
+        batch: &Batch<'_, Self>,
+        out: &mut Buffer<D>,
+    ) {
+        self.attend_prefill(layer, queries, heads, mask, scale, relative_bias, batch, out);
+    }
+
+    fn last_rows(&self, x: &Buffer<D>, first: usize, batch: &Batch<'_, Self>, out: &mut Buffer<D>) {
+        self.last_rows(x, first, batch, out);
+    }
+
+    fn append_tail(
+        &self,
+        layer: usize,
+        qkv: &Buffer<D>,
+        heads: Heads,
+        batch: &mut Batch<'_, Self>,
+    ) {
+        self.append_tail(layer, qkv, heads, batch);
+    }
+
+    fn attend_beams(
+        &self,
+        layer: usize,
+        queries: &Buffer<D>,
+        heads: Heads,
+        reach: Reach,
+        scale: f32,
+        tail_bias: Option<&Vector<D>>,
+        batch: &Batch<'_, Self>,
+        out: &mut Buffer<D>,
+    ) {
+        self.attend_beams(layer, queries, heads, reach, scale, tail_bias, batch, out);
+    }
+
+    fn restricted_head(
+        &self,
+        hidden: &Buffer<D>,
+        head: &Head<D>,
+        rules: &[SearchRule<'_>],
+        slots: &[Slot<D>],
+        out: &mut Logits<D>,
+    ) {
+        self.restricted_head(hidden, head, rules, slots, out);
+    }
+
+    fn advance_beams(
+        &self,
+        logits: &Logits<D>,
+        head: &Head<D>,
+        rules: &[SearchRule<'_>],
+        slots: &mut [Slot<D>],
+    ) {
+        self.advance_beams(logits, head, rules, slots);
+    }
+
+    fn read_beams(&self, slots: &[&Slot<D>]) -> Vec<Result<Vec<Beam>>> {
+        self.read_beams(slots)
+    }
+}

@@ -1,0 +1,104 @@
+use bytemuck::{Pod, Zeroable};
+
+use super::driver::Driver;
+use super::memory::Beams;
+use super::tables::{self, BatchParams, TileRows};
+use super::{CudaBackend, Slot};
+use crate::backend::{Beam, LogProb};
+use crate::catalog::snapshot::{Node, Place};
+use crate::error::{Error, Result};
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Params {
+    out: u64,
+    first_word: u64,
+    batch: BatchParams,
+    beams: Beams,
+    keeps_log_probs: u32,
+    padding: u32,
+}
+
+impl<D: Driver> CudaBackend<D> {
+    pub(super) fn read_beams(&self, slots: &[&Slot<D>]) -> Vec<Result<Vec<Beam>>> {
+        match self.read_words(slots) {
+            Ok((words, firsts, keeps_log_probs)) => slots
+                .iter()
+                .zip(firsts)
+                .map(|(slot, first)| beams_of(slot, &words[first as usize..], keeps_log_probs))
+                .collect(),
+            Err(_) => {
+                slots.iter().map(|_| Err(self.device.check().expect_err("it failed"))).collect()
+            }
+        }
+    }
+
+    /// What the kernel put together, where each slot's part begins, and whether it has
+    /// log-probabilities.
+    fn read_words(&self, slots: &[&Slot<D>]) -> Result<(Vec<u32>, Vec<u32>, bool)> {
+        self.device.check()?;
+        let Some(first) = slots.first() else { return Ok((Vec::new(), Vec::new(), false)) };
+        let (heads, beams) = (first.arrays.spec.heads, first.arrays.beams());
+        let keeps_log_probs = slots.iter().any(|slot| slot.keeps_log_probs);
+        let mut num_words = 0;
+        let mut firsts: Vec<u32> = Vec::new();
+        for slot in slots {
+            firsts.push(num_words as u32);
+            num_words += 2 + slot.num_rows() * words_of_beam(slot.num_steps, keeps_log_probs);
+        }
+        let state = &mut *self.state();
+        let (memory, tile_rows) = (&mut state.table_memory, TileRows::of(heads, self.dtype));
+        let tables = tables::write(memory, &[], slots, heads, tile_rows, 1, None);
+        state.tables = None;
+        state.list.write(&firsts);
+        state.results.reserve(num_words * size_of::<u32>());
+        let params = Params {
+            out: state.results.at(0),
+            first_word: state.list.at(0),
+            batch: tables.batch,
+            beams,
+            keeps_log_probs: keeps_log_probs.into(),
+            padding: 0,
+        };
+        self.device.launch("read_beams_u32", [slots.len(), 1, 1], 128, 0, &params);
+        let mut words = vec![0; num_words];
+        state.results.read(&mut words)?;
+        Ok((words, firsts, keeps_log_probs))
+    }
+}
+
+fn words_of_beam(num_steps: usize, keeps_log_probs: bool) -> usize {
+    3 + num_steps + if keeps_log_probs { 2 * num_steps } else { 0 }
+}
+
+fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32], has_log_probs: bool) -> Result<Vec<Beam>> {
+    let (count, failure) = (words[0] as usize, words[1] as usize);
+    if failure > 0 {
+        return Err(Error::NonFiniteScores { step: failure - 1 });
+    }
+    let steps = slot.num_steps;
+    if steps == 0 {
+        let start = Beam { tokens: Vec::new(), place: None, score: 0.0, log_probs: Vec::new() };
+        return Ok(vec![start]);
+    }
+    let is_leaf = slot.follows_trie && steps >= slot.num_levels;
+    let beam = |words: &[u32]| Beam {
+        score: f32::from_bits(words[0]),
+        place: is_leaf.then(|| Place { base: Node::new(words[1]), added: Node::new(words[2]) }),
+        tokens: words[3..3 + steps].to_vec(),
+        log_probs: match slot.keeps_log_probs {
+            false => Vec::new(),
+            true => words[3 + steps..]
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|&[vocabulary, children]| LogProb {
+                    vocabulary: f32::from_bits(vocabulary),
+                    children: f32::from_bits(children),
+                })
+                .collect(),
+        },
+    };
+    let words_of_beam = words_of_beam(steps, has_log_probs);
+    Ok(words[2..].chunks_exact(words_of_beam).take(count).map(beam).collect())
+}

@@ -1,0 +1,43 @@
+use bytemuck::{Pod, Zeroable};
+
+use super::driver::Driver;
+use super::memory::Pages;
+use super::tables::BatchParams;
+use super::{Buffer, CudaBackend};
+use crate::backend::Batch;
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct Params {
+    pub kv: u64,
+    pub batch: BatchParams,
+    pub pages: Pages,
+    pub columns: u32,
+    pub offset: u32,
+    pub layer: u32,
+    pub padding: u32,
+}
+
+impl<D: Driver> CudaBackend<D> {
+    pub(super) fn store_context(
+        &self,
+        layer: usize,
+        kv: &Buffer<D>,
+        offset: usize,
+        batch: &Batch<'_, CudaBackend<D>>,
+    ) {
+        let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
+        let params = Params {
+            kv: kv.memory.at(0),
+            batch: tables.batch,
+            pages: batch.memory.0.pages(),
+            columns: kv.columns as u32,
+            offset: offset as u32,
+            layer: layer as u32,
+            padding: 0,
+        };
+        let kernel = self.kernel("store_context_f32", "store_context_bf16");
+        let rows = tables.batch.num_prompt_rows as usize;
+        self.device.launch(kernel, [rows, 1, 1], 128, 0, &params);
+    }
+}

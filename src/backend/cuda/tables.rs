@@ -1,0 +1,258 @@
+//! Which row of a pass belongs to whom, as kernels read it.
+
+use std::borrow::Borrow;
+use std::ops::Range;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::driver::{DeviceMemory, Driver};
+use super::slot::Slot;
+use crate::backend::Heads;
+use crate::pages::PAGE_LEN;
+use crate::tensor::Dtype;
+
+/// Positions that a tail may have: the start, and a step each.
+pub(super) const MAX_POSITIONS: usize = 16;
+/// Stands for "no search" in a tile that only pads.
+const NONE: u32 = u32::MAX;
+/// Splits of a context at most, and the fewest pages that are worth one.
+const MAX_SPLITS: usize = 16;
+const PAGES_PER_SPLIT: usize = 2;
+
+/// `Prompt` in kernels/common/batch.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct PromptEntry {
+    first_row: u32,
+    num_rows: u32,
+    start: u32,
+    first_page: u32,
+    is_kept: u32,
+}
+
+/// `Search` in kernels/common/batch.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SearchEntry {
+    first_row: u32,
+    num_rows: u32,
+    num_steps: u32,
+    context_len: u32,
+    first_context_page: u32,
+    first_tail_page: u32,
+    start_token: u32,
+    tail_from: u32,
+    position_page: [u32; MAX_POSITIONS],
+}
+
+/// `Batch` in kernels/common/batch.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+pub(super) struct BatchParams {
+    prompts: u64,
+    searches: u64,
+    pages: u64,
+    num_prompts: u32,
+    pub num_searches: u32,
+    pub num_prompt_rows: u32,
+    pub num_rows: u32,
+}
+
+/// Rows of an attention's tile: tensor cores take more.
+#[derive(Clone, Copy)]
+pub(super) struct TileRows(usize);
+
+impl TileRows {
+    pub fn of(heads: Heads, dtype: Dtype) -> TileRows {
+        TileRows(if has_tensor_kernel(heads, dtype) { 64 } else { 16 })
+    }
+}
+
+/// Whether attention has a kernel on tensor cores for these heads.
+pub(super) fn has_tensor_kernel(heads: Heads, dtype: Dtype) -> bool {
+    dtype == Dtype::Bf16 && matches!(heads.head_dim, 64 | 128)
+}
+
+/// What a step's tables are padded to, so that steps of like shape look the same to kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    pub num_searches: usize,
+    pub num_rows: usize,
+    pub num_tiles: usize,
+    pub num_splits: usize,
+}
+
+/// The tables of a pass, on the device.
+#[derive(Clone, Copy)]
+pub(super) struct Tables {
+    pub batch: BatchParams,
+    pub prompt_tiles: u64,
+    pub num_prompt_tiles: usize,
+    pub beam_tiles: u64,
+    pub num_beam_tiles: usize,
+    pub num_splits: usize,
+    /// 0, 1, 2 and so on, one for each row.
+    pub rows: u64,
+}
+
+/// The next of the sizes that are used for padding: powers of two, then multiples of 64.
+pub(super) fn padded(size: usize) -> usize {
+    if size <= 64 { size.next_power_of_two() } else { size.next_multiple_of(64) }
+}
+
+/// The shape of a step in which `slots` read their beams, padded.
+pub(super) fn padded_shape<D: Driver>(
+    slots: &[Slot<D>],
+    heads: Heads,
+    tile_rows: TileRows,
+    num_processors: usize,
+) -> Shape {
+    let group = heads.num_heads / heads.num_kv_heads;
+    let tiles = |slot: &Slot<D>| (slot.num_rows() * group).div_ceil(tile_rows.0);
+    let num_tiles = padded(slots.iter().map(tiles).sum());
+    let longest = slots.iter().map(|slot| slot.spec.context_len).max().unwrap_or(0);
+    let num_pages = longest.div_ceil(PAGE_LEN).next_power_of_two();
+    Shape {
+        num_searches: padded(slots.len()),
+        num_rows: padded(slots.iter().map(Slot::num_rows).sum()),
+        num_tiles,
+        num_splits: num_splits(num_pages, num_tiles * heads.num_kv_heads, num_processors),
+    }
+}
+
+/// Into how many parts contexts are split so that all processors have something to do.
+fn num_splits(num_pages: usize, num_blocks: usize, num_processors: usize) -> usize {
+    let wanted = (2 * num_processors).div_ceil(num_blocks.max(1));
+    wanted.min(num_pages / PAGES_PER_SPLIT).clamp(1, MAX_SPLITS)
+}
+
+/// Writes the tables of a pass over `chunks` of the first slots and the beams of the others. `shape`
+/// pads them where the pass is recorded.
+pub(super) fn write<D: Driver>(
+    memory: &mut DeviceMemory<D>,
+    chunks: &[Range<usize>],
+    slots: &[impl Borrow<Slot<D>>],
+    heads: Heads,
+    tile_rows: TileRows,
+    num_processors: usize,
+    shape: Option<Shape>,
+) -> Tables {
+    let group = heads.num_heads / heads.num_kv_heads;
+    let (mut prompts, mut searches, mut pages) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut prompt_tiles, mut beam_tiles): (Vec<[u32; 2]>, Vec<[u32; 2]>) =
+        (Vec::new(), Vec::new());
+    let mut row = 0;
+    let slots: Vec<&Slot<D>> = slots.iter().map(Borrow::borrow).collect();
+    for (index, (chunk, slot)) in chunks.iter().zip(&slots).enumerate() {
+        prompts.push(PromptEntry {
+            first_row: row as u32,
+            num_rows: chunk.len() as u32,
+            start: chunk.start as u32,
+            first_page: pages.len() as u32,
+            is_kept: u32::from(!is_kept_before(&chunks[..index], &slots, chunk, slot)),
+        });
+        pages.extend_from_slice(&slot.spec.context_pages);
+        let firsts = (0..chunk.len() * group).step_by(tile_rows.0);
+        prompt_tiles.extend(firsts.map(|first| [index as u32, first as u32]));
+        row += chunk.len();
+    }
+    let num_prompt_rows = row;
+    for (index, slot) in slots[chunks.len()..].iter().enumerate() {
+        let mut position_page = [0; MAX_POSITIONS];
+        for (to, &page) in position_page.iter_mut().zip(&slot.position_page) {
+            *to = page as u32;
+        }
+        let first_context_page = pages.len() as u32;
+        pages.extend_from_slice(&slot.spec.context_pages);
+        searches.push(SearchEntry {
+            first_row: row as u32,
+            num_rows: slot.num_rows() as u32,
+            num_steps: slot.num_steps as u32,
+            context_len: slot.spec.context_len as u32,
+            first_context_page,
+            first_tail_page: pages.len() as u32,
+            start_token: slot.spec.start_token,
+            tail_from: slot.tail_from.map_or(u32::MAX, |from| from as u32),
+            position_page,
+        });
+        pages.extend_from_slice(&slot.spec.tail_pages);
+        let firsts = (0..slot.num_rows() * group).step_by(tile_rows.0);
+        beam_tiles.extend(firsts.map(|first| [index as u32, first as u32]));
+        row += slot.num_rows();
+    }
+    let num_splits = match shape {
+        Some(shape) => {
+            let empty = SearchEntry { first_row: row as u32, ..SearchEntry::zeroed() };
+            searches.resize(shape.num_searches, empty);
+            beam_tiles.resize(shape.num_tiles, [NONE, 0]);
+            row = shape.num_rows;
+            shape.num_splits
+        }
+        None => {
+            let longest = slots.iter().map(|slot| slot.spec.context_len).max().unwrap_or(0);
+            let blocks = beam_tiles.len() * heads.num_kv_heads;
+            num_splits(longest.div_ceil(PAGE_LEN), blocks, num_processors)
+        }
+    };
+    let rows: Vec<u32> = (0..row as u32).collect();
+
+    // What has a fixed size comes first, so that a padded table's parts are always at the same
+    // places.
+    let mut bytes = Vec::new();
+    let mut put = |part: &[u8]| {
+        bytes.resize(bytes.len().next_multiple_of(16), 0);
+        let offset = bytes.len();
+        bytes.extend_from_slice(part);
+        offset
+    };
+    let offsets = [
+        put(bytemuck::cast_slice(&prompts)),
+        put(bytemuck::cast_slice(&searches)),
+        put(bytemuck::cast_slice(&prompt_tiles)),
+        put(bytemuck::cast_slice(&beam_tiles)),
+        put(bytemuck::cast_slice(&rows)),
+        put(bytemuck::cast_slice(&pages)),
+    ];
+    memory.write(&bytes);
+    let at = offsets.map(|offset| memory.at(offset));
+    Tables {
+        batch: BatchParams {
+            prompts: at[0],
+            searches: at[1],
+            pages: at[5],
+            num_prompts: prompts.len() as u32,
+            num_searches: searches.len() as u32,
+            num_prompt_rows: num_prompt_rows as u32,
+            num_rows: row as u32,
+        },
+        prompt_tiles: at[2],
+        num_prompt_tiles: prompt_tiles.len(),
+        beam_tiles: at[3],
+        num_beam_tiles: beam_tiles.len(),
+        num_splits,
+        rows: at[4],
+    }
+}
+
+/// Whether one of the prompts before has the first of a chunk's tokens in the same place.
+fn is_kept_before<D: Driver>(
+    before: &[Range<usize>],
+    slots: &[&Slot<D>],
+    chunk: &Range<usize>,
+    slot: &Slot<D>,
+) -> bool {
+    let page_of = |slot: &Slot<D>| slot.spec.context_pages.get(chunk.start / PAGE_LEN).copied();
+    before.iter().zip(slots).any(|(other, of)| {
+        other.contains(&chunk.start) && page_of(of).is_some() && page_of(of) == page_of(slot)
+    })
+}
+
+/// What the tables depend on.
+pub(super) fn key<D: Driver>(chunks: &[Range<usize>], slots: &[Slot<D>]) -> Vec<u64> {
+    let of_chunks = chunks.iter().flat_map(|chunk| [chunk.start as u64, chunk.end as u64]);
+    let of_slots = slots.iter().flat_map(|slot| {
+        let tail_from = slot.tail_from.map_or(u64::MAX, |from| from as u64);
+        [slot.id, slot.num_steps as u64, slot.room.len() as u64, tail_from]
+    });
+    std::iter::once(chunks.len() as u64).chain(of_chunks).chain(of_slots).collect()
+}

@@ -1,0 +1,285 @@
+//! `sidereal selftest`: is a device right, and is it fast?
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::slice;
+use std::time::Instant;
+
+use clap::Args;
+use sidereal::backend::cases::{self, Cases, OPERATIONS, World};
+use sidereal::backend::cpu::CpuBackend;
+use sidereal::backend::{Backend, Batch, Heads, Mask, Reach};
+use sidereal::catalog::sid::Sid;
+use sidereal::catalog::{CatalogBuilder, Item};
+use sidereal::{Engine, EngineOptions, Request, Result, Tensor};
+
+use super::measure::matrix_gflops;
+use super::shapes::Shape;
+use super::{DeviceArguments, ModelArguments, Outcome, write_error};
+
+#[derive(Args)]
+#[command(after_help = "\
+Every operation is run on cases drawn at random and compared with the CPU; then a model is asked the same on
+both; then the operations are measured at the shapes of Qwen3-1.7B, beside the rates of copies and of large
+matrix products that the device itself reaches. The exit code is 0 if all agrees.
+
+Examples:
+  sidereal selftest --device cuda:0
+  sidereal selftest --device cuda:0 --dtype f32 --cases 200
+  sidereal selftest --device cuda:0 --model models/industrial")]
+pub struct Arguments {
+    #[command(flatten)]
+    device: DeviceArguments,
+    /// Cases of each operation
+    #[arg(long, default_value_t = 40, value_name = "N")]
+    cases: u64,
+    /// Model folder to ask; by default a small Qwen3 with random weights
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Leave out the measurements
+    #[arg(long)]
+    no_bench: bool,
+}
+
+/// What a backend may differ from the CPU by, norm-wise, and in the score of an answer.
+struct Bounds {
+    operation: f64,
+    score: f32,
+}
+
+pub fn run(arguments: &Arguments) -> Result<Outcome> {
+    on_device!(&arguments.device, |backend| run_on(arguments, backend))
+}
+
+fn say(line: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").map_err(write_error(None))
+}
+
+fn run_on<B: Backend>(arguments: &Arguments, backend: B) -> Result<Outcome> {
+    say(&format!("selftest of {}", backend.description()))?;
+    let is_half = backend.description().ends_with("bf16");
+    let bounds = match is_half {
+        true => Bounds { operation: 2e-2, score: 0.15 },
+        false => Bounds { operation: 1e-5, score: 1e-3 },
+    };
+    let mut is_right = check_operations(&backend, arguments.cases, &bounds)?;
+    if !arguments.no_bench {
+        measure_operations(&backend)?;
+    }
+    is_right &= check_model(arguments, backend, &bounds)?;
+    say(if is_right { "all agrees" } else { "SOMETHING DIFFERS" })?;
+    Ok(if is_right { Outcome::Done } else { Outcome::SomeFailed })
+}
+
+/// Whether every operation's cases agree with the CPU's.
+fn check_operations<B: Backend>(backend: &B, cases: u64, bounds: &Bounds) -> Result<bool> {
+    let cpu = CpuBackend::default();
+    let mut is_right = true;
+    for operation in OPERATIONS {
+        let (mut worst, mut worst_seed) = (0.0, 0);
+        for seed in 0..cases {
+            let expected = cases::run(&cpu, operation, seed)?;
+            let found = cases::run(backend, operation, seed)?;
+            let error = relative_error(&found, &expected);
+            if error.is_nan() || error > worst {
+                (worst, worst_seed) = (error, seed);
+                if error.is_nan() {
+                    break;
+                }
+            }
+        }
+        let agrees = worst < bounds.operation;
+        is_right &= agrees;
+        let mark = if agrees { "ok" } else { "DIFFERS" };
+        say(&format!(
+            "{operation:<16} {mark:<8} {cases} cases, at most {worst:.1e} (case {worst_seed}; bound {:.0e})",
+            bounds.operation
+        ))?;
+    }
+    Ok(is_right)
+}
+
+/// Norm-wise; NaN where something is not finite or of another length.
+fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
+    if found.len() != expected.len() {
+        return f64::NAN;
+    }
+    let square = |x: f64| x * x;
+    let pairs = found.iter().zip(expected).map(|(&a, &b)| (f64::from(a), f64::from(b)));
+    let difference: f64 = pairs.clone().map(|(found, expected)| square(found - expected)).sum();
+    let norm: f64 = pairs.map(|(_, expected)| square(expected)).sum();
+    (difference / norm.max(1e-30)).sqrt()
+}
+
+/// Whether a model answers as on the CPU.
+fn check_model<B: Backend>(arguments: &Arguments, backend: B, bounds: &Bounds) -> Result<bool> {
+    let options = EngineOptions { max_context: 1024, ..arguments.device.options()? };
+    let (cpu, device): (Engine, Engine<B>) = match &arguments.model {
+        Some(folder) => {
+            let model = ModelArguments {
+                model: folder.clone(),
+                catalog: None,
+                device: arguments.device.clone(),
+            };
+            let cpu = model.open_with(CpuBackend::default(), &options)?;
+            (cpu, model.open_with(backend, &options)?)
+        }
+        None => {
+            let shape = Shape::Qwen3Small;
+            let cpu = shape.open(CpuBackend::default(), &options, None)?;
+            (cpu, shape.open(backend, &options, None)?)
+        }
+    };
+    let snapshot = cpu.catalog().snapshot();
+    let items: Vec<u32> = snapshot.all_items().collect();
+    let mut rng = fastrand::Rng::with_seed(3);
+    let (mut answers, mut common, mut all, mut worst) = (0, 0, 0, 0f32);
+    // More than twice: a shape of steps that was seen is recorded, and then replayed.
+    for len in [1, 5, 20, 60].repeat(4) {
+        let mut item = |_| snapshot.name(items[rng.usize(0..items.len())]).to_string();
+        let history: Vec<String> = (0..len).map(&mut item).collect();
+        let mut request = Request::from_history(history);
+        (request.beams, request.top_k) = (50, 10);
+        request.log_probs = answers % 2 == 1;
+        request.exclude = (0..answers * 10).map(&mut item).collect();
+        let (expected, found) = (cpu.recommend(&request)?, device.recommend(&request)?);
+        for (expected, item) in expected.items.iter().zip(&found.items) {
+            worst = worst.max((expected.score - item.score).abs());
+        }
+        let is_common = |item: &&sidereal::Recommendation| {
+            expected.items.iter().any(|other| other.item == item.item)
+        };
+        common += found.items.iter().filter(is_common).count();
+        all += expected.items.len();
+        answers += 1;
+    }
+    let agrees = worst < bounds.score && common * 10 >= all * 9;
+    let mark = if agrees { "ok" } else { "DIFFERS" };
+    say(&format!(
+        "model            {mark:<8} {answers} answers, {common} of {all} items the same, scores by rank within \
+         {worst:.1e} (bound {:.0e})",
+        bounds.score
+    ))?;
+    Ok(agrees)
+}
+
+/// Seconds of `work`, which is asked for so often that starting it does not count.
+fn seconds<B: Backend>(backend: &B, mut work: impl FnMut()) -> Result<f64> {
+    let last = backend.upload(&[0.0], 1);
+    let repeat = if B::COMPUTES_ON_CALLERS { 3 } else { 50 };
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        work();
+        backend.download(&last)?;
+        let start = Instant::now();
+        (0..repeat).for_each(|_| work());
+        backend.download(&last)?;
+        best = best.min(start.elapsed().as_secs_f64() / f64::from(repeat));
+    }
+    Ok(best)
+}
+
+/// The heads of Qwen3-1.7B.
+const HEADS: Heads = Heads { num_heads: 16, num_kv_heads: 8, head_dim: 128 };
+
+fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
+    let number_bytes = if backend.description().ends_with("bf16") { 2.0 } else { 4.0 };
+    let mut cases = Cases::new(1);
+    let peak = matrix_gflops(backend) / 1e3;
+    // A norm reads and writes every number once: what copying is at best.
+    let (rows, columns) = if B::COMPUTES_ON_CALLERS { (2048, 2048) } else { (32_768, 4096) };
+    let x = backend.upload(&vec![0.5; rows * columns], columns);
+    let weight = backend.vector(&[Tensor::new(&[columns], cases.numbers(columns))]);
+    let mut out = backend.buffer();
+    let time = seconds(backend, || backend.rms_norm(&x, &weight, 1e-6, &mut out))?;
+    let bandwidth = 2.0 * (rows * columns) as f64 * number_bytes / time / 1e9;
+    say(&format!(
+        "matrix products  {peak:.2} TFLOP/s; memory {bandwidth:.0} GB/s (rms_norm of {rows} x {columns})"
+    ))?;
+    drop((x, out));
+    let line = |what: &str, time: f64, flops: f64, bytes: f64| {
+        let (rate, moved) = (flops / time / 1e12, bytes / time / 1e9);
+        say(&format!(
+            "{what:<34} {:9.1} us {rate:8.2} TFLOP/s ({:3.0} %) {moved:8.1} GB/s ({:3.0} %)",
+            time * 1e6,
+            100.0 * rate / peak,
+            100.0 * moved / bandwidth
+        ))
+    };
+    let most = if B::COMPUTES_ON_CALLERS { 500 } else { 4000 };
+    for tokens in [1000, most] {
+        let mut world = World::on(backend, HEADS);
+        let mut slots = vec![world.slot(tokens)];
+        let qkv = backend.upload(&cases.numbers(tokens * HEADS.qkv_dim()), HEADS.qkv_dim());
+        let (whole, mut out) = (0..tokens, backend.buffer());
+        let chunks = slice::from_ref(&whole);
+        let batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
+        backend.store_context(0, &qkv, HEADS.query_dim(), HEADS, &batch);
+        let time = seconds(backend, || {
+            backend.attend_prefill(0, &qkv, HEADS, Mask::Causal, 0.1, None, &batch, &mut out);
+        })?;
+        let flops = 2.0 * (tokens * tokens * HEADS.query_dim()) as f64;
+        let bytes = (tokens * (2 * HEADS.query_dim() + 2 * HEADS.kv_dim())) as f64 * number_bytes;
+        line(&format!("attend_prefill, {tokens} tokens"), time, flops, bytes)?;
+    }
+    let mut builder = CatalogBuilder::default();
+    for item in 0..200_000 {
+        let codes: Vec<u16> = (0..3).map(|_| cases.rng.u16(0..8192)).collect();
+        builder.add(Item::new(item.to_string(), Sid::new(&codes)?))?;
+    }
+    let snapshot = builder.build()?.snapshot();
+    let legality = snapshot.legality(&[], None)?;
+    const CODES: u32 = 8192;
+    let steps: Vec<_> = (0..3)
+        .map(|level| sidereal::backend::StepTokens::Level {
+            tokens: (level * CODES..(level + 1) * CODES).collect(),
+        })
+        .collect();
+    let head = Tensor::new(&[3 * CODES as usize, 64], cases.numbers(3 * CODES as usize * 64));
+    let (head, mut logits) = (backend.head(head, &steps), backend.logits());
+    for (width, context) in [(32, 1000), (256, 1000), (256, most), (512, 1000)] {
+        let mut world = World::on(backend, HEADS);
+        let spec = world.spec(context);
+        let kv = cases.numbers(context * 2 * HEADS.kv_dim());
+        let kv = backend.upload(&kv, 2 * HEADS.kv_dim());
+        let mut slots = vec![backend.open_slot(spec.clone())];
+        let whole = 0..context;
+        let chunks = slice::from_ref(&whole);
+        let batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
+        backend.store_context(0, &kv, 0, HEADS, &batch);
+        let rules = [cases::rule(&snapshot, &legality, width)];
+        let first = backend.upload(&cases.numbers(64), 64);
+        backend.restricted_head(&first, &head, &rules, &slots, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let hidden = backend.upload(&cases.numbers(width * 64), 64);
+        let qkv = backend.upload(&cases.numbers(width * HEADS.qkv_dim()), HEADS.qkv_dim());
+        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+        backend.append_tail(0, &qkv, HEADS, &mut batch);
+        let mut out = backend.buffer();
+        let reach = Reach::ContextAndTail;
+        let time = seconds(backend, || {
+            backend.attend_beams(0, &qkv, HEADS, reach, 0.1, None, &batch, &mut out);
+        })?;
+        let flops = 4.0 * (width * context * HEADS.query_dim()) as f64;
+        let bytes = (context * 2 * HEADS.kv_dim() + 2 * width * HEADS.query_dim()) as f64;
+        line(&format!("attend_beams, {width} over {context}"), time, flops, bytes * number_bytes)?;
+        if context == 1000 {
+            let start = Instant::now();
+            let count = if B::COMPUTES_ON_CALLERS { 5 } else { 50 };
+            for _ in 0..count {
+                let mut again = [backend.open_slot(spec.clone())];
+                for hidden in [&first, &hidden] {
+                    backend.restricted_head(hidden, &head, &rules, &again, &mut logits);
+                    backend.advance_beams(&logits, &head, &rules, &mut again);
+                }
+                backend.read_beams(&[&again[0]]).remove(0)?;
+            }
+            let time = start.elapsed().as_secs_f64() / f64::from(count);
+            say(&format!(
+                "two levels of a search, {width} beams, 200,000 items, with the head, read back: {:.0} us",
+                time * 1e6
+            ))?;
+        }
+    }
+    Ok(())
+}

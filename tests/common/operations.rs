@@ -1,0 +1,850 @@
+//! Every operation of a backend against plain f64 loops, on random shapes.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::slice;
+use std::sync::Arc;
+
+use super::tiny::{TAGS, random_catalog};
+use super::truth::{self, Matrix, relative_error};
+use sidereal::backend::cases::{Cases, World};
+use sidereal::backend::{
+    Activation, Backend, Batch, Beam, Epilogue, Heads, Mask, NO_TOKEN, Reach, SearchRule,
+    StepTokens,
+};
+use sidereal::catalog::Snapshot;
+use sidereal::catalog::legality::Legality;
+use sidereal::{Constraint, Normalization, Tensor};
+
+/// What the operations are tried on.
+pub trait Subject {
+    type B: Backend;
+    /// What an operation may differ from the truth by, norm-wise.
+    const TOLERANCE: f64;
+    /// What a score may.
+    const SCORE_TOLERANCE: f64;
+
+    /// A backend of its own.
+    fn open() -> Self::B;
+
+    /// The seeds of a test that has so many where they cost nothing.
+    fn seeds(most: u64) -> Range<u64>;
+}
+
+type SlotOf<S> = <<S as Subject>::B as Backend>::Slot;
+
+/// Makes tests of all operations on a backend.
+#[macro_export]
+macro_rules! operation_tests {
+    ($subject:ty $(, $attribute:meta)?) => {
+        $crate::operation_tests!(@ $subject, $($attribute)?;
+            embed_and_last_rows_copy_rows,
+            rms_norm_is_the_formula,
+            matmul_is_the_formula_with_every_epilogue,
+            a_row_of_a_product_does_not_depend_on_the_other_rows,
+            gate_is_the_formula,
+            rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values,
+            attend_prefill_is_the_formula_however_prompts_are_cut,
+            advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors,
+            embed_reads_each_beams_newest_token,
+            rows_of_prompts_and_of_beams_leave_each_other_alone,
+            searches_at_different_steps_share_a_step,
+        );
+    };
+    (@ $subject:ty, $attribute:meta; $($test:ident,)*) => {
+        $(
+            #[test]
+            #[$attribute]
+            fn $test() {
+                $crate::common::operations::$test::<$subject>();
+            }
+        )*
+    };
+    (@ $subject:ty, ; $($test:ident,)*) => {
+        $(
+            #[test]
+            fn $test() {
+                $crate::common::operations::$test::<$subject>();
+            }
+        )*
+    };
+}
+
+fn values<B: Backend>(backend: &B, buffer: &B::Buffer) -> Vec<f32> {
+    backend.download(buffer).expect("the device works")
+}
+
+fn beams_of<B: Backend>(backend: &B, slot: &B::Slot) -> Vec<Beam> {
+    backend.read_beams(&[slot]).pop().expect("one slot").expect("finite scores")
+}
+
+/// The first row of each slot's beams, and their sum. A device may have more rows than beams.
+fn first_rows<B: Backend>(backend: &B, slots: &[B::Slot]) -> Vec<usize> {
+    let ends = slots.iter().scan(0, |end, slot| {
+        *end += backend.num_beams(slot);
+        Some(*end)
+    });
+    std::iter::once(0).chain(ends).collect()
+}
+
+fn check<S: Subject>(
+    backend: &S::B,
+    found: &<S::B as Backend>::Buffer,
+    truth: &Matrix,
+    what: &str,
+) {
+    let error = relative_error(&values(backend, found), &truth.values, what);
+    assert!(error < S::TOLERANCE, "{what}: relative error {error:.2e}");
+}
+
+/// Cuts prompts into chunks, each a batch of its own; those that end come last, as in the engine.
+fn chunks(cases: &mut Cases, lens: &[usize]) -> Vec<Vec<Range<usize>>> {
+    let mut read: Vec<usize> = vec![0; lens.len()];
+    let mut batches = Vec::new();
+    while read != lens {
+        let chunk = |(start, &len): (&mut usize, &usize)| {
+            let end = *start + cases.rng.usize(0..=len - *start);
+            let end = if cases.rng.u8(0..4) == 0 { len } else { end };
+            std::mem::replace(start, end)..end
+        };
+        batches.push(read.iter_mut().zip(lens).map(chunk).collect());
+    }
+    batches
+}
+
+/// The rows that chunks take of matrices that stand one after the other.
+fn rows_of(values: &[f32], columns: usize, lens: &[usize], chunks: &[Range<usize>]) -> Vec<f32> {
+    let mut first = 0;
+    let mut rows = Vec::new();
+    for (len, chunk) in lens.iter().zip(chunks) {
+        rows.extend_from_slice(
+            &values[(first + chunk.start) * columns..(first + chunk.end) * columns],
+        );
+        first += len;
+    }
+    rows
+}
+
+pub fn embed_and_last_rows_copy_rows<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(50) {
+        let mut cases = Cases::new(seed);
+        let (vocab, columns) = (cases.size(50).max(4), cases.size(40));
+        let weight = cases.numbers(vocab * columns);
+        let table = backend.table(Tensor::new(&[vocab, columns], weight.clone()));
+        let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
+        let count: usize = lens.iter().sum();
+        let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();
+        let row = |token: u32| &weight[token as usize * columns..][..columns];
+        let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
+        let mut world = World::on(&backend, heads);
+        let num_beams = cases.rng.usize(0..3);
+        let mut slots: Vec<SlotOf<S>> =
+            lens.iter().chain(&vec![1; num_beams]).map(|&len| world.slot(len)).collect();
+        let (mut rows, mut last) = (backend.buffer(), backend.buffer());
+        backend.embed(&table, &tokens, &slots[lens.len()..], &mut rows);
+        // The beams of a search that has taken no step have the start token.
+        let all: Vec<u32> = tokens.iter().copied().chain(vec![3; num_beams]).collect();
+        let expected: Vec<f32> = all.iter().flat_map(|&token| row(token)).copied().collect();
+        assert_eq!(values(&backend, &rows), expected, "seed {seed}");
+
+        let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+        let first = cases.rng.usize(0..=lens.len());
+        let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+        backend.last_rows(&rows, first, &batch, &mut last);
+        let ends = lens.iter().scan(0, |end, len| {
+            *end += len;
+            Some(*end)
+        });
+        let kept = ends.skip(first).map(|end| tokens[end - 1]).chain(vec![3; num_beams]);
+        let expected: Vec<f32> = kept.flat_map(|token| row(token).to_vec()).collect();
+        assert_eq!(values(&backend, &last), expected, "seed {seed}");
+    }
+}
+
+pub fn rms_norm_is_the_formula<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(100) {
+        let mut cases = Cases::new(seed);
+        let (rows, columns) = (cases.size(70), cases.size(300));
+        let (x, weight) = (cases.numbers(rows * columns), cases.numbers(columns));
+        let mut out = backend.buffer();
+        let vector = backend.vector(&[Tensor::new(&[columns], weight.clone())]);
+        backend.rms_norm(&backend.upload(&x, columns), &vector, 1e-6, &mut out);
+        let weight = Matrix::new(&weight, columns);
+        let expected = truth::rms_norm(&Matrix::new(&x, columns), &weight.values, 1e-6);
+        check::<S>(&backend, &out, &expected, &format!("rms_norm seed {seed}"));
+    }
+}
+
+pub fn matmul_is_the_formula_with_every_epilogue<S: Subject>() {
+    let backend = S::open();
+    let activations = [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu];
+    for seed in S::seeds(120) {
+        let mut cases = Cases::new(seed);
+        let (rows, columns, out_columns) = (cases.size(130), cases.size(600), cases.size(300));
+        let x = cases.numbers(rows * columns);
+        let weight = cases.numbers(out_columns * columns);
+        let cut = cases.rng.usize(0..=out_columns) * columns;
+        let parts = [&weight[..cut], &weight[cut..]]
+            .map(|part| Tensor::new(&[part.len() / columns, columns], part.to_vec()));
+        let bias = cases.rng.bool().then(|| cases.numbers(out_columns));
+        let epilogue = match cases.rng.usize(0..6) {
+            0 => Epilogue::Store,
+            1 => Epilogue::Add,
+            at => Epilogue::Activate(activations[at - 2]),
+        };
+        let before = cases.numbers(rows * out_columns);
+        let mut out = backend.upload(&before, out_columns);
+        backend.matmul(
+            &backend.upload(&x, columns),
+            &backend.matrix(&parts),
+            bias.clone().map(|bias| backend.vector(&[Tensor::new(&[out_columns], bias)])).as_ref(),
+            epilogue,
+            &mut out,
+        );
+        let bias = bias.map(|bias| Matrix::new(&bias, out_columns).values);
+        let (x, weight) = (Matrix::new(&x, columns), Matrix::new(&weight, columns));
+        let mut expected = truth::matmul(&x, &weight, bias.as_deref());
+        for (value, before) in expected.values.iter_mut().zip(before) {
+            match epilogue {
+                Epilogue::Store => {}
+                Epilogue::Add => *value += f64::from(before),
+                Epilogue::Activate(activation) => *value = truth::activate(activation, *value),
+            }
+        }
+        check::<S>(&backend, &out, &expected, &format!("matmul {epilogue:?} seed {seed}"));
+    }
+}
+
+pub fn a_row_of_a_product_does_not_depend_on_the_other_rows<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(60) {
+        let mut cases = Cases::new(seed);
+        let (rows, columns, out_columns) = (cases.size(200), cases.size(1300), cases.size(150));
+        let x = cases.numbers(rows * columns);
+        let weight = Tensor::new(&[out_columns, columns], cases.numbers(out_columns * columns));
+        let weight = backend.matrix(&[weight]);
+        let product = |rows: &[f32]| {
+            let mut out = backend.buffer();
+            let x = backend.upload(rows, columns);
+            backend.matmul(&x, &weight, None, Epilogue::Store, &mut out);
+            values(&backend, &out)
+        };
+        let together = product(&x);
+        for (row, together) in x.chunks(columns).zip(together.chunks(out_columns)) {
+            assert_eq!(product(row), together, "seed {seed}");
+        }
+    }
+}
+
+pub fn gate_is_the_formula<S: Subject>() {
+    let backend = S::open();
+    let activations = [Activation::Silu, Activation::GeluTanh, Activation::Relu];
+    for (seed, activation) in S::seeds(60).zip(activations.into_iter().cycle()) {
+        let mut cases = Cases::new(seed);
+        let (rows, columns) = (cases.size(60), cases.size(400));
+        let x = cases.numbers(rows * 2 * columns);
+        let mut out = backend.buffer();
+        backend.gate(&backend.upload(&x, 2 * columns), activation, &mut out);
+        let mut values = Vec::new();
+        for row in Matrix::new(&x, 2 * columns).rows() {
+            let (gates, linear) = row.split_at(columns);
+            let gated = gates.iter().zip(linear);
+            values.extend(gated.map(|(gate, linear)| truth::activate(activation, *gate) * linear));
+        }
+        check::<S>(&backend, &out, &Matrix { values, columns }, &format!("gate seed {seed}"));
+    }
+}
+
+pub fn rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(80) {
+        let mut cases = Cases::new(seed);
+        let heads = cases.heads();
+        let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(150)).collect();
+        let rows: usize = lens.iter().sum();
+        let frequencies: Vec<f32> = (0..heads.head_dim / 2)
+            .map(|pair| 10_000f32.powf(-2.0 * pair as f32 / heads.head_dim as f32))
+            .collect();
+        let qkv = cases.numbers(rows * heads.qkv_dim());
+        let norms = cases
+            .rng
+            .bool()
+            .then(|| [cases.numbers(heads.head_dim), cases.numbers(heads.head_dim)]);
+        let vector =
+            |values: &[f32]| backend.vector(&[Tensor::new(&[values.len()], values.to_vec())]);
+        let vectors = norms.as_ref().map(|norms| norms.each_ref().map(|norm| vector(norm)));
+        let given = vectors.as_ref().map(|[query, key]| (query, key, 1e-6));
+
+        // The rows after a cut are read in a pass of their own.
+        let mut world = World::on(&backend, heads);
+        let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| world.slot(len)).collect();
+        let cut: Vec<usize> = lens.iter().map(|&len| cases.rng.usize(0..=len)).collect();
+        let early: Vec<Range<usize>> = cut.iter().map(|&cut| 0..cut).collect();
+        let late: Vec<Range<usize>> = cut.iter().zip(&lens).map(|(&cut, &len)| cut..len).collect();
+        let mut attended = backend.buffer();
+        let mut found: Vec<Vec<f32>> = vec![Vec::new(); lens.len()];
+        for chunks in [early, late] {
+            let x = rows_of(&qkv, heads.qkv_dim(), &lens, &chunks);
+            if x.is_empty() {
+                continue;
+            }
+            let mut out = backend.upload(&x, heads.qkv_dim());
+            let mut rotation = backend.buffer();
+            let mut batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+            backend.rotation(&vector(&frequencies), &batch, &mut rotation);
+            backend.rotary(0, &mut out, heads, given, &rotation, &mut batch);
+            let mask = Mask::Causal;
+            backend.attend_prefill(0, &out, heads, mask, 0.3, None, &batch, &mut attended);
+            let values = values(&backend, &out);
+            let mut values = &values[..];
+            for (found, chunk) in found.iter_mut().zip(&chunks) {
+                let (of_chunk, rest) = values.split_at(chunk.len() * heads.qkv_dim());
+                found.extend_from_slice(of_chunk);
+                values = rest;
+            }
+        }
+
+        let mut values = Vec::new();
+        let positions = lens.iter().flat_map(|&len| 0..len);
+        for (row, position) in Matrix::new(&qkv, heads.qkv_dim()).rows().zip(positions) {
+            for (head, columns) in row.chunks_exact(heads.head_dim).enumerate() {
+                let is_query = head < heads.num_heads;
+                if head >= heads.num_heads + heads.num_kv_heads {
+                    values.extend_from_slice(columns);
+                    continue;
+                }
+                let mut columns = columns.to_vec();
+                if let Some(norms) = &norms {
+                    let norm = Matrix::new(&norms[usize::from(!is_query)], heads.head_dim);
+                    let one = Matrix { values: columns, columns: heads.head_dim };
+                    columns = truth::rms_norm(&one, &norm.values, 1e-6).values;
+                }
+                values.extend(truth::rotate(&columns, position as f64, &frequencies));
+            }
+        }
+        // Angles are products in f32, so far positions carry their rounding.
+        let tolerance = S::TOLERANCE.max(1e-4);
+        let error = relative_error(&found.concat(), &values, "rotary");
+        assert!(error < tolerance, "rotary seed {seed}: relative error {error:.2e}");
+
+        // What the last pass attended to are the keys and values that were kept.
+        let turned = Matrix { values, columns: heads.qkv_dim() };
+        let all = truth::attend_prefill(
+            &turned,
+            heads,
+            Mask::Causal,
+            f64::from(0.3f32),
+            |_, _| 0.0,
+            &lens,
+        );
+        let late: Vec<Range<usize>> = cut.iter().zip(&lens).map(|(&cut, &len)| cut..len).collect();
+        let all: Vec<f32> = all.values.iter().map(|&x| x as f32).collect();
+        let expected = rows_of(&all, heads.query_dim(), &lens, &late);
+        if !expected.is_empty() {
+            let expected: Vec<f64> = expected.iter().map(|&x| f64::from(x)).collect();
+            let attended = backend.download(&attended).expect("the device works");
+            let error = relative_error(&attended, &expected, "kept");
+            assert!(error < tolerance, "kept, seed {seed}: relative error {error:.2e}");
+        }
+    }
+}
+
+pub fn attend_prefill_is_the_formula_however_prompts_are_cut<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(80) {
+        let mut cases = Cases::new(seed);
+        let heads = cases.heads();
+        let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(300)).collect();
+        let columns = heads.qkv_dim();
+        let qkv = cases.numbers(lens.iter().sum::<usize>() * columns);
+        let mask = if cases.rng.bool() { Mask::Causal } else { Mask::Bidirectional };
+        let longest = lens.iter().copied().max().unwrap_or(1);
+        let width = 2 * longest - 1;
+        let bias = cases.rng.bool().then(|| cases.numbers(heads.num_heads * width));
+        let whole: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+        let batches = match mask {
+            Mask::Causal => chunks(&mut cases, &lens),
+            Mask::Bidirectional => vec![whole.clone()],
+        };
+        let attend = |batches: &[Vec<Range<usize>>]| {
+            let mut world = World::on(&backend, heads);
+            let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| world.slot(len)).collect();
+            let mut rows: Vec<Vec<f32>> = vec![Vec::new(); lens.len()];
+            for chunks in batches {
+                let x = backend.upload(&rows_of(&qkv, columns, &lens, chunks), columns);
+                let batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
+                let mut out = backend.buffer();
+                backend.store_context(0, &x, heads.query_dim(), heads, &batch);
+                let bias = bias.as_deref();
+                backend.attend_prefill(0, &x, heads, mask, 0.3, bias, &batch, &mut out);
+                let values = values(&backend, &out);
+                let mut values = &values[..];
+                for (rows, chunk) in rows.iter_mut().zip(chunks) {
+                    let (of_chunk, rest) = values.split_at(chunk.len() * heads.query_dim());
+                    rows.extend_from_slice(of_chunk);
+                    values = rest;
+                }
+            }
+            backend.upload(&rows.concat(), heads.query_dim())
+        };
+        let out = attend(&batches);
+        let of_distance = |head: usize, distance: i64| {
+            let at = head * width + (distance + longest as i64 - 1) as usize;
+            bias.as_ref().map_or(0.0, |bias| f64::from(bias[at]))
+        };
+        let matrix = Matrix::new(&qkv, columns);
+        let scale = f64::from(0.3f32);
+        let expected = truth::attend_prefill(&matrix, heads, mask, scale, of_distance, &lens);
+        check::<S>(
+            &backend,
+            &out,
+            &expected,
+            &format!("attend_prefill {mask:?} {lens:?} seed {seed}"),
+        );
+        let whole = attend(&[whole]);
+        assert_eq!(values(&backend, &out), values(&backend, &whole), "in parts, seed {seed}");
+    }
+}
+
+/// A search of one slot, followed in f64.
+struct Walk {
+    snapshot: Arc<Snapshot>,
+    /// Only items with this tag, if any.
+    tag: Option<&'static str>,
+    excluded: Vec<u32>,
+    normalization: Normalization,
+    constraint: Constraint,
+    beams: usize,
+    temperature: f32,
+    context: Vec<f32>,
+    context_len: usize,
+    /// By the tokens chosen so far: score, and the KV rows written at each of its positions.
+    prefixes: HashMap<Vec<u32>, f64>,
+    tails: HashMap<Vec<u32>, Vec<f32>>,
+}
+
+impl Walk {
+    fn new(cases: &mut Cases, num_levels: usize, num_codes: u16, heads: Heads) -> Walk {
+        let catalog = random_catalog(&mut cases.rng, num_levels, num_codes).snapshot();
+        let share = cases.rng.f32();
+        let mut excluded: Vec<u32> = match cases.rng.bool() {
+            true => catalog.all_items().filter(|_| cases.rng.f32() < share).collect(),
+            false => Vec::new(),
+        };
+        excluded.sort_unstable();
+        let normalizations =
+            [Normalization::Vocabulary, Normalization::Level, Normalization::Children];
+        let normalization = normalizations[cases.rng.usize(0..3)];
+        let constraint = match (cases.rng.u8(0..4), normalization) {
+            (0, Normalization::Vocabulary | Normalization::Children) => Constraint::None,
+            (1, _) => Constraint::Level,
+            _ => Constraint::Trie,
+        };
+        let context_len = cases.size(200);
+        Walk {
+            snapshot: catalog,
+            excluded,
+            tag: TAGS.get(cases.rng.usize(0..2 * TAGS.len())).copied(),
+            normalization,
+            constraint,
+            beams: cases.size(50),
+            temperature: if cases.rng.bool() { 1.0 } else { 0.5 + cases.rng.f32() },
+            context: cases.numbers(context_len * 2 * heads.kv_dim()),
+            context_len,
+            prefixes: HashMap::from([(Vec::new(), 0.0)]),
+            tails: HashMap::new(),
+        }
+    }
+
+    fn rule<'a>(&'a self, legality: &'a Legality) -> SearchRule<'a> {
+        SearchRule {
+            snapshot: &self.snapshot,
+            legality,
+            beams: self.beams,
+            normalization: self.normalization,
+            constraint: self.constraint,
+            temperature: self.temperature,
+            candidates: None,
+            seed: None,
+            log_probs: false,
+        }
+    }
+
+    fn legality(&self) -> Legality {
+        let filter = self.tag.map(|tag| format!("tag:{tag}"));
+        self.snapshot.legality(&self.excluded, filter.as_deref()).expect("a sound filter")
+    }
+
+    /// Whether an allowed item's semantic ID starts with these codes.
+    fn is_legal(&self, codes: &[u16]) -> bool {
+        self.snapshot.all_items().any(|item| {
+            self.snapshot.is_available(item)
+                && self.tag.is_none_or(|tag| self.snapshot.tags(item).contains(&tag.to_string()))
+                && !self.excluded.contains(&item)
+                && self.snapshot.sid(item).codes().starts_with(codes)
+        })
+    }
+
+    /// Every continuation of a prefix with its score, by the definition.
+    fn continuations(
+        &self,
+        prefix: &[u32],
+        logits: &[f64],
+        steps: &[StepTokens],
+    ) -> Vec<(Vec<u32>, f64)> {
+        let scaled = |token: u32| logits[token as usize] / f64::from(self.temperature);
+        let code = |level: usize, token: u32| match &steps[level] {
+            StepTokens::Level { tokens } => tokens.iter().position(|&t| t == token),
+            StepTokens::Forced { .. } => None,
+        };
+        let step = prefix.len();
+        let (allowed, level): (Vec<u32>, Vec<u32>) = match &steps[step] {
+            StepTokens::Forced { token } => (vec![*token], vec![*token]),
+            StepTokens::Level { tokens } => {
+                let level: Vec<u32> = tokens.iter().copied().filter(|&t| t != NO_TOKEN).collect();
+                let allowed = match self.constraint {
+                    Constraint::None => (0..logits.len() as u32).collect(),
+                    Constraint::Level => level.clone(),
+                    Constraint::Trie => {
+                        let codes = prefix.iter().enumerate().map(|(l, &token)| code(l, token));
+                        let codes: Vec<u16> =
+                            codes.map(|code| code.expect("a legal prefix") as u16).collect();
+                        let legal = |&token: &u32| {
+                            let next = code(step, token).expect("a token of the level") as u16;
+                            self.is_legal(&[&codes[..], &[next]].concat())
+                        };
+                        level.iter().copied().filter(legal).collect()
+                    }
+                };
+                (allowed, level)
+            }
+        };
+        let over = match self.normalization {
+            Normalization::Vocabulary => (0..logits.len() as u32).collect(),
+            Normalization::Level => level,
+            Normalization::Children => allowed.clone(),
+        };
+        let normalizer = truth::log_sum_exp(over.iter().map(|&token| scaled(token)));
+        let score = self.prefixes[prefix];
+        let extend =
+            |&token: &u32| ([prefix, &[token]].concat(), score + scaled(token) - normalizer);
+        allowed.iter().map(extend).collect()
+    }
+}
+
+pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(250) {
+        let mut cases = Cases::new(seed);
+        let heads = cases.heads();
+        let (num_levels, num_codes) = (cases.rng.usize(1..5), cases.rng.u16(1..12));
+        let hidden_dim = cases.size(40);
+        // Levels lie anywhere in the vocabulary, one of them scattered, some codes without a token
+        // where no item uses them.
+        let vocab = 20 + 12 * (num_levels + 2) as u32;
+        let mut steps: Vec<StepTokens> = (0..num_levels as u32)
+            .map(|level| {
+                let first = 5 + level * 12;
+                let mut tokens: Vec<u32> = (first..first + u32::from(num_codes)).collect();
+                if cases.rng.bool() {
+                    cases.rng.shuffle(&mut tokens);
+                }
+                if cases.rng.bool() {
+                    tokens.push(NO_TOKEN);
+                }
+                StepTokens::Level { tokens }
+            })
+            .collect();
+        for _ in 0..cases.rng.usize(0..3) {
+            steps.push(StepTokens::Forced { token: cases.rng.u32(0..vocab) });
+        }
+        let head_weight = cases.numbers(vocab as usize * hidden_dim);
+        let head = Tensor::new(&[vocab as usize, hidden_dim], head_weight.clone());
+        let head = backend.head(head, &steps);
+        let head_weight = Matrix::new(&head_weight, hidden_dim);
+        let num_slots = cases.rng.usize(1..4);
+        let mut walks: Vec<Walk> =
+            (0..num_slots).map(|_| Walk::new(&mut cases, num_levels, num_codes, heads)).collect();
+        let mut world = World::on(&backend, heads);
+        let mut slots: Vec<SlotOf<S>> =
+            walks.iter().map(|walk| world.slot(walk.context_len)).collect();
+        let lens: Vec<usize> = walks.iter().map(|walk| walk.context_len).collect();
+        let context: Vec<f32> = walks.iter().flat_map(|walk| &walk.context).copied().collect();
+        for chunks in chunks(&mut cases, &lens) {
+            let context = rows_of(&context, 2 * heads.kv_dim(), &lens, &chunks);
+            let context = backend.upload(&context, 2 * heads.kv_dim());
+            let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+            backend.store_context(0, &context, 0, heads, &batch);
+        }
+        // Decoders behind an encoder write a position before the first step, others do not.
+        let starts_with_tail = cases.rng.bool();
+        let bias = cases.numbers(heads.num_heads * (steps.len() + 1));
+
+        let mut scores = backend.logits();
+        for step in 0..steps.len() {
+            let what = format!("seed {seed} step {step}");
+            let first_rows = first_rows(&backend, &slots);
+            let rows = first_rows[num_slots];
+            if step > 0 || starts_with_tail {
+                check_tails::<S>(&world, &mut cases, heads, &bias, &mut walks, &mut slots, &what);
+            }
+            let hidden = cases.numbers(rows * hidden_dim);
+            let logits = truth::matmul(&Matrix::new(&hidden, hidden_dim), &head_weight, None);
+            let before: Vec<Vec<Vec<u32>>> = slots
+                .iter()
+                .map(|slot| {
+                    let beams = beams_of(&backend, slot);
+                    beams.into_iter().map(|beam| beam.tokens).collect()
+                })
+                .collect();
+            let legalities: Vec<Legality> = walks.iter().map(Walk::legality).collect();
+            let rules: Vec<SearchRule<'_>> =
+                walks.iter().zip(&legalities).map(|(walk, legality)| walk.rule(legality)).collect();
+            let hidden = backend.upload(&hidden, hidden_dim);
+            backend.restricted_head(&hidden, &head, &rules, &slots, &mut scores);
+            backend.advance_beams(&scores, &head, &rules, &mut slots);
+            drop(rules);
+
+            for ((walk, first), (slot, before)) in
+                walks.iter_mut().zip(first_rows).zip(slots.iter().zip(before))
+            {
+                let mut all = Vec::new();
+                for (row, prefix) in (first..).zip(&before) {
+                    all.extend(walk.continuations(prefix, logits.row(row), &steps));
+                }
+                all.sort_by(|a, b| b.1.total_cmp(&a.1));
+                let found = beams_of(&backend, slot);
+                let expected = match steps[step] {
+                    StepTokens::Forced { .. } => all.len(),
+                    StepTokens::Level { .. } => all.len().min(walk.beams),
+                };
+                assert_eq!(found.len(), expected, "{what}: number of beams");
+                let scores: HashMap<_, _> = all.iter().cloned().collect();
+                for (rank, beam) in found.iter().enumerate() {
+                    let score = scores.get(&beam.tokens);
+                    let score = score.unwrap_or_else(|| panic!("{what}: {beam:?} is not legal"));
+                    let at_rank = all[rank].1;
+                    let found = f64::from(beam.score);
+                    assert!(
+                        (found - score).abs() < S::SCORE_TOLERANCE,
+                        "{what}: {found}, not {score}"
+                    );
+                    assert!((found - at_rank).abs() < S::SCORE_TOLERANCE, "{what}: rank {rank}");
+                }
+                walk.prefixes =
+                    found.iter().map(|beam| (beam.tokens.clone(), scores[&beam.tokens])).collect();
+            }
+        }
+    }
+}
+
+/// Writes a position of random KV for every beam, then attends in every way.
+fn check_tails<S: Subject>(
+    world: &World<'_, S::B>,
+    cases: &mut Cases,
+    heads: Heads,
+    bias: &[f32],
+    walks: &mut [Walk],
+    slots: &mut [SlotOf<S>],
+    what: &str,
+) {
+    let backend = world.backend;
+    let first_rows = first_rows(backend, slots);
+    let rows = first_rows[slots.len()];
+    let qkv_values = cases.numbers(rows * heads.qkv_dim());
+    let qkv = backend.upload(&qkv_values, heads.qkv_dim());
+    let mut batch = Batch { memory: &world.memory, chunks: &[], slots };
+    backend.append_tail(0, &qkv, heads, &mut batch);
+    for ((walk, slot), &first) in walks.iter_mut().zip(&*slots).zip(&first_rows) {
+        for (row, beam) in (first..).zip(beams_of(backend, slot)) {
+            let kv = &qkv_values[row * heads.qkv_dim()..][heads.query_dim()..heads.qkv_dim()];
+            walk.tails.insert(beam.tokens, kv.to_vec());
+        }
+    }
+    for reach in [Reach::Context, Reach::Tail, Reach::ContextAndTail] {
+        let tail_bias = (reach == Reach::Tail).then_some(bias);
+        let vector = backend.vector(&[Tensor::new(&[bias.len()], bias.to_vec())]);
+        let given = tail_bias.is_some().then_some(&vector);
+        let mut out = backend.buffer();
+        let batch = Batch { memory: &world.memory, chunks: &[], slots };
+        backend.attend_beams(0, &qkv, heads, reach, 0.4, given, &batch, &mut out);
+        let all_found = backend.download(&out).expect("the device works");
+        let (mut values, mut found) = (Vec::new(), Vec::new());
+        for ((walk, slot), &first) in walks.iter().zip(&*slots).zip(&first_rows) {
+            let context = Matrix::new(&walk.context, 2 * heads.kv_dim());
+            for (row, beam) in (first..).zip(beams_of(backend, slot)) {
+                found.extend_from_slice(&all_found[row * heads.query_dim()..][..heads.query_dim()]);
+                let tail: Vec<Matrix> = (0..=beam.tokens.len())
+                    .filter_map(|len| walk.tails.get(&beam.tokens[..len]))
+                    .map(|kv| Matrix::new(kv, 2 * heads.kv_dim()))
+                    .collect();
+                let query = Matrix::new(&qkv_values[row * heads.qkv_dim()..], 1).values;
+                for head in 0..heads.num_heads {
+                    let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim;
+                    fn parts(kv: &[f64], at: usize, heads: Heads) -> (&[f64], &[f64]) {
+                        let (keys, values) = kv.split_at(heads.kv_dim());
+                        (&keys[at..at + heads.head_dim], &values[at..at + heads.head_dim])
+                    }
+                    let mut keys_values = Vec::new();
+                    if reach != Reach::Tail {
+                        keys_values.extend(context.rows().map(|kv| {
+                            let (keys, values) = parts(kv, at, heads);
+                            (keys, values, 0.0)
+                        }));
+                    }
+                    if reach != Reach::Context {
+                        keys_values.extend(tail.iter().enumerate().map(|(position, kv)| {
+                            let (keys, values) = parts(&kv.values, at, heads);
+                            let back = tail.len() - 1 - position;
+                            let row = bias.len() / heads.num_heads;
+                            let bias =
+                                tail_bias.map_or(0.0, |bias| f64::from(bias[head * row + back]));
+                            (keys, values, bias)
+                        }));
+                    }
+                    let query = &query[head * heads.head_dim..(head + 1) * heads.head_dim];
+                    values.extend(truth::attend(query, &keys_values, f64::from(0.4f32)));
+                }
+            }
+        }
+        let what = format!("attend_beams {reach:?} {what}");
+        let error = relative_error(&found, &values, &what);
+        assert!(error < S::TOLERANCE, "{what}: relative error {error:.2e}");
+    }
+}
+
+pub fn embed_reads_each_beams_newest_token<S: Subject>() {
+    let mut cases = Cases::new(1);
+    let heads = cases.heads();
+    let backend = S::open();
+    let mut world = World::on(&backend, heads);
+    let catalog = random_catalog(&mut cases.rng, 2, 6).snapshot();
+    let steps: Vec<StepTokens> =
+        [0, 6].map(|first| StepTokens::Level { tokens: (first..first + 6).collect() }).into();
+    let weight = cases.numbers(12 * 5);
+    let tensor = Tensor::new(&[12, 5], weight.clone());
+    let (head, table) = (backend.head(tensor.clone(), &steps), backend.table(tensor));
+    let mut slots = vec![world.slot(1)];
+    let (mut rows, mut logits) = (backend.buffer(), backend.logits());
+    let legality = catalog.legality(&[], None).expect("no filter");
+    for step in 0..2 {
+        let rules = [SearchRule {
+            snapshot: &catalog,
+            legality: &legality,
+            beams: 9,
+            normalization: Normalization::Vocabulary,
+            constraint: Constraint::Trie,
+            temperature: 1.0,
+            candidates: None,
+            seed: None,
+            log_probs: false,
+        }];
+        let beams = backend.num_beams(&slots[0]);
+        let hidden = backend.upload(&cases.numbers(beams * 5), 5);
+        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        backend.embed(&table, &[7], &slots, &mut rows);
+        let beams = beams_of(&backend, &slots[0]);
+        let newest = beams.iter().map(|beam| beam.tokens[step] as usize);
+        let expected: Vec<f32> = std::iter::once(7)
+            .chain(newest)
+            .flat_map(|token| &weight[token * 5..(token + 1) * 5])
+            .copied()
+            .collect();
+        assert_eq!(values(&backend, &rows)[..expected.len()], expected);
+    }
+}
+
+pub fn rows_of_prompts_and_of_beams_leave_each_other_alone<S: Subject>() {
+    for seed in S::seeds(40) {
+        let mut cases = Cases::new(seed);
+        let heads = cases.heads();
+        let backend = S::open();
+        let mut world = World::on(&backend, heads);
+        let (prompt_len, context_len) = (cases.size(150), cases.size(150));
+        let mut slots = vec![world.slot(prompt_len), world.slot(context_len)];
+        let context =
+            backend.upload(&cases.numbers(context_len * 2 * heads.kv_dim()), 2 * heads.kv_dim());
+        let whole = 0..context_len;
+        let batch = Batch {
+            memory: &world.memory,
+            chunks: slice::from_ref(&whole),
+            slots: &mut slots[1..],
+        };
+        backend.store_context(0, &context, 0, heads, &batch);
+        let qkv = cases.numbers((prompt_len + 1) * heads.qkv_dim());
+        let attend = |qkv: &[f32], chunks: &[Range<usize>], slots: &mut [SlotOf<S>]| {
+            let qkv = backend.upload(qkv, heads.qkv_dim());
+            let mut batch = Batch { memory: &world.memory, chunks, slots };
+            let mut out = backend.buffer();
+            let (mask, reach) = (Mask::Causal, Reach::ContextAndTail);
+            backend.store_context(0, &qkv, heads.query_dim(), heads, &batch);
+            backend.append_tail(0, &qkv, heads, &mut batch);
+            backend.attend_prefill(0, &qkv, heads, mask, 0.3, None, &batch, &mut out);
+            backend.attend_beams(0, &qkv, heads, reach, 0.3, None, &batch, &mut out);
+            values(&backend, &out)
+        };
+        let chunk = 0..prompt_len;
+        let chunks = slice::from_ref(&chunk);
+        let together = attend(&qkv, chunks, &mut slots);
+        let (prompt, beam) = qkv.split_at(prompt_len * heads.qkv_dim());
+        let apart =
+            [attend(prompt, chunks, &mut slots[..1]), attend(beam, &[], &mut slots[1..])].concat();
+        assert_eq!(together, apart, "seed {seed}");
+    }
+}
+
+pub fn searches_at_different_steps_share_a_step<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(60) {
+        let mut cases = Cases::new(seed);
+        let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
+        let hidden_dim = cases.size(40);
+        let (num_levels, vocab) = (3, 60);
+        let steps: Vec<StepTokens> = (0..num_levels)
+            .map(|level| StepTokens::Level { tokens: (5 + level * 12..15 + level * 12).collect() })
+            .chain([StepTokens::Forced { token: 55 }])
+            .collect();
+        let weight = Tensor::new(&[vocab, hidden_dim], cases.numbers(vocab * hidden_dim));
+        let head = backend.head(weight, &steps);
+        let walks: Vec<Walk> =
+            (0..3).map(|_| Walk::new(&mut cases, num_levels as usize, 10, heads)).collect();
+        let legalities: Vec<Legality> = walks.iter().map(Walk::legality).collect();
+        // Each takes its steps alone, then all do, each begun one step after the one before.
+        let most = walks.iter().map(|walk| walk.beams).max().expect("three walks");
+        let hidden: Vec<Vec<Vec<f32>>> = walks
+            .iter()
+            .map(|_| steps.iter().map(|_| cases.numbers(most * hidden_dim)).collect())
+            .collect();
+        let advance = |slots: &mut [SlotOf<S>], who: &[usize]| {
+            let rows = who.iter().zip(&*slots).flat_map(|(&walk, slot)| {
+                let hidden = &hidden[walk][backend.num_steps(slot)];
+                hidden[..backend.num_beams(slot) * hidden_dim].to_vec()
+            });
+            let rows = backend.upload(&rows.collect::<Vec<f32>>(), hidden_dim);
+            let rules: Vec<SearchRule<'_>> =
+                who.iter().map(|&walk| walks[walk].rule(&legalities[walk])).collect();
+            let mut logits = backend.logits();
+            backend.restricted_head(&rows, &head, &rules, slots, &mut logits);
+            backend.advance_beams(&logits, &head, &rules, slots);
+        };
+        let mut world = World::on(&backend, heads);
+        let mut alone: Vec<SlotOf<S>> = walks.iter().map(|_| world.slot(1)).collect();
+        for (walk, slot) in alone.iter_mut().enumerate() {
+            for _ in &steps {
+                advance(slice::from_mut(slot), &[walk]);
+            }
+        }
+        let mut together: Vec<SlotOf<S>> = walks.iter().map(|_| world.slot(1)).collect();
+        for round in 0..steps.len() + 2 {
+            let first = round.saturating_sub(steps.len() - 1);
+            let who: Vec<usize> = (first..3.min(round + 1)).collect();
+            advance(&mut together[first..first + who.len()], &who);
+        }
+        for (alone, together) in alone.iter().zip(&together) {
+            assert_eq!(beams_of(&backend, alone), beams_of(&backend, together), "{seed}");
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! The operations of the CUDA backend, its kernels executed by the emulator, in f32 and bf16.
+//!
+//! Without a C++ compiler these tests are ignored.
+
+mod common;
+
+use std::ops::Range;
+use std::slice;
+
+use common::emulator::{Build, Emulator};
+use common::operations::Subject;
+use common::truth::{self, Matrix, relative_error};
+use sidereal::backend::cases::{self, Cases, OPERATIONS, World};
+use sidereal::backend::cpu::CpuBackend;
+use sidereal::backend::cuda::CudaBackend;
+use sidereal::backend::{Backend, Batch, Beam, Heads, Reach, SearchRule, StepTokens};
+use sidereal::catalog::legality::Legality;
+use sidereal::catalog::sid::Sid;
+use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
+use sidereal::{Constraint, Dtype, Normalization, Tensor};
+
+struct EmulatedF32;
+
+impl Subject for EmulatedF32 {
+    type B = CudaBackend<Emulator>;
+    const TOLERANCE: f64 = 1e-5;
+    const SCORE_TOLERANCE: f64 = 1e-4;
+
+    fn open() -> CudaBackend<Emulator> {
+        Emulator::backend(Build::Checked, Dtype::F32)
+    }
+
+    fn seeds(most: u64) -> Range<u64> {
+        0..most / 5
+    }
+}
+
+struct EmulatedBf16;
+
+impl Subject for EmulatedBf16 {
+    type B = CudaBackend<Emulator>;
+    const TOLERANCE: f64 = 2e-2;
+    const SCORE_TOLERANCE: f64 = 0.1;
+
+    fn open() -> CudaBackend<Emulator> {
+        Emulator::backend(Build::Checked, Dtype::Bf16)
+    }
+
+    fn seeds(most: u64) -> Range<u64> {
+        0..most / 5
+    }
+}
+
+mod f32 {
+    crate::operation_tests!(
+        super::EmulatedF32,
+        cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")
+    );
+}
+
+mod bf16 {
+    crate::operation_tests!(
+        super::EmulatedBf16,
+        cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")
+    );
+}
+
+/// The cases of `sidereal selftest`.
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn every_operation_agrees_with_the_cpu_on_the_cases_of_the_selftest() {
+    let cpu = CpuBackend::default();
+    for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 2e-2)] {
+        let backend = Emulator::backend(Build::Checked, dtype);
+        for operation in OPERATIONS {
+            for seed in 0..6 {
+                let expected = cases::run(&cpu, operation, seed).expect("the CPU works");
+                let found = cases::run(&backend, operation, seed).expect("the device works");
+                let expected: Vec<f64> = expected.iter().map(|&x| f64::from(x)).collect();
+                let what = format!("{operation} {dtype:?} case {seed}");
+                let error = relative_error(&found, &expected, &what);
+                assert!(error < tolerance, "{what}: {error:.1e}");
+            }
+        }
+    }
+}
+
+/// Items whose codes are small more often than not, as in real catalogs.
+fn catalog(cases: &mut Cases, num_items: usize, num_levels: usize, num_codes: u32) -> Catalog {
+    let mut builder = CatalogBuilder::default();
+    for item in 0..num_items {
+        let code = |_| (cases.rng.f32() * cases.rng.f32() * num_codes as f32) as u16;
+        let codes: Vec<u16> = (0..num_levels).map(code).collect();
+        let mut item = Item::new(item.to_string(), Sid::new(&codes).expect("few levels"));
+        item.tags = if cases.rng.u8(0..7) == 0 { vec!["rare".into()] } else { Vec::new() };
+        item.available = cases.rng.u8(0..20) > 0;
+        builder.add(item).expect("levels agree");
+    }
+    builder.build().expect("names are unique")
+}
+
+fn rule<'a>(snapshot: &'a Snapshot, legality: &'a Legality, beams: usize) -> SearchRule<'a> {
+    SearchRule {
+        snapshot,
+        legality,
+        beams,
+        normalization: Normalization::Vocabulary,
+        constraint: Constraint::Trie,
+        temperature: 1.0,
+        candidates: None,
+        seed: None,
+        log_probs: false,
+    }
+}
+
+/// Searches of so many beams each, through all levels; the hidden rows are the same on all devices.
+fn search<B: Backend>(
+    backend: &B,
+    snapshot: &Snapshot,
+    legalities: &[Legality],
+    widths: &[usize],
+    num_codes: u32,
+) -> Vec<Vec<Beam>> {
+    const HIDDEN: usize = 16;
+    let mut cases = Cases::new(5);
+    let num_levels = snapshot.num_levels();
+    let steps: Vec<StepTokens> = (0..num_levels as u32)
+        .map(|level| StepTokens::Level {
+            tokens: (3 + level * num_codes..3 + (level + 1) * num_codes).collect(),
+        })
+        .collect();
+    let vocab = 3 + num_levels * num_codes as usize;
+    let head = Tensor::new(&[vocab, HIDDEN], cases.numbers(vocab * HIDDEN));
+    let head = backend.head(head, &steps);
+    let hidden: Vec<Vec<f32>> =
+        legalities.iter().map(|_| cases.numbers(num_levels * 512 * HIDDEN)).collect();
+    let mut world = World::on(backend, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 });
+    let mut slots: Vec<B::Slot> = legalities.iter().map(|_| world.slot(1)).collect();
+    let mut logits = backend.logits();
+    for level in 0..num_levels {
+        let rows = slots.iter().zip(&hidden).flat_map(|(slot, hidden)| {
+            let first = level * 512 * HIDDEN;
+            &hidden[first..first + backend.num_beams(slot) * HIDDEN]
+        });
+        let rows = backend.upload(&rows.copied().collect::<Vec<f32>>(), HIDDEN);
+        let rules: Vec<SearchRule<'_>> = legalities
+            .iter()
+            .zip(widths)
+            .map(|(legality, &width)| rule(snapshot, legality, width))
+            .collect();
+        backend.restricted_head(&rows, &head, &rules, &slots, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut slots);
+    }
+    let slots: Vec<&B::Slot> = slots.iter().collect();
+    let beams = backend.read_beams(&slots).into_iter();
+    beams.map(|beams| beams.expect("finite scores")).collect()
+}
+
+/// Widths of one and of 512, thousands of continuations in many parts, filters, exclusions, one
+/// legal item and none.
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn searches_of_any_width_choose_as_on_the_cpu() {
+    let mut cases = Cases::new(6);
+    let catalog = catalog(&mut cases, 8000, 3, 1500);
+    let snapshot = catalog.snapshot();
+    let all: Vec<u32> = snapshot.all_items().collect();
+    let some: Vec<u32> = all.iter().copied().filter(|_| cases.rng.bool()).collect();
+    let last = all.iter().rposition(|&item| snapshot.is_available(item)).expect("some are");
+    let all_but_one: Vec<u32> = all.iter().copied().filter(|&item| item != all[last]).collect();
+    let legality =
+        |excluded: &[u32], filter| snapshot.legality(excluded, filter).expect("a sound filter");
+    let legalities = [
+        legality(&[], None),
+        legality(&[], None),
+        legality(&some, None),
+        legality(&some[..5], Some("tag:rare")),
+        legality(&all_but_one, None),
+        legality(&all, None),
+        legality(&[], Some("tag:none")),
+    ];
+    let widths = [512, 1, 512, 100, 20, 20, 20];
+    let expected = search(&CpuBackend::default(), &snapshot, &legalities, &widths, 1500);
+    let backend = Emulator::backend(Build::Checked, Dtype::F32);
+    let found = search(&backend, &snapshot, &legalities, &widths, 1500);
+    let counts: Vec<usize> = found.iter().map(Vec::len).collect();
+    assert_eq!(counts, expected.iter().map(Vec::len).collect::<Vec<_>>());
+    assert_eq!(counts, [512, 1, 512, 100, 1, 0, 0]);
+    for (search, (expected, found)) in expected.iter().zip(&found).enumerate() {
+        for (rank, (expected, found)) in expected.iter().zip(found).enumerate() {
+            let difference = (expected.score - found.score).abs();
+            assert!(difference < 1e-4, "search {search} rank {rank}: {found:?}, not {expected:?}");
+        }
+        let same = expected.iter().zip(found).filter(|(a, b)| a.tokens == b.tokens).count();
+        assert!(same * 20 >= expected.len() * 19, "search {search}: {same} are the same");
+    }
+}
+
+/// Attention of so many beams over a context, against the truth.
+fn attend(dtype: Dtype, heads: Heads, context_len: usize, width: usize) -> f64 {
+    let backend = Emulator::backend(Build::Checked, dtype);
+    let mut cases = Cases::new(7);
+    let catalog = catalog(&mut cases, 4 * width, 1, 16 * width as u32);
+    let snapshot = catalog.snapshot();
+    let legality = snapshot.legality(&[], None).expect("no filter");
+    let mut world = World::on(&backend, heads);
+    let mut slots = vec![world.slot(context_len)];
+    let kv = cases.numbers(context_len * 2 * heads.kv_dim());
+    let whole = 0..context_len;
+    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let rows = backend.upload(&kv, 2 * heads.kv_dim());
+    backend.store_context(0, &rows, 0, heads, &batch);
+
+    let steps = [StepTokens::Level { tokens: (0..16 * width as u32).collect() }];
+    let head = Tensor::new(&[16 * width, 8], cases.numbers(16 * width * 8));
+    let (head, mut logits) = (backend.head(head, &steps), backend.logits());
+    let rules = [rule(&snapshot, &legality, width)];
+    let hidden = backend.upload(&cases.numbers(8), 8);
+    backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+    backend.advance_beams(&logits, &head, &rules, &mut slots);
+    let beams = backend.read_beams(&[&slots[0]]).remove(0).expect("finite scores");
+    assert_eq!(beams.len(), width);
+
+    let qkv = cases.numbers(width * heads.qkv_dim());
+    let rows = backend.upload(&qkv, heads.qkv_dim());
+    let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+    backend.append_tail(0, &rows, heads, &mut batch);
+    let (mut out, reach) = (backend.buffer(), Reach::ContextAndTail);
+    backend.attend_beams(0, &rows, heads, reach, 0.3, None, &batch, &mut out);
+    let found = backend.download(&out).expect("the device works");
+
+    let (kv, qkv) = (Matrix::new(&kv, 2 * heads.kv_dim()), Matrix::new(&qkv, heads.qkv_dim()));
+    let mut expected = Vec::new();
+    for row in qkv.rows() {
+        let (queries, own) = row.split_at(heads.query_dim());
+        for (head, query) in queries.chunks(heads.head_dim).enumerate() {
+            let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim;
+            let parts = |kv| {
+                let (keys, values): (&[f64], &[f64]) = <[f64]>::split_at(kv, heads.kv_dim());
+                (&keys[at..at + heads.head_dim], &values[at..at + heads.head_dim], 0.0)
+            };
+            let seen: Vec<_> = kv.rows().chain([own]).map(parts).collect();
+            expected.extend(truth::attend(query, &seen, f64::from(0.3f32)));
+        }
+    }
+    relative_error(&found, &expected, "attend_beams")
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn attention_holds_for_contexts_of_one_and_of_5000_and_widths_of_one_and_of_512() {
+    let heads = |num_heads, num_kv_heads, head_dim| Heads { num_heads, num_kv_heads, head_dim };
+    for (context_len, width) in [(1, 1), (5000, 1), (5000, 3), (65, 512), (64, 40)] {
+        for head_dim in [64, 128] {
+            let error = attend(Dtype::Bf16, heads(2, 1, head_dim), context_len, width);
+            assert!(error < 2e-2, "bf16 {head_dim} {context_len} {width}: {error:.1e}");
+        }
+        let error = attend(Dtype::F32, heads(2, 1, 8), context_len, width);
+        assert!(error < 1e-5, "f32 {context_len} {width}: {error:.1e}");
+    }
+    // Heads of other sizes do without tensor cores.
+    assert!(attend(Dtype::Bf16, heads(3, 3, 24), 200, 20) < 2e-2);
+}

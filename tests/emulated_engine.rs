@@ -1,0 +1,191 @@
+//! Whole engines on the emulator: their answers are the CPU's.
+//!
+//! Without a C++ compiler these tests are ignored.
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use common::emulator::{Build, Emulator};
+use common::tiny::{Tiny, random_request};
+use sidereal::backend::cuda::CudaBackend;
+use sidereal::catalog::Catalog;
+use sidereal::models::config::{Config, SidLayout};
+use sidereal::models::weights::Weights;
+use sidereal::{Answer, Constraint, Dtype, Engine, EngineOptions, Recommendation, Request, Result};
+
+/// Little memory: the emulator's is that of the machine.
+fn options() -> EngineOptions {
+    EngineOptions {
+        threads: 1,
+        max_context: 300,
+        context_tokens: 4096,
+        max_beam_rows: 1024,
+        rows_per_step: 64,
+        ..EngineOptions::default()
+    }
+}
+
+/// All answers, by the order of the requests.
+fn answers<B: sidereal::backend::Backend>(
+    engine: &Engine<B>,
+    requests: &[Request],
+) -> Vec<Result<Answer>> {
+    let mut answers: Vec<Option<Result<Answer>>> = requests.iter().map(|_| None).collect();
+    engine.recommend_all(requests, |index, answer| answers[index] = Some(answer));
+    answers.into_iter().map(|answer| answer.expect("all are answered")).collect()
+}
+
+/// Lists are the same but for items whose scores are within the tolerance of each other.
+fn assert_alike(cpu: &[Recommendation], found: &[Recommendation], tolerance: f32, what: &str) {
+    assert_eq!(cpu.len(), found.len(), "{what}: number of items");
+    let scores: HashMap<u32, f32> = cpu.iter().map(|item| (item.item, item.score)).collect();
+    for (rank, (expected, item)) in cpu.iter().zip(found).enumerate() {
+        let difference = (expected.score - item.score).abs();
+        assert!(difference < tolerance, "{what}: rank {rank}: {item:?}, not {expected:?}");
+        assert_eq!(expected.log_probs.len(), item.log_probs.len(), "{what}");
+        match scores.get(&item.item) {
+            Some(score) => {
+                let difference = (score - item.score).abs();
+                assert!(difference < tolerance, "{what}: {item:?} has {score} on the CPU");
+            }
+            // Only what is as good as the last of the list may have taken its place.
+            None => {
+                let last = cpu[cpu.len() - 1].score;
+                assert!((item.score - last).abs() < tolerance, "{what}: {item:?} is not there");
+            }
+        }
+    }
+}
+
+fn assert_all_alike(
+    requests: &[Request],
+    cpu: &[Result<Answer>],
+    found: &[Result<Answer>],
+    tolerance: f32,
+    what: &str,
+) {
+    for (index, ((cpu, found), request)) in cpu.iter().zip(found).zip(requests).enumerate() {
+        let what = format!("{what} request {index} {request:?}");
+        match (cpu, found) {
+            (Ok(cpu), Ok(found)) => {
+                assert_alike(&cpu.items, &found.items, tolerance, &what);
+                assert_eq!(cpu.groups.len(), found.groups.len(), "{what}");
+                for (cpu, found) in cpu.groups.iter().zip(&found.groups) {
+                    assert_alike(cpu, found, tolerance, &what);
+                }
+            }
+            (Err(cpu), Err(found)) => assert_eq!(cpu.to_string(), found.to_string(), "{what}"),
+            (Ok(_), Err(error)) => panic!("{what}: {error}"),
+            (Err(error), Ok(_)) => panic!("{what}: the CPU says {error}"),
+        }
+    }
+}
+
+/// Requests of every kind: searches, samples, log-probabilities, items to score.
+fn requests(rng: &mut fastrand::Rng, tiny: &Tiny, count: usize) -> Vec<Request> {
+    let mut contexts = Vec::new();
+    let snapshot = tiny.snapshot();
+    let kinds = (0..count).map(|_| {
+        let mut request = random_request(rng, tiny, &mut contexts);
+        request.filter = request.filter.filter(|_| rng.bool());
+        match rng.u8(0..6) {
+            0 if request.constraint == Constraint::Trie => request.sample = Some(rng.u64(..)),
+            1 if request.constraint == Constraint::Trie => request.log_probs = true,
+            2 => {
+                let names = snapshot.all_items().map(|item| snapshot.name(item).to_string());
+                let candidates: Vec<String> = names.filter(|_| rng.bool()).collect();
+                request = Request { candidates, ..Request::from_tokens(contexts[0].clone()) };
+                request.log_probs = rng.bool();
+            }
+            3 => {
+                let names = snapshot.all_items().map(|item| snapshot.name(item).to_string());
+                request.exclude = names.filter(|_| rng.u8(0..3) == 0).collect();
+            }
+            _ => {}
+        }
+        request
+    });
+    kinds.collect()
+}
+
+fn answers_of_tiny_models_are_those_of_the_cpu(build: Build, seeds: u64, count: usize) {
+    for seed in 0..seeds {
+        let tiny = Tiny::new(seed);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let requests = requests(&mut rng, &tiny, count);
+        let catalog = || Arc::clone(&tiny.catalog);
+        let cpu = tiny.open_as(catalog(), &options());
+        let backend = Emulator::backend(build, Dtype::F32);
+        let emulated = tiny.open_on(backend, catalog(), &options());
+        let expected = answers(&cpu, &requests);
+        let found = answers(&emulated, &requests);
+        assert_all_alike(&requests, &expected, &found, 1e-3, &format!("seed {seed}"));
+        emulated.check_integrity().expect("all pages are in one place");
+    }
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn answers_of_tiny_models_are_those_of_the_cpu_checked() {
+    answers_of_tiny_models_are_those_of_the_cpu(Build::Checked, 30, 6);
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn answers_of_tiny_models_are_those_of_the_cpu_at_length() {
+    answers_of_tiny_models_are_those_of_the_cpu(Build::Plain, 60, 12);
+}
+
+fn demo(backend: CudaBackend<Emulator>) -> (Engine, Engine<CudaBackend<Emulator>>, Vec<Request>) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/industrial");
+    let catalog = Arc::new(Catalog::open(&folder.join("items.jsonl")).expect("the demo's items"));
+    let config = Config::read(&folder.join("config.json")).expect("a configuration");
+    let vocab_size = sidereal::models::vocab_size(&config).expect("it has one");
+    let layout = SidLayout::read(&folder, vocab_size).expect("a layout");
+    let weights = Weights::open(&folder).expect("weights");
+    let (ours, device) = (Arc::clone(&catalog), catalog);
+    let cpu = Engine::open(&folder, ours, &options()).expect("the demo model");
+    let emulated = Engine::from_parts(backend, &config, weights, layout, device, &options());
+    let users = std::fs::read_to_string(folder.join("test.jsonl")).expect("users");
+    let requests = users.lines().take(8).map(|line| {
+        let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        let history = line["history"].as_array().expect("a list").iter();
+        let history = history.map(|item| item.as_str().expect("a name").to_string());
+        let mut request = Request::from_history(history.collect::<Vec<_>>());
+        request.beams = 20;
+        request.top_k = 10;
+        request
+    });
+    (cpu, emulated.expect("the demo model"), requests.collect())
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn the_demo_model_answers_as_on_the_cpu_in_f32() {
+    let (cpu, emulated, requests) = demo(Emulator::backend(Build::Plain, Dtype::F32));
+    let (expected, found) = (answers(&cpu, &requests), answers(&emulated, &requests));
+    assert_all_alike(&requests, &expected, &found, 1e-4, "demo");
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn the_demo_model_answers_nearly_as_on_the_cpu_in_bf16() {
+    let (cpu, emulated, requests) = demo(Emulator::backend(Build::Plain, Dtype::Bf16));
+    let (expected, found) = (answers(&cpu, &requests), answers(&emulated, &requests));
+    let mut common = 0;
+    for (expected, found) in expected.iter().zip(&found) {
+        let (expected, found) = (expected.as_ref().expect("sound"), found.as_ref().expect("sound"));
+        let scores: HashMap<u32, f32> =
+            expected.items.iter().map(|item| (item.item, item.score)).collect();
+        for item in &found.items {
+            let Some(score) = scores.get(&item.item) else { continue };
+            assert!((score - item.score).abs() < 0.1, "{item:?} has {score} on the CPU");
+            common += 1;
+        }
+    }
+    let all: usize = expected.iter().flatten().map(|answer| answer.items.len()).sum();
+    assert!(common * 10 >= all * 9, "{common} of {all} items are the CPU's");
+}

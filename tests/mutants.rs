@@ -1,0 +1,220 @@
+//! Bugs that are planted in the kernels are found: by the emulator's checks or by a wrong result.
+//!
+//! Without a C++ compiler these tests are ignored.
+
+mod common;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::slice;
+use std::sync::Arc;
+
+use common::emulator::{Build, Emulator, Kernels};
+use common::truth::{self, Matrix, relative_error};
+use sidereal::backend::cases::{Cases, World};
+use sidereal::backend::cuda::CudaBackend;
+use sidereal::backend::{Backend, Batch, Heads, Mask, Reach};
+use sidereal::{Dtype, Tensor};
+
+/// What a bug is looked for with: an operation, and what may be wrong with it.
+type Check = fn(&CudaBackend<Emulator>) -> Result<(), String>;
+
+/// Fails where the device failed or the result is wrong.
+fn compare(
+    backend: &CudaBackend<Emulator>,
+    found: &<CudaBackend<Emulator> as Backend>::Buffer,
+    expected: &Matrix,
+) -> Result<(), String> {
+    let found = backend.download(found).map_err(|error| error.to_string())?;
+    if let Some(at) = found.iter().position(|value| !value.is_finite()) {
+        return Err(format!("wrong: {} at {at}", found[at]));
+    }
+    match relative_error(&found, &expected.values, "mutant") {
+        error if error < 2e-2 => Ok(()),
+        error => Err(format!("wrong: relative error {error:.1e}")),
+    }
+}
+
+fn check_rms_norm(backend: &CudaBackend<Emulator>) -> Result<(), String> {
+    let mut cases = Cases::new(1);
+    let (x, weight) = (cases.numbers(3 * 500), cases.numbers(500));
+    let mut out = backend.buffer();
+    let vector = backend.vector(&[Tensor::new(&[500], weight.clone())]);
+    backend.rms_norm(&backend.upload(&x, 500), &vector, 1e-6, &mut out);
+    let weight = Matrix::new(&weight, 500);
+    compare(backend, &out, &truth::rms_norm(&Matrix::new(&x, 500), &weight.values, 1e-6))
+}
+
+const HEADS: Heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 64 };
+
+/// Causal attention of a prompt of 200 tokens: four pages, the last one ragged.
+fn check_prefill(backend: &CudaBackend<Emulator>) -> Result<(), String> {
+    let mut cases = Cases::new(2);
+    let mut world = World::on(backend, HEADS);
+    let qkv = cases.numbers(200 * HEADS.qkv_dim());
+    let (whole, mut slots) = (0..200, [world.slot(200)]);
+    let x = backend.upload(&qkv, HEADS.qkv_dim());
+    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let mut out = backend.buffer();
+    backend.store_context(0, &x, HEADS.query_dim(), HEADS, &batch);
+    backend.attend_prefill(0, &x, HEADS, Mask::Causal, 0.3, None, &batch, &mut out);
+    let qkv = Matrix::new(&qkv, HEADS.qkv_dim());
+    let scale = f64::from(0.3f32);
+    let expected = truth::attend_prefill(&qkv, HEADS, Mask::Causal, scale, |_, _| 0.0, &[200]);
+    compare(backend, &out, &expected)
+}
+
+/// The one beam of a search over a context of 100 tokens and itself.
+fn check_beams(backend: &CudaBackend<Emulator>) -> Result<(), String> {
+    let mut cases = Cases::new(3);
+    let mut world = World::on(backend, HEADS);
+    let qkv = cases.numbers(101 * HEADS.qkv_dim());
+    let (prompt, beam) = qkv.split_at(100 * HEADS.qkv_dim());
+    let (whole, mut slots) = (0..100, [world.slot(100)]);
+    let x = backend.upload(prompt, HEADS.qkv_dim());
+    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    backend.store_context(0, &x, HEADS.query_dim(), HEADS, &batch);
+    let x = backend.upload(beam, HEADS.qkv_dim());
+    let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+    backend.append_tail(0, &x, HEADS, &mut batch);
+    let mut out = backend.buffer();
+    let reach = Reach::ContextAndTail;
+    backend.attend_beams(0, &x, HEADS, reach, 0.3, None, &batch, &mut out);
+    // The beam is what the last of 101 tokens is.
+    let all = Matrix::new(&qkv, HEADS.qkv_dim());
+    let scale = f64::from(0.3f32);
+    let all = truth::attend_prefill(&all, HEADS, Mask::Causal, scale, |_, _| 0.0, &[101]);
+    let values = all.row(100).to_vec();
+    compare(backend, &out, &Matrix { values, columns: HEADS.query_dim() })
+}
+
+struct Mutant {
+    name: &'static str,
+    file: &'static str,
+    /// What is replaced, and by what.
+    change: (&'static str, &'static str),
+    check: Check,
+    dtype: Dtype,
+    /// One of these is said.
+    found_as: &'static [&'static str],
+}
+
+const MUTANTS: [Mutant; 10] = [
+    Mutant {
+        name: "a missing barrier",
+        file: "rms_norm.cu",
+        change: ("  __syncthreads();\n", ""),
+        check: check_rms_norm,
+        dtype: Dtype::F32,
+        found_as: &["uninitialised", "race"],
+    },
+    Mutant {
+        name: "a barrier that some threads skip",
+        file: "rms_norm.cu",
+        change: ("  __syncthreads();\n", "  if (threadIdx.x < 64) __syncthreads();\n"),
+        check: check_rms_norm,
+        dtype: Dtype::F32,
+        found_as: &["exit", "deadlock", "race", "uninitialised"],
+    },
+    Mutant {
+        name: "a write past the end of shared memory",
+        file: "rms_norm.cu",
+        change: ("sums[threadIdx.x / kWarpSize] = sum", "sums[threadIdx.x / kWarpSize + 1] = sum"),
+        check: check_rms_norm,
+        dtype: Dtype::F32,
+        found_as: &["out-of-bounds shared write"],
+    },
+    Mutant {
+        name: "a shuffle among half of the lanes",
+        file: "common/device.cuh",
+        change: ("value += __shfl_xor_sync(kAllLanes,", "value += __shfl_xor_sync(0x0000ffffu,"),
+        check: check_rms_norm,
+        dtype: Dtype::F32,
+        found_as: &["mask"],
+    },
+    Mutant {
+        name: "a page too far",
+        file: "common/attention.cuh",
+        change: (
+            "context_keys<bf16>(pages, batch.pages[tile.first_page + page]",
+            "context_keys<bf16>(pages, batch.pages[tile.first_page + page + 1]",
+        ),
+        check: check_prefill,
+        dtype: Dtype::Bf16,
+        found_as: &["wrong", "outside every device buffer", "out-of-bounds"],
+    },
+    Mutant {
+        name: "a mask that lets the next token be seen",
+        file: "common/attention.cuh",
+        change: ("min(position + 1, context_len)", "min(position + 2, context_len)"),
+        check: check_prefill,
+        dtype: Dtype::Bf16,
+        found_as: &["wrong"],
+    },
+    Mutant {
+        name: "a copy that is not waited for",
+        file: "common/attention.cuh",
+        change: ("      wait_for_copies<1>();\n", ""),
+        check: check_prefill,
+        dtype: Dtype::Bf16,
+        found_as: &["in flight"],
+    },
+    Mutant {
+        name: "a buffer that is refilled while it is read",
+        file: "common/attention.cuh",
+        change: (
+            "      __syncthreads();  // nobody reads this buffer any more: the next round fills it\n",
+            "",
+        ),
+        check: check_prefill,
+        dtype: Dtype::Bf16,
+        found_as: &["race", "in flight"],
+    },
+    Mutant {
+        name: "a write past the end of a row",
+        file: "rms_norm.cu",
+        change: (
+            "i < num_units; i += kThreads) {\n    Unit unit",
+            "i <= num_units; i += kThreads) {\n    Unit unit",
+        ),
+        check: check_rms_norm,
+        dtype: Dtype::F32,
+        found_as: &["outside every device buffer", "out-of-bounds", "race on global"],
+    },
+    Mutant {
+        name: "a tail whose newest row is left out",
+        file: "attend_beams.cu",
+        change: ("search.num_steps + 1 - from : 0", "search.num_steps - from : 0"),
+        check: check_beams,
+        dtype: Dtype::Bf16,
+        found_as: &["wrong"],
+    },
+];
+
+fn source(file: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels").join(file);
+    std::fs::read_to_string(path).expect("a kernel's source")
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn planted_bugs_are_found_and_the_kernels_without_them_are_sound() {
+    for check in [check_rms_norm, check_prefill, check_beams] {
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            check(&Emulator::backend(Build::Checked, dtype)).expect("the kernels are sound");
+        }
+    }
+    for Mutant { name, file, change, check, dtype, found_as } in MUTANTS {
+        let text = source(file);
+        assert_eq!(text.matches(change.0).count(), 1, "{name}: {:?} in {file}", change.0);
+        let replaced = HashMap::from([(file, text.replace(change.0, change.1))]);
+        let kernels = Arc::new(Kernels::compile(Build::Checked, &replaced));
+        let backend = CudaBackend::new(Emulator::new(kernels), dtype);
+        let error = match check(&backend) {
+            Ok(()) => panic!("{name} is not found"),
+            Err(error) => error,
+        };
+        println!("{name}: {error}");
+        assert!(found_as.iter().any(|text| error.contains(text)), "{name} is found as {error}");
+    }
+}
