@@ -482,7 +482,7 @@ fn report<B: Backend>(
         cpu_ms_per_request: run.cpu_seconds.map(|seconds| seconds * 1e3 / requests as f64),
         seconds: Seconds {
             total: run.seconds,
-            phases: B::COMPUTES_ON_CALLERS.then(|| PhaseSeconds {
+            phases: B::COMPUTES_ON_CALLERS.then_some(PhaseSeconds {
                 prefill: run.phases.prefill.as_secs_f64(),
                 decode: run.phases.decode.as_secs_f64(),
                 search: run.phases.search.as_secs_f64(),

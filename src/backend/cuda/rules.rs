@@ -208,9 +208,10 @@ impl<D: Driver> SearchArrays<D> {
     ) -> SearchArrays<D> {
         let SearchRule { snapshot, legality, candidates, .. } = rule;
         let added_allowed = legality.added_allowed();
-        let base_allowed = legality.base_allowed().map(|arrays| {
-            let owners = legality.base_identity();
-            uploads.allowed.get_or_copy(owners, || Allowed::new(device, &arrays))
+        let owners = legality.base_identity();
+        let base_allowed = (!owners.is_empty()).then(|| {
+            let arrays = || legality.base_allowed().expect("what has an owner is there");
+            uploads.allowed.get_or_copy(owners, || Allowed::new(device, &arrays()))
         });
         SearchArrays {
             base: uploads.trie(device, snapshot.base_trie()),
