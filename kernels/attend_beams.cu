@@ -1,12 +1,12 @@
 // Attention of each beam over its request's context and its own tail, under one softmax in f32.
 //
-// All beams of a search share its context: a tile of 64 (beam, query head) rows reads each page
-// once, on tensor cores (Hydragen, Juravsky et al. 2024). A beam's tail is found through its
+// All beams of a search share its context: a tile of up to 128 (beam, query head) rows reads each
+// page once, on tensor cores (Hydragen, Juravsky et al. 2024). A beam's tail is found through its
 // ancestors: the row at each position that it descends from, so nothing is copied when beams are
 // put in another order. Where there are too few tiles to fill the device, the context is split
 // (Flash-Decoding, Dao et al. 2023) and attend_beams_combine puts the parts together.
-// Grid: (tiles, KV heads, splits). Block: 128 threads. Bound by memory below about 150 rows a
-// search and KV head, by tensor cores above.
+// Grid: (tiles, KV heads, splits). Block: 256 threads for tiles of 128 rows, else 128. Bound by
+// memory below about 150 rows a search and KV head, by tensor cores above.
 #include "common/attention.cuh"
 
 namespace attend_beams {
@@ -26,6 +26,7 @@ struct Params {
   float scale;
 };
 constexpr uint32_t kThreads = 128;
+constexpr uint32_t kWideThreads = 256;
 
 __device__ __forceinline__ Tile tile_of(const Params& params, const uint2& place) {
   const Search& search = params.batch.searches[place.x];
@@ -64,7 +65,7 @@ struct Tail {
   // By row of the tile and position: the row of its ancestor there, found from the newest back.
   __device__ void find_ancestors(const Params& params, const Search& search, const Tile& tile,
                                  uint32_t rows, uint32_t* ancestors) const {
-    for (uint32_t row = threadIdx.x; row < rows; row += kThreads) {
+    for (uint32_t row = threadIdx.x; row < rows; row += blockDim.x) {
       if (tile.first + row >= tile.num_rows) continue;
       uint32_t beam = (tile.first + row) / tile.group;
       for (uint32_t back = 0; back < len; back++) {
@@ -130,8 +131,9 @@ template <class T> __device__ __forceinline__ void run_plain(const Params& param
   }
 }
 
-template <uint32_t kHeadDim> __device__ __forceinline__ void run_tensor(const Params& params) {
-  using Attention = TensorAttention<kHeadDim>;
+template <uint32_t kHeadDim, uint32_t kWarps>
+__device__ __forceinline__ void run_tensor(const Params& params) {
+  using Attention = TensorAttention<kHeadDim, kWarps>;
   const uint2 place = params.tiles[blockIdx.x];
   if (place.x == kNone) return;
   SharedMemory shared;
@@ -247,10 +249,16 @@ KERNEL(attend_beams_bf16, attend_beams::Params, attend_beams::kThreads) {
   attend_beams::run_plain<bf16>(params);
 }
 KERNEL(attend_beams_bf16_64, attend_beams::Params, attend_beams::kThreads) {
-  attend_beams::run_tensor<64>(params);
+  attend_beams::run_tensor<64, 4>(params);
 }
 KERNEL(attend_beams_bf16_128, attend_beams::Params, attend_beams::kThreads) {
-  attend_beams::run_tensor<128>(params);
+  attend_beams::run_tensor<128, 4>(params);
+}
+KERNEL(attend_beams_bf16_64_wide, attend_beams::Params, attend_beams::kWideThreads) {
+  attend_beams::run_tensor<64, 8>(params);
+}
+KERNEL(attend_beams_bf16_128_wide, attend_beams::Params, attend_beams::kWideThreads) {
+  attend_beams::run_tensor<128, 8>(params);
 }
 KERNEL(attend_beams_combine_f32, attend_beams::CombineParams, attend_beams::kCombineThreads) {
   attend_beams::combine<float>(params);

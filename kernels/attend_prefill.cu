@@ -1,9 +1,9 @@
 // Attention of the rows of prompts over their contexts, as far as stored and masked: causal or
 // bidirectional, with a bias over relative positions where one is given; softmax in f32.
 // FlashAttention-2 (Dao 2023) over pages (vLLM, Kwon et al. 2023), prompts of any lengths.
-// Grid: (tiles, KV heads); a tile is 64 rows of (token, query head) for tensor cores, else 16.
-// Block: 128 threads. Bound by tensor cores for long prompts. Reads a page of keys and values once
-// a tile.
+// Grid: (tiles, KV heads); a tile is 128 or 64 rows of (token, query head) for tensor cores, else
+// 16. Block: 256 threads for 128 rows, else 128. Bound by tensor cores for long prompts. Reads a
+// page of keys and values once a tile.
 #include "common/attention.cuh"
 
 namespace attend_prefill {
@@ -60,8 +60,9 @@ template <class T> __device__ __forceinline__ void run_plain(const Params& param
   }
 }
 
-template <uint32_t kHeadDim> __device__ __forceinline__ void run_tensor(const Params& params) {
-  using Attention = TensorAttention<kHeadDim>;
+template <uint32_t kHeadDim, uint32_t kWarps>
+__device__ __forceinline__ void run_tensor(const Params& params) {
+  using Attention = TensorAttention<kHeadDim, kWarps>;
   SharedMemory shared;
   Attention attention(shared);
   const Tile tile = tile_of(params, Attention::kRows);
@@ -89,8 +90,14 @@ KERNEL(attend_prefill_bf16, attend_prefill::Params, 128) {
   attend_prefill::run_plain<bf16>(params);
 }
 KERNEL(attend_prefill_bf16_64, attend_prefill::Params, 128) {
-  attend_prefill::run_tensor<64>(params);
+  attend_prefill::run_tensor<64, 4>(params);
 }
 KERNEL(attend_prefill_bf16_128, attend_prefill::Params, 128) {
-  attend_prefill::run_tensor<128>(params);
+  attend_prefill::run_tensor<128, 4>(params);
+}
+KERNEL(attend_prefill_bf16_64_wide, attend_prefill::Params, 256) {
+  attend_prefill::run_tensor<64, 8>(params);
+}
+KERNEL(attend_prefill_bf16_128_wide, attend_prefill::Params, 256) {
+  attend_prefill::run_tensor<128, 8>(params);
 }

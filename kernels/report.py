@@ -21,7 +21,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 ARCHITECTURES = ["80", "90a"]
 # Attention on tensor cores, where the time goes: these must have them and copy while they compute.
-HOT = ["attend_prefill_bf16_64", "attend_prefill_bf16_128", "attend_beams_bf16_64", "attend_beams_bf16_128"]
+HOT = [f"{operation}_bf16_{head}{width}" for operation in ("attend_prefill", "attend_beams") for head in (64, 128)
+       for width in ("", "_wide")]
 BEGIN, END = "<!-- made by report.py -->\n", "<!-- end -->\n"
 
 

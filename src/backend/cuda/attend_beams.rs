@@ -1,9 +1,9 @@
 use bytemuck::{Pod, Zeroable};
 
-use super::attend_prefill::attention_bytes;
+use super::attend_prefill::{attention_bytes, attention_threads};
 use super::driver::Driver;
 use super::memory::{Beams, Pages};
-use super::tables::{BatchParams, MAX_POSITIONS, has_tensor_kernel};
+use super::tables::{BatchParams, MAX_POSITIONS, NARROW_ROWS, WIDE_ROWS};
 use super::{Buffer, CudaBackend, Heads, Reach, Vector};
 use crate::backend::Batch;
 
@@ -83,15 +83,17 @@ impl<D: Driver> CudaBackend<D> {
             reaches_tail: u32::from(reach != Reach::Context),
             scale,
         };
-        let is_tensor = has_tensor_kernel(heads, self.dtype);
-        let kernel = match (is_tensor, heads.head_dim) {
-            (true, 64) => "attend_beams_bf16_64",
-            (true, _) => "attend_beams_bf16_128",
+        let tile_rows = tables.beam_tile_rows;
+        let kernel = match (tile_rows, heads.head_dim) {
+            (NARROW_ROWS, 64) => "attend_beams_bf16_64",
+            (NARROW_ROWS, _) => "attend_beams_bf16_128",
+            (WIDE_ROWS, 64) => "attend_beams_bf16_64_wide",
+            (WIDE_ROWS, _) => "attend_beams_bf16_128_wide",
             _ => self.kernel("attend_beams_f32", "attend_beams_bf16"),
         };
         let grid = [tables.num_beam_tiles, heads.num_kv_heads, num_splits];
-        let shared = attention_bytes(is_tensor, heads.head_dim, MAX_POSITIONS);
-        self.device.launch(kernel, grid, 128, shared, &params);
+        let shared = attention_bytes(tile_rows, heads.head_dim, MAX_POSITIONS);
+        self.device.launch(kernel, grid, attention_threads(tile_rows), shared, &params);
         if num_splits > 1 {
             let params = CombineParams {
                 out: out.memory.at(0),

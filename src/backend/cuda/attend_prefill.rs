@@ -2,7 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::memory::Pages;
-use super::tables::{BatchParams, has_tensor_kernel};
+use super::tables::{BatchParams, NARROW_ROWS, PLAIN_ROWS, WIDE_ROWS};
 use super::{Buffer, CudaBackend, Heads, Mask, shared_bytes};
 use crate::backend::Batch;
 use crate::pages::PAGE_LEN;
@@ -26,14 +26,21 @@ struct Params {
 
 /// Bytes of shared memory of `TensorAttention` and `PlainAttention` in
 /// kernels/common/attention.cuh, with ancestors of `positions` a row.
-pub(super) fn attention_bytes(is_tensor: bool, head_dim: usize, positions: usize) -> usize {
-    if is_tensor {
-        let row = (head_dim + 8) * 2;
-        let buffers = 2 * PAGE_LEN * row;
-        return shared_bytes(&[64 * row, buffers, buffers, 64 * positions * 4]);
+pub(super) fn attention_bytes(tile_rows: usize, head_dim: usize, positions: usize) -> usize {
+    let ancestors = tile_rows * positions * 4;
+    if tile_rows == PLAIN_ROWS {
+        let (rows, page) = (tile_rows * head_dim * 4, PAGE_LEN * (head_dim + 1) * 4);
+        let (weights, of_row) = (tile_rows * PAGE_LEN * 4, tile_rows * 4);
+        return shared_bytes(&[rows, rows, page, weights, of_row, of_row, of_row, ancestors]);
     }
-    let (rows, page) = (16 * head_dim * 4, PAGE_LEN * (head_dim + 1) * 4);
-    shared_bytes(&[rows, rows, page, 16 * PAGE_LEN * 4, 64, 64, 64, 16 * positions * 4])
+    let row = (head_dim + 8) * 2;
+    let buffers = 2 * PAGE_LEN * row;
+    shared_bytes(&[tile_rows * row, buffers, buffers, ancestors])
+}
+
+/// Threads of a block of attention.
+pub(super) fn attention_threads(tile_rows: usize) -> u32 {
+    if tile_rows == WIDE_ROWS { 256 } else { 128 }
 }
 
 impl<D: Driver> CudaBackend<D> {
@@ -72,14 +79,16 @@ impl<D: Driver> CudaBackend<D> {
             is_causal: u32::from(mask == Mask::Causal),
             scale,
         };
-        let is_tensor = has_tensor_kernel(heads, self.dtype);
-        let kernel = match (is_tensor, heads.head_dim) {
-            (true, 64) => "attend_prefill_bf16_64",
-            (true, _) => "attend_prefill_bf16_128",
+        let tile_rows = tables.prompt_tile_rows;
+        let kernel = match (tile_rows, heads.head_dim) {
+            (NARROW_ROWS, 64) => "attend_prefill_bf16_64",
+            (NARROW_ROWS, _) => "attend_prefill_bf16_128",
+            (WIDE_ROWS, 64) => "attend_prefill_bf16_64_wide",
+            (WIDE_ROWS, _) => "attend_prefill_bf16_128_wide",
             _ => self.kernel("attend_prefill_f32", "attend_prefill_bf16"),
         };
         let grid = [tables.num_prompt_tiles, heads.num_kv_heads, 1];
-        let shared = attention_bytes(is_tensor, heads.head_dim, 0);
-        self.device.launch(kernel, grid, 128, shared, &params);
+        let shared = attention_bytes(tile_rows, heads.head_dim, 0);
+        self.device.launch(kernel, grid, attention_threads(tile_rows), shared, &params);
     }
 }

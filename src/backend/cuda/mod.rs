@@ -55,7 +55,7 @@ pub use slot::Slot;
 use driver::{Device, DeviceMemory, Recording};
 use memory::Arrays;
 use rules::{Plan, Uploads};
-use tables::{Shape, Tables, TileRows};
+use tables::{Attention, Shape, Tables};
 
 /// Recorded steps that are kept; when there are more, all are made anew.
 const MAX_RECORDINGS: usize = 256;
@@ -167,9 +167,9 @@ impl<D: Driver> CudaBackend<D> {
         }
         let processors = self.device.driver.num_processors();
         let heads = slots.first().map_or(NO_HEADS, |slot| slot.arrays.spec.heads);
-        let tile_rows = TileRows::of(heads, self.dtype);
+        let attention = Attention { heads, dtype: self.dtype };
         let memory = &mut state.table_memory;
-        let tables = tables::write(memory, chunks, slots, heads, tile_rows, processors, None);
+        let tables = tables::write(memory, chunks, slots, attention, processors, None);
         state.tables = Some((key, tables));
         tables
     }
@@ -189,12 +189,11 @@ impl<D: Driver> CudaBackend<D> {
         });
         let plan = rules::plan(&self.device, &mut state.uploads, head, rules, slots, true);
         rules::begin_step(head, rules, slots);
-        let heads = slots[0].arrays.spec.heads;
-        let tile_rows = TileRows::of(heads, self.dtype);
+        let attention = Attention { heads: slots[0].arrays.spec.heads, dtype: self.dtype };
         let processors = self.device.driver.num_processors();
-        let shape = tables::padded_shape(slots, heads, tile_rows, processors);
+        let shape = tables::padded_shape(slots, attention, processors);
         let memory = &mut state.table_memory;
-        let tables = tables::write(memory, &[], slots, heads, tile_rows, processors, Some(shape));
+        let tables = tables::write(memory, &[], slots, attention, processors, Some(shape));
         logits.reserve(&plan, shape.num_rows, shape.num_searches);
         let (memory, address) = (&mut state.rule_memory, logits.address());
         rules::write(memory, head, rules, slots, &plan, address, shape.num_searches);

@@ -2,7 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::memory::Beams;
-use super::tables::{self, BatchParams, TileRows};
+use super::tables::{self, Attention, BatchParams};
 use super::{CudaBackend, Slot};
 use crate::backend::{Beam, LogProb};
 use crate::catalog::snapshot::{Node, Place};
@@ -47,8 +47,8 @@ impl<D: Driver> CudaBackend<D> {
             num_words += 2 + slot.num_rows() * words_of_beam(slot.num_steps, keeps_log_probs);
         }
         let state = &mut *self.state();
-        let (memory, tile_rows) = (&mut state.table_memory, TileRows::of(heads, self.dtype));
-        let tables = tables::write(memory, &[], slots, heads, tile_rows, 1, None);
+        let attention = Attention { heads, dtype: self.dtype };
+        let tables = tables::write(&mut state.table_memory, &[], slots, attention, 1, None);
         state.tables = None;
         state.list.write(&firsts);
         state.results.reserve(num_words * size_of::<u32>());

@@ -58,26 +58,42 @@ pub(super) struct BatchParams {
     pub num_rows: u32,
 }
 
-/// Rows of an attention's tile: tensor cores take more.
+/// The heads of a pass, and their number type: what chooses the kernels of attention.
 #[derive(Clone, Copy)]
-pub(super) struct TileRows(usize);
+pub(super) struct Attention {
+    pub heads: Heads,
+    pub dtype: Dtype,
+}
 
-impl TileRows {
-    pub fn of(heads: Heads, dtype: Dtype) -> TileRows {
-        TileRows(if has_tensor_kernel(heads, dtype) { 64 } else { 16 })
+impl Attention {
+    /// Rows of a tile where the largest prompt or search has so many rows: tensor cores take more.
+    fn tile_rows(self, most: usize) -> usize {
+        let has_tensor_kernel =
+            self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim, 64 | 128);
+        match (has_tensor_kernel, most) {
+            (false, _) => PLAIN_ROWS,
+            (true, ..=NARROW_ROWS) => NARROW_ROWS,
+            _ => WIDE_ROWS,
+        }
+    }
+
+    /// Query heads that share a KV head.
+    fn group(self) -> usize {
+        self.heads.num_heads / self.heads.num_kv_heads
     }
 }
 
-/// Whether attention has a kernel on tensor cores for these heads.
-pub(super) fn has_tensor_kernel(heads: Heads, dtype: Dtype) -> bool {
-    dtype == Dtype::Bf16 && matches!(heads.head_dim, 64 | 128)
-}
+/// Rows of a tile without tensor cores, and with four and eight warps of them.
+pub(super) const PLAIN_ROWS: usize = 16;
+pub(super) const NARROW_ROWS: usize = 64;
+pub(super) const WIDE_ROWS: usize = 128;
 
 /// What a step's tables are padded to, so that steps of like shape look the same to kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
     pub num_searches: usize,
     pub num_rows: usize,
+    pub tile_rows: usize,
     pub num_tiles: usize,
     pub num_splits: usize,
 }
@@ -86,6 +102,9 @@ pub(super) struct Shape {
 #[derive(Clone, Copy)]
 pub(super) struct Tables {
     pub batch: BatchParams,
+    /// Rows of each tile.
+    pub prompt_tile_rows: usize,
+    pub beam_tile_rows: usize,
     pub prompt_tiles: u64,
     pub num_prompt_tiles: usize,
     pub beam_tiles: u64,
@@ -103,20 +122,21 @@ pub(super) fn padded(size: usize) -> usize {
 /// The shape of a step in which `slots` read their beams, padded.
 pub(super) fn padded_shape<D: Driver>(
     slots: &[Slot<D>],
-    heads: Heads,
-    tile_rows: TileRows,
+    attention: Attention,
     num_processors: usize,
 ) -> Shape {
-    let group = heads.num_heads / heads.num_kv_heads;
-    let tiles = |slot: &Slot<D>| (slot.num_rows() * group).div_ceil(tile_rows.0);
+    let rows = |slot: &Slot<D>| slot.num_rows() * attention.group();
+    let tile_rows = attention.tile_rows(slots.iter().map(rows).max().unwrap_or(0));
+    let tiles = |slot: &Slot<D>| rows(slot).div_ceil(tile_rows);
     let num_tiles = padded(slots.iter().map(tiles).sum());
     let longest = slots.iter().map(|slot| slot.spec.context_len).max().unwrap_or(0);
     let num_pages = longest.div_ceil(PAGE_LEN).next_power_of_two();
     Shape {
         num_searches: padded(slots.len()),
         num_rows: padded(slots.iter().map(Slot::num_rows).sum()),
+        tile_rows,
         num_tiles,
-        num_splits: num_splits(num_pages, num_tiles * heads.num_kv_heads, num_processors),
+        num_splits: num_splits(num_pages, num_tiles * attention.heads.num_kv_heads, num_processors),
     }
 }
 
@@ -132,17 +152,20 @@ pub(super) fn write<D: Driver>(
     memory: &mut DeviceMemory<D>,
     chunks: &[Range<usize>],
     slots: &[impl Borrow<Slot<D>>],
-    heads: Heads,
-    tile_rows: TileRows,
+    attention: Attention,
     num_processors: usize,
     shape: Option<Shape>,
 ) -> Tables {
-    let group = heads.num_heads / heads.num_kv_heads;
+    let group = attention.group();
     let (mut prompts, mut searches, mut pages) = (Vec::new(), Vec::new(), Vec::new());
     let (mut prompt_tiles, mut beam_tiles): (Vec<[u32; 2]>, Vec<[u32; 2]>) =
         (Vec::new(), Vec::new());
     let mut row = 0;
     let slots: Vec<&Slot<D>> = slots.iter().map(Borrow::borrow).collect();
+    let longest = chunks.iter().map(Range::len).max().unwrap_or(0);
+    let widest = slots[chunks.len()..].iter().map(|slot| slot.num_rows()).max().unwrap_or(0);
+    let prompt_tile_rows = attention.tile_rows(longest * group);
+    let beam_tile_rows = attention.tile_rows(widest * group);
     for (index, (chunk, slot)) in chunks.iter().zip(&slots).enumerate() {
         prompts.push(PromptEntry {
             first_row: row as u32,
@@ -152,7 +175,7 @@ pub(super) fn write<D: Driver>(
             is_kept: u32::from(!is_kept_before(&chunks[..index], &slots, chunk, slot)),
         });
         pages.extend_from_slice(&slot.spec.context_pages);
-        let firsts = (0..chunk.len() * group).step_by(tile_rows.0);
+        let firsts = (0..chunk.len() * group).step_by(prompt_tile_rows);
         prompt_tiles.extend(firsts.map(|first| [index as u32, first as u32]));
         row += chunk.len();
     }
@@ -176,7 +199,7 @@ pub(super) fn write<D: Driver>(
             position_page,
         });
         pages.extend_from_slice(&slot.spec.tail_pages);
-        let firsts = (0..slot.num_rows() * group).step_by(tile_rows.0);
+        let firsts = (0..slot.num_rows() * group).step_by(beam_tile_rows);
         beam_tiles.extend(firsts.map(|first| [index as u32, first as u32]));
         row += slot.num_rows();
     }
@@ -190,7 +213,7 @@ pub(super) fn write<D: Driver>(
         }
         None => {
             let longest = slots.iter().map(|slot| slot.spec.context_len).max().unwrap_or(0);
-            let blocks = beam_tiles.len() * heads.num_kv_heads;
+            let blocks = beam_tiles.len() * attention.heads.num_kv_heads;
             num_splits(longest.div_ceil(PAGE_LEN), blocks, num_processors)
         }
     };
@@ -225,6 +248,8 @@ pub(super) fn write<D: Driver>(
             num_prompt_rows: num_prompt_rows as u32,
             num_rows: row as u32,
         },
+        prompt_tile_rows,
+        beam_tile_rows,
         prompt_tiles: at[2],
         num_prompt_tiles: prompt_tiles.len(),
         beam_tiles: at[3],
