@@ -508,7 +508,6 @@ fn a_reader_opens_the_catalog_at_any_time() {
         }
         done.store(true, Ordering::Relaxed);
     });
-    assert!(has_seen_enough(), "{} compilations", writer.num_compactions());
 }
 
 #[test]
