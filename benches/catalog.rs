@@ -100,7 +100,9 @@ impl Search {
     fn new() -> Search {
         let backend = CpuBackend::default();
         let level = StepTokens::Level { tokens: (0..CODES as u32).collect() };
-        let head = backend.head(Tensor::new(&[CODES, 1], vec![0.0; CODES]), &vec![level; LEVELS]);
+        let head = backend
+            .head(Tensor::new(&[CODES, 1], vec![0.0; CODES]), &vec![level; LEVELS])
+            .expect("memory");
         let mut rng = fastrand::Rng::with_seed(9);
         // Normal numbers of spread two: the best codes have some percent each.
         let mut normal = || 2.0 * ((0..12).map(|_| rng.f32()).sum::<f32>() - 6.0);

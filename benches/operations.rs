@@ -24,7 +24,7 @@ fn matmul(criterion: &mut Criterion) {
         [(50, 128, 1152), (50, 1024, 128), (128, 128, 1024), (50, 1024, 6144), (512, 1024, 3072)]
     {
         let weight = Tensor::new(&[num_out, num_in], cases.numbers(num_out * num_in));
-        let weight = backend.matrix(&[weight]);
+        let weight = backend.matrix(&[weight]).expect("memory");
         let x = Buffer::new(cases.numbers(rows * num_in), num_in);
         let mut out = backend.buffer();
         group.throughput(Throughput::Elements(2 * (rows * num_in * num_out) as u64));
@@ -43,7 +43,7 @@ fn attention(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attend_prefill");
     for tokens in [81, 301] {
         let qkv = Buffer::new(cases.numbers(tokens * TIGER.qkv_dim()), TIGER.qkv_dim());
-        let mut world = World::on(&backend, TIGER);
+        let mut world = World::on(&backend, TIGER).expect("memory");
         let (chunk, mut slots) = (0..tokens, [world.slot(tokens)]);
         let batch =
             Batch { memory: &world.memory, chunks: slice::from_ref(&chunk), slots: &mut slots };
@@ -94,10 +94,10 @@ fn search(criterion: &mut Criterion) {
         .map(|first| StepTokens::Level { tokens: (first..first + 256).collect() })
         .into();
     let head = Tensor::new(&[3026, 128], cases.numbers(3026 * 128));
-    let head = backend.head(head, &steps);
+    let head = backend.head(head, &steps).expect("memory");
     let mut logits = backend.logits();
     for beams in [50, 128, 512] {
-        let mut world = World::on(&backend, TIGER);
+        let mut world = World::on(&backend, TIGER).expect("memory");
         let excluded: Vec<u32> = (0..catalog.num_items() as u32).step_by(50).collect();
         let mut group = criterion.benchmark_group("advance_beams, three levels");
         for (name, excluded) in [("all items", &[][..]), ("2000 excluded", &excluded[..])] {
@@ -122,7 +122,7 @@ fn search(criterion: &mut Criterion) {
     }
     let mut group = criterion.benchmark_group("attend_beams");
     for (beams, context) in [(50, 81), (128, 301)] {
-        let mut world = World::on(&backend, TIGER);
+        let mut world = World::on(&backend, TIGER).expect("memory");
         let mut slots = vec![world.slot(context)];
         let kv = Buffer::new(cases.numbers(context * 2 * TIGER.kv_dim()), 2 * TIGER.kv_dim());
         let whole = 0..context;

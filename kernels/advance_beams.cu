@@ -8,7 +8,9 @@
 //                          each block keeps the best of what it saw
 //   advance_beams_select   the best of all blocks, sorted, become the beams of the next position
 //
-// Nothing is truncated per beam; a block's threshold skips what cannot be among the best.
+// Nothing is truncated per beam; a block's threshold skips what cannot be among the best. Normalised
+// over the vocabulary, a level or the children as the rule says; samples are Gumbel top-k without
+// replacement (Kool et al. 2019).
 #include "common/search.cuh"
 
 namespace advance_beams {
@@ -84,7 +86,7 @@ struct Own {
 
 }  // namespace advance_beams
 
-// Grid: a block a search. Block: 256 threads.
+// Grid: a block a search. Block: 256 threads. Bound by latency: a place and an edge a beam.
 KERNEL(advance_beams_count, advance_beams::Params, advance_beams::kThreads) {
   using namespace advance_beams;
   SHARED(uint32_t, of_warps, kThreads / kWarpSize);
@@ -119,7 +121,8 @@ KERNEL(advance_beams_count, advance_beams::Params, advance_beams::kThreads) {
   }
 }
 
-// Grid: a block a row of beams. Block: 256 threads.
+// Grid: a block a row of beams. Block: 256 threads. Bound by memory: reads a code and a logit a
+// continuation, twice for a sample, and of bitmaps what legality needs.
 KERNEL(advance_beams_children, advance_beams::Params, advance_beams::kThreads) {
   using namespace advance_beams;
   SHARED(double, of_warps, kThreads / kWarpSize);
@@ -148,6 +151,7 @@ KERNEL(advance_beams_children, advance_beams::Params, advance_beams::kThreads) {
   const float normalizer = log_sum(parts);
   if (threadIdx.x == 0) {
     params.child_sums[blockIdx.x] = make_float2(normalizer, 0.0f);
+    if (has_none) params.greatest[blockIdx.x] = 0;
     if (!has_none && !is_finite(normalizer)) atomicMax(params.failures + (search - params.batch.searches), 1u);
   }
   if (!(own.rule.flags & kHasSeed) || has_none) return;

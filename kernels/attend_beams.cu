@@ -14,8 +14,8 @@ namespace attend_beams {
 struct Params {
   void* out;               // [rows, num_heads * head_dim]
   const void* queries;     // [rows, query_columns]
-  float* parts;            // [splits, rows, num_heads, head_dim]: sums with unscaled weights
-  float2* part_sums;       // [splits, rows, num_heads]: largest score in powers of two, sum
+  float* parts;            // [splits, rows of beams, num_heads, head_dim]: unscaled sums
+  float2* part_sums;       // [splits, rows of beams, num_heads]: largest in powers of two, sum
   const uint2* tiles;      // the search, or kNone, and the first of its rows
   const float* tail_bias;  // [num_heads, num_biases] over the distance back, or null
   Batch batch;
@@ -50,6 +50,13 @@ __device__ __forceinline__ Tile tile_of(const Params& params, const uint2& place
   tile.page_from = min(blockIdx.z * pages_per_split, pages);
   tile.page_to = min(tile.page_from + pages_per_split, pages);
   return tile;
+}
+
+// The place of a row of beams and a query head among the parts of a split.
+__device__ __forceinline__ size_t part_of(const Batch& batch, uint32_t num_heads, uint32_t split,
+                                          uint32_t row, uint32_t head) {
+  const size_t num_rows = batch.num_rows - batch.num_prompt_rows;
+  return (split * num_rows + row - batch.num_prompt_rows) * num_heads + head;
 }
 
 // The tail of a search's beams, as this block needs it.
@@ -124,7 +131,8 @@ template <class T> __device__ __forceinline__ void run_plain(const Params& param
         out[d] = narrowed<T>(sum > 0 ? accumulated[d] / sum : 0.0f);
       continue;
     }
-    const size_t part = size_t(blockIdx.z) * params.batch.num_rows * params.num_heads + at;
+    const size_t part =
+        part_of(params.batch, params.num_heads, blockIdx.z, tile.row_of(row), head);
     for (uint32_t d = lane; d < head_dim; d += kWarpSize)
       params.parts[part * head_dim + d] = accumulated[d];
     if (lane == 0) params.part_sums[part] = make_float2(largest * kLog2E, sum);
@@ -195,7 +203,8 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
                               });
       continue;
     }
-    const size_t part = size_t(blockIdx.z) * params.batch.num_rows * params.num_heads + at;
+    const size_t part =
+        part_of(params.batch, params.num_heads, blockIdx.z, tile.row_of(row), head);
     float* out = params.parts + part * kHeadDim;
     attention.for_each_pair(which, 1.0f, [&](uint32_t column, float x, float y) {
       *reinterpret_cast<float2*>(out + column) = make_float2(x, y);
@@ -219,19 +228,21 @@ template <class T> __device__ __forceinline__ void combine(const CombineParams& 
   const uint32_t row = params.batch.num_prompt_rows + blockIdx.x;
   if (!search_of_row(params.batch, row)) return;
   const size_t at = size_t(row) * params.num_heads + blockIdx.y;
-  const size_t stride = size_t(params.batch.num_rows) * params.num_heads;
+  auto part_in = [&](uint32_t split) {
+    return part_of(params.batch, params.num_heads, split, row, blockIdx.y);
+  };
   float largest = -INFINITY_F, sum = 0;
   for (uint32_t split = 0; split < params.num_splits; split++)
-    largest = fmaxf(largest, params.part_sums[split * stride + at].x);
+    largest = fmaxf(largest, params.part_sums[part_in(split)].x);
   const float offset = largest == -INFINITY_F ? 0.0f : largest;
   for (uint32_t split = 0; split < params.num_splits; split++) {
-    const float2 part = params.part_sums[split * stride + at];
+    const float2 part = params.part_sums[part_in(split)];
     sum += part.y * exp2f(part.x - offset);
   }
   for (uint32_t d = threadIdx.x; d < params.head_dim; d += kCombineThreads) {
     float value = 0;
     for (uint32_t split = 0; split < params.num_splits; split++) {
-      const size_t part = split * stride + at;
+      const size_t part = part_in(split);
       value += params.parts[part * params.head_dim + d] *
                exp2f(params.part_sums[part].x - offset);
     }

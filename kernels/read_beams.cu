@@ -1,15 +1,20 @@
 // The beams of finished searches, put where one copy brings them to the host.
-// Grid: a block a search. Block: 128 threads.
+// Grid: a block a search. Block: 128 threads. Bound by latency: a chain of parents a beam.
 #include "common/search.cuh"
 
 namespace read_beams {
 
+// Of `out`, what belongs to a search.
+struct Part {
+  uint32_t first_word;
+  uint32_t keeps_log_probs;
+};
+
 struct Params {
   uint32_t* out;
-  const uint32_t* first_word;  // by search, of its part of `out`
+  const Part* parts;  // by search
   Batch batch;
   Beams beams;
-  uint32_t keeps_log_probs, padding;
 };
 constexpr uint32_t kThreads = 128;
 
@@ -22,13 +27,14 @@ KERNEL(read_beams_u32, read_beams::Params, read_beams::kThreads) {
   const Search& search = params.batch.searches[blockIdx.x];
   const uint32_t steps = search.num_steps;
   const uint32_t count = num_beams(params.batch, params.beams, search);
-  uint32_t* out = params.out + params.first_word[blockIdx.x];
+  const Part& part = params.parts[blockIdx.x];
+  uint32_t* out = params.out + part.first_word;
   if (threadIdx.x == 0) {
     out[0] = count;
     out[1] = steps == 0 ? 0 : params.beams.failures[position_page(params.batch, search, steps)];
   }
   if (steps == 0) return;
-  const uint32_t words = 3 + steps + (params.keeps_log_probs ? 2 * steps : 0);
+  const uint32_t words = 3 + steps + (part.keeps_log_probs ? 2 * steps : 0);
   for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
     uint32_t* of_beam = out + 2 + i * words;
     uint32_t beam = i;
@@ -40,7 +46,7 @@ KERNEL(read_beams_u32, read_beams::Params, read_beams::kThreads) {
         of_beam[2] = params.beams.places[row].y;
       }
       of_beam[2 + position] = params.beams.tokens[row];
-      if (params.keeps_log_probs) {
+      if (part.keeps_log_probs) {
         const float2 log_probs = params.beams.log_probs[row];
         of_beam[3 + steps + 2 * (position - 1)] = __float_as_uint(log_probs.x);
         of_beam[3 + steps + 2 * (position - 1) + 1] = __float_as_uint(log_probs.y);

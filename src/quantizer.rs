@@ -458,7 +458,9 @@ fn nearest(points: &[f32], centers: &[f32], dim: usize) -> (Vec<u32>, Vec<f32>) 
     // |x - c|² = |x|² - 2 x·c + |c|², and the products of all are one of matrices.
     let backend = CpuBackend::default();
     let num_centers = centers.len() / dim;
-    let matrix = backend.matrix(&[Tensor::new(&[num_centers, dim], centers.to_vec())]);
+    let matrix = backend
+        .matrix(&[Tensor::new(&[num_centers, dim], centers.to_vec())])
+        .expect("the CPU has memory");
     let square = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>();
     let squares: Vec<f32> = centers.chunks(dim).map(square).collect();
     let of_stretch = |points: &[f32]| -> Vec<(u32, f32)> {

@@ -156,7 +156,8 @@ impl Checkpoint {
         let model = models::load(&backend, &config, weights, &steps).expect("a network");
 
         let spec = *model.spec();
-        let mut world = World::of(&backend, spec.num_layers, spec.heads, spec.start_token);
+        let mut world =
+            World::of(&backend, spec.num_layers, spec.heads, spec.start_token).expect("memory");
         let legality = catalog.legality(&[], None).expect("no filter");
         let rule = |_| SearchRule {
             snapshot: &catalog,

@@ -131,10 +131,11 @@ fn search<B: Backend>(
         .collect();
     let vocab = 3 + num_levels * num_codes as usize;
     let head = Tensor::new(&[vocab, HIDDEN], cases.numbers(vocab * HIDDEN));
-    let head = backend.head(head, &steps);
+    let head = backend.head(head, &steps).expect("memory");
     let hidden: Vec<Vec<f32>> =
         legalities.iter().map(|_| cases.numbers(num_levels * 512 * HIDDEN)).collect();
-    let mut world = World::on(backend, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 });
+    let mut world =
+        World::on(backend, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 }).expect("memory");
     let mut slots: Vec<B::Slot> = legalities.iter().map(|_| world.slot(1)).collect();
     let mut logits = backend.logits();
     for level in 0..num_levels {
@@ -203,7 +204,7 @@ fn attend(dtype: Dtype, heads: Heads, context_len: usize, width: usize) -> f64 {
     let catalog = catalog(&mut cases, 4 * width, 1, 16 * width as u32);
     let snapshot = catalog.snapshot();
     let legality = snapshot.legality(&[], None).expect("no filter");
-    let mut world = World::on(&backend, heads);
+    let mut world = World::on(&backend, heads).expect("memory");
     let mut slots = vec![world.slot(context_len)];
     let kv = cases.numbers(context_len * 2 * heads.kv_dim());
     let whole = 0..context_len;
@@ -213,7 +214,7 @@ fn attend(dtype: Dtype, heads: Heads, context_len: usize, width: usize) -> f64 {
 
     let steps = [StepTokens::Level { tokens: (0..16 * width as u32).collect() }];
     let head = Tensor::new(&[16 * width, 8], cases.numbers(16 * width * 8));
-    let (head, mut logits) = (backend.head(head, &steps), backend.logits());
+    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
     let rules = [rule(&snapshot, &legality, width)];
     let hidden = backend.upload(&cases.numbers(8), 8);
     backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);

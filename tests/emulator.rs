@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use common::emulator::{Build, Emulator, Kernels, Schedule};
 use sidereal::backend::Backend;
-use sidereal::backend::cuda::CudaBackend;
+use sidereal::backend::cuda::{CudaBackend, Driver};
 use sidereal::{Dtype, Tensor};
 
 /// Kernels that do one thing each. Their parameter is two pointers and a number.
@@ -95,6 +95,19 @@ KERNEL(lost_write, Params, 64) {
   if (threadIdx.x == 32) cell[0] = params.in[0];
   __syncwarp();
   if (threadIdx.x == 0) params.out[0] = cell[0];
+}
+
+KERNEL(unwritten_shared, Params, 32) {
+  SHARED(float, cells, 33);
+  cells[threadIdx.x] = 1;
+  params.out[threadIdx.x] = cells[threadIdx.x + 1];
+}
+
+KERNEL(past_a_shared_array, Params, 32) {
+  SHARED(float, cells, 32);
+  cells[threadIdx.x] = 1;
+  __syncwarp();
+  params.out[threadIdx.x] = cells[threadIdx.x + params.count];
 }
 
 KERNEL(copy_without_wait, Params, 32) {
@@ -203,9 +216,37 @@ fn what_a_device_would_not_tell_is_reported_with_kernel_block_and_thread() {
     assert!(error("misaligned", 1, 32).contains("misaligned 16-byte read"));
     let past = error("past_the_end", 1, 32);
     assert!(past.contains("0 bytes past the end of 'activations' (256 bytes)"), "{past}");
+    // The one thread reads before the other writes, or without waiting for it.
+    let early = error("lost_write", 1, 64);
+    assert!(early.contains("read of uninitialised shared memory: 'cell'+0"), "{early}");
+    bench.kernels.set_schedule(Schedule::Descending);
     let lost = error("lost_write", 1, 64);
-    assert!(lost.contains("race on shared 'cell'") || lost.contains("uninitialised"), "{lost}");
+    assert!(lost.contains("race on shared 'cell'+0: read at"), "{lost}");
+    assert!(lost.contains("earlier write by block (0,0,0) thread 32"), "{lost}");
+    bench.kernels.set_schedule(Schedule::Ascending);
+    let unwritten = error("unwritten_shared", 1, 32);
+    assert!(unwritten.contains("read of uninitialised shared memory: 'cells'+4"), "{unwritten}");
+    let past = error("past_a_shared_array", 1, 32);
+    assert!(past.contains("out-of-bounds shared read of 4 bytes: offset 256"), "{past}");
     assert!(error("copy_without_wait", 1, 32).contains("never waited for"));
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn memory_of_the_device_that_nobody_wrote_is_not_read() {
+    let bench = Bench::new();
+    let device = Emulator::new(Arc::clone(&bench.kernels));
+    let memory = device.allocate(32 * 4, "unwritten").expect("no failure").expect("memory");
+    let output = bench.backend.upload(&[0.0; 128], 1);
+    let mut params = Vec::new();
+    params.extend_from_slice(&output.address().to_le_bytes());
+    params.extend_from_slice(&memory.to_le_bytes());
+    params.extend_from_slice(&0u64.to_le_bytes());
+    let launched = bench.kernels.launch("shuffles", [1, 1, 1], 32, 0, &params);
+    let error = launched.expect_err("nobody wrote it").to_string();
+    assert!(error.contains("kernel shuffles, block (0,0,0), thread (0,0,0)"), "{error}");
+    assert!(error.contains("read of uninitialised global memory: 'unwritten'+0"), "{error}");
+    assert!(error.contains("emulator_tests.cu:"), "{error}");
 }
 
 #[test]
@@ -233,7 +274,7 @@ fn a_device_that_failed_stays_failed_and_says_why() {
     let kernels = Kernels::compile(Build::Checked, &HashMap::from([("rms_norm.cu", mutant)]));
     let backend = CudaBackend::new(Emulator::new(Arc::new(kernels)), Dtype::F32);
     let x = backend.upload(&rising(64), 64);
-    let weight = backend.vector(&[Tensor::new(&[64], rising(64))]);
+    let weight = backend.vector(&[Tensor::new(&[64], rising(64))]).expect("memory");
     let mut out = backend.buffer();
     backend.rms_norm(&x, &weight, 1e-6, &mut out);
     let first = backend.check().expect_err("a barrier is missing").to_string();

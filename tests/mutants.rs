@@ -39,7 +39,7 @@ fn check_rms_norm(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     let mut cases = Cases::new(1);
     let (x, weight) = (cases.numbers(3 * 500), cases.numbers(500));
     let mut out = backend.buffer();
-    let vector = backend.vector(&[Tensor::new(&[500], weight.clone())]);
+    let vector = backend.vector(&[Tensor::new(&[500], weight.clone())]).expect("memory");
     backend.rms_norm(&backend.upload(&x, 500), &vector, 1e-6, &mut out);
     let weight = Matrix::new(&weight, 500);
     compare(backend, &out, &truth::rms_norm(&Matrix::new(&x, 500), &weight.values, 1e-6))
@@ -50,7 +50,7 @@ const HEADS: Heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 64 };
 /// Causal attention of a prompt of 200 tokens: four pages, the last one ragged.
 fn check_prefill(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     let mut cases = Cases::new(2);
-    let mut world = World::on(backend, HEADS);
+    let mut world = World::on(backend, HEADS).expect("memory");
     let qkv = cases.numbers(200 * HEADS.qkv_dim());
     let (whole, mut slots) = (0..200, [world.slot(200)]);
     let x = backend.upload(&qkv, HEADS.qkv_dim());
@@ -67,7 +67,7 @@ fn check_prefill(backend: &CudaBackend<Emulator>) -> Result<(), String> {
 /// The one beam of a search over a context of 100 tokens and itself.
 fn check_beams(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     let mut cases = Cases::new(3);
-    let mut world = World::on(backend, HEADS);
+    let mut world = World::on(backend, HEADS).expect("memory");
     let qkv = cases.numbers(101 * HEADS.qkv_dim());
     let (prompt, beam) = qkv.split_at(100 * HEADS.qkv_dim());
     let (whole, mut slots) = (0..100, [world.slot(100)]);

@@ -1,7 +1,7 @@
 //! The kernels compute the same in whatever order their threads run.
 //!
-//! In a file of its own: the order is that of a process. Without a C++ compiler this test is
-//! ignored.
+//! In a file of its own: the order is that of all launches of a process. Without a C++ compiler this
+//! test is ignored.
 
 mod common;
 

@@ -38,7 +38,7 @@ fn bytes_of_a_step() {
     }
     let snapshot = builder.build().expect("names are unique").snapshot();
     let legality = snapshot.legality(&[], None).expect("no filter");
-    let mut world = World::on(&backend, HEADS);
+    let mut world = World::on(&backend, HEADS).expect("memory");
     let context_len = 300;
     let mut slots = vec![world.slot(context_len)];
     let kv = backend.upload(&cases.numbers(context_len * 2 * HEADS.kv_dim()), 2 * HEADS.kv_dim());
@@ -48,7 +48,7 @@ fn bytes_of_a_step() {
     let steps: Vec<StepTokens> =
         [0, 20].map(|first| StepTokens::Level { tokens: (first..first + 20).collect() }).into();
     let head = Tensor::new(&[40, 8], cases.numbers(40 * 8));
-    let (head, mut logits) = (backend.head(head, &steps), backend.logits());
+    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
     let downloads = backend.traffic().downloads;
     for _ in 0..2 {
         let written = kernels.bytes_written("contexts") + kernels.bytes_written("tails");

@@ -1,8 +1,8 @@
 // Memory of blocks and of the device, and what is checked of every access.
 //
 // Kernel files are compiled with -fsanitize=thread, whose hooks are defined here: every load and
-// store of a kernel comes by. Found are accesses outside arrays, reads of shared memory that nobody
-// wrote, accesses to what an asynchronous copy is about to write, misaligned accesses, and races.
+// store of a kernel comes by. Found are accesses outside arrays, reads of memory that nobody wrote,
+// accesses to what an asynchronous copy is about to write, misaligned accesses, and races.
 #include <link.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,6 +16,11 @@ namespace emulator {
 
 static std::shared_mutex buffers_mutex;
 static std::map<uintptr_t, Buffer*> buffers;  // by end
+
+static void* map_zeros(size_t bytes) {
+  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+              -1, 0);
+}
 
 // Shared memory.
 
@@ -359,10 +364,17 @@ static void check_global(uintptr_t address, size_t bytes, Access access) {
     worker->last_buffer = buffer;
   }
   (access.is_write ? buffer->bytes_written : buffer->bytes_read) += bytes;
+  uint8_t* is_written = buffer->is_written + (address - buffer->start);
+  if (access.is_write && !access.is_atomic) {
+    memset(is_written, 1, bytes);
+  } else if (const void* unwritten = memchr(is_written, 0, bytes)) {
+    fail("read of uninitialised global memory: '%s'+%zu of %zu bytes (%s)", buffer->name.c_str(),
+         size_t(static_cast<const uint8_t*>(unwritten) - buffer->is_written),
+         size_t(buffer->end - buffer->start), access.by.text().c_str());
+  }
   const size_t shadow_bytes = buffer->num_cells() * sizeof(Cell);
   if (access.is_write && !buffer->shadow)
-    buffer->shadow = static_cast<Cell*>(mmap(nullptr, shadow_bytes, PROT_READ | PROT_WRITE,
-                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    buffer->shadow = static_cast<Cell*>(map_zeros(shadow_bytes));
   if (!buffer->shadow) return;  // what this launch only reads has no races
   if (buffer->launch != worker->launch->serial) {
     madvise(buffer->shadow, shadow_bytes, MADV_DONTNEED);
@@ -377,7 +389,6 @@ static void check_global(uintptr_t address, size_t bytes, Access access) {
 static void check(const void* at, size_t bytes, bool is_aligned, Access access) {
   const uintptr_t address = uintptr_t(at);
   if (address - uintptr_t(fiber->stack) < kStackBytes) return;
-  worker->num_accesses++;
   if (is_aligned && (address & (bytes - 1)))
     fail("misaligned %zu-byte %s (%s)", bytes, access.verb(), access.by.text().c_str());
   if (address - uintptr_t(worker->arena) < kArenaBytes)
@@ -404,16 +415,15 @@ void* emulator_alloc(size_t bytes, const char* name) {
   constexpr size_t kPage = 4096;
   const size_t rounded = (bytes + 15) / 16 * 16;
   const size_t body = std::max((rounded + kPage - 1) / kPage * kPage, kPage);
-  auto* mapping =
-      static_cast<uint8_t*>(mmap(nullptr, body + 2 * kPage, PROT_READ | PROT_WRITE,
-                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  auto* mapping = static_cast<uint8_t*>(emulator::map_zeros(body + 2 * kPage));
   mprotect(mapping, kPage, PROT_NONE);
   mprotect(mapping + kPage + body, kPage, PROT_NONE);
   // Large memory is left as it comes, zeros: to poison it would be to fill it.
   if (body <= (64 << 20)) memset(mapping + kPage, emulator::kPoison, body);
   uint8_t* start = mapping + kPage + body - rounded;
-  auto* buffer = new emulator::Buffer{
-      uintptr_t(start), uintptr_t(start) + bytes, name, mapping, body + 2 * kPage, nullptr, 0, 0, 0};
+  auto* is_written = static_cast<uint8_t*>(emulator::is_checked ? emulator::map_zeros(rounded) : nullptr);
+  auto* buffer = new emulator::Buffer{uintptr_t(start), uintptr_t(start) + bytes, name, mapping,
+                                      body + 2 * kPage, is_written, nullptr, 0, 0, 0};
   std::unique_lock<std::shared_mutex> guard(emulator::buffers_mutex);
   emulator::buffers[uintptr_t(start) + rounded] = buffer;
   return start;
@@ -426,9 +436,17 @@ void emulator_free(void* at, size_t bytes) {
   if (found == emulator::buffers.end()) return;
   emulator::Buffer* buffer = found->second;
   emulator::buffers.erase(found);
+  if (buffer->is_written) munmap(buffer->is_written, rounded);
   if (buffer->shadow) munmap(buffer->shadow, buffer->num_cells() * sizeof(emulator::Cell));
   munmap(buffer->mapping, buffer->mapping_bytes);
   delete buffer;
+}
+
+// Others than kernels wrote here.
+void emulator_note_write(const void* at, size_t bytes) {
+  const emulator::Buffer* buffer = emulator::buffer_at(uintptr_t(at));
+  if (buffer && buffer->is_written)
+    memset(buffer->is_written + (uintptr_t(at) - buffer->start), 1, bytes);
 }
 
 // What kernels have read of the buffers of a name, and written, where accesses are checked.

@@ -67,7 +67,7 @@ void warp_collective(const char* operation, unsigned mask, void* argument, Compu
   const unsigned needed = mask & warp.live;
   if ((pending->arrived & needed) == needed) {
     complete_collective(worker, self->warp, pending, self);
-    if (order == Order::kRandom && random_bits(worker) % 4 == 0) {
+    if (worker->launch->order == Order::kRandom && random_bits(worker) % 4 == 0) {
       make_ready(worker, self);
       run_another(self);
     }
@@ -101,7 +101,6 @@ static int source_lane(const ShuffleArgument& argument, int lane) {
   switch (argument.kind) {
     case Shuffle::kIndex: return first | (selector & (width - 1));
     case Shuffle::kUp: return at >= selector ? lane - selector : lane;
-    case Shuffle::kDown: return at + selector < width ? lane + selector : lane;
     default: return (lane ^ selector) < first + width ? lane ^ selector : lane;
   }
 }
@@ -149,13 +148,9 @@ unsigned ballot(const char* operation, unsigned mask, bool predicate, Site site)
 // Blocks.
 
 void complete_barrier(Worker* worker) {
-  switch (worker->vote) {
-    case Vote::kAnd: worker->vote_result = worker->num_true == worker->num_threads; break;
-    case Vote::kOr: worker->vote_result = worker->num_true > 0; break;
-    default: worker->vote_result = int(worker->num_true);
-  }
+  worker->vote_result = int(worker->num_true);
   worker->num_waiting = 0;
-  if (order == Order::kRandom) shuffle_priorities(worker);
+  if (worker->launch->order == Order::kRandom) shuffle_priorities(worker);
   for (unsigned i = 0; i < worker->num_threads; i++) {
     Fiber* fiber = &worker->fibers[i];
     fiber->epoch++;
@@ -335,7 +330,7 @@ static T combine_atomically(T* to, Combine combine, Site site) {
     if (__atomic_compare_exchange(to, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
       break;
   }
-  if (order == Order::kRandom && random_bits(worker) % 16 == 0) {
+  if (worker->launch->order == Order::kRandom && random_bits(worker) % 16 == 0) {
     make_ready(worker, fiber);
     run_another(fiber);
   }
@@ -348,15 +343,8 @@ template <class T> T atomic_add(T* to, T value, Site site) {
 template <class T> T atomic_max(T* to, T value, Site site) {
   return combine_atomically(to, [&](T before) { return std::max(before, value); }, site);
 }
-template <class T> T atomic_min(T* to, T value, Site site) {
-  return combine_atomically(to, [&](T before) { return std::min(before, value); }, site);
-}
-template int atomic_add(int*, int, Site);
 template unsigned atomic_add(unsigned*, unsigned, Site);
 template float atomic_add(float*, float, Site);
 template unsigned atomic_max(unsigned*, unsigned, Site);
-template unsigned long long atomic_max(unsigned long long*, unsigned long long, Site);
-template unsigned atomic_min(unsigned*, unsigned, Site);
-template unsigned long long atomic_min(unsigned long long*, unsigned long long, Site);
 
 }  // namespace emulator

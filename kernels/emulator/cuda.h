@@ -26,7 +26,6 @@ struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace emulator {
 
@@ -58,10 +57,10 @@ enum CollectiveFlags : unsigned { kNeedsAllLanes = 1, kOrdersMemory = 2 };
 void warp_collective(const char* operation, unsigned mask, void* argument, Compute compute,
                      unsigned flags, Site site);
 
-enum class Vote { kPlain, kAnd, kOr, kCount };
+enum class Vote { kPlain, kCount };
 int block_barrier(Vote vote, int predicate, Site site);
 
-enum class Shuffle { kIndex, kUp, kDown, kXor };
+enum class Shuffle { kIndex, kUp, kXor };
 uint64_t shuffle(const char* operation, Shuffle kind, unsigned mask, uint64_t value, int selector,
                  int width, Site site);
 unsigned ballot(const char* operation, unsigned mask, bool predicate, Site site);
@@ -75,7 +74,6 @@ void mma_bf16(float* d, const unsigned* a, const unsigned* b, Site site);
 // Atomics live in the runtime, so that the checker sees them as such.
 template <class T> T atomic_add(T* to, T value, Site site);
 template <class T> T atomic_max(T* to, T value, Site site);
-template <class T> T atomic_min(T* to, T value, Site site);
 
 void* static_shared(const void* key, size_t bytes, size_t alignment, const char* name);
 // Part of the launch's dynamic shared memory; an array of its own to the checker.
@@ -110,9 +108,6 @@ struct Registered {
 inline void __syncthreads(EMULATOR_SITE) {
   ::emulator::block_barrier(::emulator::Vote::kPlain, 0, site);
 }
-inline int __syncthreads_or(int predicate, EMULATOR_SITE) {
-  return ::emulator::block_barrier(::emulator::Vote::kOr, predicate, site);
-}
 inline int __syncthreads_count(int predicate, EMULATOR_SITE) {
   return ::emulator::block_barrier(::emulator::Vote::kCount, predicate, site);
 }
@@ -134,15 +129,11 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_SITE) {
   }
 EMULATOR_SHUFFLE(__shfl_sync, kIndex, int)
 EMULATOR_SHUFFLE(__shfl_up_sync, kUp, unsigned)
-EMULATOR_SHUFFLE(__shfl_down_sync, kDown, unsigned)
 EMULATOR_SHUFFLE(__shfl_xor_sync, kXor, int)
 #undef EMULATOR_SHUFFLE
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_SITE) {
   return ::emulator::ballot("__ballot_sync", mask, predicate != 0, site);
-}
-inline int __any_sync(unsigned mask, int predicate, EMULATOR_SITE) {
-  return ::emulator::ballot("__any_sync", mask, predicate != 0, site) != 0;
 }
 
 template <class T> inline T atomicAdd(T* to, std::common_type_t<T> value, EMULATOR_SITE) {
@@ -150,9 +141,6 @@ template <class T> inline T atomicAdd(T* to, std::common_type_t<T> value, EMULAT
 }
 template <class T> inline T atomicMax(T* to, std::common_type_t<T> value, EMULATOR_SITE) {
   return ::emulator::atomic_max<T>(to, value, site);
-}
-template <class T> inline T atomicMin(T* to, std::common_type_t<T> value, EMULATOR_SITE) {
-  return ::emulator::atomic_min<T>(to, value, site);
 }
 
 inline unsigned __float_as_uint(float value) {
@@ -169,7 +157,6 @@ inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-template <class T> inline T __ldg(const T* at) { return *at; }
 
 #define EMULATOR_MIN_MAX(T)                          \
   inline T min(T a, T b) { return b < a ? b : a; }   \

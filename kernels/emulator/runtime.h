@@ -86,18 +86,22 @@ struct Buffer {
   std::string name;
   void* mapping;
   size_t mapping_bytes;
+  uint8_t* is_written;  // by byte, where accesses are checked
   Cell* shadow;
   uint64_t launch;  // the one that the shadow tells of
   uint64_t bytes_read, bytes_written;
   size_t num_cells() const { return (end - start) / 2 + 2; }
 };
 
+enum class Order { kAscending, kDescending, kRandom };
+
 struct Launch {
   const Kernel* kernel;
   dim3 grid, block;
   size_t shared_bytes;
   const void* params;
-  uint64_t num_blocks, serial;
+  Order order;
+  uint64_t seed, num_blocks, serial;
   std::atomic<uint64_t> next_block{0};
   std::atomic<bool> has_failed{false};
   std::mutex mutex;
@@ -114,7 +118,6 @@ struct Worker {
   SharedByte* shared_bytes = nullptr;  // of each byte of the arena, where accesses are checked
   Cell* cells = nullptr;
   void* stack_pointer = nullptr;
-  uint64_t num_switches = 0, num_accesses = 0;
 
   Launch* launch = nullptr;
   dim3 block{};
@@ -133,11 +136,8 @@ struct Worker {
   Buffer* last_buffer = nullptr;
 };
 
-enum class Order { kAscending, kDescending, kRandom };
-
 extern thread_local Worker* worker;
 extern thread_local Fiber* fiber;
-extern Order order;
 extern bool is_checked;  // the kernels were compiled with the checker's hooks
 
 uint64_t random_bits(Worker* worker);

@@ -48,12 +48,10 @@ namespace emulator {
 
 thread_local Worker* worker = nullptr;
 thread_local Fiber* fiber = nullptr;
-Order order = Order::kAscending;
 bool is_checked = false;
 
 static constexpr size_t kGuardBytes = 64 << 10;
-static uint64_t seed = 1;
-static std::atomic<uint64_t> num_launches{0}, total_switches{0}, total_accesses{0};
+static std::atomic<uint64_t> num_launches{0};
 static std::mutex idle_mutex;
 static std::vector<Worker*> idle_workers;
 static thread_local std::string last_error;
@@ -85,7 +83,6 @@ dim3 grid_size() { return worker->launch->grid; }
 // Which thread runs.
 
 static void switch_to(Fiber* from, Fiber* to) {
-  worker->num_switches++;
   fiber = to;
   to->state = State::kRunning;
   emulator_switch_stack(from ? &from->stack_pointer : &worker->stack_pointer, to->stack_pointer);
@@ -118,7 +115,7 @@ static unsigned random_bit_of(Worker* worker, unsigned bits) {
 static Fiber* take_ready(Worker* worker) {
   if (!worker->ready_warps) return nullptr;
   unsigned warp, lane;
-  switch (order) {
+  switch (worker->launch->order) {
     case Order::kAscending:
       warp = __builtin_ctz(worker->ready_warps);
       lane = __builtin_ctz(worker->warps[warp].ready);
@@ -333,7 +330,7 @@ static void run_block(Worker* worker, Launch* launch, uint64_t number) {
   worker->num_threads = worker->num_live = count;
   worker->num_warps = (count + 31) / 32;
   worker->random_state =
-      (seed * 0x9E3779B97F4A7C15ull) ^ ((number + 1) * 0xD1B54A32D192ED03ull) ^ 0x1234567;
+      (launch->seed * 0x9E3779B97F4A7C15ull) ^ ((number + 1) * 0xD1B54A32D192ED03ull) ^ 0x1234567;
   if (!worker->random_state) worker->random_state = 1;
   for (int i = 0; i < 4; i++) random_bits(worker);
   worker->num_waiting = 0;
@@ -351,7 +348,7 @@ static void run_block(Worker* worker, Launch* launch, uint64_t number) {
     warp.spare.insert(warp.spare.end(), warp.pending.begin(), warp.pending.end());
     warp.pending.clear();
   }
-  if (order == Order::kRandom) shuffle_priorities(worker);
+  if (launch->order == Order::kRandom) shuffle_priorities(worker);
   for (unsigned i = 0; i < count; i++) start_fiber(worker, i);
   switch_to(nullptr, take_ready(worker));
   fiber = nullptr;
@@ -389,14 +386,11 @@ static void run_blocks(Launch* launch) {
   for (;;) {
     uint64_t next = launch->next_block++;
     if (next >= launch->num_blocks || launch->has_failed) break;
-    if (order == Order::kDescending) next = launch->num_blocks - 1 - next;
-    if (order == Order::kRandom) next = (next + seed * 7919) % launch->num_blocks;
+    if (launch->order == Order::kDescending) next = launch->num_blocks - 1 - next;
+    if (launch->order == Order::kRandom) next = (next + launch->seed * 7919) % launch->num_blocks;
     run_block(own, launch, next);
   }
   sigaltstack(&previous, nullptr);
-  total_switches += own->num_switches;
-  total_accesses += own->num_accesses;
-  own->num_switches = own->num_accesses = 0;
   worker = nullptr;
   std::lock_guard<std::mutex> guard(idle_mutex);
   idle_workers.push_back(own);
@@ -420,7 +414,7 @@ static int refuse(const std::string& error) {
 }
 
 static int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
-                  const void* params, size_t params_bytes) {
+                  const void* params, size_t params_bytes, Order order, uint64_t seed) {
   start_once();
   const Kernel* kernel = kernels;
   while (kernel && strcmp(kernel->name, name)) kernel = kernel->next;
@@ -448,6 +442,8 @@ static int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
   launch.block = block;
   launch.shared_bytes = shared_bytes;
   launch.params = params;
+  launch.order = order;
+  launch.seed = seed;
   launch.num_blocks = blocks;
   launch.serial = ++num_launches;
   // The shadow of memory is not made for several threads of the host.
@@ -464,21 +460,16 @@ static int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
 
 extern "C" {
 
-// Runs a kernel to its end. Not zero where it failed; `emulator_last_error` then says why.
+// Runs a kernel to its end, its threads in an order: 0 ascending, 1 descending, 2 random from the
+// seed. Not zero where it failed; `emulator_last_error` then says why.
 int emulator_launch(const char* name, const unsigned grid[3], const unsigned block[3],
-                    size_t shared_bytes, const void* params, size_t params_bytes) {
+                    size_t shared_bytes, const void* params, size_t params_bytes, int order,
+                    uint64_t seed) {
   return emulator::launch(name, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]},
-                          shared_bytes, params, params_bytes);
+                          shared_bytes, params, params_bytes,
+                          static_cast<emulator::Order>(order), seed);
 }
 
 // Of the last launch of this thread that failed.
 const char* emulator_last_error() { return emulator::last_error.c_str(); }
-
-// 0 ascending, 1 descending, 2 random from the seed; for all launches to come.
-void emulator_set_schedule(int order, uint64_t seed) {
-  emulator::order = static_cast<emulator::Order>(order);
-  emulator::seed = seed;
-}
-
-bool emulator_is_checked() { return emulator::is_checked; }
 }

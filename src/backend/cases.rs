@@ -85,18 +85,29 @@ pub struct World<'b, B: Backend> {
 
 impl<'b, B: Backend> World<'b, B> {
     /// One layer, for searches that start with token 3.
-    pub fn on(backend: &'b B, heads: Heads) -> World<'b, B> {
+    ///
+    /// # Errors
+    /// The backend's, where there is no memory.
+    pub fn on(backend: &'b B, heads: Heads) -> Result<World<'b, B>> {
         World::of(backend, 1, heads, 3)
     }
 
     /// So many layers, for searches that start with a token.
-    pub fn of(backend: &'b B, num_layers: usize, heads: Heads, start_token: u32) -> World<'b, B> {
+    ///
+    /// # Errors
+    /// The backend's, where there is no memory.
+    pub fn of(
+        backend: &'b B,
+        num_layers: usize,
+        heads: Heads,
+        start_token: u32,
+    ) -> Result<World<'b, B>> {
         let memory = backend.memory(&MemorySpec {
             num_layers,
             heads,
             context_pages: CONTEXT_PAGES,
             tail_pages: TAIL_PAGES,
-        });
+        })?;
         let mut rng = fastrand::Rng::with_seed(1);
         let mut shuffled = |count: usize| {
             let mut pages: Vec<u32> = (0..count as u32).collect();
@@ -104,7 +115,7 @@ impl<'b, B: Backend> World<'b, B> {
             pages
         };
         let (context_pages, tail_pages) = (shuffled(CONTEXT_PAGES), shuffled(TAIL_PAGES));
-        World { backend, memory, start_token, context_pages, tail_pages }
+        Ok(World { backend, memory, start_token, context_pages, tail_pages })
     }
 
     /// A search in a context of so many tokens, with room for 512 beams at 6 steps.
@@ -152,17 +163,17 @@ pub fn run<B: Backend>(backend: &B, operation: &str, seed: u64) -> Result<Vec<f3
     }
 }
 
-fn vector<B: Backend>(backend: &B, values: Vec<f32>) -> B::Vector {
+fn vector<B: Backend>(backend: &B, values: Vec<f32>) -> Result<B::Vector> {
     backend.vector(&[Tensor::new(&[values.len()], values)])
 }
 
 fn embed_and_last_rows<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
     let (vocab, columns) = (cases.size(50).max(4), cases.size(40));
-    let table = backend.table(Tensor::new(&[vocab, columns], cases.numbers(vocab * columns)));
+    let table = backend.table(Tensor::new(&[vocab, columns], cases.numbers(vocab * columns)))?;
     let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
     let count: usize = lens.iter().sum();
     let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();
-    let mut world = World::on(backend, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 });
+    let mut world = World::on(backend, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 })?;
     let mut slots: Vec<B::Slot> = lens.iter().chain(&[1]).map(|&len| world.slot(len)).collect();
     let (mut rows, mut last) = (backend.buffer(), backend.buffer());
     backend.embed(&table, &tokens, &slots[lens.len()..], &mut rows);
@@ -176,15 +187,16 @@ fn rms_norm<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
     let (rows, columns) = (cases.size(70), cases.size(3000));
     let x = backend.upload(&cases.numbers(rows * columns), columns);
     let mut out = backend.buffer();
-    backend.rms_norm(&x, &vector(backend, cases.numbers(columns)), 1e-6, &mut out);
+    backend.rms_norm(&x, &vector(backend, cases.numbers(columns))?, 1e-6, &mut out);
     backend.download(&out)
 }
 
 fn matmul<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
     let (rows, inner, columns) = (cases.size(130), cases.size(600), cases.size(300));
     let x = backend.upload(&cases.numbers(rows * inner), inner);
-    let weight = backend.matrix(&[Tensor::new(&[columns, inner], cases.numbers(columns * inner))]);
-    let bias = cases.rng.bool().then(|| vector(backend, cases.numbers(columns)));
+    let weight =
+        backend.matrix(&[Tensor::new(&[columns, inner], cases.numbers(columns * inner))])?;
+    let bias = cases.rng.bool().then(|| vector(backend, cases.numbers(columns))).transpose()?;
     let activations = [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu];
     let epilogue = match cases.rng.usize(0..6) {
         0 => Epilogue::Store,
@@ -209,14 +221,20 @@ fn gate<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
 fn prompt<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
     let heads = cases.heads();
     let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(300)).collect();
-    let mut world = World::on(backend, heads);
+    let mut world = World::on(backend, heads)?;
     let mut slots: Vec<B::Slot> = lens.iter().map(|&len| world.slot(len)).collect();
     let frequencies = (0..heads.head_dim / 2)
         .map(|pair| 10_000f32.powf(-2.0 * pair as f32 / heads.head_dim as f32));
-    let frequencies = vector(backend, frequencies.collect());
-    let norms =
-        cases.rng.bool().then(|| [(); 2].map(|()| vector(backend, cases.numbers(heads.head_dim))));
-    let norms = norms.as_ref().map(|[query, key]| (query, key, 1e-6));
+    let frequencies = vector(backend, frequencies.collect())?;
+    let norms = match cases.rng.bool() {
+        true => Some([cases.numbers(heads.head_dim), cases.numbers(heads.head_dim)]),
+        false => None,
+    };
+    let norms = match norms {
+        Some([query, key]) => Some((vector(backend, query)?, vector(backend, key)?)),
+        None => None,
+    };
+    let norms = norms.as_ref().map(|(query, key)| (query, key, 1e-6));
     let cut: Vec<usize> = lens.iter().map(|&len| cases.rng.usize(0..=len)).collect();
     let early: Vec<Range<usize>> = cut.iter().map(|&cut| 0..cut).collect();
     let late: Vec<Range<usize>> = cut.iter().zip(&lens).map(|(&cut, &len)| cut..len).collect();
@@ -288,8 +306,8 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
         .collect();
     let vocab = first(3) as usize;
     let head = Tensor::new(&[vocab, HIDDEN], cases.numbers(vocab * HIDDEN));
-    let (head, mut logits) = (backend.head(head, &steps), backend.logits());
-    let mut world = World::on(backend, heads);
+    let (head, mut logits) = (backend.head(head, &steps)?, backend.logits());
+    let mut world = World::on(backend, heads)?;
     let context_len = cases.size(700);
     let mut slots = vec![world.slot(context_len)];
     let kv = backend.upload(&cases.numbers(context_len * 2 * heads.kv_dim()), 2 * heads.kv_dim());
@@ -297,7 +315,7 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
     let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
     backend.store_context(0, &kv, 0, heads, &batch);
     let width = cases.size(200);
-    let bias = vector(backend, cases.numbers(heads.num_heads * 4));
+    let bias = vector(backend, cases.numbers(heads.num_heads * 4))?;
     let mut found = Vec::new();
     for _ in 0..3 {
         let rows = backend.num_beams(&slots[0]);

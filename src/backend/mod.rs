@@ -17,7 +17,7 @@ use crate::catalog::legality::Legality;
 use crate::catalog::snapshot::Place;
 use crate::error::Result;
 use crate::request::{Constraint, Normalization};
-use crate::tensor::Tensor;
+use crate::tensor::{Dtype, Tensor};
 
 pub mod cases;
 pub mod cpu;
@@ -261,8 +261,6 @@ pub struct Beam {
 pub trait Backend: Send + Sync + Sized + 'static {
     /// Whether the threads that call it compute: then several may work on parts of a step.
     const COMPUTES_ON_CALLERS: bool;
-    /// Bytes that contexts take where nobody says otherwise.
-    const CONTEXT_BYTES: usize;
 
     /// Activations, `[rows, columns]`.
     type Buffer: Send;
@@ -283,19 +281,42 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// What computes, as `x86_64 f32x16`.
     fn description(&self) -> String;
+    /// The number type of activations, keys and values.
+    fn dtype(&self) -> Dtype;
     /// Floating-point operations of all matrix products so far: what a benchmark divides by time.
     fn matrix_flops(&self) -> u64;
+    /// Whether a step went wrong since this was asked last: then nothing is worth anything that
+    /// steps have kept since. Where the device has failed for good, it says so every time; where
+    /// there was no memory for what a step needed, once.
+    ///
+    /// # Errors
+    /// [`Device`](crate::Error::Device).
+    fn take_failure(&self) -> Result<()>;
 
-    // Opening.
+    // Opening. What takes memory fails with [`Device`](crate::Error::Device) where there is not so
+    // much.
 
     /// Stacks weight matrices `[out_i, in]` into one `[sum of out_i, in]`.
-    fn matrix(&self, parts: &[Tensor]) -> Self::Matrix;
+    ///
+    /// # Errors
+    /// [`Device`](crate::Error::Device).
+    fn matrix(&self, parts: &[Tensor]) -> Result<Self::Matrix>;
     /// Joins weight vectors.
-    fn vector(&self, parts: &[Tensor]) -> Self::Vector;
+    ///
+    /// # Errors
+    /// [`Device`](crate::Error::Device).
+    fn vector(&self, parts: &[Tensor]) -> Result<Self::Vector>;
     /// A table of embeddings, one row a token.
-    fn table(&self, weight: Tensor) -> Self::Table;
+    ///
+    /// # Errors
+    /// [`Device`](crate::Error::Device).
+    fn table(&self, weight: Tensor) -> Result<Self::Table>;
     /// The output head `[vocabulary, in]` of a model whose steps choose from `steps`.
-    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Self::Head;
+    ///
+    /// # Errors
+    /// [`Device`](crate::Error::Device); [`Unsupported`](crate::Error::Unsupported) where there are
+    /// more steps than the device can take.
+    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Result<Self::Head>;
     /// An empty buffer.
     fn buffer(&self) -> Self::Buffer;
     /// A buffer of these values, whole rows.
@@ -307,8 +328,17 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn download(&self, buffer: &Self::Buffer) -> Result<Vec<f32>>;
     /// No logits.
     fn logits(&self) -> Self::Logits;
+    /// Bytes that contexts take where nobody says otherwise, now that the weights are there.
+    ///
+    /// # Errors
+    /// [`Device`](crate::Error::Device).
+    fn context_bytes(&self) -> Result<usize>;
     /// The pages for contexts and tails.
-    fn memory(&self, spec: &MemorySpec) -> Self::Memory;
+    ///
+    /// # Errors
+    /// [`Device`](crate::Error::Device); [`Unsupported`](crate::Error::Unsupported) where the device
+    /// has no attention for such heads.
+    fn memory(&self, spec: &MemorySpec) -> Result<Self::Memory>;
     /// A search, with the one beam that it starts with.
     fn open_slot(&self, spec: SlotSpec) -> Self::Slot;
     /// Rows that a slot takes in decode: as many as there can be beams, which come first.

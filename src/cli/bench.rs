@@ -179,7 +179,7 @@ fn run_on<B: Backend>(arguments: &Arguments, engine: Engine<B>) -> Result<Outcom
     let text = match arguments.load.is_open() {
         true => {
             let report = load::run_open(&service, &requests, &arguments.load)?;
-            let machine = service.engine().run(|backend| Machine::measure(backend));
+            let machine = service.engine().run(|backend| Machine::measure(backend))?;
             let settings = settings(arguments, service.engine());
             match arguments.json {
                 true => to_json(&OpenLoad { report, settings, machine }),
@@ -194,7 +194,7 @@ fn run_on<B: Backend>(arguments: &Arguments, engine: Engine<B>) -> Result<Outcom
                     (run, Some(churn))
                 }
             };
-            let machine = service.engine().run(|backend| Machine::measure(backend));
+            let machine = service.engine().run(|backend| Machine::measure(backend))?;
             let report = report(arguments, service.engine(), run, churn, machine);
             match arguments.json {
                 true => to_json(&report),

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sidereal::Tensor;
 use sidereal::backend::{Backend, Epilogue};
+use sidereal::{Result, Tensor};
 
 /// The machine that figures belong to.
 #[derive(Serialize)]
@@ -19,13 +19,16 @@ pub struct Machine {
 
 impl Machine {
     /// Looks around and measures; on the threads of the caller's pool.
-    pub fn measure<B: Backend>(backend: &B) -> Machine {
-        Machine {
+    ///
+    /// # Errors
+    /// The backend's.
+    pub fn measure<B: Backend>(backend: &B) -> Result<Machine> {
+        Ok(Machine {
             cpu: cpu_name().unwrap_or_else(|| std::env::consts::ARCH.into()),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             matrix_kernel: backend.description(),
-            matrix_gflops: matrix_gflops(backend),
-        }
+            matrix_gflops: matrix_gflops(backend)?,
+        })
     }
 }
 
@@ -36,12 +39,12 @@ fn cpu_name() -> Option<String> {
 }
 
 /// The best of several products: what the machine can do at most.
-pub fn matrix_gflops<B: Backend>(backend: &B) -> f64 {
+pub fn matrix_gflops<B: Backend>(backend: &B) -> Result<f64> {
     let (rows, columns, out) =
         if B::COMPUTES_ON_CALLERS { (512, 1024, 3072) } else { (8192, 8192, 8192) };
     let pseudo_random = |len: usize| (0..len).map(|i| ((i * 7919) % 1013) as f32 / 1013.0 - 0.5);
     let weight = Tensor::new(&[out, columns], pseudo_random(out * columns).collect());
-    let weight = backend.matrix(&[weight]);
+    let weight = backend.matrix(&[weight])?;
     let x = backend.upload(&pseudo_random(rows * columns).collect::<Vec<f32>>(), columns);
     let last = backend.upload(&[0.0], 1);
     let mut product = backend.buffer();
@@ -49,10 +52,10 @@ pub fn matrix_gflops<B: Backend>(backend: &B) -> f64 {
     for _ in 0..12 {
         let start = Instant::now();
         backend.matmul(&x, &weight, None, Epilogue::Store, &mut product);
-        let _ = backend.download(&last); // waits for the device; one that failed is found elsewhere
+        backend.download(&last)?; // waits for the device
         best = best.min(start.elapsed().as_secs_f64());
     }
-    2.0 * (rows * columns * out) as f64 / best / 1e9
+    Ok(2.0 * (rows * columns * out) as f64 / best / 1e9)
 }
 
 /// CPU time of all threads of this process so far, where the system tells.

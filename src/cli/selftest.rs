@@ -185,11 +185,11 @@ const HEADS: Heads = Heads { num_heads: 16, num_kv_heads: 8, head_dim: 128 };
 fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
     let number_bytes = if backend.description().ends_with("bf16") { 2.0 } else { 4.0 };
     let mut cases = Cases::new(1);
-    let peak = matrix_gflops(backend) / 1e3;
+    let peak = matrix_gflops(backend)? / 1e3;
     // A norm reads and writes every number once: what copying is at best.
     let (rows, columns) = if B::COMPUTES_ON_CALLERS { (2048, 2048) } else { (32_768, 4096) };
     let x = backend.upload(&vec![0.5; rows * columns], columns);
-    let weight = backend.vector(&[Tensor::new(&[columns], cases.numbers(columns))]);
+    let weight = backend.vector(&[Tensor::new(&[columns], cases.numbers(columns))])?;
     let mut out = backend.buffer();
     let time = seconds(backend, || backend.rms_norm(&x, &weight, 1e-6, &mut out))?;
     let bandwidth = 2.0 * (rows * columns) as f64 * number_bytes / time / 1e9;
@@ -208,7 +208,7 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
     };
     let most = if B::COMPUTES_ON_CALLERS { 500 } else { 4000 };
     for tokens in [1000, most] {
-        let mut world = World::on(backend, HEADS);
+        let mut world = World::on(backend, HEADS)?;
         let mut slots = vec![world.slot(tokens)];
         let qkv = backend.upload(&cases.numbers(tokens * HEADS.qkv_dim()), HEADS.qkv_dim());
         let (whole, mut out) = (0..tokens, backend.buffer());
@@ -236,9 +236,9 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
         })
         .collect();
     let head = Tensor::new(&[3 * CODES as usize, 64], cases.numbers(3 * CODES as usize * 64));
-    let (head, mut logits) = (backend.head(head, &steps), backend.logits());
+    let (head, mut logits) = (backend.head(head, &steps)?, backend.logits());
     for (width, context) in [(32, 1000), (256, 1000), (256, most), (512, 1000)] {
-        let mut world = World::on(backend, HEADS);
+        let mut world = World::on(backend, HEADS)?;
         let spec = world.spec(context);
         let kv = cases.numbers(context * 2 * HEADS.kv_dim());
         let kv = backend.upload(&kv, 2 * HEADS.kv_dim());

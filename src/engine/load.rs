@@ -8,7 +8,7 @@ use super::job::Job;
 use super::{Engine, EngineStatus, timed};
 use crate::answer::Answer;
 use crate::backend::{Backend, Batch, MemorySpec, SearchRule, SlotSpec};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::history_cache::{CacheStats, Found, HistoryCache};
 use crate::models::{Model, Scratch};
 use crate::pages::{Page, Pool};
@@ -91,11 +91,11 @@ impl<B: Backend> Load<B> {
         model: Box<dyn Model<B>>,
         spec: &MemorySpec,
         has_cache: bool,
-    ) -> Load<B> {
-        Load {
+    ) -> Result<Load<B>> {
+        Ok(Load {
             model,
             weights_version: 1,
-            memory: backend.memory(spec),
+            memory: backend.memory(spec)?,
             context_pages: Pool::new(spec.context_pages),
             tail_pages: Pool::new(spec.tail_pages),
             cache: has_cache.then(HistoryCache::default),
@@ -105,7 +105,7 @@ impl<B: Backend> Load<B> {
             answers: Vec::new(),
             run_time: RunTime::default(),
             next_id: 0,
-        }
+        })
     }
 
     pub fn enqueue(&mut self, job: Job) -> RequestId {
@@ -151,6 +151,15 @@ impl<B: Backend> Load<B> {
     pub fn forget(&mut self) {
         self.cache = self.cache.as_ref().map(|_| HistoryCache::default());
         self.run_time = RunTime::default();
+    }
+
+    /// Tells all that runs of a step that went wrong, and forgets what steps have kept.
+    fn fail_running(&mut self, device: &str, reason: &str) {
+        for running in self.running.drain(..) {
+            let error = Error::Device { device: device.into(), reason: reason.into() };
+            self.answers.push((running.id, Err(error)));
+        }
+        self.cache.iter_mut().for_each(HistoryCache::clear);
     }
 
     pub fn take_answers(&mut self) -> Vec<(RequestId, Result<Answer>)> {
@@ -294,6 +303,9 @@ impl<B: Backend> Engine<B> {
             }
         }
         self.finish(load);
+        if let Err(Error::Device { device, reason }) = self.backend.take_failure() {
+            load.fail_running(&device, &reason);
+        }
     }
 
     fn admit(&self, load: &mut Load<B>, now_us: Micros) {

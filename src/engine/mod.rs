@@ -51,7 +51,8 @@ pub struct EngineOptions {
     /// The most tokens of an input. A model's own limit of positions holds as well.
     pub max_context: usize,
     /// Tokens of all contexts together, of those that run and those that are kept for requests to
-    /// come; 0 for what 256 MiB hold, and for one longest input at least.
+    /// come; 0 for what 256 MiB hold (half of the free memory of a GPU), and for one longest input
+    /// at least.
     pub context_tokens: usize,
     /// Beam rows that the memory for tails is enough for: the most that all requests together, and
     /// one alone, can have.
@@ -85,22 +86,23 @@ impl Default for EngineOptions {
 impl EngineOptions {
     fn memory<B: Backend>(
         &self,
+        backend: &B,
         spec: &ModelSpec,
         max_context: usize,
         num_steps: usize,
-    ) -> MemorySpec {
-        let token_bytes = spec.num_layers * 2 * spec.heads.kv_dim() * size_of::<f32>();
+    ) -> Result<MemorySpec> {
+        let token_bytes = spec.num_layers * 2 * spec.heads.kv_dim() * backend.dtype().size();
         let most_of_one = max_context.min(self.max_context);
         let tokens = match self.context_tokens {
-            0 => (B::CONTEXT_BYTES / token_bytes.max(1)).max(most_of_one),
+            0 => (backend.context_bytes()? / token_bytes.max(1)).max(most_of_one),
             tokens => tokens,
         };
-        MemorySpec {
+        Ok(MemorySpec {
             num_layers: spec.num_layers,
             heads: spec.heads,
             context_pages: pages::context_pages(tokens),
             tail_pages: (1 + num_steps) * self.max_beam_rows.div_ceil(TAIL_PAGE_LEN),
-        }
+        })
     }
 }
 
@@ -224,7 +226,7 @@ impl<B: Backend> Engine<B> {
         let (spec, written) = (*model.spec(), steps.len() - 1);
         let max_positions = spec.max_positions.map(|max| max.saturating_sub(written));
         let max_context = options.max_context.min(max_positions.unwrap_or(usize::MAX));
-        let memory = options.memory::<B>(&spec, max_context, steps.len());
+        let memory = options.memory(&backend, &spec, max_context, steps.len())?;
         let workers = match pool.current_num_threads() {
             threads
                 if B::COMPUTES_ON_CALLERS
@@ -253,7 +255,7 @@ impl<B: Backend> Engine<B> {
             },
             pool,
             workers,
-            load: Mutex::new(Load::new(&backend, model, &memory, options.history_cache)),
+            load: Mutex::new(Load::new(&backend, model, &memory, options.history_cache)?),
             opened: Instant::now(),
             phases: PhaseClocks::default(),
             backend,

@@ -122,11 +122,11 @@ impl<B: Backend> DecoderOnly<B> {
                 num_weights: weights.num_taken(),
             },
             epsilon: config.number_or("rms_norm_eps", 1e-6)? as f32,
-            frequencies: backend.vector(&[frequencies]),
-            embedding: backend.table(embedding),
+            frequencies: backend.vector(&[frequencies])?,
+            embedding: backend.table(embedding)?,
             layers,
-            norm: backend.vector(&[norm]),
-            head: backend.head(head, steps),
+            norm: backend.vector(&[norm])?,
+            head: backend.head(head, steps)?,
         })
     }
 
@@ -231,18 +231,18 @@ impl LayerLoader {
                 take("self_attn.q_proj.bias", &[query_dim])?,
                 take("self_attn.k_proj.bias", &[kv_dim])?,
                 take("self_attn.v_proj.bias", &[kv_dim])?,
-            ])),
+            ])?),
             false => None,
         };
         let query_key_norms = match self.has_query_key_norms {
             true => Some((
-                backend.vector(&[take("self_attn.q_norm.weight", &[head_dim])?]),
-                backend.vector(&[take("self_attn.k_norm.weight", &[head_dim])?]),
+                backend.vector(&[take("self_attn.q_norm.weight", &[head_dim])?])?,
+                backend.vector(&[take("self_attn.k_norm.weight", &[head_dim])?])?,
             )),
             false => None,
         };
         let out_bias = match self.has_out_bias {
-            true => Some(backend.vector(&[take("self_attn.o_proj.bias", &[hidden])?])),
+            true => Some(backend.vector(&[take("self_attn.o_proj.bias", &[hidden])?])?),
             false => None,
         };
         let gate_up = [
@@ -250,16 +250,16 @@ impl LayerLoader {
             take("mlp.up_proj.weight", &[inner, hidden])?,
         ];
         Ok(Layer {
-            attention_norm: backend.vector(&[take("input_layernorm.weight", &[hidden])?]),
-            qkv: backend.matrix(&qkv),
+            attention_norm: backend.vector(&[take("input_layernorm.weight", &[hidden])?])?,
+            qkv: backend.matrix(&qkv)?,
             qkv_bias,
             query_key_norms,
-            out: backend.matrix(&[take("self_attn.o_proj.weight", &[hidden, query_dim])?]),
+            out: backend.matrix(&[take("self_attn.o_proj.weight", &[hidden, query_dim])?])?,
             out_bias,
             feed_forward_norm: backend
-                .vector(&[take("post_attention_layernorm.weight", &[hidden])?]),
-            gate_up: backend.matrix(&gate_up),
-            down: backend.matrix(&[take("mlp.down_proj.weight", &[hidden, inner])?]),
+                .vector(&[take("post_attention_layernorm.weight", &[hidden])?])?,
+            gate_up: backend.matrix(&gate_up)?,
+            down: backend.matrix(&[take("mlp.down_proj.weight", &[hidden, inner])?])?,
         })
     }
 }

@@ -180,14 +180,14 @@ impl<B: Backend> T5<B> {
                 num_weights: weights.num_taken(),
             },
             epsilon: config.number_or("layer_norm_epsilon", 1e-6)? as f32,
-            embedding: backend.table(embedding),
+            embedding: backend.table(embedding)?,
             encoder,
             encoder_bias,
-            encoder_norm: backend.vector(&[encoder_norm]),
+            encoder_norm: backend.vector(&[encoder_norm])?,
             decoder,
-            decoder_bias: backend.vector(&[decoder_bias]),
-            decoder_norm: backend.vector(&[Tensor::new(&[d_model], final_norm)]),
-            head: backend.head(head, steps),
+            decoder_bias: backend.vector(&[decoder_bias])?,
+            decoder_norm: backend.vector(&[Tensor::new(&[d_model], final_norm)])?,
+            head: backend.head(head, steps)?,
         })
     }
 
@@ -289,7 +289,7 @@ impl Layers<'_> {
         layer: &str,
     ) -> Result<B::Vector> {
         let weight = weights.take(&format!("{layer}.layer_norm.weight"), &[self.d_model])?;
-        Ok(backend.vector(&[weight]))
+        backend.vector(&[weight])
     }
 
     fn attention<B: Backend>(
@@ -310,8 +310,8 @@ impl Layers<'_> {
         let out = take("o", [self.d_model, inner])?;
         Ok(SelfAttention {
             norm: self.norm(backend, weights, layer)?,
-            qkv: backend.matrix(&qkv),
-            out: backend.matrix(&[out]),
+            qkv: backend.matrix(&qkv)?,
+            out: backend.matrix(&[out])?,
         })
     }
 
@@ -332,9 +332,9 @@ impl Layers<'_> {
         Ok(DecoderLayer {
             attention: self.attention(backend, weights, &format!("{block}.layer.0"))?,
             cross_norm: self.norm(backend, weights, &cross)?,
-            cross_query: backend.matrix(&[query]),
-            cross_kv: backend.matrix(&kv),
-            cross_out: backend.matrix(&[out]),
+            cross_query: backend.matrix(&[query])?,
+            cross_kv: backend.matrix(&kv)?,
+            cross_out: backend.matrix(&[out])?,
             feed_forward: self.feed_forward(backend, weights, &format!("{block}.layer.2"))?,
         })
     }
@@ -357,8 +357,8 @@ impl Layers<'_> {
         let outer = take("wo", [self.d_model, self.d_ff])?;
         Ok(FeedForward {
             norm: self.norm(backend, weights, layer)?,
-            inner: backend.matrix(&inner),
-            outer: backend.matrix(&[outer]),
+            inner: backend.matrix(&inner)?,
+            outer: backend.matrix(&[outer])?,
             activation,
             is_gated,
         })

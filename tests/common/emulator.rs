@@ -9,6 +9,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use half::bf16;
@@ -28,6 +29,7 @@ pub enum Build {
 /// Kernels that were compiled and loaded.
 pub struct Kernels {
     library: Library,
+    schedule: Mutex<Schedule>,
 }
 
 type LaunchFn = unsafe extern "C" fn(
@@ -37,6 +39,8 @@ type LaunchFn = unsafe extern "C" fn(
     shared_bytes: usize,
     params: *const c_void,
     params_bytes: usize,
+    order: c_int,
+    seed: u64,
 ) -> c_int;
 
 /// The order in which the threads of a block run.
@@ -197,20 +201,22 @@ impl Kernels {
         }
         // SAFETY: the library is ours, and its constructors only register kernels.
         let library = unsafe { Library::new(&path) }.expect("a library that was just compiled");
-        Kernels { library }
+        Kernels { library, schedule: Mutex::new(Schedule::Ascending) }
     }
 
     /// For all launches to come.
     pub fn set_schedule(&self, schedule: Schedule) {
-        let (order, seed) = match schedule {
-            Schedule::Ascending => (0, 1),
-            Schedule::Descending => (1, 1),
-            Schedule::Random(seed) => (2, seed),
-        };
-        // SAFETY: scheduler.cpp declares it so.
+        *self.schedule.lock().expect("sound") = schedule;
+    }
+
+    /// Memory that others than kernels wrote.
+    fn note_write(&self, at: Address, bytes: usize) {
+        // SAFETY: checker.cpp declares it so.
         unsafe {
-            let set = self.library.get::<unsafe extern "C" fn(c_int, u64)>("emulator_set_schedule");
-            set.expect("in scheduler.cpp")(order, seed);
+            let note = self
+                .library
+                .get::<unsafe extern "C" fn(*const c_void, usize)>("emulator_note_write");
+            note.expect("in checker.cpp")(at.get() as *const c_void, bytes);
         }
     }
 
@@ -252,6 +258,11 @@ impl Kernels {
     ) -> Result<()> {
         let name = CString::new(kernel).expect("no zero");
         let block = [threads, 1, 1];
+        let (order, seed) = match *self.schedule.lock().expect("sound") {
+            Schedule::Ascending => (0, 1),
+            Schedule::Descending => (1, 1),
+            Schedule::Random(seed) => (2, seed),
+        };
         // SAFETY: scheduler.cpp declares them so; what a kernel touches is checked against the
         // memory that was allocated, and the guard pages around it.
         unsafe {
@@ -264,6 +275,8 @@ impl Kernels {
                 shared,
                 params_at,
                 params.len(),
+                order,
+                seed,
             );
             if failed == 0 {
                 return Ok(());
@@ -284,6 +297,9 @@ fn device_error(reason: &str) -> Error {
 pub struct Emulator {
     kernels: Arc<Kernels>,
     recording: Mutex<Option<Vec<Asked>>>,
+    /// Memory that nobody has taken, in bytes.
+    free: AtomicUsize,
+    max_shared_bytes: usize,
 }
 
 /// What was asked for while a step was recorded.
@@ -293,8 +309,31 @@ pub enum Asked {
 }
 
 impl Emulator {
+    /// A device with the shared memory of Hopper and a gigabyte of memory.
     pub fn new(kernels: Arc<Kernels>) -> Emulator {
-        Emulator { kernels, recording: Mutex::new(None) }
+        Emulator {
+            kernels,
+            recording: Mutex::new(None),
+            free: AtomicUsize::new(1 << 30),
+            max_shared_bytes: 227 << 10,
+        }
+    }
+
+    pub fn with_memory(self, bytes: usize) -> Emulator {
+        Emulator { free: AtomicUsize::new(bytes), ..self }
+    }
+
+    pub fn with_shared_bytes(self, max_shared_bytes: usize) -> Emulator {
+        Emulator { max_shared_bytes, ..self }
+    }
+
+    fn multiply_now(&self, product: &Product) {
+        multiply(product);
+        let size = product.out_dtype.size();
+        for row in 0..product.rows {
+            let at = product.out.offset(row * product.stride * size);
+            self.kernels.note_write(at, product.columns * size);
+        }
     }
 
     /// A backend on the repository's kernels.
@@ -314,7 +353,19 @@ impl Driver for Emulator {
         4
     }
 
-    fn allocate(&self, bytes: usize, name: &str) -> Result<u64> {
+    fn max_shared_bytes(&self) -> usize {
+        self.max_shared_bytes
+    }
+
+    fn free_bytes(&self) -> Result<usize> {
+        Ok(self.free.load(Ordering::Relaxed))
+    }
+
+    fn allocate(&self, bytes: usize, name: &str) -> Result<Option<u64>> {
+        let take = |free: usize| free.checked_sub(bytes);
+        if self.free.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
+            return Ok(None);
+        }
         let name = CString::new(name).expect("no zero");
         // SAFETY: checker.cpp declares it so.
         let at = unsafe {
@@ -324,10 +375,11 @@ impl Driver for Emulator {
                 .get::<unsafe extern "C" fn(usize, *const c_char) -> *mut c_void>("emulator_alloc");
             allocate.expect("in checker.cpp")(bytes, name.as_ptr())
         };
-        Ok(at as u64)
+        Ok(Some(at as u64))
     }
 
     fn free(&self, address: Address, bytes: usize) {
+        self.free.fetch_add(bytes, Ordering::Relaxed);
         // SAFETY: checker.cpp declares it so.
         unsafe {
             let free = self
@@ -344,6 +396,7 @@ impl Driver for Emulator {
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.get() as *mut u8, bytes.len());
         }
+        self.kernels.note_write(to, bytes.len());
         Ok(())
     }
 
@@ -363,6 +416,12 @@ impl Driver for Emulator {
     fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         let (kernel, grid, threads) = (launch.kernel(), launch.grid(), launch.threads());
         let (shared, params) = (launch.shared_bytes(), launch.params());
+        if shared > self.max_shared_bytes {
+            let most = self.max_shared_bytes;
+            return Err(device_error(&format!(
+                "{kernel} wants {shared} bytes, a block has {most}"
+            )));
+        }
         if let Some(recording) = &mut *self.recording.lock().expect("sound") {
             let params = params.to_vec();
             recording.push(Asked::Launch { kernel, grid, threads, shared, params });
@@ -376,7 +435,7 @@ impl Driver for Emulator {
             recording.push(Asked::Product(*product));
             return Ok(());
         }
-        multiply(product);
+        self.multiply_now(product);
         Ok(())
     }
 
@@ -395,7 +454,7 @@ impl Driver for Emulator {
                 Asked::Launch { kernel, grid, threads, shared, params } => {
                     self.kernels.launch(kernel, *grid, *threads, *shared, params)?;
                 }
-                Asked::Product(product) => multiply(product),
+                Asked::Product(product) => self.multiply_now(product),
             }
         }
         Ok(())

@@ -131,13 +131,13 @@ pub fn embed_and_last_rows_copy_rows<S: Subject>() {
         let mut cases = Cases::new(seed);
         let (vocab, columns) = (cases.size(50).max(4), cases.size(40));
         let weight = cases.numbers(vocab * columns);
-        let table = backend.table(Tensor::new(&[vocab, columns], weight.clone()));
+        let table = backend.table(Tensor::new(&[vocab, columns], weight.clone())).expect("memory");
         let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
         let count: usize = lens.iter().sum();
         let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();
         let row = |token: u32| &weight[token as usize * columns..][..columns];
         let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
-        let mut world = World::on(&backend, heads);
+        let mut world = World::on(&backend, heads).expect("memory");
         let num_beams = cases.rng.usize(0..3);
         let mut slots: Vec<SlotOf<S>> =
             lens.iter().chain(&vec![1; num_beams]).map(|&len| world.slot(len)).collect();
@@ -169,7 +169,7 @@ pub fn rms_norm_is_the_formula<S: Subject>() {
         let (rows, columns) = (cases.size(70), cases.size(300));
         let (x, weight) = (cases.numbers(rows * columns), cases.numbers(columns));
         let mut out = backend.buffer();
-        let vector = backend.vector(&[Tensor::new(&[columns], weight.clone())]);
+        let vector = backend.vector(&[Tensor::new(&[columns], weight.clone())]).expect("memory");
         backend.rms_norm(&backend.upload(&x, columns), &vector, 1e-6, &mut out);
         let weight = Matrix::new(&weight, columns);
         let expected = truth::rms_norm(&Matrix::new(&x, columns), &weight.values, 1e-6);
@@ -198,8 +198,10 @@ pub fn matmul_is_the_formula_with_every_epilogue<S: Subject>() {
         let mut out = backend.upload(&before, out_columns);
         backend.matmul(
             &backend.upload(&x, columns),
-            &backend.matrix(&parts),
-            bias.clone().map(|bias| backend.vector(&[Tensor::new(&[out_columns], bias)])).as_ref(),
+            &backend.matrix(&parts).expect("memory"),
+            bias.clone()
+                .map(|bias| backend.vector(&[Tensor::new(&[out_columns], bias)]).expect("memory"))
+                .as_ref(),
             epilogue,
             &mut out,
         );
@@ -224,7 +226,7 @@ pub fn a_row_of_a_product_does_not_depend_on_the_other_rows<S: Subject>() {
         let (rows, columns, out_columns) = (cases.size(200), cases.size(1300), cases.size(150));
         let x = cases.numbers(rows * columns);
         let weight = Tensor::new(&[out_columns, columns], cases.numbers(out_columns * columns));
-        let weight = backend.matrix(&[weight]);
+        let weight = backend.matrix(&[weight]).expect("memory");
         let product = |rows: &[f32]| {
             let mut out = backend.buffer();
             let x = backend.upload(rows, columns);
@@ -272,13 +274,14 @@ pub fn rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values<S: 
             .rng
             .bool()
             .then(|| [cases.numbers(heads.head_dim), cases.numbers(heads.head_dim)]);
-        let vector =
-            |values: &[f32]| backend.vector(&[Tensor::new(&[values.len()], values.to_vec())]);
+        let vector = |values: &[f32]| {
+            backend.vector(&[Tensor::new(&[values.len()], values.to_vec())]).expect("memory")
+        };
         let vectors = norms.as_ref().map(|norms| norms.each_ref().map(|norm| vector(norm)));
         let given = vectors.as_ref().map(|[query, key]| (query, key, 1e-6));
 
         // The rows after a cut are read in a pass of their own.
-        let mut world = World::on(&backend, heads);
+        let mut world = World::on(&backend, heads).expect("memory");
         let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| world.slot(len)).collect();
         let cut: Vec<usize> = lens.iter().map(|&len| cases.rng.usize(0..=len)).collect();
         let early: Vec<Range<usize>> = cut.iter().map(|&cut| 0..cut).collect();
@@ -369,7 +372,7 @@ pub fn attend_prefill_is_the_formula_however_prompts_are_cut<S: Subject>() {
             Mask::Bidirectional => vec![whole.clone()],
         };
         let attend = |batches: &[Vec<Range<usize>>]| {
-            let mut world = World::on(&backend, heads);
+            let mut world = World::on(&backend, heads).expect("memory");
             let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| world.slot(len)).collect();
             let mut rows: Vec<Vec<f32>> = vec![Vec::new(); lens.len()];
             for chunks in batches {
@@ -562,12 +565,12 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
         }
         let head_weight = cases.numbers(vocab as usize * hidden_dim);
         let head = Tensor::new(&[vocab as usize, hidden_dim], head_weight.clone());
-        let head = backend.head(head, &steps);
+        let head = backend.head(head, &steps).expect("memory");
         let head_weight = Matrix::new(&head_weight, hidden_dim);
         let num_slots = cases.rng.usize(1..4);
         let mut walks: Vec<Walk> =
             (0..num_slots).map(|_| Walk::new(&mut cases, num_levels, num_codes, heads)).collect();
-        let mut world = World::on(&backend, heads);
+        let mut world = World::on(&backend, heads).expect("memory");
         let mut slots: Vec<SlotOf<S>> =
             walks.iter().map(|walk| world.slot(walk.context_len)).collect();
         let lens: Vec<usize> = walks.iter().map(|walk| walk.context_len).collect();
@@ -665,7 +668,7 @@ fn check_tails<S: Subject>(
     }
     for reach in [Reach::Context, Reach::Tail, Reach::ContextAndTail] {
         let tail_bias = (reach == Reach::Tail).then_some(bias);
-        let vector = backend.vector(&[Tensor::new(&[bias.len()], bias.to_vec())]);
+        let vector = backend.vector(&[Tensor::new(&[bias.len()], bias.to_vec())]).expect("memory");
         let given = tail_bias.is_some().then_some(&vector);
         let mut out = backend.buffer();
         let batch = Batch { memory: &world.memory, chunks: &[], slots };
@@ -719,13 +722,16 @@ pub fn embed_reads_each_beams_newest_token<S: Subject>() {
     let mut cases = Cases::new(1);
     let heads = cases.heads();
     let backend = S::open();
-    let mut world = World::on(&backend, heads);
+    let mut world = World::on(&backend, heads).expect("memory");
     let catalog = random_catalog(&mut cases.rng, 2, 6).snapshot();
     let steps: Vec<StepTokens> =
         [0, 6].map(|first| StepTokens::Level { tokens: (first..first + 6).collect() }).into();
     let weight = cases.numbers(12 * 5);
     let tensor = Tensor::new(&[12, 5], weight.clone());
-    let (head, table) = (backend.head(tensor.clone(), &steps), backend.table(tensor));
+    let (head, table) = (
+        backend.head(tensor.clone(), &steps).expect("memory"),
+        backend.table(tensor).expect("memory"),
+    );
     let mut slots = vec![world.slot(1)];
     let (mut rows, mut logits) = (backend.buffer(), backend.logits());
     let legality = catalog.legality(&[], None).expect("no filter");
@@ -762,7 +768,7 @@ pub fn rows_of_prompts_and_of_beams_leave_each_other_alone<S: Subject>() {
         let mut cases = Cases::new(seed);
         let heads = cases.heads();
         let backend = S::open();
-        let mut world = World::on(&backend, heads);
+        let mut world = World::on(&backend, heads).expect("memory");
         let (prompt_len, context_len) = (cases.size(150), cases.size(150));
         let mut slots = vec![world.slot(prompt_len), world.slot(context_len)];
         let context =
@@ -808,7 +814,7 @@ pub fn searches_at_different_steps_share_a_step<S: Subject>() {
             .chain([StepTokens::Forced { token: 55 }])
             .collect();
         let weight = Tensor::new(&[vocab, hidden_dim], cases.numbers(vocab * hidden_dim));
-        let head = backend.head(weight, &steps);
+        let head = backend.head(weight, &steps).expect("memory");
         let walks: Vec<Walk> =
             (0..3).map(|_| Walk::new(&mut cases, num_levels as usize, 10, heads)).collect();
         let legalities: Vec<Legality> = walks.iter().map(Walk::legality).collect();
@@ -830,7 +836,7 @@ pub fn searches_at_different_steps_share_a_step<S: Subject>() {
             backend.restricted_head(&rows, &head, &rules, slots, &mut logits);
             backend.advance_beams(&logits, &head, &rules, slots);
         };
-        let mut world = World::on(&backend, heads);
+        let mut world = World::on(&backend, heads).expect("memory");
         let mut alone: Vec<SlotOf<S>> = walks.iter().map(|_| world.slot(1)).collect();
         for (walk, slot) in alone.iter_mut().enumerate() {
             for _ in &steps {

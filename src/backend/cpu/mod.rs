@@ -15,7 +15,7 @@ use super::{
     SlotSpec, StepTokens,
 };
 use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::tensor::{Dtype, Tensor};
 
 mod advance_beams;
 mod append_tail;
@@ -36,6 +36,9 @@ mod scratch;
 mod slot;
 mod softmax;
 mod store_context;
+
+/// Memory for contexts where nobody says otherwise.
+const CONTEXT_BYTES: usize = 256 << 20;
 
 pub use head::Head;
 pub use matmul::Matrix;
@@ -131,7 +134,6 @@ impl Buffer {
 
 impl Backend for CpuBackend {
     const COMPUTES_ON_CALLERS: bool = true;
-    const CONTEXT_BYTES: usize = 256 << 20;
 
     type Buffer = Buffer;
     type Matrix = Matrix;
@@ -150,20 +152,28 @@ impl Backend for CpuBackend {
         self.matrix_flops.load(Ordering::Relaxed)
     }
 
-    fn matrix(&self, parts: &[Tensor]) -> Matrix {
-        Matrix::stack(parts)
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
     }
 
-    fn vector(&self, parts: &[Tensor]) -> Vec<f32> {
-        parts.iter().flat_map(Tensor::to_vec).collect()
+    fn take_failure(&self) -> Result<()> {
+        Ok(())
     }
 
-    fn table(&self, weight: Tensor) -> Tensor {
-        weight
+    fn matrix(&self, parts: &[Tensor]) -> Result<Matrix> {
+        Ok(Matrix::stack(parts))
     }
 
-    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Head {
-        Head::new(&weight, steps)
+    fn vector(&self, parts: &[Tensor]) -> Result<Vec<f32>> {
+        Ok(parts.iter().flat_map(Tensor::to_vec).collect())
+    }
+
+    fn table(&self, weight: Tensor) -> Result<Tensor> {
+        Ok(weight)
+    }
+
+    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Result<Head> {
+        Ok(Head::new(&weight, steps))
     }
 
     fn buffer(&self) -> Buffer {
@@ -182,8 +192,12 @@ impl Backend for CpuBackend {
         Logits::default()
     }
 
-    fn memory(&self, spec: &MemorySpec) -> Memory {
-        Memory::new(spec)
+    fn context_bytes(&self) -> Result<usize> {
+        Ok(CONTEXT_BYTES)
+    }
+
+    fn memory(&self, spec: &MemorySpec) -> Result<Memory> {
+        Ok(Memory::new(spec))
     }
 
     fn open_slot(&self, spec: SlotSpec) -> Slot {

@@ -58,8 +58,13 @@ impl<D: Driver> CudaBackend<D> {
         let tables = self.tables(state, batch.chunks, batch.slots);
         out.reshape(queries.rows, heads.query_dim(), self.dtype);
         let num_splits = if reach == Reach::Tail { 1 } else { tables.num_splits };
-        if num_splits > 1 {
-            let parts = num_splits * tables.batch.num_rows as usize * heads.num_heads;
+        let tile_rows = tables.beam_tile_rows;
+        let num_rows = (tables.batch.num_rows - tables.batch.num_prompt_rows) as usize;
+        if reach != Reach::Tail {
+            // Once for all passes.
+            let most = self.attention(heads).most_split_rows(tile_rows);
+            let parts = most.max(if num_splits > 1 { num_splits * num_rows } else { 0 });
+            let parts = parts * heads.num_heads;
             state.parts.reserve(parts * heads.head_dim * size_of::<f32>());
             state.part_sums.reserve(parts * size_of::<[f32; 2]>());
         }
@@ -83,7 +88,6 @@ impl<D: Driver> CudaBackend<D> {
             reaches_tail: u32::from(reach != Reach::Context),
             scale,
         };
-        let tile_rows = tables.beam_tile_rows;
         let kernel = match (tile_rows, heads.head_dim) {
             (NARROW_ROWS, 64) => "attend_beams_bf16_64",
             (NARROW_ROWS, _) => "attend_beams_bf16_128",
@@ -105,9 +109,8 @@ impl<D: Driver> CudaBackend<D> {
                 num_splits: num_splits as u32,
                 padding: 0,
             };
-            let rows = tables.batch.num_rows - tables.batch.num_prompt_rows;
             let kernel = self.kernel("attend_beams_combine_f32", "attend_beams_combine_bf16");
-            self.device.launch(kernel, [rows as usize, heads.num_heads, 1], 64, 0, &params);
+            self.device.launch(kernel, [num_rows, heads.num_heads, 1], 64, 0, &params);
         }
     }
 }

@@ -62,7 +62,7 @@ impl<D: Driver> CudaBackend<D> {
             && state.bias.0 != bias
         {
             state.bias.0 = bias.to_vec();
-            state.bias.1.write(bias);
+            state.bias.1.write_often(bias);
         }
         let num_biases = relative_bias.map_or(0, |bias| bias.len() / heads.num_heads);
         let params = Params {

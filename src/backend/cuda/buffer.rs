@@ -32,7 +32,10 @@ impl<D: Driver> Buffer<D> {
 
     pub(super) fn write(&mut self, values: &[f32], columns: usize, dtype: Dtype) {
         assert!(values.len().is_multiple_of(columns), "rows must be whole");
-        write(&mut self.memory, values, dtype);
+        match dtype {
+            Dtype::Bf16 => self.memory.write(&narrowed(values)),
+            _ => self.memory.write(values),
+        }
         (self.rows, self.columns, self.dtype) = (values.len() / columns, columns, dtype);
     }
 
@@ -53,15 +56,20 @@ impl<D: Driver> Buffer<D> {
     }
 }
 
-fn write<D: Driver>(memory: &mut DeviceMemory<D>, values: &[f32], dtype: Dtype) {
+fn narrowed(values: &[f32]) -> Vec<bf16> {
+    values.iter().map(|&value| bf16::from_f32(value)).collect()
+}
+
+/// A copy of weights on the device.
+fn copy<D: Driver>(
+    device: &Arc<Device<D>>,
+    values: &[f32],
+    dtype: Dtype,
+    name: &'static str,
+) -> Result<DeviceMemory<D>> {
     match dtype {
-        Dtype::Bf16 => {
-            let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
-            memory.write(&values);
-        }
-        _ => {
-            memory.write(values);
-        }
+        Dtype::Bf16 => DeviceMemory::of(device, &narrowed(values), name),
+        _ => DeviceMemory::of(device, values, name),
     }
 }
 
@@ -74,12 +82,15 @@ pub struct Weights<D: Driver> {
 
 impl<D: Driver> Weights<D> {
     /// Stacks matrices of as many columns.
-    pub(super) fn stack(device: &Arc<Device<D>>, parts: &[Tensor], dtype: Dtype) -> Weights<D> {
+    pub(super) fn stack(
+        device: &Arc<Device<D>>,
+        parts: &[Tensor],
+        dtype: Dtype,
+    ) -> Result<Weights<D>> {
         let columns = parts[0].shape()[1];
         let values: Vec<f32> = parts.iter().flat_map(Tensor::to_vec).collect();
-        let mut memory = DeviceMemory::none(device, "weights");
-        write(&mut memory, &values, dtype);
-        Weights { memory, rows: values.len().checked_div(columns).unwrap_or(0), columns }
+        let memory = copy(device, &values, dtype, "weights")?;
+        Ok(Weights { memory, rows: values.len().checked_div(columns).unwrap_or(0), columns })
     }
 }
 
@@ -92,12 +103,16 @@ pub struct Vector<D: Driver> {
 }
 
 impl<D: Driver> Vector<D> {
-    pub(super) fn join(device: &Arc<Device<D>>, parts: &[Tensor], dtype: Dtype) -> Vector<D> {
+    pub(super) fn join(
+        device: &Arc<Device<D>>,
+        parts: &[Tensor],
+        dtype: Dtype,
+    ) -> Result<Vector<D>> {
         let values: Vec<f32> = parts.iter().flat_map(Tensor::to_vec).collect();
-        let mut bias = DeviceMemory::none(device, "bias");
-        write(&mut bias, &values, dtype);
-        let mut vector = DeviceMemory::none(device, "vector");
-        vector.write(&values);
-        Vector { values: vector, bias, len: values.len() }
+        Ok(Vector {
+            bias: copy(device, &values, dtype, "bias")?,
+            values: copy(device, &values, Dtype::F32, "vector")?,
+            len: values.len(),
+        })
     }
 }

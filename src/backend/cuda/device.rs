@@ -1,35 +1,34 @@
-//! NVIDIA GPUs, by cudarc: one stream, kernels from the fat binary that `build.rs` made, matrix
-//! products by cuBLASLt with plans that are kept, recorded steps as CUDA graphs.
+//! NVIDIA GPUs, by cudarc: one stream and one beside it for copies, kernels from the fat binary that
+//! `build.rs` made, recorded steps as CUDA graphs.
 //!
 //! Libraries are opened when they are first used, so a binary with this feature starts on a machine
 //! without a driver, and says so when it is asked for a device.
 #![allow(unsafe_code)] // the driver's interface
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ffi::c_void;
-use std::mem::size_of_val;
 use std::sync::{Arc, Mutex};
 
-use cudarc::cublaslt::result as blas;
-use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::sys as blas_sys;
 use cudarc::driver::result as driver;
 use cudarc::driver::sys;
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 
-use super::driver::{Address, Driver, FusedActivation, Launch, Product};
+use super::blas::{Blas, WORKSPACE_BYTES};
+use super::driver::{Address, Driver, Launch, Product};
+use super::staging::Ring;
 use crate::error::{Error, Result};
-use crate::tensor::Dtype;
 
 /// The kernels, or nothing where there was no nvcc to compile them.
 static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
-/// Names a fat binary to use instead of the one that is built in.
+/// Names a fat binary to use instead, for who works on kernels beside a GPU.
 const KERNELS_VARIABLE: &str = "SIDEREAL_KERNELS";
-/// What cuBLASLt may use; NVIDIA's advice for Hopper.
-const WORKSPACE_BYTES: usize = 32 << 20;
-/// `CUBLAS_OP_T`
-const TRANSPOSED: i32 = 1;
+/// The version of CUDA that the kernels are compiled for, as drivers count.
+const CUDA_VERSION: i32 = 13_000;
+/// Memory of the host for copies on their way: of tables and rules of steps, and of weights,
+/// catalogs and filters.
+const STAGED_BYTES: usize = 4 << 20;
+const STAGED_BYTES_BESIDE: usize = 32 << 20;
 
 fn device_error(device: &str, reason: impl ToString) -> Error {
     Error::Device { device: device.into(), reason: reason.to_string() }
@@ -50,6 +49,9 @@ pub fn num_devices() -> Result<usize> {
 }
 
 /// One GPU.
+///
+/// Memory comes from the driver's pool and goes back to it in the order of the stream
+/// (`cuMemAllocAsync`), so neither waits for the device.
 pub struct CudaDevice {
     name: String,
     num_processors: usize,
@@ -57,11 +59,80 @@ pub struct CudaDevice {
     max_shared_bytes: usize,
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    /// For copies beside it.
+    uploads: Mutex<Staging>,
+    /// For copies beside the stream; all memory is taken here.
     copies: Arc<CudaStream>,
+    uploads_beside: Mutex<Staging>,
     module: sys::CUmodule,
     functions: Mutex<HashMap<&'static str, Function>>,
-    blas: Blas,
+    /// Always there, but while the device is opened and closed.
+    blas: Option<Blas>,
+}
+
+/// Page-locked memory of the host, from which the device copies while the host goes on.
+struct Staging {
+    memory: *mut u8,
+    len: usize,
+    ring: Ring<sys::CUevent>,
+}
+
+impl Staging {
+    fn new(len: usize) -> std::result::Result<Staging, DriverError> {
+        // SAFETY: it is freed when this is dropped.
+        let memory = unsafe { driver::malloc_host(len, 0)? }.cast();
+        Ok(Staging { memory, len, ring: Ring::new(len) })
+    }
+
+    /// Copies to the device in the order of a stream; `bytes` are read before this returns.
+    fn upload(
+        &mut self,
+        to: Address,
+        bytes: &[u8],
+        stream: sys::CUstream,
+    ) -> std::result::Result<(), DriverError> {
+        let mut failed = None;
+        // In parts, so that one is filled while others are on their way.
+        for (index, part) in bytes.chunks(self.len / 4).enumerate() {
+            let wait = |event| {
+                // SAFETY: the event was recorded below, and is waited for once.
+                let waited = unsafe {
+                    driver::event::synchronize(event).and_then(|()| driver::event::destroy(event))
+                };
+                waited.map_err(|error| {
+                    failed = Some(error);
+                    device_error("cuda", error)
+                })
+            };
+            let Ok(at) = self.ring.take(part.len(), wait) else {
+                return Err(failed.expect("what failed was noted"));
+            };
+            let to = to.offset(index * (self.len / 4));
+            // SAFETY: the stretch lies within the memory, and nobody uses it until the event that is
+            // recorded behind the copy has happened. The backend allocated what is copied to.
+            unsafe {
+                let staged = std::slice::from_raw_parts_mut(self.memory.add(at), part.len());
+                staged.copy_from_slice(part);
+                driver::memcpy_htod_async(to.get(), staged, stream)?;
+                let event = driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+                self.ring.hold(event);
+                driver::event::record(event, stream)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Staging {
+    /// Its context must be current, and no copy may be on its way.
+    fn drop(&mut self) {
+        // SAFETY: all of it is ours; errors here have nowhere to go.
+        unsafe {
+            for event in self.ring.drain() {
+                let _ = driver::event::destroy(event);
+            }
+            let _ = driver::free_host(self.memory.cast());
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -72,37 +143,6 @@ struct Function(sys::CUfunction);
 unsafe impl Send for CudaDevice {}
 // SAFETY: the same; what is changed is behind locks.
 unsafe impl Sync for CudaDevice {}
-
-/// cuBLASLt, and the plans of the products that were asked for.
-struct Blas {
-    handle: blas_sys::cublasLtHandle_t,
-    workspace: sys::CUdeviceptr,
-    plans: Mutex<HashMap<Shape, Plan>>,
-}
-
-/// What a plan depends on.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Shape {
-    rows: usize,
-    columns: usize,
-    inner: usize,
-    stride: usize,
-    dtype: Dtype,
-    out_dtype: Dtype,
-    adds: bool,
-    activation: Option<FusedActivation>,
-    has_bias: bool,
-    /// Of the weight, `x` and `out`.
-    alignments: [u32; 3],
-}
-
-struct Plan {
-    operation: blas_sys::cublasLtMatmulDesc_t,
-    weight: blas_sys::cublasLtMatrixLayout_t,
-    x: blas_sys::cublasLtMatrixLayout_t,
-    out: blas_sys::cublasLtMatrixLayout_t,
-    algorithm: blas_sys::cublasLtMatmulAlgo_t,
-}
 
 /// A CUDA graph.
 pub struct Graph {
@@ -146,6 +186,16 @@ impl CudaDevice {
             ));
         }
         let of_driver = |reason: DriverError| device_error(&place, reason);
+        let mut version = 0;
+        // SAFETY: the driver writes one number.
+        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(of_driver)?;
+        if version < CUDA_VERSION {
+            let name = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+            let (has, needs) = (name(version), name(CUDA_VERSION));
+            return Err(error(&format!(
+                "its driver is for CUDA {has}, this binary needs one for CUDA {needs} (580 or later)"
+            )));
+        }
         let context = CudaContext::new(ordinal).map_err(of_driver)?;
         let stream = context.new_stream().map_err(of_driver)?;
         let copies = context.new_stream().map_err(of_driver)?;
@@ -161,20 +211,44 @@ impl CudaDevice {
                 "its kernels cannot be loaded ({reason}): they need compute capability 8.0"
             ))
         })?;
-        let handle = blas::create_handle().map_err(|reason| error(&format!("{reason:?}")))?;
-        // SAFETY: it is freed when the device is dropped.
-        let workspace = unsafe { driver::malloc_sync(WORKSPACE_BYTES) }.map_err(of_driver)?;
-        Ok(CudaDevice {
+        keep_freed_memory(&context).map_err(of_driver)?;
+        let mut device = CudaDevice {
             name: format!("{place} ({})", context.name().map_err(of_driver)?),
             num_processors: num_processors as usize,
             max_shared_bytes: max_shared as usize,
             stream,
+            uploads: Mutex::new(Staging::new(STAGED_BYTES).map_err(of_driver)?),
             copies,
+            uploads_beside: Mutex::new(Staging::new(STAGED_BYTES_BESIDE).map_err(of_driver)?),
             module,
             functions: Mutex::new(HashMap::new()),
-            blas: Blas { handle, workspace, plans: Mutex::new(HashMap::new()) },
+            blas: None,
             context,
-        })
+        };
+        let workspace = device.take(WORKSPACE_BYTES).map_err(of_driver)?;
+        let blas = Blas::new(workspace).map_err(|reason| error(&format!("{reason:?}")))?;
+        device.blas = Some(blas);
+        Ok(device)
+    }
+
+    /// Memory that the stream finds taken whatever it does next.
+    fn take(&self, bytes: usize) -> std::result::Result<sys::CUdeviceptr, DriverError> {
+        // SAFETY: the backend frees it.
+        let memory = unsafe { driver::malloc_async(self.copies.cu_stream(), bytes)? };
+        self.stream_waits_for_copies()?;
+        Ok(memory)
+    }
+
+    fn stream_waits_for_copies(&self) -> std::result::Result<(), DriverError> {
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        let event = driver::event::create(flags)?;
+        // SAFETY: the event was just created; the driver keeps it until it has happened.
+        unsafe {
+            let waited = driver::event::record(event, self.copies.cu_stream())
+                .and_then(|()| driver::stream::wait_event(self.stream.cu_stream(), event, wait));
+            driver::event::destroy(event).and(waited)
+        }
     }
 
     fn error(&self, reason: impl ToString) -> Error {
@@ -208,138 +282,17 @@ impl CudaDevice {
         functions.insert(name, Function(function));
         Ok(Function(function))
     }
-
-    fn plan(&self, shape: &Shape) -> std::result::Result<Plan, CublasError> {
-        let (rows, columns, inner) = (shape.rows as u64, shape.columns as u64, shape.inner as u64);
-        let (dtype, out_dtype) = (data_type(shape.dtype), data_type(shape.out_dtype));
-        // Column by column, as cuBLASLt counts, the product is weightᵀ x with `columns` rows.
-        let weight = blas::create_matrix_layout(dtype, inner, columns, inner as i64)?;
-        let x = blas::create_matrix_layout(dtype, inner, rows, inner as i64)?;
-        let out = blas::create_matrix_layout(out_dtype, columns, rows, shape.stride as i64)?;
-        let operation = blas::create_matmul_desc(
-            blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            blas_sys::cudaDataType_t::CUDA_R_32F,
-        )?;
-        use blas_sys::cublasLtMatmulDescAttributes_t as Of;
-        set(operation, Of::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
-        set(operation, Of::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue(shape))?;
-        let preference = blas::create_matmul_pref()?;
-        use blas_sys::cublasLtMatmulPreferenceAttributes_t as Prefers;
-        let prefer = |attribute, value: *const c_void, bytes| {
-            // SAFETY: the preference is alive, and the value has the attribute's size.
-            unsafe { blas::set_matmul_pref_attribute(preference, attribute, value, bytes) }
-        };
-        let workspace = Prefers::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        prefer(workspace, std::ptr::from_ref(&WORKSPACE_BYTES).cast(), size_of::<usize>())?;
-        let [of_weight, of_x, of_out] = &shape.alignments;
-        for (attribute, alignment) in [
-            (Prefers::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, of_weight),
-            (Prefers::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, of_x),
-            (Prefers::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, of_out),
-            (Prefers::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, of_out),
-        ] {
-            prefer(attribute, std::ptr::from_ref(alignment).cast(), size_of::<u32>())?;
-        }
-        // SAFETY: all of them are alive.
-        let heuristic = unsafe {
-            let found = blas::get_matmul_algo_heuristic(
-                self.blas.handle,
-                operation,
-                weight,
-                x,
-                out,
-                out,
-                preference,
-            );
-            blas::destroy_matmul_pref(preference)?;
-            found?
-        };
-        Ok(Plan { operation, weight, x, out, algorithm: heuristic.algo })
-    }
-
-    fn multiply_as_planned(&self, product: &Product) -> std::result::Result<(), CublasError> {
-        let alignment = |address: Address| 1 << address.get().trailing_zeros().min(8);
-        let shape = Shape {
-            rows: product.rows,
-            columns: product.columns,
-            inner: product.inner,
-            stride: product.stride,
-            dtype: product.dtype,
-            out_dtype: product.out_dtype,
-            adds: product.adds,
-            activation: product.activation,
-            has_bias: product.bias.is_some(),
-            alignments: [product.weight, product.x, product.out].map(alignment),
-        };
-        let mut plans = self.blas.plans.lock().expect("no holder panics");
-        let plan = match plans.entry(shape) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(self.plan(&shape)?),
-        };
-        if let Some(bias) = product.bias {
-            let attribute =
-                blas_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
-            set(plan.operation, attribute, &bias.get())?;
-        }
-        let (one, beta) = (1f32, if product.adds { 1f32 } else { 0f32 });
-        let out = product.out.get() as *mut c_void;
-        // SAFETY: the backend's addresses hold matrices of the shapes it says.
-        unsafe {
-            blas::matmul(
-                self.blas.handle,
-                plan.operation,
-                (&raw const one).cast(),
-                (&raw const beta).cast(),
-                product.weight.get() as *const c_void,
-                plan.weight,
-                product.x.get() as *const c_void,
-                plan.x,
-                out,
-                plan.out,
-                out,
-                plan.out,
-                &raw const plan.algorithm,
-                self.blas.workspace as *mut c_void,
-                WORKSPACE_BYTES,
-                self.stream.cu_stream().cast(),
-            )
-        }
-    }
 }
 
-fn set<T>(
-    operation: blas_sys::cublasLtMatmulDesc_t,
-    attribute: blas_sys::cublasLtMatmulDescAttributes_t,
-    value: &T,
-) -> std::result::Result<(), CublasError> {
-    // SAFETY: the operation is alive, and the value has the attribute's type.
+/// Has the pool keep what was freed for what is taken next, instead of giving it back to the system
+/// whenever the device is waited for.
+fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    let (mut pool, mut threshold) = (std::ptr::null_mut(), u64::MAX);
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is that of a live context, and the attribute is a u64.
     unsafe {
-        blas::set_matmul_desc_attribute(
-            operation,
-            attribute,
-            std::ptr::from_ref(value).cast(),
-            size_of_val(value),
-        )
-    }
-}
-
-fn data_type(dtype: Dtype) -> blas_sys::cudaDataType_t {
-    match dtype {
-        Dtype::F32 => blas_sys::cudaDataType_t::CUDA_R_32F,
-        Dtype::F16 => blas_sys::cudaDataType_t::CUDA_R_16F,
-        Dtype::Bf16 => blas_sys::cudaDataType_t::CUDA_R_16BF,
-    }
-}
-
-fn epilogue(shape: &Shape) -> blas_sys::cublasLtEpilogue_t {
-    use blas_sys::cublasLtEpilogue_t as Is;
-    match (shape.activation, shape.has_bias) {
-        (None, false) => Is::CUBLASLT_EPILOGUE_DEFAULT,
-        (None, true) => Is::CUBLASLT_EPILOGUE_BIAS,
-        (Some(FusedActivation::Relu), false) => Is::CUBLASLT_EPILOGUE_RELU,
-        (Some(FusedActivation::Relu), true) => Is::CUBLASLT_EPILOGUE_RELU_BIAS,
-        (Some(FusedActivation::GeluTanh), false) => Is::CUBLASLT_EPILOGUE_GELU,
-        (Some(FusedActivation::GeluTanh), true) => Is::CUBLASLT_EPILOGUE_GELU_BIAS,
+        sys::cuDeviceGetDefaultMemPool(&raw mut pool, context.cu_device()).result()?;
+        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast()).result()
     }
 }
 
@@ -351,11 +304,9 @@ fn image() -> std::result::Result<Vec<u64>, String> {
         None => KERNELS.to_vec(),
     };
     if bytes.is_empty() {
-        return Err(
-            "this binary was built without nvcc and has no kernels; set NVCC or CUDA_HOME \
-                    and build it again"
-                .into(),
-        );
+        let reason = "this binary was built without nvcc and has no kernels; set NVCC or CUDA_HOME \
+                      and build it again";
+        return Err(reason.into());
     }
     let mut image = vec![0u64; bytes.len().div_ceil(8) + 1];
     bytemuck::cast_slice_mut(&mut image)[..bytes.len()].copy_from_slice(&bytes);
@@ -373,48 +324,45 @@ impl Driver for CudaDevice {
         self.num_processors
     }
 
-    fn allocate(&self, bytes: usize, name: &str) -> Result<u64> {
+    fn max_shared_bytes(&self) -> usize {
+        self.max_shared_bytes
+    }
+
+    fn free_bytes(&self) -> Result<usize> {
         self.bind()?;
-        // SAFETY: the backend frees it.
-        let memory = unsafe { driver::malloc_sync(bytes) };
-        memory.map_err(|error| {
-            let free = driver::mem_get_info().map_or(0, |(free, _)| free);
-            self.error(format!("{bytes} bytes for {name}, of which {free} are free: {error}"))
-        })
+        let (free, _) = driver::mem_get_info().map_err(|error| self.error(error))?;
+        Ok(free)
+    }
+
+    fn allocate(&self, bytes: usize, _name: &str) -> Result<Option<u64>> {
+        self.bind()?;
+        match self.take(bytes) {
+            Ok(memory) => Ok(Some(memory)),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
+            Err(error) => Err(self.error(error)),
+        }
     }
 
     fn free(&self, address: Address, _bytes: usize) {
         // What cannot be freed was lost with its context.
         if self.bind().is_ok() {
-            // SAFETY: it was allocated here, and the driver waits for what still uses it.
-            let _ = unsafe { driver::free_sync(address.get()) };
+            // SAFETY: it was allocated here, and the stream is behind all that uses it.
+            let _ = unsafe { driver::free_async(address.get(), self.stream.cu_stream()) };
         }
     }
 
     fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        let stream = self.stream.cu_stream();
-        // SAFETY: the backend allocated as much. The bytes are in pageable memory, which the driver
-        // has copied when the call returns.
-        let copied = unsafe { driver::memcpy_htod_async(to.get(), bytes, stream) };
+        let mut uploads = self.uploads.lock().expect("no holder panics");
+        let copied = uploads.upload(to, bytes, self.stream.cu_stream());
         copied.map_err(|error| self.error(error))
     }
 
     fn upload_beside(&self, to: Address, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
-        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: as in `upload`; the driver keeps the event until it has happened.
-        let copied = unsafe {
-            driver::memcpy_htod_async(to.get(), bytes, self.copies.cu_stream()).and_then(|()| {
-                let event = driver::event::create(flags)?;
-                let waited = driver::event::record(event, self.copies.cu_stream()).and_then(|()| {
-                    driver::stream::wait_event(self.stream.cu_stream(), event, wait)
-                });
-                driver::event::destroy(event).and(waited)
-            })
-        };
-        copied.map_err(|error| self.error(error))
+        let mut uploads = self.uploads_beside.lock().expect("no holder panics");
+        let copied = uploads.upload(to, bytes, self.copies.cu_stream());
+        copied.and_then(|()| self.stream_waits_for_copies()).map_err(|error| self.error(error))
     }
 
     fn download(&self, from: Address, bytes: &mut [u8]) -> Result<()> {
@@ -450,7 +398,8 @@ impl Driver for CudaDevice {
 
     fn multiply(&self, product: &Product) -> Result<()> {
         self.bind()?;
-        let multiplied = self.multiply_as_planned(product);
+        let blas = self.blas.as_ref().expect("an open device has it");
+        let multiplied = blas.multiply(product, self.stream.cu_stream());
         multiplied.map_err(|error| self.error(format!("{product:?}: {error:?}")))
     }
 
@@ -494,19 +443,17 @@ impl Drop for CudaDevice {
         if self.bind().is_err() {
             return;
         }
-        let plans = self.blas.plans.get_mut().expect("no holder panics");
         // SAFETY: all of it is ours, and nobody asks for anything any more; errors here have
         // nowhere to go.
         unsafe {
-            let _ = driver::stream::synchronize(self.stream.cu_stream());
-            for plan in plans.values() {
-                let _ = blas::destroy_matmul_desc(plan.operation);
-                for layout in [plan.weight, plan.x, plan.out] {
-                    let _ = blas::destroy_matrix_layout(layout);
-                }
+            for stream in [&self.copies, &self.stream] {
+                let _ = driver::stream::synchronize(stream.cu_stream());
             }
-            let _ = blas::destroy_handle(self.blas.handle);
-            let _ = driver::free_sync(self.blas.workspace);
+            if let Some(blas) = self.blas.take() {
+                let workspace = blas.workspace();
+                drop(blas);
+                let _ = driver::free_async(workspace, self.stream.cu_stream());
+            }
             let _ = driver::module::unload(self.module);
         }
     }

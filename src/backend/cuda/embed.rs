@@ -27,7 +27,7 @@ impl<D: Driver> CudaBackend<D> {
     ) {
         let state = &mut *self.state();
         let batch = self.tables(state, &[], beams).batch;
-        state.tokens.write(tokens);
+        state.tokens.write_often(tokens);
         let rows = tokens.len() + batch.num_rows as usize;
         out.reshape(rows, table.columns, self.dtype);
         let arrays = beams.first().map(|slot| slot.arrays.beams());

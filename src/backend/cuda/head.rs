@@ -5,6 +5,7 @@ use super::buffer::Weights;
 use super::driver::{Device, DeviceMemory, Driver};
 use super::tables::MAX_POSITIONS;
 use crate::backend::{NO_TOKEN, StepTokens};
+use crate::error::{Error, Result};
 use crate::tensor::{Dtype, Tensor};
 
 /// The output head, and what each step can choose from.
@@ -24,7 +25,7 @@ pub(super) struct StepColumns<D: Driver> {
 }
 
 impl<D: Driver> StepColumns<D> {
-    fn new(device: &Arc<Device<D>>, step: &StepTokens) -> StepColumns<D> {
+    fn new(device: &Arc<Device<D>>, step: &StepTokens) -> Result<StepColumns<D>> {
         let (tokens, is_forced) = match step {
             StepTokens::Level { tokens } => (tokens.as_slice(), false),
             StepTokens::Forced { token } => (std::slice::from_ref(token), true),
@@ -35,13 +36,15 @@ impl<D: Driver> StepColumns<D> {
         let column = |&token: &u32| if token == NO_TOKEN { token } else { token - start };
         let columns: Vec<u32> = tokens.iter().map(column).collect();
         let is_straight = (0..).zip(&columns).all(|(code, &column)| code == column);
-        StepColumns {
+        Ok(StepColumns {
             span: start as usize..end as usize,
             num_codes: columns.len(),
-            columns: (!is_straight)
-                .then(|| DeviceMemory::of(device, &columns, "columns of a level's codes")),
+            columns: match is_straight {
+                true => None,
+                false => Some(DeviceMemory::of(device, &columns, "columns of a level's codes")?),
+            },
             is_forced,
-        }
+        })
     }
 }
 
@@ -51,15 +54,18 @@ impl<D: Driver> Head<D> {
         weight: Tensor,
         steps: &[StepTokens],
         dtype: Dtype,
-    ) -> Head<D> {
+    ) -> Result<Head<D>> {
         if steps.len() >= MAX_POSITIONS {
-            let most = MAX_POSITIONS - 1;
-            device.fail(format!("a search of {} steps; at most {most} go", steps.len()));
+            return Err(Error::Unsupported {
+                what: format!("a search of {} steps on a GPU", steps.len()),
+                way_out: format!("at most {} go there; use the CPU", MAX_POSITIONS - 1),
+            });
         }
-        Head {
-            weight: Weights::stack(device, &[weight], dtype),
-            steps: steps.iter().map(|step| StepColumns::new(device, step)).collect(),
-        }
+        let columns = steps.iter().map(|step| StepColumns::new(device, step));
+        Ok(Head {
+            weight: Weights::stack(device, &[weight], dtype)?,
+            steps: columns.collect::<Result<_>>()?,
+        })
     }
 
     pub(super) fn vocab_size(&self) -> usize {

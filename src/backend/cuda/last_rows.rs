@@ -34,7 +34,7 @@ impl<D: Driver> CudaBackend<D> {
                 let last = ends.skip(first).map(|end| end - 1);
                 let beams = batch.num_prompt_rows() as u32..x.rows as u32;
                 let rows: Vec<u32> = last.chain(beams).collect();
-                state.list.write(&rows);
+                state.list.write_often(&rows);
                 (rows.len(), state.list.at(0))
             }
         };

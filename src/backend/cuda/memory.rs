@@ -4,6 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::driver::{Device, DeviceMemory, Driver};
 use crate::backend::MemorySpec;
+use crate::error::Result;
 use crate::pages::{PAGE_LEN, TAIL_PAGE_LEN};
 use crate::tensor::Dtype;
 
@@ -54,20 +55,22 @@ pub(super) struct Pages {
 pub(super) struct Beams([u64; NUM_BEAM_ARRAYS]);
 
 impl<D: Driver> Arrays<D> {
-    pub fn new(device: &Arc<Device<D>>, spec: &MemorySpec, dtype: Dtype) -> Arrays<D> {
+    pub fn new(device: &Arc<Device<D>>, spec: &MemorySpec, dtype: Dtype) -> Result<Arrays<D>> {
         let of_token = spec.num_layers * 2 * spec.heads.kv_dim() * dtype.size();
         let rows = spec.tail_pages * TAIL_PAGE_LEN;
-        let array = |index: usize| {
-            let count = if index + 2 < NUM_BEAM_ARRAYS { rows } else { spec.tail_pages };
-            DeviceMemory::new(device, count * BEAM_BYTES[index], BEAM_NAMES[index])
-        };
-        let contexts = spec.context_pages * PAGE_LEN * of_token;
-        Arrays {
+        let mut arrays = Arrays {
             spec: *spec,
-            contexts: DeviceMemory::new(device, contexts, "contexts"),
-            tails: DeviceMemory::new(device, rows * of_token, "tails"),
-            beams: std::array::from_fn(array),
+            contexts: DeviceMemory::none(device, "contexts"),
+            tails: DeviceMemory::none(device, "tails"),
+            beams: BEAM_NAMES.map(|name| DeviceMemory::none(device, name)),
+        };
+        arrays.contexts.allocate(spec.context_pages * PAGE_LEN * of_token)?;
+        arrays.tails.allocate(rows * of_token)?;
+        for (index, array) in arrays.beams.iter_mut().enumerate() {
+            let count = if index + 2 < NUM_BEAM_ARRAYS { rows } else { spec.tail_pages };
+            array.allocate(count * BEAM_BYTES[index])?;
         }
+        Ok(arrays)
     }
 
     pub fn pages(&self) -> Pages {

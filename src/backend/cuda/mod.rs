@@ -8,21 +8,26 @@
 //! A [`Driver`] stands between the backend and the device. `device.rs` is that of an NVIDIA GPU;
 //! the tests have one that runs the same kernels on the CPU.
 
-use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
+
+use lru::LruCache;
 
 use super::{
     Activation, Backend, Batch, Beam, Epilogue, Heads, Mask, MemorySpec, Reach, SearchRule,
     SlotSpec, StepTokens,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::pages::TAIL_PAGE_LEN;
 use crate::tensor::{Dtype, Tensor};
 
 mod advance_beams;
 mod append_tail;
 mod attend_beams;
 mod attend_prefill;
+#[cfg(feature = "cuda")]
+mod blas;
 mod buffer;
 #[cfg(feature = "cuda")]
 mod device;
@@ -40,6 +45,8 @@ mod rotary;
 mod rotation;
 mod rules;
 mod slot;
+#[cfg(any(feature = "cuda", test))]
+mod staging;
 mod store_context;
 mod tables;
 
@@ -54,11 +61,12 @@ pub use slot::Slot;
 
 use driver::{Device, DeviceMemory, Recording};
 use memory::Arrays;
+use read_beams::MOST_BYTES_OF_BEAM;
 use rules::{Plan, Uploads};
 use tables::{Attention, Shape, Tables};
 
-/// Recorded steps that are kept; when there are more, all are made anew.
-const MAX_RECORDINGS: usize = 256;
+/// Recorded steps that are kept: the latest used.
+const MAX_RECORDINGS: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
 
 /// The operations on a device.
 pub struct CudaBackend<D: Driver> {
@@ -84,9 +92,9 @@ struct State<D: Driver> {
     parts: DeviceMemory<D>,
     part_sums: DeviceMemory<D>,
     results: DeviceMemory<D>,
-    recordings: HashMap<(Shape, Plan), Recorded<D>>,
-    /// Moves of memory up to which the recordings are good.
-    num_moves: u64,
+    recordings: LruCache<(Shape, Plan), Recorded<D>>,
+    /// Releases of memory up to which the recordings are good.
+    num_releases: u64,
 }
 
 /// A step of a shape: seen once, so that all memory has its size, or recorded.
@@ -116,8 +124,8 @@ impl<D: Driver> CudaBackend<D> {
             parts: none("parts of attention"),
             part_sums: none("sums of parts"),
             results: none("results"),
-            recordings: HashMap::new(),
-            num_moves: 0,
+            recordings: LruCache::new(MAX_RECORDINGS),
+            num_releases: 0,
         };
         CudaBackend { state: Mutex::new(state), arrays: Mutex::new(None), device, dtype }
     }
@@ -125,16 +133,6 @@ impl<D: Driver> CudaBackend<D> {
     /// What the device was asked for so far.
     pub fn traffic(&self) -> Traffic {
         self.device.traffic()
-    }
-
-    /// The device's name.
-    pub fn device_name(&self) -> String {
-        self.device.driver.name()
-    }
-
-    /// The number type of activations.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
     }
 
     /// Waits for nothing and says whether the device has failed so far.
@@ -154,6 +152,15 @@ impl<D: Driver> CudaBackend<D> {
         if self.dtype == Dtype::Bf16 { bf16 } else { f32 }
     }
 
+    fn attention(&self, heads: Heads) -> Attention {
+        Attention {
+            heads,
+            dtype: self.dtype,
+            num_processors: self.device.driver.num_processors(),
+            max_shared_bytes: self.device.driver.max_shared_bytes(),
+        }
+    }
+
     /// The tables of a pass: those that are there already, or new ones.
     fn tables(&self, state: &mut State<D>, chunks: &[Range<usize>], slots: &[Slot<D>]) -> Tables {
         if let Some((tables, _)) = &state.prepared {
@@ -165,11 +172,9 @@ impl<D: Driver> CudaBackend<D> {
         {
             return *tables;
         }
-        let processors = self.device.driver.num_processors();
         let heads = slots.first().map_or(NO_HEADS, |slot| slot.arrays.spec.heads);
-        let attention = Attention { heads, dtype: self.dtype };
         let memory = &mut state.table_memory;
-        let tables = tables::write(memory, chunks, slots, attention, processors, None);
+        let tables = tables::write(memory, chunks, slots, self.attention(heads), None);
         state.tables = Some((key, tables));
         tables
     }
@@ -189,17 +194,27 @@ impl<D: Driver> CudaBackend<D> {
         });
         let plan = rules::plan(&self.device, &mut state.uploads, head, rules, slots, true);
         rules::begin_step(head, rules, slots);
-        let attention = Attention { heads: slots[0].arrays.spec.heads, dtype: self.dtype };
-        let processors = self.device.driver.num_processors();
-        let shape = tables::padded_shape(slots, attention, processors);
+        let attention = self.attention(slots[0].arrays.spec.heads);
+        let shape = tables::padded_shape(slots, attention);
         let memory = &mut state.table_memory;
-        let tables = tables::write(memory, &[], slots, attention, processors, Some(shape));
+        let tables = tables::write(memory, &[], slots, attention, Some(shape));
         logits.reserve(&plan, shape.num_rows, shape.num_searches);
         let (memory, address) = (&mut state.rule_memory, logits.address());
         rules::write(memory, head, rules, slots, &plan, address, shape.num_searches);
         state.tables = None;
         state.prepared = Some((tables, plan.clone()));
         (shape, plan)
+    }
+}
+
+impl<D: Driver> State<D> {
+    /// Forgets recordings that may refer to memory that was given back.
+    fn forget_released(&mut self, device: &Device<D>) {
+        let releases = device.num_releases();
+        if self.num_releases != releases {
+            self.recordings.clear();
+            self.num_releases = releases;
+        }
     }
 }
 
@@ -214,7 +229,6 @@ fn shared_bytes(arrays: &[usize]) -> usize {
 
 impl<D: Driver> Backend for CudaBackend<D> {
     const COMPUTES_ON_CALLERS: bool = false;
-    const CONTEXT_BYTES: usize = 8 << 30;
 
     type Buffer = Buffer<D>;
     type Matrix = Weights<D>;
@@ -233,19 +247,27 @@ impl<D: Driver> Backend for CudaBackend<D> {
         self.device.flops()
     }
 
-    fn matrix(&self, parts: &[Tensor]) -> Weights<D> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn take_failure(&self) -> Result<()> {
+        self.device.take_failure()
+    }
+
+    fn matrix(&self, parts: &[Tensor]) -> Result<Weights<D>> {
         Weights::stack(&self.device, parts, self.dtype)
     }
 
-    fn vector(&self, parts: &[Tensor]) -> Vector<D> {
+    fn vector(&self, parts: &[Tensor]) -> Result<Vector<D>> {
         Vector::join(&self.device, parts, self.dtype)
     }
 
-    fn table(&self, weight: Tensor) -> Weights<D> {
+    fn table(&self, weight: Tensor) -> Result<Weights<D>> {
         Weights::stack(&self.device, &[weight], self.dtype)
     }
 
-    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Head<D> {
+    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Result<Head<D>> {
         Head::new(&self.device, weight, steps, self.dtype)
     }
 
@@ -267,10 +289,22 @@ impl<D: Driver> Backend for CudaBackend<D> {
         Logits::new(&self.device)
     }
 
-    fn memory(&self, spec: &MemorySpec) -> Memory<D> {
-        let arrays = Arc::new(Arrays::new(&self.device, spec, self.dtype));
+    fn context_bytes(&self) -> Result<usize> {
+        Ok(self.device.driver.free_bytes()? / 2)
+    }
+
+    fn memory(&self, spec: &MemorySpec) -> Result<Memory<D>> {
+        if !self.attention(spec.heads).has_room(tables::PLAIN_ROWS) {
+            return Err(Error::Unsupported {
+                what: format!("attention with heads of {} on this GPU", spec.heads.head_dim),
+                way_out: "use the CPU".into(),
+            });
+        }
+        let arrays = Arc::new(Arrays::new(&self.device, spec, self.dtype)?);
+        // All beams can be read at once.
+        self.state().results.allocate(spec.tail_pages * TAIL_PAGE_LEN * MOST_BYTES_OF_BEAM)?;
         *self.arrays.lock().expect("no holder panics") = Some(Arc::clone(&arrays));
-        Memory(arrays)
+        Ok(Memory(arrays))
     }
 
     fn open_slot(&self, spec: SlotSpec) -> Slot<D> {
@@ -302,14 +336,10 @@ impl<D: Driver> Backend for CudaBackend<D> {
             return work(batch, logits);
         }
         let key = self.prepare(batch.slots, head, rules, logits);
-        let moves = self.device.num_moves();
         let recorded = {
             let mut state = self.state();
-            if state.num_moves != moves || state.recordings.len() >= MAX_RECORDINGS {
-                state.recordings.clear();
-                state.num_moves = moves;
-            }
-            state.recordings.remove(&key)
+            state.forget_released(&self.device);
+            state.recordings.pop(&key)
         };
         let recorded = match recorded {
             // The first time everything is done at once, and gets the size that it needs.
@@ -317,20 +347,17 @@ impl<D: Driver> Backend for CudaBackend<D> {
                 work(batch, logits);
                 Some(Recorded::Seen)
             }
-            Some(Recorded::Seen) => {
-                let recording = self.device.record(|| work(batch, logits));
-                assert_eq!(self.device.num_moves(), moves, "a step seen before needs no memory");
-                recording.map(Recorded::As)
-            }
+            Some(Recorded::Seen) => self.device.record(|| work(batch, logits)).map(Recorded::As),
             known => known,
         };
         if let Some(Recorded::As(recording)) = &recorded {
             self.device.replay(recording);
         }
         let mut state = self.state();
+        // What this step grew, others may have recorded; what it recorded is still there.
+        state.forget_released(&self.device);
         if let Some(recorded) = recorded {
-            state.num_moves = self.device.num_moves();
-            state.recordings.insert(key, recorded);
+            state.recordings.put(key, recorded);
         }
         state.prepared = None;
         batch.slots.iter_mut().for_each(|slot| slot.num_steps += 1);

@@ -2,7 +2,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::memory::Beams;
-use super::tables::{self, Attention, BatchParams};
+use super::tables::{self, BatchParams, MAX_POSITIONS};
 use super::{CudaBackend, Slot};
 use crate::backend::{Beam, LogProb};
 use crate::catalog::snapshot::{Node, Place};
@@ -12,20 +12,26 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Params {
     out: u64,
-    first_word: u64,
+    parts: u64,
     batch: BatchParams,
     beams: Beams,
+}
+
+/// `Part` in kernels/read_beams.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Part {
+    first_word: u32,
     keeps_log_probs: u32,
-    padding: u32,
 }
 
 impl<D: Driver> CudaBackend<D> {
     pub(super) fn read_beams(&self, slots: &[&Slot<D>]) -> Vec<Result<Vec<Beam>>> {
         match self.read_words(slots) {
-            Ok((words, firsts, keeps_log_probs)) => slots
+            Ok((words, parts)) => slots
                 .iter()
-                .zip(firsts)
-                .map(|(slot, first)| beams_of(slot, &words[first as usize..], keeps_log_probs))
+                .zip(parts)
+                .map(|(slot, part)| beams_of(slot, &words[part.first_word as usize..]))
                 .collect(),
             Err(_) => {
                 slots.iter().map(|_| Err(self.device.check().expect_err("it failed"))).collect()
@@ -33,45 +39,46 @@ impl<D: Driver> CudaBackend<D> {
         }
     }
 
-    /// What the kernel put together, where each slot's part begins, and whether it has
-    /// log-probabilities.
-    fn read_words(&self, slots: &[&Slot<D>]) -> Result<(Vec<u32>, Vec<u32>, bool)> {
+    /// What the kernel put together, and where each slot's part is.
+    fn read_words(&self, slots: &[&Slot<D>]) -> Result<(Vec<u32>, Vec<Part>)> {
         self.device.check()?;
-        let Some(first) = slots.first() else { return Ok((Vec::new(), Vec::new(), false)) };
+        let Some(first) = slots.first() else { return Ok((Vec::new(), Vec::new())) };
         let (heads, beams) = (first.arrays.spec.heads, first.arrays.beams());
-        let keeps_log_probs = slots.iter().any(|slot| slot.keeps_log_probs);
         let mut num_words = 0;
-        let mut firsts: Vec<u32> = Vec::new();
+        let mut parts: Vec<Part> = Vec::new();
         for slot in slots {
-            firsts.push(num_words as u32);
-            num_words += 2 + slot.num_rows() * words_of_beam(slot.num_steps, keeps_log_probs);
+            let keeps_log_probs = u32::from(slot.keeps_log_probs);
+            parts.push(Part { first_word: num_words as u32, keeps_log_probs });
+            num_words += 2 + slot.num_rows() * words_of_beam(slot.num_steps, slot.keeps_log_probs);
         }
         let state = &mut *self.state();
-        let attention = Attention { heads, dtype: self.dtype };
-        let tables = tables::write(&mut state.table_memory, &[], slots, attention, 1, None);
+        let attention = self.attention(heads);
+        let tables = tables::write(&mut state.table_memory, &[], slots, attention, None);
         state.tables = None;
-        state.list.write(&firsts);
+        state.list.write_often(&parts);
         state.results.reserve(num_words * size_of::<u32>());
         let params = Params {
             out: state.results.at(0),
-            first_word: state.list.at(0),
+            parts: state.list.at(0),
             batch: tables.batch,
             beams,
-            keeps_log_probs: keeps_log_probs.into(),
-            padding: 0,
         };
         self.device.launch("read_beams_u32", [slots.len(), 1, 1], 128, 0, &params);
         let mut words = vec![0; num_words];
         state.results.read(&mut words)?;
-        Ok((words, firsts, keeps_log_probs))
+        Ok((words, parts))
     }
 }
 
-fn words_of_beam(num_steps: usize, keeps_log_probs: bool) -> usize {
+/// Of a beam that has taken all steps and keeps their log-probabilities, with its share of what is
+/// said of the search.
+pub(super) const MOST_BYTES_OF_BEAM: usize = 4 * (2 + words_of_beam(MAX_POSITIONS - 1, true));
+
+const fn words_of_beam(num_steps: usize, keeps_log_probs: bool) -> usize {
     3 + num_steps + if keeps_log_probs { 2 * num_steps } else { 0 }
 }
 
-fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32], has_log_probs: bool) -> Result<Vec<Beam>> {
+fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32]) -> Result<Vec<Beam>> {
     let (count, failure) = (words[0] as usize, words[1] as usize);
     if failure > 0 {
         return Err(Error::NonFiniteScores { step: failure - 1 });
@@ -99,6 +106,6 @@ fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32], has_log_probs: bool) -> Re
                 .collect(),
         },
     };
-    let words_of_beam = words_of_beam(steps, has_log_probs);
+    let words_of_beam = words_of_beam(steps, slot.keeps_log_probs);
     Ok(words[2..].chunks_exact(words_of_beam).take(count).map(beam).collect())
 }

@@ -44,12 +44,10 @@ impl<D: Driver> Logits<D> {
         }
     }
 
-    /// Takes the memory that a step needs.
+    /// Takes the memory that a step needs, and that it would need for other scores.
     pub(super) fn reserve(&mut self, plan: &Plan, num_rows: usize, num_searches: usize) {
         self.values.reserve(num_rows * plan.stride * size_of::<f32>());
-        if plan.needs_vocabulary {
-            self.chunk.reserve(num_rows * VOCABULARY_CHUNK * size_of::<f32>());
-        }
+        self.chunk.reserve(num_rows * VOCABULARY_CHUNK * size_of::<f32>());
         let sums = num_rows * size_of::<[f32; 2]>();
         self.vocabulary_sums.reserve(sums);
         self.level_sums.reserve(sums);

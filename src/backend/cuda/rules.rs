@@ -139,10 +139,10 @@ struct Allowed<D: Driver> {
 impl<D: Driver> Trie<D> {
     fn new(device: &Arc<Device<D>>, arrays: &TrieArrays<'_>) -> Trie<D> {
         let memory = [
-            DeviceMemory::of(device, arrays.first_edge, "trie's first edges"),
-            DeviceMemory::of(device, arrays.codes, "trie's codes"),
-            DeviceMemory::of(device, arrays.first_item, "trie's first items"),
-            DeviceMemory::of(device, arrays.leaf_item.unwrap_or(&[]), "trie's leaf items"),
+            DeviceMemory::of_tables(device, arrays.first_edge, "trie's first edges"),
+            DeviceMemory::of_tables(device, arrays.codes, "trie's codes"),
+            DeviceMemory::of_tables(device, arrays.first_item, "trie's first items"),
+            DeviceMemory::of_tables(device, arrays.leaf_item.unwrap_or(&[]), "trie's leaf items"),
         ];
         let mut depth_start = [0; MAX_LEVELS + 2];
         depth_start[..arrays.depth_start.len()].copy_from_slice(arrays.depth_start);
@@ -172,9 +172,13 @@ impl<D: Driver> Trie<D> {
 impl<D: Driver> Allowed<D> {
     fn new(device: &Arc<Device<D>>, arrays: &AllowedArrays<'_>) -> Allowed<D> {
         let memory = [
-            DeviceMemory::of(device, arrays.items.words(), "allowed items"),
-            DeviceMemory::of(device, arrays.items.counts(), "counts of allowed items"),
-            DeviceMemory::of(device, arrays.nodes.unwrap_or(&[]), "nodes that a filter passes"),
+            DeviceMemory::of_tables(device, arrays.items.words(), "allowed items"),
+            DeviceMemory::of_tables(device, arrays.items.counts(), "counts of allowed items"),
+            DeviceMemory::of_tables(
+                device,
+                arrays.nodes.unwrap_or(&[]),
+                "nodes that a filter passes",
+            ),
         ];
         Allowed {
             entry: AllowedEntry {
@@ -376,8 +380,7 @@ pub(super) fn write<D: Driver>(
             put(bytemuck::cast_slice(added)),
         ]);
     }
-    let total = entries_bytes + extra.len();
-    memory.reserve(total);
+    memory.make_room(entries_bytes + extra.len());
     let (mut row, mut first_key) = (0, 0);
     let mut entries = Vec::new();
     for ((slot, rule), places) in slots.iter().zip(rules).zip(places) {

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::attend_prefill::attention_bytes;
 use super::driver::{DeviceMemory, Driver};
 use super::slot::Slot;
 use crate::backend::Heads;
@@ -15,9 +16,8 @@ use crate::tensor::Dtype;
 pub(super) const MAX_POSITIONS: usize = 16;
 /// Stands for "no search" in a tile that only pads.
 const NONE: u32 = u32::MAX;
-/// Splits of a context at most, and the fewest pages that are worth one.
+/// Splits of a context at most.
 const MAX_SPLITS: usize = 16;
-const PAGES_PER_SPLIT: usize = 2;
 
 /// `Prompt` in kernels/common/batch.cuh.
 #[repr(C)]
@@ -58,23 +58,60 @@ pub(super) struct BatchParams {
     pub num_rows: u32,
 }
 
-/// The heads of a pass, and their number type: what chooses the kernels of attention.
+/// The heads of a pass, their number type and the device: what chooses the kernels of attention.
 #[derive(Clone, Copy)]
 pub(super) struct Attention {
     pub heads: Heads,
     pub dtype: Dtype,
+    pub num_processors: usize,
+    pub max_shared_bytes: usize,
 }
 
 impl Attention {
+    /// Whether the device has the shared memory for a block of so many rows.
+    pub fn has_room(self, tile_rows: usize) -> bool {
+        attention_bytes(tile_rows, self.heads.head_dim, MAX_POSITIONS) <= self.max_shared_bytes
+    }
+
     /// Rows of a tile where the largest prompt or search has so many rows: tensor cores take more.
     fn tile_rows(self, most: usize) -> usize {
         let has_tensor_kernel =
             self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim, 64 | 128);
-        match (has_tensor_kernel, most) {
-            (false, _) => PLAIN_ROWS,
-            (true, ..=NARROW_ROWS) => NARROW_ROWS,
-            _ => WIDE_ROWS,
+        match has_tensor_kernel {
+            true if most > NARROW_ROWS && self.has_room(WIDE_ROWS) => WIDE_ROWS,
+            true if self.has_room(NARROW_ROWS) => NARROW_ROWS,
+            _ => PLAIN_ROWS,
         }
+    }
+
+    /// Blocks of so many rows that the device runs at a time: as many a processor as it has
+    /// registers and shared memory for.
+    fn blocks_at_once(self, tile_rows: usize) -> usize {
+        // Registers: kernels/README.md. A block takes 1 KiB of shared memory for the system.
+        let by_registers = match tile_rows {
+            WIDE_ROWS => 1,
+            NARROW_ROWS => 2,
+            _ => 4,
+        };
+        let bytes = attention_bytes(tile_rows, self.heads.head_dim, MAX_POSITIONS) + 1024;
+        let by_shared = (self.max_shared_bytes + 1024) / bytes;
+        self.num_processors * by_shared.clamp(1, by_registers)
+    }
+
+    /// Into how many parts contexts are split so that all processors have something to do, and all
+    /// blocks run at once.
+    fn num_splits(self, num_pages: usize, num_tiles: usize, tile_rows: usize) -> usize {
+        // A split reads its queries and writes its sums once more: that wants pages to pay for it.
+        let pages_per_split = if tile_rows == WIDE_ROWS { 4 } else { 2 };
+        let num_blocks = num_tiles * self.heads.num_kv_heads;
+        let wanted = self.blocks_at_once(tile_rows) / num_blocks.max(1);
+        wanted.min(num_pages / pages_per_split).clamp(1, MAX_SPLITS)
+    }
+
+    /// Rows of beams times splits that a pass has at most, where contexts are split: the blocks of
+    /// all splits run at once, and padding at most doubles the rows.
+    pub fn most_split_rows(self, tile_rows: usize) -> usize {
+        (2 * self.blocks_at_once(tile_rows) * tile_rows).div_ceil(self.heads.num_heads)
     }
 
     /// Query heads that share a KV head.
@@ -120,11 +157,7 @@ pub(super) fn padded(size: usize) -> usize {
 }
 
 /// The shape of a step in which `slots` read their beams, padded.
-pub(super) fn padded_shape<D: Driver>(
-    slots: &[Slot<D>],
-    attention: Attention,
-    num_processors: usize,
-) -> Shape {
+pub(super) fn padded_shape<D: Driver>(slots: &[Slot<D>], attention: Attention) -> Shape {
     let rows = |slot: &Slot<D>| slot.num_rows() * attention.group();
     let tile_rows = attention.tile_rows(slots.iter().map(rows).max().unwrap_or(0));
     let tiles = |slot: &Slot<D>| rows(slot).div_ceil(tile_rows);
@@ -136,14 +169,8 @@ pub(super) fn padded_shape<D: Driver>(
         num_rows: padded(slots.iter().map(Slot::num_rows).sum()),
         tile_rows,
         num_tiles,
-        num_splits: num_splits(num_pages, num_tiles * attention.heads.num_kv_heads, num_processors),
+        num_splits: attention.num_splits(num_pages, num_tiles, tile_rows),
     }
-}
-
-/// Into how many parts contexts are split so that all processors have something to do.
-fn num_splits(num_pages: usize, num_blocks: usize, num_processors: usize) -> usize {
-    let wanted = (2 * num_processors).div_ceil(num_blocks.max(1));
-    wanted.min(num_pages / PAGES_PER_SPLIT).clamp(1, MAX_SPLITS)
 }
 
 /// Writes the tables of a pass over `chunks` of the first slots and the beams of the others. `shape`
@@ -153,7 +180,6 @@ pub(super) fn write<D: Driver>(
     chunks: &[Range<usize>],
     slots: &[impl Borrow<Slot<D>>],
     attention: Attention,
-    num_processors: usize,
     shape: Option<Shape>,
 ) -> Tables {
     let group = attention.group();
@@ -179,6 +205,8 @@ pub(super) fn write<D: Driver>(
         prompt_tiles.extend(firsts.map(|first| [index as u32, first as u32]));
         row += chunk.len();
     }
+    // Later tiles see more of a causal context: blocks start in order, and the longest go first.
+    prompt_tiles.reverse();
     let num_prompt_rows = row;
     for (index, slot) in slots[chunks.len()..].iter().enumerate() {
         let mut position_page = [0; MAX_POSITIONS];
@@ -213,8 +241,7 @@ pub(super) fn write<D: Driver>(
         }
         None => {
             let longest = slots.iter().map(|slot| slot.spec.context_len).max().unwrap_or(0);
-            let blocks = beam_tiles.len() * attention.heads.num_kv_heads;
-            num_splits(longest.div_ceil(PAGE_LEN), blocks, num_processors)
+            attention.num_splits(longest.div_ceil(PAGE_LEN), beam_tiles.len(), beam_tile_rows)
         }
     };
     let rows: Vec<u32> = (0..row as u32).collect();
@@ -236,7 +263,7 @@ pub(super) fn write<D: Driver>(
         put(bytemuck::cast_slice(&rows)),
         put(bytemuck::cast_slice(&pages)),
     ];
-    memory.write(&bytes);
+    memory.write_often(&bytes);
     let at = offsets.map(|offset| memory.at(offset));
     Tables {
         batch: BatchParams {

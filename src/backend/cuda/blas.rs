@@ -1,0 +1,224 @@
+//! Matrix products by cuBLASLt, with plans that are kept: descriptors and the algorithm are found
+//! once a shape.
+#![allow(unsafe_code)] // the library's interface
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::c_void;
+use std::mem::size_of_val;
+use std::sync::Mutex;
+
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
+use cudarc::driver::sys::{CUdeviceptr, CUstream};
+
+use super::driver::{Address, FusedActivation, Product};
+use crate::tensor::Dtype;
+
+/// What cuBLASLt may use; NVIDIA's advice for Hopper.
+pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
+/// `CUBLAS_OP_T`
+const TRANSPOSED: i32 = 1;
+/// Partial sums are added up in f32, or there are none: never in the type of the result.
+const REDUCTIONS: u32 =
+    sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+
+type Outcome<T> = Result<T, CublasError>;
+
+/// cuBLASLt, and the plans of the products that were asked for.
+pub(super) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: CUdeviceptr,
+    plans: Mutex<HashMap<Shape, Plan>>,
+}
+
+/// What a plan depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    rows: usize,
+    columns: usize,
+    inner: usize,
+    stride: usize,
+    dtype: Dtype,
+    out_dtype: Dtype,
+    adds: bool,
+    activation: Option<FusedActivation>,
+    has_bias: bool,
+    /// Of the weight, `x` and `out`.
+    alignments: [u32; 3],
+}
+
+struct Plan {
+    operation: sys::cublasLtMatmulDesc_t,
+    weight: sys::cublasLtMatrixLayout_t,
+    x: sys::cublasLtMatrixLayout_t,
+    out: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Blas {
+    /// `workspace`: device memory of [`WORKSPACE_BYTES`] that products may use one after the other.
+    ///
+    /// # Errors
+    /// The library's.
+    pub fn new(workspace: CUdeviceptr) -> Outcome<Blas> {
+        Ok(Blas { handle: result::create_handle()?, workspace, plans: Mutex::default() })
+    }
+
+    /// What it was given.
+    pub fn workspace(&self) -> CUdeviceptr {
+        self.workspace
+    }
+
+    /// Enqueues a product.
+    ///
+    /// # Errors
+    /// The library's.
+    pub fn multiply(&self, product: &Product, stream: CUstream) -> Outcome<()> {
+        let alignment = |address: Address| 1 << address.get().trailing_zeros().min(8);
+        let shape = Shape {
+            rows: product.rows,
+            columns: product.columns,
+            inner: product.inner,
+            stride: product.stride,
+            dtype: product.dtype,
+            out_dtype: product.out_dtype,
+            adds: product.adds,
+            activation: product.activation,
+            has_bias: product.bias.is_some(),
+            alignments: [product.weight, product.x, product.out].map(alignment),
+        };
+        let mut plans = self.plans.lock().expect("no holder panics");
+        let plan = match plans.entry(shape) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(self.plan(&shape, product.bias)?),
+        };
+        set_bias(plan.operation, product.bias)?;
+        let (one, beta) = (1f32, if product.adds { 1f32 } else { 0f32 });
+        let out = product.out.get() as *mut c_void;
+        // SAFETY: the backend's addresses hold matrices of the shapes it says.
+        unsafe {
+            result::matmul(
+                self.handle,
+                plan.operation,
+                (&raw const one).cast(),
+                (&raw const beta).cast(),
+                product.weight.get() as *const c_void,
+                plan.weight,
+                product.x.get() as *const c_void,
+                plan.x,
+                out,
+                plan.out,
+                out,
+                plan.out,
+                &raw const plan.algorithm,
+                self.workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                stream.cast(),
+            )
+        }
+    }
+
+    fn plan(&self, shape: &Shape, bias: Option<Address>) -> Outcome<Plan> {
+        let (rows, columns, inner) = (shape.rows as u64, shape.columns as u64, shape.inner as u64);
+        let (dtype, out_dtype) = (data_type(shape.dtype), data_type(shape.out_dtype));
+        // Column by column, as cuBLASLt counts, the product is weightᵀ x with `columns` rows.
+        let weight = result::create_matrix_layout(dtype, inner, columns, inner as i64)?;
+        let x = result::create_matrix_layout(dtype, inner, rows, inner as i64)?;
+        let out = result::create_matrix_layout(out_dtype, columns, rows, shape.stride as i64)?;
+        let operation = result::create_matmul_desc(
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            sys::cudaDataType_t::CUDA_R_32F,
+        )?;
+        use sys::cublasLtMatmulDescAttributes_t as Of;
+        set(operation, Of::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
+        set(operation, Of::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue(shape))?;
+        set_bias(operation, bias)?;
+        let preference = result::create_matmul_pref()?;
+        use sys::cublasLtMatmulPreferenceAttributes_t as Prefers;
+        let prefer = |attribute, value: *const c_void, bytes| {
+            // SAFETY: the preference is alive, and the value has the attribute's size.
+            unsafe { result::set_matmul_pref_attribute(preference, attribute, value, bytes) }
+        };
+        let workspace = Prefers::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        prefer(workspace, std::ptr::from_ref(&WORKSPACE_BYTES).cast(), size_of::<usize>())?;
+        let [of_weight, of_x, of_out] = &shape.alignments;
+        for (attribute, value) in [
+            (Prefers::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &REDUCTIONS),
+            (Prefers::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, of_weight),
+            (Prefers::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, of_x),
+            (Prefers::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, of_out),
+            (Prefers::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, of_out),
+        ] {
+            prefer(attribute, std::ptr::from_ref(value).cast(), size_of::<u32>())?;
+        }
+        // SAFETY: all of them are alive.
+        let heuristic = unsafe {
+            let found = result::get_matmul_algo_heuristic(
+                self.handle,
+                operation,
+                weight,
+                x,
+                out,
+                out,
+                preference,
+            );
+            result::destroy_matmul_pref(preference)?;
+            found?
+        };
+        Ok(Plan { operation, weight, x, out, algorithm: heuristic.algo })
+    }
+}
+
+impl Drop for Blas {
+    /// Its context must be current, and nothing may use it any more.
+    fn drop(&mut self) {
+        let plans = self.plans.get_mut().expect("no holder panics");
+        // SAFETY: all of it is ours; errors here have nowhere to go.
+        unsafe {
+            for plan in plans.values() {
+                let _ = result::destroy_matmul_desc(plan.operation);
+                for layout in [plan.weight, plan.x, plan.out] {
+                    let _ = result::destroy_matrix_layout(layout);
+                }
+            }
+            let _ = result::destroy_handle(self.handle);
+        }
+    }
+}
+
+fn set<T>(
+    operation: sys::cublasLtMatmulDesc_t,
+    attribute: sys::cublasLtMatmulDescAttributes_t,
+    value: &T,
+) -> Outcome<()> {
+    let at = std::ptr::from_ref(value).cast();
+    // SAFETY: the operation is alive, and the value has the attribute's type.
+    unsafe { result::set_matmul_desc_attribute(operation, attribute, at, size_of_val(value)) }
+}
+
+fn set_bias(operation: sys::cublasLtMatmulDesc_t, bias: Option<Address>) -> Outcome<()> {
+    let Some(bias) = bias else { return Ok(()) };
+    let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+    set(operation, attribute, &bias.get())
+}
+
+fn data_type(dtype: Dtype) -> sys::cudaDataType_t {
+    match dtype {
+        Dtype::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        Dtype::F16 => sys::cudaDataType_t::CUDA_R_16F,
+        Dtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+    }
+}
+
+fn epilogue(shape: &Shape) -> sys::cublasLtEpilogue_t {
+    use sys::cublasLtEpilogue_t as Is;
+    match (shape.activation, shape.has_bias) {
+        (None, false) => Is::CUBLASLT_EPILOGUE_DEFAULT,
+        (None, true) => Is::CUBLASLT_EPILOGUE_BIAS,
+        (Some(FusedActivation::Relu), false) => Is::CUBLASLT_EPILOGUE_RELU,
+        (Some(FusedActivation::Relu), true) => Is::CUBLASLT_EPILOGUE_RELU_BIAS,
+        (Some(FusedActivation::GeluTanh), false) => Is::CUBLASLT_EPILOGUE_GELU,
+        (Some(FusedActivation::GeluTanh), true) => Is::CUBLASLT_EPILOGUE_GELU_BIAS,
+    }
+}
