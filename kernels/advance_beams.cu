@@ -28,10 +28,15 @@ struct Params {
   Batch batch;
   Beams beams;
   uint32_t num_parts, num_keys;
-  uint32_t capacity, padding;
+  uint32_t capacity;  // of a block's keys
+  uint32_t padding;
 };
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kChunk = 1024;
+constexpr uint32_t kMaxParts = 64;
+// One block has all keys of a search to read: many at a time.
+constexpr uint32_t kSelectThreads = 1024;
+constexpr uint32_t kSelectChunk = 4096;
 
 // One search, as all kernels see it.
 struct Own {
@@ -238,26 +243,54 @@ KERNEL(advance_beams_expand, advance_beams::Params, advance_beams::kThreads) {
     params.num_keys_of_part[blockIdx.x * params.batch.num_searches + blockIdx.y] = count;
 }
 
-// Grid: a block a search. Block: 256 threads. Bound by latency: sorts in shared memory.
-KERNEL(advance_beams_select, advance_beams::Params, advance_beams::kThreads) {
+// Grid: a block a search. Block: 1024 threads. Bound by latency: reads the keys of all parts as one
+// list, and sorts in shared memory.
+KERNEL(advance_beams_select, advance_beams::Params, advance_beams::kSelectThreads) {
   using namespace advance_beams;
+  constexpr uint32_t kThreads = kSelectThreads;
+  SHARED(uint32_t, ends, kMaxParts + 1);  // where each part's keys begin in the list, and the end
   const Own own(params, blockIdx.x);
   const Search& search = own.search;
   const Rule& rule = own.rule;
   if (search.num_rows == 0) return;  // pads the pass
   SharedMemory shared;
-  BestKeys<kThreads, kChunk> best(shared, max(rule.width, 1u), params.capacity);
-  for (uint32_t part = 0; part < params.num_parts; part++) {
-    const uint64_t* keys = params.keys + size_t(part) * params.num_keys + rule.first_key;
-    const uint32_t number =
-        params.num_keys_of_part[part * params.batch.num_searches + blockIdx.x];
-    for (uint32_t first = 0; first < number; first += kChunk) {
-      for (uint32_t i = threadIdx.x; i < kChunk; i += kThreads) {
-        const bool is_there = first + i < number;
-        best.offer(is_there ? keys[first + i] : 0, is_there);
-      }
-      best.make_room();
+  BestKeys<kThreads, kSelectChunk> best(shared, max(rule.width, 1u), params.capacity);
+  if (threadIdx.x < kWarpSize) {
+    uint32_t before = 0;
+    for (uint32_t first = 0; first < params.num_parts; first += kWarpSize) {
+      const uint32_t part = first + threadIdx.x;
+      const uint32_t number =
+          part < params.num_parts
+              ? params.num_keys_of_part[part * params.batch.num_searches + blockIdx.x]
+              : 0;
+      const uint32_t upto = before + warp_inclusive_sum(number);
+      if (part < params.num_parts) ends[part + 1] = upto;
+      before = __shfl_sync(kAllLanes, upto, kWarpSize - 1);
     }
+    if (threadIdx.x == 0) ends[0] = 0;
+  }
+  __syncthreads();
+  const uint32_t total = ends[params.num_parts];
+  for (uint32_t first = 0; first < total; first += kSelectChunk) {
+    // All are on their way before the first is looked at.
+    uint64_t keys[kSelectChunk / kThreads];
+#pragma unroll
+    for (uint32_t i = 0; i < kSelectChunk / kThreads; i++) {
+      const uint32_t index = first + i * kThreads + threadIdx.x;
+      keys[i] = ~uint64_t(0);
+      if (index >= total) continue;
+      uint32_t low = 0, high = params.num_parts;
+      while (high - low > 1) {
+        const uint32_t middle = (low + high) / 2;
+        if (ends[middle] <= index) low = middle;
+        else high = middle;
+      }
+      keys[i] = params.keys[size_t(low) * params.num_keys + rule.first_key + index - ends[low]];
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kSelectChunk / kThreads; i++)
+      best.offer(keys[i], first + i * kThreads + threadIdx.x < total);
+    best.make_room();
   }
   best.cut();
   const uint32_t step = search.num_steps, position = step + 1;
@@ -322,7 +355,7 @@ KERNEL(advance_beams_select, advance_beams::Params, advance_beams::kThreads) {
   while (length < count) length *= 2;
   for (uint32_t i = threadIdx.x; i < length; i += kThreads)
     best.keys[i] = i < count ? best.keys[i] << 32 | i : ~uint64_t(0);
-  BestKeys<kThreads, kChunk>::sort(best.keys, length);
+  BestKeys<kThreads, kSelectChunk>::sort(best.keys, length);
   for (uint32_t rank = threadIdx.x; rank < count; rank += kThreads) {
     const uint32_t beam = uint32_t(best.keys[rank]);
     beams.ranks[beam_row(params.batch, search, position, beam)] = rank;

@@ -31,7 +31,7 @@ KERNEL(restricted_head_sums, restricted_head::Params, restricted_head::kThreads)
   if (!is_wanted) return;
   const uint32_t beam = row - search->first_row;
   const float* logits = params.is_level
-                            ? rule.logits + size_t(beam) * rule.logits_stride + rule.first_column
+                            ? rule.logits + size_t(beam) * rule.logits_stride
                             : params.logits + size_t(row) * params.stride;
   const uint32_t count = params.is_level ? rule.num_codes : params.width;
   const uint32_t* columns = params.is_level ? rule.columns : nullptr;

@@ -15,10 +15,6 @@ struct Params {
 };
 constexpr uint32_t kThreads = 256;
 
-template <class T, uint32_t kCount> struct alignas(kCount * sizeof(T)) Numbers {
-  T values[kCount];
-};
-
 // A row, kCount numbers at a time.
 template <class T, uint32_t kCount>
 __device__ __forceinline__ void normalise(const T* x_row, T* out_row, const Params& params) {
@@ -40,11 +36,18 @@ __device__ __forceinline__ void normalise(const T* x_row, T* out_row, const Para
 #pragma unroll
   for (uint32_t warp = 0; warp < kThreads / kWarpSize; warp++) total += sums[warp];
   const float scale = rsqrtf(total / float(params.columns) + params.epsilon);
+  constexpr uint32_t kWeights = kCount < 4 ? kCount : 4;
+  using Weights = Numbers<float, kWeights>;
+  const Weights* weights = reinterpret_cast<const Weights*>(params.weight);
   for (uint32_t i = threadIdx.x; i < num_units; i += kThreads) {
     Unit unit = x[i];
 #pragma unroll
-    for (uint32_t k = 0; k < kCount; k++)
-      unit.values[k] = narrowed<T>(widened(unit.values[k]) * scale * params.weight[i * kCount + k]);
+    for (uint32_t k = 0; k < kCount; k += kWeights) {
+      const Weights weight = weights[(i * kCount + k) / kWeights];
+#pragma unroll
+      for (uint32_t w = 0; w < kWeights; w++)
+        unit.values[k + w] = narrowed<T>(widened(unit.values[k + w]) * scale * weight.values[w]);
+    }
     out[i] = unit;
   }
 }

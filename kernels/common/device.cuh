@@ -148,6 +148,11 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t value) {
   return value;
 }
 
+// As many numbers as one access moves.
+template <class T, uint32_t kCount> struct alignas(kCount * sizeof(T)) Numbers {
+  T values[kCount];
+};
+
 // Whether stretches of `count` numbers that begin here, one after the other, are whole packs of 16
 // bytes, as many as one access moves.
 template <class T>

@@ -41,7 +41,6 @@ struct Rule {
   const float* logits;      // of the search's first beam
   const uint32_t* columns;  // by code: its column, or kNone; null where code c is column c
   uint32_t logits_stride;
-  uint32_t first_column;  // of the step's tokens among the logits
   uint32_t first_token;   // of the first column of the step
   uint32_t num_codes;     // that a level has, or tokens that a vocabulary has
   uint32_t normalizer, choices, flags;
@@ -50,6 +49,7 @@ struct Rule {
   uint32_t room;         // rows that the next position has
   uint32_t first_key;    // of the search's keys among those of a part
   uint32_t num_choices;  // a candidate's place is its beam's rank times this, plus its choice
+  uint32_t padding;
 };
 static_assert(sizeof(Rule) == 328);
 
@@ -223,7 +223,7 @@ __device__ __forceinline__ uint32_t column_of(const Rule& rule, uint32_t choice)
 }
 
 __device__ __forceinline__ float logit_of(const Rule& rule, uint32_t beam, uint32_t column) {
-  return rule.logits[size_t(beam) * rule.logits_stride + rule.first_column + column];
+  return rule.logits[size_t(beam) * rule.logits_stride + column];
 }
 
 // Order: one number a continuation, the smaller the better: score, falling, then place.
@@ -295,11 +295,14 @@ template <uint32_t kThreads, uint32_t kChunk> struct BestKeys {
     __syncthreads();
   }
 
-  // Sorts what is there, and keeps the best `width`.
+  // Sorts what is there, and keeps the best `width`. Begins with a barrier passed.
   __device__ void cut() {
     const uint32_t have = *count;
-    for (uint32_t i = have + threadIdx.x; i < capacity; i += kThreads) keys[i] = ~uint64_t(0);
-    sort(keys, capacity);
+    if (have == 0) return;
+    uint32_t length = 1;
+    while (length < have) length *= 2;
+    for (uint32_t i = have + threadIdx.x; i < length; i += kThreads) keys[i] = ~uint64_t(0);
+    sort(keys, length);
     if (have >= width) threshold = keys[width - 1];
     if (threadIdx.x == 0) *count = min(have, width);
     __syncthreads();

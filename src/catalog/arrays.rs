@@ -37,11 +37,6 @@ impl<'a> TrieArrays<'a> {
             leaf_item: trie.leaf_item.as_deref(),
         }
     }
-
-    /// Nodes that so many codes lead to.
-    pub fn num_nodes(&self, depth: usize) -> usize {
-        (self.depth_start[depth + 1] - self.depth_start[depth]) as usize
-    }
 }
 
 /// Which items of a trie are allowed, as one bitmap.

@@ -2,8 +2,12 @@ use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::memory::Beams;
+use super::rules::CHUNK;
 use super::tables::BatchParams;
 use super::{CudaBackend, Head, Logits, SearchRule, Slot, rules, shared_bytes};
+
+/// Keys that a block of `advance_beams_select` reads at a time.
+const SELECT_CHUNK: usize = 4096;
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -57,20 +61,23 @@ impl<D: Driver> CudaBackend<D> {
             beams,
             num_parts: plan.num_parts as u32,
             num_keys: plan.num_keys as u32,
-            capacity: plan.capacity as u32,
+            capacity: 0,
             padding: 0,
         };
         let (rows, searches) = (tables.batch.num_rows as usize, tables.batch.num_searches as usize);
-        let shared = shared_bytes(&[plan.capacity * size_of::<u64>(), size_of::<u32>()]);
-        let launch = |kernel, grid, shared| {
-            self.device.launch(kernel, grid, 256, shared, &params);
-        };
-        launch("advance_beams_count", [searches, 1, 1], 0);
+        let bytes = |keys: usize| shared_bytes(&[keys * size_of::<u64>(), size_of::<u32>()]);
+        self.device.launch("advance_beams_count", [searches, 1, 1], 256, 0, &params);
         if plan.needs_children {
-            launch("advance_beams_children", [rows, 1, 1], 0);
+            self.device.launch("advance_beams_children", [rows, 1, 1], 256, 0, &params);
         }
-        launch("advance_beams_expand", [plan.num_parts, searches, 1], shared);
-        launch("advance_beams_select", [searches, 1, 1], shared);
+        let keys = (plan.width + CHUNK).next_power_of_two();
+        let params = Params { capacity: keys as u32, ..params };
+        let grid = [plan.num_parts, searches, 1];
+        self.device.launch("advance_beams_expand", grid, 256, bytes(keys), &params);
+        let keys = (plan.width + SELECT_CHUNK).next_power_of_two();
+        let params = Params { capacity: keys as u32, ..params };
+        let grid = [searches, 1, 1];
+        self.device.launch("advance_beams_select", grid, 1024, bytes(keys), &params);
         if !is_prepared {
             slots.iter_mut().for_each(|slot| slot.num_steps += 1);
         }

@@ -24,6 +24,8 @@ impl<D: Driver> CudaBackend<D> {
             activation: activation_number(activation),
         };
         let kernel = self.kernel("gate_f32", "gate_bf16");
-        self.device.launch(kernel, [x.rows, columns.div_ceil(256), 1], 256, 0, &params);
+        let columns_per_block = 256 * (16 / self.dtype.size());
+        let grid = [x.rows, columns.div_ceil(columns_per_block), 1];
+        self.device.launch(kernel, grid, 256, 0, &params);
     }
 }

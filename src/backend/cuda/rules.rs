@@ -16,7 +16,7 @@ use crate::catalog::sid::MAX_LEVELS;
 use crate::request::Constraint;
 
 /// Continuations that a block of kernels/advance_beams.cu takes at a time.
-const CHUNK: usize = 1024;
+pub(super) const CHUNK: usize = 1024;
 /// Parts that the continuations of a search are dealt out to, at most.
 const MAX_PARTS: usize = 64;
 
@@ -58,7 +58,6 @@ struct RuleEntry {
     logits: u64,
     columns: u64,
     logits_stride: u32,
-    first_column: u32,
     first_token: u32,
     num_codes: u32,
     normalizer: u32,
@@ -69,6 +68,7 @@ struct RuleEntry {
     room: u32,
     first_key: u32,
     num_choices: u32,
+    padding: u32,
 }
 
 const HAS_ADDED: u32 = 1;
@@ -253,8 +253,8 @@ pub(super) struct Plan {
     pub num_parts: usize,
     /// Keys that all searches keep.
     pub num_keys: usize,
-    /// Room for keys in a block's shared memory.
-    pub capacity: usize,
+    /// The most beams that one search keeps.
+    pub width: usize,
 }
 
 /// Rows that a search's next position needs at most.
@@ -342,7 +342,7 @@ pub(super) fn plan<D: Driver>(
         needs_children,
         num_parts: pad(most.div_ceil(CHUNK).min(for_each)).clamp(1, MAX_PARTS),
         num_keys: pad(num_keys),
-        capacity: (width.max(1) + CHUNK).next_power_of_two(),
+        width,
     }
 }
 
