@@ -7,7 +7,7 @@ mod common;
 use std::ops::Range;
 use std::slice;
 
-use common::emulator::{Build, Emulator};
+use common::emulator::{Build, Emulator, Kernels};
 use common::operations::Subject;
 use common::truth::{self, Matrix, relative_error};
 use sidereal::backend::cases::{self, Cases, OPERATIONS, World};
@@ -199,12 +199,20 @@ fn searches_of_any_width_choose_as_on_the_cpu() {
 
 /// Attention of so many beams over a context, against the truth.
 fn attend(dtype: Dtype, heads: Heads, context_len: usize, width: usize) -> f64 {
-    let backend = Emulator::backend(Build::Checked, dtype);
+    attend_on(&Emulator::backend(Build::Checked, dtype), heads, context_len, width)
+}
+
+fn attend_on(
+    backend: &CudaBackend<Emulator>,
+    heads: Heads,
+    context_len: usize,
+    width: usize,
+) -> f64 {
     let mut cases = Cases::new(7);
     let catalog = catalog(&mut cases, 4 * width, 1, 16 * width as u32);
     let snapshot = catalog.snapshot();
     let legality = snapshot.legality(&[], None).expect("no filter");
-    let mut world = World::on(&backend, heads).expect("memory");
+    let mut world = World::on(backend, heads).expect("memory");
     let mut slots = vec![world.slot(context_len)];
     let kv = cases.numbers(context_len * 2 * heads.kv_dim());
     let whole = 0..context_len;
@@ -261,4 +269,22 @@ fn attention_holds_for_contexts_of_one_and_of_5000_and_widths_of_one_and_of_512(
     }
     // Heads of other sizes do without tensor cores.
     assert!(attend(Dtype::Bf16, heads(3, 3, 24), 200, 20) < 2e-2);
+}
+
+/// GPUs of compute capability 8.6 and 8.9 have 99 KiB.
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn attention_takes_tiles_that_the_device_has_shared_memory_for() {
+    let backend = |dtype| {
+        let device = Emulator::new(Kernels::load(Build::Checked)).with_shared_bytes(99 << 10);
+        CudaBackend::new(device, dtype)
+    };
+    let heads = |head_dim| Heads { num_heads: 2, num_kv_heads: 1, head_dim };
+    for head_dim in [64, 128] {
+        assert!(attend_on(&backend(Dtype::Bf16), heads(head_dim), 130, 100) < 2e-2);
+    }
+    let backend = backend(Dtype::F32);
+    assert!(attend_on(&backend, heads(128), 130, 20) < 1e-5);
+    let error = World::on(&backend, heads(1024)).err().expect("it does not fit");
+    assert!(error.to_string().contains("heads of 1024"), "{error}");
 }

@@ -7,14 +7,18 @@ mod common;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use common::emulator::{Build, Emulator};
-use common::tiny::{Tiny, random_request};
+use common::emulator::{Build, Emulator, Kernels};
+use common::tiny::{Tiny, random_change, random_request};
 use sidereal::backend::cuda::CudaBackend;
-use sidereal::catalog::Catalog;
+use sidereal::catalog::{Catalog, Change};
 use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::weights::Weights;
-use sidereal::{Answer, Constraint, Dtype, Engine, EngineOptions, Recommendation, Request, Result};
+use sidereal::{
+    Answer, CatalogWriter, Constraint, Dtype, Engine, EngineOptions, Error, Recommendation,
+    Request, Result, WriterOptions,
+};
 
 /// Little memory: the emulator's is that of the machine.
 fn options() -> EngineOptions {
@@ -41,15 +45,20 @@ fn answers<B: sidereal::backend::Backend>(
 /// Lists are the same but for items whose scores are within the tolerance of each other.
 fn assert_alike(cpu: &[Recommendation], found: &[Recommendation], tolerance: f32, what: &str) {
     assert_eq!(cpu.len(), found.len(), "{what}: number of items");
-    let scores: HashMap<u32, f32> = cpu.iter().map(|item| (item.item, item.score)).collect();
+    let on_cpu: HashMap<u32, &Recommendation> = cpu.iter().map(|item| (item.item, item)).collect();
     for (rank, (expected, item)) in cpu.iter().zip(found).enumerate() {
         let difference = (expected.score - item.score).abs();
         assert!(difference < tolerance, "{what}: rank {rank}: {item:?}, not {expected:?}");
-        assert_eq!(expected.log_probs.len(), item.log_probs.len(), "{what}");
-        match scores.get(&item.item) {
-            Some(score) => {
-                let difference = (score - item.score).abs();
-                assert!(difference < tolerance, "{what}: {item:?} has {score} on the CPU");
+        match on_cpu.get(&item.item) {
+            Some(expected) => {
+                let difference = (expected.score - item.score).abs();
+                assert!(difference < tolerance, "{what}: {item:?} is {expected:?} on the CPU");
+                assert_eq!(expected.log_probs.len(), item.log_probs.len(), "{what}");
+                for (a, b) in expected.log_probs.iter().zip(&item.log_probs) {
+                    let alike = (a.vocabulary - b.vocabulary).abs() < tolerance
+                        && (a.children - b.children).abs() < tolerance;
+                    assert!(alike, "{what}: {item:?} is {expected:?} on the CPU");
+                }
             }
             // Only what is as good as the last of the list may have taken its place.
             None => {
@@ -73,6 +82,7 @@ fn assert_all_alike(
             (Ok(cpu), Ok(found)) => {
                 assert_alike(&cpu.items, &found.items, tolerance, &what);
                 assert_eq!(cpu.groups.len(), found.groups.len(), "{what}");
+                assert_eq!(cpu.snapshot.number(), found.snapshot.number(), "{what}");
                 for (cpu, found) in cpu.groups.iter().zip(&found.groups) {
                     assert_alike(cpu, found, tolerance, &what);
                 }
@@ -112,6 +122,7 @@ fn requests(rng: &mut fastrand::Rng, tiny: &Tiny, count: usize) -> Vec<Request> 
 }
 
 fn answers_of_tiny_models_are_those_of_the_cpu(build: Build, seeds: u64, count: usize) {
+    let mut num_cached = 0;
     for seed in 0..seeds {
         let tiny = Tiny::new(seed);
         let mut rng = fastrand::Rng::with_seed(seed);
@@ -124,7 +135,10 @@ fn answers_of_tiny_models_are_those_of_the_cpu(build: Build, seeds: u64, count: 
         let found = answers(&emulated, &requests);
         assert_all_alike(&requests, &expected, &found, 1e-3, &format!("seed {seed}"));
         emulated.check_integrity().expect("all pages are in one place");
+        let cached = found.iter().flatten().map(|answer| answer.cached_tokens);
+        num_cached += cached.sum::<usize>();
     }
+    assert!(num_cached > 0, "some requests begin like earlier ones");
 }
 
 #[test]
@@ -137,6 +151,84 @@ fn answers_of_tiny_models_are_those_of_the_cpu_checked() {
 #[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
 fn answers_of_tiny_models_are_those_of_the_cpu_at_length() {
     answers_of_tiny_models_are_those_of_the_cpu(Build::Plain, 60, 12);
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn catalogs_that_change_between_requests_are_searched_as_on_the_cpu() {
+    for seed in 0..25 {
+        let tiny = Tiny::new(seed);
+        let mut rng = fastrand::Rng::with_seed(seed ^ 0xca7);
+        let catalog = || Arc::clone(&tiny.catalog);
+        let writer = CatalogWriter::in_memory(catalog(), &WriterOptions::default());
+        let writer = writer.expect("a thread");
+        let cpu = tiny.open_as(catalog(), &options());
+        let emulated =
+            tiny.open_on(Emulator::backend(Build::Plain, Dtype::F32), catalog(), &options());
+        for round in 0..5 {
+            let change = |_| random_change(&mut rng, 30, tiny.num_levels(), tiny.num_codes);
+            let changes: Vec<Change> = (0..6).map(change).collect();
+            writer.apply(&changes).expect("sound changes");
+            if round == 3 {
+                writer.compact().expect("memory");
+            }
+            let requests = requests(&mut rng, &tiny, 4);
+            let (expected, found) = (answers(&cpu, &requests), answers(&emulated, &requests));
+            assert_all_alike(&requests, &expected, &found, 1e-3, &format!("{seed} {round}"));
+        }
+    }
+}
+
+/// What `EngineOptions` allow needs no more memory than was taken when the engine was opened, but for
+/// filters, whose copies are made when they are first used, and searches of the whole vocabulary.
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+fn memory_is_taken_when_an_engine_is_opened_and_where_there_is_none_the_engine_goes_on() {
+    let mut num_failed = 0;
+    for seed in 0..30 {
+        let tiny = Tiny::new(seed);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let device = Emulator::new(Kernels::load(Build::Plain));
+        let memory = device.memory();
+        let backend = CudaBackend::new(device, Dtype::F32);
+        let emulated = tiny.open_on(backend, Arc::clone(&tiny.catalog), &options());
+        let cpu = tiny.open_as(Arc::clone(&tiny.catalog), &options());
+        let free = memory.swap(0, Ordering::Relaxed);
+        let mut requests = requests(&mut rng, &tiny, 12);
+        for request in &mut requests {
+            (request.filter, request.each) = (None, Vec::new());
+            request.constraint = Constraint::Trie;
+        }
+        let (expected, found) = (answers(&cpu, &requests), answers(&emulated, &requests));
+        assert_all_alike(&requests, &expected, &found, 1e-3, &format!("seed {seed}"));
+
+        let searches = requests.iter().filter(|request| request.candidates.is_empty());
+        let filtered: Vec<Request> = searches
+            .map(|request| Request { filter: Some("tag:a | tag:b".into()), ..request.clone() })
+            .collect();
+        for answer in answers(&emulated, &filtered) {
+            match answer {
+                Err(error @ Error::Device { .. }) => {
+                    let text = error.to_string();
+                    assert!(text.contains("there is no memory for"), "{text}");
+                    assert!(text.contains("bytes are needed, 0 are free"), "{text}");
+                    num_failed += 1;
+                }
+                Err(error) => panic!("seed {seed}: {error}"),
+                // Where nothing passes the filter, nothing is asked of the device.
+                Ok(_) => {}
+            }
+        }
+        emulated.check_integrity().expect("all pages are in one place");
+        memory.store(free, Ordering::Relaxed);
+        let (expected, found) = (answers(&cpu, &filtered), answers(&emulated, &filtered));
+        for (expected, found) in expected.iter().zip(&found) {
+            let (expected, found) =
+                (expected.as_ref().expect("CPU"), found.as_ref().expect("memory"));
+            assert_alike(&expected.items, &found.items, 1e-3, &format!("seed {seed}, again"));
+        }
+    }
+    assert!(num_failed > 0, "filters need memory");
 }
 
 fn demo(backend: CudaBackend<Emulator>) -> (Engine, Engine<CudaBackend<Emulator>>, Vec<Request>) {

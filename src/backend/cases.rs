@@ -107,6 +107,8 @@ impl<'b, B: Backend> World<'b, B> {
             heads,
             context_pages: CONTEXT_PAGES,
             tail_pages: TAIL_PAGES,
+            rows_per_step: 0,
+            tokens_per_step: 0,
         })?;
         let mut rng = fastrand::Rng::with_seed(1);
         let mut shuffled = |count: usize| {

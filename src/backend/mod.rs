@@ -97,7 +97,7 @@ pub enum Reach {
     ContextAndTail,
 }
 
-/// The memory for all contexts and tails, taken once.
+/// The memory for all contexts and tails and for steps, taken once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemorySpec {
     /// Layers that keep KV.
@@ -108,6 +108,10 @@ pub struct MemorySpec {
     pub context_pages: usize,
     /// Pages of tails, [`TAIL_PAGE_LEN`](crate::pages::TAIL_PAGE_LEN) rows each.
     pub tail_pages: usize,
+    /// Beams in a step, for which a device takes memory at once; a single search may have more.
+    pub rows_per_step: usize,
+    /// Tokens of prompts in a step, likewise.
+    pub tokens_per_step: usize,
 }
 
 /// One search: what it needs is fixed when it is admitted.

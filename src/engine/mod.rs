@@ -102,6 +102,11 @@ impl EngineOptions {
             heads: spec.heads,
             context_pages: pages::context_pages(tokens),
             tail_pages: (1 + num_steps) * self.max_beam_rows.div_ceil(TAIL_PAGE_LEN),
+            rows_per_step: self.rows_per_step.min(self.max_beam_rows),
+            tokens_per_step: match spec.has_encoder {
+                true => self.tokens_per_step.max(most_of_one),
+                false => self.tokens_per_step,
+            },
         })
     }
 }
@@ -269,21 +274,16 @@ impl<B: Backend> Engine<B> {
         Ok(engine)
     }
 
-    /// Runs the largest steps that the options allow, so that a device has taken all memory that
-    /// steps need, and fails here where it has too little: two requests, of which one reads its
-    /// prompt while the other's beams are read.
+    /// Runs a request, so that a device has taken all memory that steps need, and fails here where
+    /// it has too little.
     fn warm_up(&self, options: &EngineOptions) -> Result<()> {
-        let most = match self.spec.has_encoder {
-            true => self.max_context,
-            false => self.max_context.min(options.tokens_per_step),
-        };
-        let context_tokens = self.context_pages / 2 * pages::PAGE_LEN;
-        let rows = options.rows_per_step.min(options.max_beam_rows / 2).clamp(2, MAX_BEAMS);
-        for (token, beams) in [(0, rows - 1), (1, 1)] {
-            let mut request = Request::from_tokens(vec![token; most.min(context_tokens).max(1)]);
-            (request.beams, request.top_k) = (beams, 1);
-            self.submit(request)?;
-            self.step_load(&mut *self.lock()?);
+        let most = self.max_context.min(self.context_pages * pages::PAGE_LEN);
+        let mut request = Request::from_tokens(vec![0; most]);
+        request.beams = options.rows_per_step.min(options.max_beam_rows).min(MAX_BEAMS);
+        request.top_k = 1;
+        // Options that allow no request are no failure of the device.
+        if self.submit(request).is_err() {
+            return Ok(());
         }
         let mut load = self.lock()?;
         while !load.is_idle() {

@@ -298,7 +298,7 @@ pub struct Emulator {
     kernels: Arc<Kernels>,
     recording: Mutex<Option<Vec<Asked>>>,
     /// Memory that nobody has taken, in bytes.
-    free: AtomicUsize,
+    free: Arc<AtomicUsize>,
     max_shared_bytes: usize,
 }
 
@@ -314,13 +314,14 @@ impl Emulator {
         Emulator {
             kernels,
             recording: Mutex::new(None),
-            free: AtomicUsize::new(1 << 30),
+            free: Arc::new(AtomicUsize::new(1 << 30)),
             max_shared_bytes: 227 << 10,
         }
     }
 
-    pub fn with_memory(self, bytes: usize) -> Emulator {
-        Emulator { free: AtomicUsize::new(bytes), ..self }
+    /// What of the device's memory is free, in bytes; it may be set.
+    pub fn memory(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.free)
     }
 
     pub fn with_shared_bytes(self, max_shared_bytes: usize) -> Emulator {

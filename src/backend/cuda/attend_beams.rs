@@ -62,7 +62,7 @@ impl<D: Driver> CudaBackend<D> {
         let num_rows = (tables.batch.num_rows - tables.batch.num_prompt_rows) as usize;
         if reach != Reach::Tail {
             // Once for all passes.
-            let most = self.attention(heads).most_split_rows(tile_rows);
+            let most = self.attention(heads).most_split_rows();
             let parts = most.max(if num_splits > 1 { num_splits * num_rows } else { 0 });
             let parts = parts * heads.num_heads;
             state.parts.reserve(parts * heads.head_dim * size_of::<f32>());

@@ -12,6 +12,8 @@ pub struct Buffer<D: Driver> {
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) dtype: Dtype,
+    /// Rows that it takes memory for at once.
+    least_rows: usize,
 }
 
 impl<D: Driver> Buffer<D> {
@@ -20,13 +22,14 @@ impl<D: Driver> Buffer<D> {
         self.memory.at(0)
     }
 
-    pub(super) fn new(device: &Arc<Device<D>>, dtype: Dtype) -> Buffer<D> {
-        Buffer { memory: DeviceMemory::none(device, "activations"), rows: 0, columns: 0, dtype }
+    pub(super) fn new(device: &Arc<Device<D>>, dtype: Dtype, least_rows: usize) -> Buffer<D> {
+        let memory = DeviceMemory::none(device, "activations");
+        Buffer { memory, rows: 0, columns: 0, dtype, least_rows }
     }
 
     /// Takes a shape; the values are then arbitrary.
     pub(super) fn reshape(&mut self, rows: usize, columns: usize, dtype: Dtype) {
-        self.memory.reserve(rows * columns * dtype.size());
+        self.memory.reserve(rows.max(self.least_rows) * columns * dtype.size());
         (self.rows, self.columns, self.dtype) = (rows, columns, dtype);
     }
 

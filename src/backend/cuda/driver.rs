@@ -271,6 +271,13 @@ impl<D: Driver> Device<D> {
         self.failure.lock().expect("no holder panics").get_or_insert(failure);
     }
 
+    /// There was no memory for what a step needs.
+    pub fn fail_step(&self, error: Error) {
+        if let Error::Device { reason, .. } = error {
+            self.note(Failure::Passing(reason));
+        }
+    }
+
     /// The first failure, if there was one.
     ///
     /// # Errors
@@ -463,18 +470,18 @@ impl<D: Driver> DeviceMemory<D> {
     }
 
     /// The same for what steps find through tables: catalogs and filters, which come and go while
-    /// requests run. Where there is no memory for it, the step that wants it fails.
+    /// requests run.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; where there is no memory, the device goes on.
     pub fn of_tables<T: Pod>(
         device: &Arc<Device<D>>,
         values: &[T],
         name: &'static str,
-    ) -> DeviceMemory<D> {
-        let mut memory = DeviceMemory::of(device, values, name).unwrap_or_else(|error| {
-            note_passing(device, error);
-            DeviceMemory::none(device, name)
-        });
+    ) -> Result<DeviceMemory<D>> {
+        let mut memory = DeviceMemory::of(device, values, name)?;
         memory.is_recorded = false;
-        memory
+        Ok(memory)
     }
 
     /// At least so much memory; what it held is lost where it has to grow. Where there is not so
@@ -483,7 +490,7 @@ impl<D: Driver> DeviceMemory<D> {
         if bytes > self.bytes
             && let Err(error) = self.allocate(bytes)
         {
-            note_passing(&self.device, error);
+            self.device.fail_step(error);
         }
     }
 
@@ -553,13 +560,6 @@ impl<D: Driver> DeviceMemory<D> {
             self.device.driver.free(self.address, self.bytes);
             (self.address, self.bytes) = (Address(0), 0);
         }
-    }
-}
-
-/// A failure that passes, unless the device has failed for good.
-fn note_passing<D: Driver>(device: &Device<D>, error: Error) {
-    if let Error::Device { reason, .. } = error {
-        device.note(Failure::Passing(reason));
     }
 }
 

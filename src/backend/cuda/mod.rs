@@ -63,7 +63,7 @@ use driver::{Device, DeviceMemory, Recording};
 use memory::Arrays;
 use read_beams::MOST_BYTES_OF_BEAM;
 use rules::{Plan, Uploads};
-use tables::{Attention, Shape, Tables};
+use tables::{Attention, Shape, Tables, padded};
 
 /// Recorded steps that are kept: the latest used.
 const MAX_RECORDINGS: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
@@ -89,6 +89,9 @@ struct State<D: Driver> {
     tokens: DeviceMemory<D>,
     list: DeviceMemory<D>,
     bias: (Vec<f32>, DeviceMemory<D>),
+    /// Beams in a step, and rows in a pass, for which memory is taken at once.
+    rows_of_a_step: usize,
+    rows_of_a_pass: usize,
     parts: DeviceMemory<D>,
     part_sums: DeviceMemory<D>,
     results: DeviceMemory<D>,
@@ -121,6 +124,8 @@ impl<D: Driver> CudaBackend<D> {
             tokens: none("tokens"),
             list: none("list"),
             bias: (Vec::new(), none("bias")),
+            rows_of_a_step: 0,
+            rows_of_a_pass: 0,
             parts: none("parts of attention"),
             part_sums: none("sums of parts"),
             results: none("results"),
@@ -198,7 +203,7 @@ impl<D: Driver> CudaBackend<D> {
         let shape = tables::padded_shape(slots, attention);
         let memory = &mut state.table_memory;
         let tables = tables::write(memory, &[], slots, attention, Some(shape));
-        logits.reserve(&plan, shape.num_rows, shape.num_searches);
+        logits.reserve(&plan, shape.num_rows.max(state.rows_of_a_step));
         let (memory, address) = (&mut state.rule_memory, logits.address());
         rules::write(memory, head, rules, slots, &plan, address, shape.num_searches);
         state.tables = None;
@@ -272,11 +277,12 @@ impl<D: Driver> Backend for CudaBackend<D> {
     }
 
     fn buffer(&self) -> Buffer<D> {
-        Buffer::new(&self.device, self.dtype)
+        let least_rows = self.state().rows_of_a_pass;
+        Buffer::new(&self.device, self.dtype, least_rows)
     }
 
     fn upload(&self, values: &[f32], columns: usize) -> Buffer<D> {
-        let mut buffer = self.buffer();
+        let mut buffer = Buffer::new(&self.device, self.dtype, 0);
         buffer.write(values, columns, self.dtype);
         buffer
     }
@@ -301,8 +307,11 @@ impl<D: Driver> Backend for CudaBackend<D> {
             });
         }
         let arrays = Arc::new(Arrays::new(&self.device, spec, self.dtype)?);
+        let state = &mut *self.state();
         // All beams can be read at once.
-        self.state().results.allocate(spec.tail_pages * TAIL_PAGE_LEN * MOST_BYTES_OF_BEAM)?;
+        state.results.allocate(spec.tail_pages * TAIL_PAGE_LEN * MOST_BYTES_OF_BEAM)?;
+        state.rows_of_a_step = padded(spec.rows_per_step);
+        state.rows_of_a_pass = state.rows_of_a_step + spec.tokens_per_step;
         *self.arrays.lock().expect("no holder panics") = Some(Arc::clone(&arrays));
         Ok(Memory(arrays))
     }
@@ -356,7 +365,10 @@ impl<D: Driver> Backend for CudaBackend<D> {
         let mut state = self.state();
         // What this step grew, others may have recorded; what it recorded is still there.
         state.forget_released(&self.device);
-        if let Some(recorded) = recorded {
+        // A step that failed has not taken all memory that it needs.
+        if let Some(recorded) = recorded
+            && self.device.check().is_ok()
+        {
             state.recordings.put(key, recorded);
         }
         state.prepared = None;

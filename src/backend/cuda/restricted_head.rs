@@ -3,7 +3,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::{Device, DeviceMemory, Driver, Product};
-use super::rules::{self, Plan};
+use super::rules::{self, MAX_PARTS, Plan};
 use super::tables::BatchParams;
 use super::{Buffer, CudaBackend, Head, SearchRule, Slot};
 use crate::tensor::Dtype;
@@ -44,8 +44,9 @@ impl<D: Driver> Logits<D> {
         }
     }
 
-    /// Takes the memory that a step needs, and that it would need for other scores.
-    pub(super) fn reserve(&mut self, plan: &Plan, num_rows: usize, num_searches: usize) {
+    /// Takes the memory that a step of so many rows needs, whatever its scores and searches.
+    pub(super) fn reserve(&mut self, plan: &Plan, num_rows: usize) {
+        let num_searches = num_rows;
         self.values.reserve(num_rows * plan.stride * size_of::<f32>());
         self.chunk.reserve(num_rows * VOCABULARY_CHUNK * size_of::<f32>());
         let sums = num_rows * size_of::<[f32; 2]>();
@@ -55,8 +56,8 @@ impl<D: Driver> Logits<D> {
         self.greatest.reserve(num_rows * size_of::<f64>());
         self.offsets.reserve((num_rows + num_searches + 1) * size_of::<u32>());
         self.failures.reserve(num_searches * size_of::<u32>());
-        self.keys.reserve(plan.num_parts * plan.num_keys * size_of::<u64>());
-        self.num_keys.reserve(plan.num_parts * num_searches * size_of::<u32>());
+        self.keys.reserve(MAX_PARTS * plan.num_keys.max(num_rows) * size_of::<u64>());
+        self.num_keys.reserve(MAX_PARTS * num_searches * size_of::<u32>());
     }
 
     pub(super) fn address(&self) -> u64 {
@@ -94,7 +95,7 @@ impl<D: Driver> CudaBackend<D> {
             Some((_, plan)) => plan.clone(),
             None => {
                 let plan = rules::plan(&self.device, &mut state.uploads, head, rules, slots, false);
-                out.reserve(&plan, hidden.rows, slots.len());
+                out.reserve(&plan, hidden.rows.max(state.rows_of_a_step));
                 let memory = &mut state.rule_memory;
                 rules::write(memory, head, rules, slots, &plan, out.address(), slots.len());
                 plan

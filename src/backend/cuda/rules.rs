@@ -13,12 +13,13 @@ use super::tables::padded;
 use crate::backend::{Normalizer, SearchRule};
 use crate::catalog::arrays::{AllowedArrays, Identity, TrieArrays};
 use crate::catalog::sid::MAX_LEVELS;
+use crate::error::Result;
 use crate::request::Constraint;
 
 /// Continuations that a block of kernels/advance_beams.cu takes at a time.
 pub(super) const CHUNK: usize = 1024;
 /// Parts that the continuations of a search are dealt out to, at most.
-const MAX_PARTS: usize = 64;
+pub(super) const MAX_PARTS: usize = 64;
 
 /// `Trie` in kernels/common/search.cuh.
 #[repr(C)]
@@ -98,17 +99,22 @@ struct Copied<T> {
 }
 
 impl<T> Kept<T> {
-    fn get_or_copy(&mut self, owners: Vec<Identity>, copy: impl FnOnce() -> T) -> Arc<T> {
+    /// A copy that could not be made is not kept.
+    fn get_or_copy(
+        &mut self,
+        owners: Vec<Identity>,
+        copy: impl FnOnce() -> Result<T>,
+    ) -> Result<Arc<T>> {
         let address = |owner: &Identity| Arc::as_ptr(owner).cast::<()>() as usize;
         let key: Vec<usize> = owners.iter().map(address).collect();
         if let Some(copied) = self.0.get(&key) {
-            return Arc::clone(&copied.value);
+            return Ok(Arc::clone(&copied.value));
         }
         let is_held = |owner: &Identity| Arc::strong_count(owner) > 1;
         self.0.retain(|_, copied| copied.owners.iter().all(is_held));
-        let value = Arc::new(copy());
+        let value = Arc::new(copy()?);
         self.0.insert(key, Copied { owners, value: Arc::clone(&value) });
-        value
+        Ok(value)
     }
 }
 
@@ -117,7 +123,7 @@ impl<D: Driver> Uploads<D> {
         &mut self,
         device: &Arc<Device<D>>,
         (owner, arrays): (Identity, TrieArrays<'_>),
-    ) -> Arc<Trie<D>> {
+    ) -> Result<Arc<Trie<D>>> {
         self.tries.get_or_copy(vec![owner], || Trie::new(device, &arrays))
     }
 }
@@ -127,26 +133,26 @@ struct Trie<D: Driver> {
     entry: TrieEntry,
     /// `[num_levels + 2]`
     depth_start: Vec<u32>,
-    _memory: [DeviceMemory<D>; 4],
+    _memory: Vec<DeviceMemory<D>>,
 }
 
 /// A set of items on the device.
 struct Allowed<D: Driver> {
     entry: AllowedEntry,
-    _memory: [DeviceMemory<D>; 3],
+    _memory: Vec<DeviceMemory<D>>,
 }
 
 impl<D: Driver> Trie<D> {
-    fn new(device: &Arc<Device<D>>, arrays: &TrieArrays<'_>) -> Trie<D> {
-        let memory = [
-            DeviceMemory::of_tables(device, arrays.first_edge, "trie's first edges"),
-            DeviceMemory::of_tables(device, arrays.codes, "trie's codes"),
-            DeviceMemory::of_tables(device, arrays.first_item, "trie's first items"),
-            DeviceMemory::of_tables(device, arrays.leaf_item.unwrap_or(&[]), "trie's leaf items"),
+    fn new(device: &Arc<Device<D>>, arrays: &TrieArrays<'_>) -> Result<Trie<D>> {
+        let memory = vec![
+            DeviceMemory::of_tables(device, arrays.first_edge, "trie's first edges")?,
+            DeviceMemory::of_tables(device, arrays.codes, "trie's codes")?,
+            DeviceMemory::of_tables(device, arrays.first_item, "trie's first items")?,
+            DeviceMemory::of_tables(device, arrays.leaf_item.unwrap_or(&[]), "trie's leaf items")?,
         ];
         let mut depth_start = [0; MAX_LEVELS + 2];
         depth_start[..arrays.depth_start.len()].copy_from_slice(arrays.depth_start);
-        Trie {
+        Ok(Trie {
             entry: TrieEntry {
                 first_edge: memory[0].at(0),
                 codes: memory[1].at(0),
@@ -158,7 +164,7 @@ impl<D: Driver> Trie<D> {
             },
             depth_start: arrays.depth_start.to_vec(),
             _memory: memory,
-        }
+        })
     }
 
     fn num_nodes(&self, depth: usize) -> usize {
@@ -170,17 +176,17 @@ impl<D: Driver> Trie<D> {
 }
 
 impl<D: Driver> Allowed<D> {
-    fn new(device: &Arc<Device<D>>, arrays: &AllowedArrays<'_>) -> Allowed<D> {
-        let memory = [
-            DeviceMemory::of_tables(device, arrays.items.words(), "allowed items"),
-            DeviceMemory::of_tables(device, arrays.items.counts(), "counts of allowed items"),
+    fn new(device: &Arc<Device<D>>, arrays: &AllowedArrays<'_>) -> Result<Allowed<D>> {
+        let memory = vec![
+            DeviceMemory::of_tables(device, arrays.items.words(), "allowed items")?,
+            DeviceMemory::of_tables(device, arrays.items.counts(), "counts of allowed items")?,
             DeviceMemory::of_tables(
                 device,
                 arrays.nodes.unwrap_or(&[]),
                 "nodes that a filter passes",
-            ),
+            )?,
         ];
-        Allowed {
+        Ok(Allowed {
             entry: AllowedEntry {
                 words: memory[0].at(0),
                 counts: memory[1].at(0),
@@ -188,7 +194,7 @@ impl<D: Driver> Allowed<D> {
                 ..AllowedEntry::zeroed()
             },
             _memory: memory,
-        }
+        })
     }
 }
 
@@ -209,7 +215,7 @@ impl<D: Driver> SearchArrays<D> {
         device: &Arc<Device<D>>,
         uploads: &mut Uploads<D>,
         rule: &SearchRule<'_>,
-    ) -> SearchArrays<D> {
+    ) -> Result<SearchArrays<D>> {
         let SearchRule { snapshot, legality, candidates, .. } = rule;
         let added_allowed = legality.added_allowed();
         let owners = legality.base_identity();
@@ -217,14 +223,29 @@ impl<D: Driver> SearchArrays<D> {
             let arrays = || legality.base_allowed().expect("what has an owner is there");
             uploads.allowed.get_or_copy(owners, || Allowed::new(device, &arrays()))
         });
-        SearchArrays {
-            base: uploads.trie(device, snapshot.base_trie()),
-            base_allowed,
-            added: snapshot.added_trie().map(|trie| uploads.trie(device, trie)),
+        Ok(SearchArrays {
+            base: uploads.trie(device, snapshot.base_trie())?,
+            base_allowed: base_allowed.transpose()?,
+            added: snapshot.added_trie().map(|trie| uploads.trie(device, trie)).transpose()?,
             added_words: added_allowed.as_ref().map_or(Vec::new(), |set| set.words().to_vec()),
             added_counts: added_allowed.as_ref().map_or(Vec::new(), |set| set.counts().to_vec()),
             excluded: legality.base_excluded(),
             candidates: candidates.map(|candidates| candidates.split(snapshot)),
+        })
+    }
+
+    /// Stands for what there was no memory for, in a step that has failed.
+    fn nothing() -> SearchArrays<D> {
+        let base =
+            Trie { entry: TrieEntry::zeroed(), depth_start: Vec::new(), _memory: Vec::new() };
+        SearchArrays {
+            base: Arc::new(base),
+            base_allowed: None,
+            added: None,
+            added_words: Vec::new(),
+            added_counts: Vec::new(),
+            excluded: Vec::new(),
+            candidates: None,
         }
     }
 
@@ -309,7 +330,12 @@ pub(super) fn plan<D: Driver>(
     let (mut row, mut num_keys, mut width, mut most) = (0, 0, 1, 1);
     let (mut needs_vocabulary, mut needs_level, mut needs_children) = (false, false, false);
     for (slot, rule) in slots.iter().zip(rules) {
-        let search = slot.search.get_or_init(|| SearchArrays::new(device, uploads, rule));
+        let search = slot.search.get_or_init(|| {
+            SearchArrays::new(device, uploads, rule).unwrap_or_else(|error| {
+                device.fail_step(error);
+                SearchArrays::nothing()
+            })
+        });
         let step = &head.steps[slot.num_steps];
         let is_free = rule.constraint == Constraint::None && !step.is_forced;
         let span = if is_free { 0..head.vocab_size() } else { step.span.clone() };

@@ -110,8 +110,10 @@ impl Attention {
 
     /// Rows of beams times splits that a pass has at most, where contexts are split: the blocks of
     /// all splits run at once, and padding at most doubles the rows.
-    pub fn most_split_rows(self, tile_rows: usize) -> usize {
-        (2 * self.blocks_at_once(tile_rows) * tile_rows).div_ceil(self.heads.num_heads)
+    pub fn most_split_rows(self) -> usize {
+        let rows = |tile_rows| 2 * self.blocks_at_once(tile_rows) * tile_rows;
+        let most = [PLAIN_ROWS, NARROW_ROWS, WIDE_ROWS].map(rows).into_iter().max();
+        most.expect("three kinds").div_ceil(self.heads.num_heads)
     }
 
     /// Query heads that share a KV head.
