@@ -1,5 +1,5 @@
-//! Compiles the kernels where the feature `cuda` asks for them, and says whether there is a C++
-//! compiler: the tests that run kernels on the CPU need one.
+//! Compiles the kernels where the feature `cuda` asks for them, and says whether there is a compiler
+//! for the tests that run kernels on the CPU.
 
 use std::env;
 use std::fmt::Write as _;
@@ -21,8 +21,12 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
     println!("cargo:rustc-check-cfg=cfg(cpp_compiler)");
+    // The emulator switches stacks of x86-64, reads ELF headers, and has GCC call its checks.
     let compiler = env::var("CXX").unwrap_or_else(|_| "g++".into());
-    if answers(Path::new(&compiler)) {
+    let is_gcc = version(Path::new(&compiler))
+        .is_some_and(|version| version.contains("Free Software Foundation"));
+    let target = |part: &str| env::var(format!("CARGO_CFG_TARGET_{part}")).unwrap_or_default();
+    if is_gcc && target("ARCH") == "x86_64" && target("OS") == "linux" {
         println!("cargo:rustc-cfg=cpp_compiler");
     }
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
@@ -30,18 +34,22 @@ fn main() {
     }
 }
 
-fn answers(compiler: &Path) -> bool {
-    let output = Command::new(compiler).arg("--version").output();
-    output.is_ok_and(|output| output.status.success())
+/// What a compiler says of itself, where it is there.
+fn version(compiler: &Path) -> Option<String> {
+    let output = Command::new(compiler).arg("--version").output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// The compiler named by `NVCC`, that of `CUDA_HOME` or `CUDA_PATH`, or the one on the path.
 fn nvcc() -> Option<PathBuf> {
-    let named = env::var_os("NVCC").map(PathBuf::from);
+    if let Some(named) = env::var_os("NVCC").map(PathBuf::from) {
+        assert!(version(&named).is_some(), "NVCC={}: it does not answer", named.display());
+        return Some(named);
+    }
     let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
     let in_homes = homes.map(|home| Path::new(&home).join("bin/nvcc"));
     let known = [PathBuf::from("nvcc"), PathBuf::from("/usr/local/cuda/bin/nvcc")];
-    named.into_iter().chain(in_homes).chain(known).find(|nvcc| answers(nvcc))
+    in_homes.chain(known).find(|nvcc| version(nvcc).is_some())
 }
 
 fn compile_kernels() {

@@ -233,7 +233,7 @@ pub enum Error {
         reason: String,
     },
     /// A device that this build or machine does not have.
-    #[error("device {device:?} is not available: {reason}")]
+    #[error("device {device:?}: {reason}")]
     Device {
         /// The device as asked for.
         device: String,

@@ -1,6 +1,6 @@
 //! The operations of the CUDA backend, its kernels executed by the emulator, in f32 and bf16.
 //!
-//! Without a C++ compiler these tests are ignored.
+//! Without g++ on x86-64 Linux these tests are ignored.
 
 mod common;
 
@@ -54,20 +54,20 @@ impl Subject for EmulatedBf16 {
 mod f32 {
     crate::operation_tests!(
         super::EmulatedF32,
-        cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")
+        cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")
     );
 }
 
 mod bf16 {
     crate::operation_tests!(
         super::EmulatedBf16,
-        cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")
+        cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")
     );
 }
 
 /// The cases of `sidereal selftest`.
 #[test]
-#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn every_operation_agrees_with_the_cpu_on_the_cases_of_the_selftest() {
     let cpu = CpuBackend::default();
     for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 2e-2)] {
@@ -160,7 +160,7 @@ fn search<B: Backend>(
 /// Widths of one and of 512, thousands of continuations in many parts, filters, exclusions, one
 /// legal item and none.
 #[test]
-#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn searches_of_any_width_choose_as_on_the_cpu() {
     let mut cases = Cases::new(6);
     let catalog = catalog(&mut cases, 8000, 3, 1500);
@@ -256,7 +256,7 @@ fn attend_on(
 }
 
 #[test]
-#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn attention_holds_for_contexts_of_one_and_of_5000_and_widths_of_one_and_of_512() {
     let heads = |num_heads, num_kv_heads, head_dim| Heads { num_heads, num_kv_heads, head_dim };
     for (context_len, width) in [(1, 1), (5000, 1), (5000, 3), (65, 512), (64, 40)] {
@@ -273,7 +273,7 @@ fn attention_holds_for_contexts_of_one_and_of_5000_and_widths_of_one_and_of_512(
 
 /// GPUs of compute capability 8.6 and 8.9 have 99 KiB.
 #[test]
-#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn attention_takes_tiles_that_the_device_has_shared_memory_for() {
     let backend = |dtype| {
         let device = Emulator::new(Kernels::load(Build::Checked)).with_shared_bytes(99 << 10);

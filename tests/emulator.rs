@@ -1,6 +1,6 @@
 //! The emulator itself: what it computes, and what it finds.
 //!
-//! Without a C++ compiler these tests are ignored.
+//! Without g++ on x86-64 Linux these tests are ignored.
 
 mod common;
 
@@ -157,7 +157,7 @@ fn rising(count: usize) -> Vec<f32> {
 }
 
 #[test]
-#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn threads_do_together_what_the_language_says() {
     let bench = Bench::new();
     for schedule in [Schedule::Ascending, Schedule::Descending, Schedule::Random(3)] {
@@ -195,7 +195,7 @@ fn threads_do_together_what_the_language_says() {
 }
 
 #[test]
-#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn what_a_device_would_not_tell_is_reported_with_kernel_block_and_thread() {
     let bench = Bench::new();
     let error = |kernel, blocks, threads| {
@@ -232,7 +232,7 @@ fn what_a_device_would_not_tell_is_reported_with_kernel_block_and_thread() {
 }
 
 #[test]
-#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn memory_of_the_device_that_nobody_wrote_is_not_read() {
     let bench = Bench::new();
     let device = Emulator::new(Arc::clone(&bench.kernels));
@@ -250,7 +250,7 @@ fn memory_of_the_device_that_nobody_wrote_is_not_read() {
 }
 
 #[test]
-#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn a_launch_that_cannot_be_is_refused() {
     let bench = Bench::new();
     let refused = |kernel, blocks, threads| {
@@ -265,7 +265,7 @@ fn a_launch_that_cannot_be_is_refused() {
 }
 
 #[test]
-#[cfg_attr(not(cpp_compiler), ignore = "no C++ compiler")]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn a_device_that_failed_stays_failed_and_says_why() {
     let mutant =
         std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/rms_norm.cu"))

@@ -153,13 +153,15 @@ impl<'b, B: Backend> World<'b, B> {
 pub fn run<B: Backend>(backend: &B, operation: &str, seed: u64) -> Result<Vec<f32>> {
     let mut cases = Cases::new(seed);
     match operation {
-        "embed" | "last_rows" => embed_and_last_rows(backend, &mut cases),
+        "embed" | "last_rows" => embed_and_last_rows(backend, &mut cases, operation),
         "rms_norm" => rms_norm(backend, &mut cases),
         "matmul" => matmul(backend, &mut cases),
         "gate" => gate(backend, &mut cases),
-        "rotation" | "rotary" | "store_context" | "attend_prefill" => prompt(backend, &mut cases),
+        "rotation" | "rotary" | "store_context" | "attend_prefill" => {
+            prompt(backend, &mut cases, operation)
+        }
         "append_tail" | "attend_beams" | "restricted_head" | "advance_beams" => {
-            search(backend, &mut cases)
+            search(backend, &mut cases, operation)
         }
         other => panic!("{other} is no operation"),
     }
@@ -169,7 +171,11 @@ fn vector<B: Backend>(backend: &B, values: Vec<f32>) -> Result<B::Vector> {
     backend.vector(&[Tensor::new(&[values.len()], values)])
 }
 
-fn embed_and_last_rows<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+fn embed_and_last_rows<B: Backend>(
+    backend: &B,
+    cases: &mut Cases,
+    operation: &str,
+) -> Result<Vec<f32>> {
     let (vocab, columns) = (cases.size(50).max(4), cases.size(40));
     let table = backend.table(Tensor::new(&[vocab, columns], cases.numbers(vocab * columns)))?;
     let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
@@ -182,7 +188,7 @@ fn embed_and_last_rows<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec
     let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
     let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
     backend.last_rows(&rows, cases.rng.usize(0..=lens.len()), &batch, &mut last);
-    Ok([backend.download(&rows)?, backend.download(&last)?].concat())
+    backend.download(if operation == "embed" { &rows } else { &last })
 }
 
 fn rms_norm<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
@@ -219,8 +225,8 @@ fn gate<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
     backend.download(&out)
 }
 
-/// Prompts, turned, kept and attended to in two passes.
-fn prompt<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+/// Prompts, turned, kept and attended to in two passes; then what one of the operations made of them.
+fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result<Vec<f32>> {
     let heads = cases.heads();
     let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(300)).collect();
     let mut world = World::on(backend, heads)?;
@@ -252,8 +258,15 @@ fn prompt<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
         backend.rotation(&frequencies, &batch, &mut rotation);
         backend.rotary(0, &mut qkv, heads, norms, &rotation, &mut batch);
         backend.attend_prefill(0, &qkv, heads, Mask::Causal, 0.3, None, &batch, &mut out);
-        found.extend(backend.download(&qkv)?);
-        found.extend(backend.download(&out)?);
+        match operation {
+            "rotation" => found.extend(backend.download(&rotation)?),
+            "rotary" => found.extend(backend.download(&qkv)?),
+            "attend_prefill" => found.extend(backend.download(&out)?),
+            _ => {}
+        }
+    }
+    if matches!(operation, "rotation" | "rotary") {
+        return Ok(found);
     }
     // All of a prompt at once, in both directions, with a bias.
     let longest = lens.iter().copied().max().unwrap_or(1);
@@ -289,8 +302,9 @@ pub fn rule<'a>(
 }
 
 /// A search of three levels whose logits are weights themselves, so that every number type ranks
-/// them alike; its beams attend to their context and tails.
-fn search<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+/// them alike; its beams attend to their context and tails. Then what one of the operations made of
+/// them.
+fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result<Vec<f32>> {
     const HIDDEN: usize = 64;
     let (heads, num_codes) = (cases.heads(), cases.rng.u16(2..40));
     let mut builder = CatalogBuilder::default();
@@ -330,14 +344,26 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
         backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
         let beams: Vec<Beam> = backend.read_beams(&[&slots[0]]).remove(0)?;
-        found.extend(beams.iter().map(|beam| beam.score));
+        match operation {
+            "restricted_head" => found.extend(beams.iter().map(|beam| beam.score)),
+            "advance_beams" => found.extend(beams.iter().flat_map(|beam| {
+                let tokens = beam.tokens.iter().map(|&token| token as f32);
+                tokens.chain([beam.score])
+            })),
+            _ => {}
+        }
         // Rows are drawn for as many beams as there could be, so that all backends see the same.
         let numbers = cases.numbers(width * heads.qkv_dim());
         let rows = backend.num_beams(&slots[0]);
         let qkv = backend.upload(&numbers[..rows * heads.qkv_dim()], heads.qkv_dim());
         let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
         backend.append_tail(0, &qkv, heads, &mut batch);
-        for reach in [Reach::Context, Reach::Tail, Reach::ContextAndTail] {
+        let reaches: &[Reach] = match operation {
+            "append_tail" => &[Reach::Tail],
+            "attend_beams" => &[Reach::Context, Reach::Tail, Reach::ContextAndTail],
+            _ => &[],
+        };
+        for &reach in reaches {
             let mut out = backend.buffer();
             let bias = (reach == Reach::Tail).then_some(&bias);
             backend.attend_beams(0, &qkv, heads, reach, 0.4, bias, &batch, &mut out);
