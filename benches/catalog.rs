@@ -16,7 +16,7 @@ use sidereal::backend::{Backend, SearchRule, SlotSpec, StepTokens};
 use sidereal::catalog::legality::Legality;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, SidTable, Snapshot};
-use sidereal::{CatalogWriter, Constraint, Normalization, Tensor, WriterOptions};
+use sidereal::{CatalogWriter, Normalization, Tensor, WriterOptions};
 
 mod baselines;
 
@@ -115,15 +115,8 @@ impl Search {
 
     fn rule<'a>(&self, snapshot: &'a Snapshot, legality: &'a Legality) -> [SearchRule<'a>; 1] {
         [SearchRule {
-            snapshot,
-            legality,
-            beams: BEAMS,
             normalization: Normalization::Level,
-            constraint: Constraint::Trie,
-            temperature: 1.0,
-            candidates: None,
-            seed: None,
-            log_probs: false,
+            ..SearchRule::new(snapshot, legality, BEAMS)
         }]
     }
 

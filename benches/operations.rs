@@ -5,6 +5,7 @@ use std::hint::black_box;
 use std::slice;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use sidereal::Normalization;
 use sidereal::Tensor;
 use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cpu::{Buffer, CpuBackend};
@@ -12,7 +13,6 @@ use sidereal::backend::{Backend, Batch, Epilogue, Heads, Mask, Reach, SearchRule
 use sidereal::catalog::legality::Legality;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
-use sidereal::{Constraint, Normalization};
 
 const TIGER: Heads = Heads { num_heads: 6, num_kv_heads: 6, head_dim: 64 };
 
@@ -72,17 +72,7 @@ fn random_catalog(cases: &mut Cases, items: usize) -> Catalog {
 }
 
 fn rule<'a>(snapshot: &'a Snapshot, legality: &'a Legality, beams: usize) -> SearchRule<'a> {
-    SearchRule {
-        snapshot,
-        legality,
-        beams,
-        normalization: Normalization::Level,
-        constraint: Constraint::Trie,
-        temperature: 1.0,
-        candidates: None,
-        seed: None,
-        log_probs: false,
-    }
+    SearchRule { normalization: Normalization::Level, ..SearchRule::new(snapshot, legality, beams) }
 }
 
 /// A search of two levels, then attention over context and tails, and the third level.

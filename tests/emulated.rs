@@ -17,7 +17,7 @@ use sidereal::backend::{Backend, Batch, Beam, Heads, Reach, SearchRule, StepToke
 use sidereal::catalog::legality::Legality;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
-use sidereal::{Constraint, Dtype, Normalization, Tensor};
+use sidereal::{Dtype, Tensor};
 
 struct EmulatedF32;
 
@@ -99,20 +99,6 @@ fn catalog(cases: &mut Cases, num_items: usize, num_levels: usize, num_codes: u3
     builder.build().expect("names are unique")
 }
 
-fn rule<'a>(snapshot: &'a Snapshot, legality: &'a Legality, beams: usize) -> SearchRule<'a> {
-    SearchRule {
-        snapshot,
-        legality,
-        beams,
-        normalization: Normalization::Vocabulary,
-        constraint: Constraint::Trie,
-        temperature: 1.0,
-        candidates: None,
-        seed: None,
-        log_probs: false,
-    }
-}
-
 /// Searches of so many beams each, through all levels; the hidden rows are the same on all devices.
 fn search<B: Backend>(
     backend: &B,
@@ -147,7 +133,7 @@ fn search<B: Backend>(
         let rules: Vec<SearchRule<'_>> = legalities
             .iter()
             .zip(widths)
-            .map(|(legality, &width)| rule(snapshot, legality, width))
+            .map(|(legality, &width)| SearchRule::new(snapshot, legality, width))
             .collect();
         backend.restricted_head(&rows, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
@@ -223,7 +209,7 @@ fn attend_on(
     let steps = [StepTokens::Level { tokens: (0..16 * width as u32).collect() }];
     let head = Tensor::new(&[16 * width, 8], cases.numbers(16 * width * 8));
     let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
-    let rules = [rule(&snapshot, &legality, width)];
+    let rules = [SearchRule::new(&snapshot, &legality, width)];
     let hidden = backend.upload(&cases.numbers(8), 8);
     backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
     backend.advance_beams(&logits, &head, &rules, &mut slots);

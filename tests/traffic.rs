@@ -15,7 +15,7 @@ use sidereal::backend::cuda::CudaBackend;
 use sidereal::backend::{Backend, Batch, Heads, Reach, SearchRule, StepTokens};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{CatalogBuilder, Item};
-use sidereal::{Constraint, Dtype, EngineOptions, Normalization, Request, Tensor};
+use sidereal::{Dtype, EngineOptions, Request, Tensor};
 
 const HEADS: Heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 64 };
 
@@ -52,17 +52,7 @@ fn bytes_of_a_step() {
     let downloads = backend.traffic().downloads;
     for _ in 0..2 {
         let written = kernels.bytes_written("contexts") + kernels.bytes_written("tails");
-        let rules = [SearchRule {
-            snapshot: &snapshot,
-            legality: &legality,
-            beams: 20,
-            normalization: Normalization::Vocabulary,
-            constraint: Constraint::Trie,
-            temperature: 1.0,
-            candidates: None,
-            seed: None,
-            log_probs: false,
-        }];
+        let rules = [SearchRule::new(&snapshot, &legality, 20)];
         let rows = backend.num_beams(&slots[0]);
         let hidden = backend.upload(&cases.numbers(rows * 8), 8);
         backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
@@ -128,6 +118,29 @@ fn steps_of_an_engine() {
         assert_eq!(after.replays - before.replays, decode_steps, "seed {seed}");
         num_searches += answers;
         num_replays += after.replays - before.replays;
+
+        // Requests at different levels share steps, which are replayed as well.
+        let staggered = || {
+            let before = engine.run(|backend| backend.traffic()).replays;
+            let mut num_steps = 0;
+            let mut step = || {
+                num_steps += 1;
+                engine.step().expect("it goes on")
+            };
+            for tokens in [70, 72] {
+                engine.submit(request(tokens)).expect("a sound request");
+                step();
+            }
+            while engine.status().expect("it goes on").running > 0 {
+                step();
+            }
+            (engine.run(|backend| backend.traffic()).replays - before, num_steps)
+        };
+        staggered();
+        staggered();
+        let (replays, num_steps) = staggered();
+        // Two steps read a prompt.
+        assert_eq!(replays, num_steps - 2, "seed {seed}");
 
         // Several requests of one wave are read together.
         let requests = [70, 70, 70].map(request);

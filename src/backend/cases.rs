@@ -9,10 +9,9 @@ use crate::backend::{
     SlotSpec, StepTokens,
 };
 use crate::catalog::sid::Sid;
-use crate::catalog::{CatalogBuilder, Item, Snapshot};
+use crate::catalog::{CatalogBuilder, Item};
 use crate::error::Result;
 use crate::pages;
-use crate::request::{Constraint, Normalization};
 use crate::tensor::Tensor;
 
 /// The operations that have cases.
@@ -282,25 +281,6 @@ fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     Ok(found)
 }
 
-/// A rule that wants the best of all that a snapshot allows.
-pub fn rule<'a>(
-    snapshot: &'a Snapshot,
-    legality: &'a crate::catalog::legality::Legality,
-    beams: usize,
-) -> SearchRule<'a> {
-    SearchRule {
-        snapshot,
-        legality,
-        beams,
-        normalization: Normalization::Vocabulary,
-        constraint: Constraint::Trie,
-        temperature: 1.0,
-        candidates: None,
-        seed: None,
-        log_probs: false,
-    }
-}
-
 /// A search of three levels whose logits are weights themselves, so that every number type ranks
 /// them alike; its beams attend to their context and tails. Then what one of the operations made of
 /// them.
@@ -340,7 +320,7 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
             hidden[row * HIDDEN + row % HIDDEN] = 1.0;
         }
         let hidden = backend.upload(&hidden, HIDDEN);
-        let rules = [rule(&snapshot, &legality, width)];
+        let rules = [SearchRule::new(&snapshot, &legality, width)];
         backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
         let beams: Vec<Beam> = backend.read_beams(&[&slots[0]]).remove(0)?;

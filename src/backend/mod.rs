@@ -231,7 +231,22 @@ pub enum Normalizer {
     Certain,
 }
 
-impl SearchRule<'_> {
+impl<'a> SearchRule<'a> {
+    /// The best of all that is allowed, normalised over the vocabulary.
+    pub fn new(snapshot: &'a Snapshot, legality: &'a Legality, beams: usize) -> SearchRule<'a> {
+        SearchRule {
+            snapshot,
+            legality,
+            beams,
+            normalization: Normalization::Vocabulary,
+            constraint: Constraint::Trie,
+            temperature: 1.0,
+            candidates: None,
+            seed: None,
+            log_probs: false,
+        }
+    }
+
     /// What the scores of a step are normalised over: where any token is legal, the children are
     /// the vocabulary; where any code is, they are the level; a forced token is alone.
     pub fn normalizer(&self, is_forced: bool) -> Normalizer {
@@ -394,7 +409,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// (GLU variants, Shazeer 2020).
     fn gate(&self, x: &Self::Buffer, activation: Activation, out: &mut Self::Buffer);
     /// The cosines, then the sines, of each row's position times `frequencies[i]`: what [`rotary`]
-    /// turns by. A beam's newest token stands behind its context and the tokens before it. `out`:
+    /// turns by; the product in f32. A beam's newest token stands behind its context and the tokens before it. `out`:
     /// `[rows, 2 * frequencies]`.
     ///
     /// [`rotary`]: Backend::rotary

@@ -120,6 +120,10 @@ struct DeviceArguments {
     /// The most input tokens of a request
     #[arg(long, default_value_t = EngineOptions::default().max_context, value_name = "TOKENS")]
     max_context: usize,
+    /// Tokens of all contexts together, of requests that run and of users who may return; by default what
+    /// 256 MiB hold, or half of a GPU's free memory
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "TOKENS")]
+    context_tokens: usize,
 }
 
 impl DeviceArguments {
@@ -146,6 +150,7 @@ impl DeviceArguments {
         let defaults = EngineOptions {
             threads: self.threads.into(),
             max_context: self.max_context,
+            context_tokens: self.context_tokens,
             ..EngineOptions::default()
         };
         Ok(match self.device {

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::Args;
 use sidereal::backend::cases::{self, Cases, OPERATIONS, World};
 use sidereal::backend::cpu::CpuBackend;
-use sidereal::backend::{Backend, Batch, Heads, Mask, Reach};
+use sidereal::backend::{Backend, Batch, Heads, Mask, Reach, SearchRule};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{CatalogBuilder, Item};
 use sidereal::{Dtype, Engine, EngineOptions, Recommendation, Request, Result, Tensor};
@@ -283,7 +283,7 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
         let chunks = slice::from_ref(&whole);
         let batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
         backend.store_context(0, &kv, 0, HEADS, &batch);
-        let rules = [cases::rule(&snapshot, &legality, width)];
+        let rules = [SearchRule::new(&snapshot, &legality, width)];
         let first = backend.upload(&cases.numbers(64), 64);
         backend.restricted_head(&first, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);

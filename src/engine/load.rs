@@ -431,6 +431,10 @@ impl<B: Backend> Engine<B> {
                 }
             }
         }
+        // Searches at the same step stand together: one product gives the logits of all.
+        beams.sort_by_key(|&(request, search)| {
+            load.running[request].slots[search].as_ref().map(|slot| self.backend.num_steps(slot))
+        });
         part.owners.extend(beams);
         let slots = part.owners.iter().map(|&(request, search)| {
             load.running[request].slots[search].take().expect("a slot is in one part")

@@ -74,12 +74,13 @@ pub fn rms_norm(x: &Matrix, weight: &[f64], epsilon: f64) -> Matrix {
     Matrix { values, columns: x.columns }
 }
 
-/// First and second half of a head turned as pairs.
-pub fn rotate(head: &[f64], position: f64, frequencies: &[f32]) -> Vec<f64> {
+/// First and second half of a head turned as pairs. Angles are products in f32, as the operation and
+/// Hugging Face say.
+pub fn rotate(head: &[f64], position: usize, frequencies: &[f32]) -> Vec<f64> {
     let half = frequencies.len();
     let turned = |i: usize| {
         let (pair, is_second) = (i % half, i >= half);
-        let angle = position * f64::from(frequencies[pair]);
+        let angle = f64::from(position as f32 * frequencies[pair]);
         let (x, y) = (head[pair], head[pair + half]);
         match is_second {
             false => x * angle.cos() - y * angle.sin(),

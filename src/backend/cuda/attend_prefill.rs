@@ -61,8 +61,9 @@ impl<D: Driver> CudaBackend<D> {
         if let Some(bias) = relative_bias
             && state.bias.0 != bias
         {
-            state.bias.0 = bias.to_vec();
             state.bias.1.write_often(bias);
+            // Without memory for it, it is not there.
+            state.bias.0 = self.device.check().map_or(Vec::new(), |()| bias.to_vec());
         }
         let num_biases = relative_bias.map_or(0, |bias| bias.len() / heads.num_heads);
         let params = Params {

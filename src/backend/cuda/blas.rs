@@ -2,21 +2,23 @@
 //! once a shape.
 #![allow(unsafe_code)] // the library's interface
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::mem::size_of_val;
+use std::num::NonZeroUsize;
 use std::sync::Mutex;
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
+use lru::LruCache;
 
 use super::driver::{Address, FusedActivation, Product};
 use crate::tensor::Dtype;
 
 /// What cuBLASLt may use; NVIDIA's advice for Hopper.
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
+/// Plans that are kept, the latest used: prompts have any number of rows.
+const MAX_PLANS: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 /// `CUBLAS_OP_T`
 const TRANSPOSED: i32 = 1;
 /// Partial sums are added up in f32, or there are none: never in the type of the result.
@@ -29,7 +31,7 @@ type Outcome<T> = Result<T, CublasError>;
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: CUdeviceptr,
-    plans: Mutex<HashMap<Shape, Plan>>,
+    plans: Mutex<LruCache<Shape, Plan>>,
 }
 
 /// What a plan depends on.
@@ -62,7 +64,8 @@ impl Blas {
     /// # Errors
     /// The library's.
     pub fn new(workspace: CUdeviceptr) -> Outcome<Blas> {
-        Ok(Blas { handle: result::create_handle()?, workspace, plans: Mutex::default() })
+        let plans = Mutex::new(LruCache::new(MAX_PLANS));
+        Ok(Blas { handle: result::create_handle()?, workspace, plans })
     }
 
     /// What it was given.
@@ -89,10 +92,7 @@ impl Blas {
             alignments: [product.weight, product.x, product.out].map(alignment),
         };
         let mut plans = self.plans.lock().expect("no holder panics");
-        let plan = match plans.entry(shape) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(self.plan(&shape, product.bias)?),
-        };
+        let plan = plans.try_get_or_insert(shape, || self.plan(&shape, product.bias))?;
         set_bias(plan.operation, product.bias)?;
         let (one, beta) = (1f32, if product.adds { 1f32 } else { 0f32 });
         let out = product.out.get() as *mut c_void;
@@ -173,16 +173,19 @@ impl Blas {
 impl Drop for Blas {
     /// Its context must be current, and nothing may use it any more.
     fn drop(&mut self) {
-        let plans = self.plans.get_mut().expect("no holder panics");
+        // SAFETY: it is ours; errors here have nowhere to go.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
         // SAFETY: all of it is ours; errors here have nowhere to go.
         unsafe {
-            for plan in plans.values() {
-                let _ = result::destroy_matmul_desc(plan.operation);
-                for layout in [plan.weight, plan.x, plan.out] {
-                    let _ = result::destroy_matrix_layout(layout);
-                }
+            let _ = result::destroy_matmul_desc(self.operation);
+            for layout in [self.weight, self.x, self.out] {
+                let _ = result::destroy_matrix_layout(layout);
             }
-            let _ = result::destroy_handle(self.handle);
         }
     }
 }

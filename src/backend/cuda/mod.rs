@@ -62,7 +62,7 @@ pub use slot::Slot;
 use driver::{Device, DeviceMemory, Recording};
 use memory::Arrays;
 use read_beams::MOST_BYTES_OF_BEAM;
-use rules::{Plan, Uploads};
+use rules::{Layout, Plan, Uploads};
 use tables::{Attention, Shape, Tables, padded};
 
 /// Recorded steps that are kept: the latest used.
@@ -81,8 +81,10 @@ pub struct CudaBackend<D: Driver> {
 /// What passes use on their way.
 struct State<D: Driver> {
     uploads: Uploads<D>,
+    /// Of recorded steps, and of beams that are read.
     table_memory: DeviceMemory<D>,
-    tables: Option<(Vec<u64>, Tables)>,
+    /// Of other passes: those of all rows and those of the beams alone, which take turns in a pass.
+    pass_tables: [PassTables<D>; 2],
     /// Set while the operations of a step are called whose tables and rules are there already.
     prepared: Option<(Tables, Plan)>,
     rule_memory: DeviceMemory<D>,
@@ -98,6 +100,12 @@ struct State<D: Driver> {
     recordings: LruCache<(Shape, Plan), Recorded<D>>,
     /// Releases of memory up to which the recordings are good.
     num_releases: u64,
+}
+
+/// Tables, and what they were written for.
+struct PassTables<D: Driver> {
+    memory: DeviceMemory<D>,
+    written: Option<(Vec<u64>, Tables)>,
 }
 
 /// A step of a shape: seen once, so that all memory has its size, or recorded.
@@ -118,7 +126,8 @@ impl<D: Driver> CudaBackend<D> {
         let state = State {
             uploads: Uploads::default(),
             table_memory: none("tables"),
-            tables: None,
+            pass_tables: ["tables of a pass", "tables of a pass"]
+                .map(|name| PassTables { memory: none(name), written: None }),
             prepared: None,
             rule_memory: none("rules"),
             tokens: none("tokens"),
@@ -172,15 +181,17 @@ impl<D: Driver> CudaBackend<D> {
             return *tables;
         }
         let key = tables::key(chunks, slots);
-        if let Some((known, tables)) = &state.tables
-            && *known == key
-        {
+        let mut written = state.pass_tables.iter().flat_map(|tables| &tables.written);
+        if let Some((_, tables)) = written.find(|(known, _)| *known == key) {
             return *tables;
         }
         let heads = slots.first().map_or(NO_HEADS, |slot| slot.arrays.spec.heads);
-        let memory = &mut state.table_memory;
-        let tables = tables::write(memory, chunks, slots, self.attention(heads), None);
-        state.tables = Some((key, tables));
+        let attention = self.attention(heads);
+        // The older of the two makes room.
+        state.pass_tables.swap(0, 1);
+        let PassTables { memory, written } = &mut state.pass_tables[0];
+        let tables = tables::write(memory, chunks, slots, attention, None);
+        *written = Some((key, tables));
         tables
     }
 
@@ -197,16 +208,18 @@ impl<D: Driver> CudaBackend<D> {
         slots.iter_mut().for_each(|slot| {
             slot.tail_from.get_or_insert(slot.num_steps);
         });
-        let plan = rules::plan(&self.device, &mut state.uploads, head, rules, slots, true);
+        let layout = Layout::new(head, rules, slots, true);
+        let uploads = &mut state.uploads;
+        let plan = rules::plan(&self.device, uploads, head, rules, slots, &layout, true);
         rules::begin_step(head, rules, slots);
         let attention = self.attention(slots[0].arrays.spec.heads);
-        let shape = tables::padded_shape(slots, attention);
-        let memory = &mut state.table_memory;
-        let tables = tables::write(memory, &[], slots, attention, Some(shape));
+        let shape = tables::padded_shape(slots, layout.num_rows(), attention);
+        let (memory, recorded) = (&mut state.table_memory, Some((shape, &layout.first_rows[..])));
+        let tables = tables::write(memory, &[], slots, attention, recorded);
         logits.reserve(&plan, shape.num_rows.max(state.rows_of_a_step));
         let (memory, address) = (&mut state.rule_memory, logits.address());
-        rules::write(memory, head, rules, slots, &plan, address, shape.num_searches);
-        state.tables = None;
+        let rows = &layout.first_rows;
+        rules::write(memory, head, rules, slots, rows, &plan, address, shape.num_searches);
         state.prepared = Some((tables, plan.clone()));
         (shape, plan)
     }

@@ -54,7 +54,6 @@ impl<D: Driver> CudaBackend<D> {
         let state = &mut *self.state();
         let attention = self.attention(heads);
         let tables = tables::write(&mut state.table_memory, &[], slots, attention, None);
-        state.tables = None;
         state.list.write_often(&parts);
         state.results.reserve(num_words * size_of::<u32>());
         let params = Params {

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::{Device, DeviceMemory, Driver, Product};
-use super::rules::{self, MAX_PARTS, Plan};
+use super::rules::{self, Layout, MAX_PARTS, Plan};
 use super::tables::BatchParams;
 use super::{Buffer, CudaBackend, Head, SearchRule, Slot};
 use crate::tensor::Dtype;
@@ -94,10 +94,13 @@ impl<D: Driver> CudaBackend<D> {
         let plan = match &state.prepared {
             Some((_, plan)) => plan.clone(),
             None => {
-                let plan = rules::plan(&self.device, &mut state.uploads, head, rules, slots, false);
+                let layout = Layout::new(head, rules, slots, false);
+                let uploads = &mut state.uploads;
+                let plan = rules::plan(&self.device, uploads, head, rules, slots, &layout, false);
                 out.reserve(&plan, hidden.rows.max(state.rows_of_a_step));
                 let memory = &mut state.rule_memory;
-                rules::write(memory, head, rules, slots, &plan, out.address(), slots.len());
+                let (rows, logits) = (&layout.first_rows, out.address());
+                rules::write(memory, head, rules, slots, rows, &plan, logits, slots.len());
                 plan
             }
         };

@@ -262,6 +262,54 @@ pub(super) struct Run {
     pub span: Range<usize>,
 }
 
+/// Where the rows of each search's beams are.
+pub(super) struct Layout {
+    /// By search.
+    pub first_rows: Vec<usize>,
+    pub runs: Vec<Run>,
+}
+
+impl Layout {
+    /// Searches one after the other; with `is_padded`, each run begins where one of a like length
+    /// before it would end, so that steps of like shape look the same to kernels.
+    pub fn new<D: Driver>(
+        head: &Head<D>,
+        rules: &[SearchRule<'_>],
+        slots: &[Slot<D>],
+        is_padded: bool,
+    ) -> Layout {
+        let pad = |rows: &mut Range<usize>| {
+            if is_padded {
+                rows.end = rows.start + padded(rows.len());
+            }
+        };
+        let (mut first_rows, mut runs): (Vec<usize>, Vec<Run>) = (Vec::new(), Vec::new());
+        for (slot, rule) in slots.iter().zip(rules) {
+            let step = &head.steps[slot.num_steps];
+            let is_free = rule.constraint == Constraint::None && !step.is_forced;
+            let span = if is_free { 0..head.vocab_size() } else { step.span.clone() };
+            if runs.last().is_none_or(|run| run.span != span) {
+                let start = runs.last_mut().map_or(0, |run| {
+                    pad(&mut run.rows);
+                    run.rows.end
+                });
+                runs.push(Run { rows: start..start, span });
+            }
+            let rows = &mut runs.last_mut().expect("at least this one").rows;
+            first_rows.push(rows.end);
+            rows.end += slot.num_rows();
+        }
+        if let Some(run) = runs.last_mut() {
+            pad(&mut run.rows);
+        }
+        Layout { first_rows, runs }
+    }
+
+    pub fn num_rows(&self) -> usize {
+        self.runs.last().map_or(0, |run| run.rows.end)
+    }
+}
+
 /// How a step's head and choice are done: what does not depend on numbers on the device.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(super) struct Plan {
@@ -274,7 +322,7 @@ pub(super) struct Plan {
     pub num_parts: usize,
     /// Keys that all searches keep.
     pub num_keys: usize,
-    /// The most beams that one search keeps.
+    /// The most beams that one search keeps, as a power of two.
     pub width: usize,
 }
 
@@ -316,18 +364,18 @@ pub(super) fn begin_step<D: Driver>(
     }
 }
 
-/// Plans the step of some slots. `is_padded`: the plan is for a shape.
+/// Plans the step of some slots whose rows are laid out. `is_padded`: the plan is for a shape.
 pub(super) fn plan<D: Driver>(
     device: &Arc<Device<D>>,
     uploads: &mut Uploads<D>,
     head: &Head<D>,
     rules: &[SearchRule<'_>],
     slots: &[Slot<D>],
+    layout: &Layout,
     is_padded: bool,
 ) -> Plan {
     let pad = |size: usize| if is_padded { padded(size) } else { size };
-    let mut runs: Vec<Run> = Vec::new();
-    let (mut row, mut num_keys, mut width, mut most) = (0, 0, 1, 1);
+    let (mut num_keys, mut width, mut most) = (0, 1, 1);
     let (mut needs_vocabulary, mut needs_level, mut needs_children) = (false, false, false);
     for (slot, rule) in slots.iter().zip(rules) {
         let search = slot.search.get_or_init(|| {
@@ -337,14 +385,6 @@ pub(super) fn plan<D: Driver>(
             })
         });
         let step = &head.steps[slot.num_steps];
-        let is_free = rule.constraint == Constraint::None && !step.is_forced;
-        let span = if is_free { 0..head.vocab_size() } else { step.span.clone() };
-        let rows = row..row + slot.num_rows();
-        row = rows.end;
-        match runs.last_mut() {
-            Some(run) if run.span == span => run.rows.end = rows.end,
-            _ => runs.push(Run { rows, span }),
-        }
         let normalizer = rule.normalizer(step.is_forced);
         needs_vocabulary |= normalizer == Normalizer::Vocabulary || rule.log_probs;
         needs_level |= normalizer == Normalizer::Level;
@@ -355,20 +395,17 @@ pub(super) fn plan<D: Driver>(
         width = width.max(rule.beams);
         num_keys += rule.beams.max(1);
     }
-    if is_padded && let [run] = &mut runs[..] {
-        run.rows.end = padded(run.rows.end);
-    }
     let for_each = (2 * device.driver.num_processors()).div_ceil(slots.len().max(1));
-    let longest = runs.iter().map(|run| run.span.len()).max().unwrap_or(0);
+    let longest = layout.runs.iter().map(|run| run.span.len()).max().unwrap_or(0);
     Plan {
         stride: longest.max(head.longest_span()).next_multiple_of(8),
-        runs,
+        runs: layout.runs.clone(),
         needs_vocabulary,
         needs_level,
         needs_children,
         num_parts: pad(most.div_ceil(CHUNK).min(for_each)).clamp(1, MAX_PARTS),
         num_keys: pad(num_keys),
-        width,
+        width: width.next_power_of_two(),
     }
 }
 
@@ -378,6 +415,7 @@ pub(super) fn write<D: Driver>(
     head: &Head<D>,
     rules: &[SearchRule<'_>],
     slots: &[Slot<D>],
+    first_rows: &[usize],
     plan: &Plan,
     logits: u64,
     num_searches: usize,
@@ -407,9 +445,9 @@ pub(super) fn write<D: Driver>(
         ]);
     }
     memory.make_room(entries_bytes + extra.len());
-    let (mut row, mut first_key) = (0, 0);
+    let mut first_key = 0;
     let mut entries = Vec::new();
-    for ((slot, rule), places) in slots.iter().zip(rules).zip(places) {
+    for (((slot, rule), places), &row) in slots.iter().zip(rules).zip(places).zip(first_rows) {
         let [excluded, added_words, added_counts, base, added] = places.map(|at| memory.at(at));
         let search = slot.search.get().expect("planned before");
         let step = &head.steps[slot.num_steps];
@@ -471,7 +509,6 @@ pub(super) fn write<D: Driver>(
         entry.room = room(slot, rule, head) as u32;
         entry.first_key = first_key;
         first_key += entry.width;
-        row += slot.num_rows();
         entries.push(entry);
     }
     entries.resize(num_searches.max(slots.len()), RuleEntry::zeroed());

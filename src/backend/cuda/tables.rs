@@ -158,8 +158,12 @@ pub(super) fn padded(size: usize) -> usize {
     if size <= 64 { size.next_power_of_two() } else { size.next_multiple_of(64) }
 }
 
-/// The shape of a step in which `slots` read their beams, padded.
-pub(super) fn padded_shape<D: Driver>(slots: &[Slot<D>], attention: Attention) -> Shape {
+/// The shape of a step in which `slots` read their beams, in so many rows, padded.
+pub(super) fn padded_shape<D: Driver>(
+    slots: &[Slot<D>],
+    num_rows: usize,
+    attention: Attention,
+) -> Shape {
     let rows = |slot: &Slot<D>| slot.num_rows() * attention.group();
     let tile_rows = attention.tile_rows(slots.iter().map(rows).max().unwrap_or(0));
     let tiles = |slot: &Slot<D>| rows(slot).div_ceil(tile_rows);
@@ -168,21 +172,21 @@ pub(super) fn padded_shape<D: Driver>(slots: &[Slot<D>], attention: Attention) -
     let num_pages = longest.div_ceil(PAGE_LEN).next_power_of_two();
     Shape {
         num_searches: padded(slots.len()),
-        num_rows: padded(slots.iter().map(Slot::num_rows).sum()),
+        num_rows,
         tile_rows,
         num_tiles,
         num_splits: attention.num_splits(num_pages, num_tiles, tile_rows),
     }
 }
 
-/// Writes the tables of a pass over `chunks` of the first slots and the beams of the others. `shape`
-/// pads them where the pass is recorded.
+/// Writes the tables of a pass over `chunks` of the first slots and the beams of the others. Where the
+/// pass is recorded, it has a shape, and slots the rows that begin at these.
 pub(super) fn write<D: Driver>(
     memory: &mut DeviceMemory<D>,
     chunks: &[Range<usize>],
     slots: &[impl Borrow<Slot<D>>],
     attention: Attention,
-    shape: Option<Shape>,
+    recorded: Option<(Shape, &[usize])>,
 ) -> Tables {
     let group = attention.group();
     let (mut prompts, mut searches, mut pages) = (Vec::new(), Vec::new(), Vec::new());
@@ -218,7 +222,7 @@ pub(super) fn write<D: Driver>(
         let first_context_page = pages.len() as u32;
         pages.extend_from_slice(&slot.spec.context_pages);
         searches.push(SearchEntry {
-            first_row: row as u32,
+            first_row: recorded.map_or(row, |(_, first_rows)| first_rows[index]) as u32,
             num_rows: slot.num_rows() as u32,
             num_steps: slot.num_steps as u32,
             context_len: slot.spec.context_len as u32,
@@ -233,9 +237,9 @@ pub(super) fn write<D: Driver>(
         beam_tiles.extend(firsts.map(|first| [index as u32, first as u32]));
         row += slot.num_rows();
     }
-    let num_splits = match shape {
-        Some(shape) => {
-            let empty = SearchEntry { first_row: row as u32, ..SearchEntry::zeroed() };
+    let num_splits = match recorded {
+        Some((shape, _)) => {
+            let empty = SearchEntry { first_row: shape.num_rows as u32, ..SearchEntry::zeroed() };
             searches.resize(shape.num_searches, empty);
             beam_tiles.resize(shape.num_tiles, [NONE, 0]);
             row = shape.num_rows;
