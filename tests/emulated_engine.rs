@@ -7,7 +7,8 @@ mod common;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use common::emulator::{Build, Emulator, Kernels};
 use common::tiny::{Tiny, random_change, random_request};
@@ -17,7 +18,7 @@ use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::weights::Weights;
 use sidereal::{
     Answer, CatalogWriter, Constraint, Dtype, Engine, EngineOptions, Error, Recommendation,
-    Request, Result, WriterOptions,
+    Request, Result, Tensor, WriterOptions,
 };
 
 /// Little memory: the emulator's is that of the machine.
@@ -229,6 +230,71 @@ fn memory_is_taken_when_an_engine_is_opened_and_where_there_is_none_the_engine_g
         }
     }
     assert!(num_failed > 0, "filters need memory");
+}
+
+/// Steps are recorded and replayed while weights are copied beside them, and take their places.
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn weights_that_are_replaced_while_requests_run_answer_as_on_the_cpu() {
+    const NAME: &str = "model.layers.0.mlp.down_proj.weight";
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    let folder = models.join("decoder_only/qwen3-tied");
+    let golden = std::fs::read_to_string(folder.join("golden.json")).expect("golden answers");
+    let golden: serde_json::Value = serde_json::from_str(&golden).expect("golden answers");
+    let items = golden["items_index"].as_str().expect("a path");
+    let catalog = Catalog::open(&folder.join(items)).expect("a catalogue");
+    let catalog = Arc::new(catalog);
+    let shapes = Weights::open(&folder).expect("a checkpoint").shapes();
+    let (_, shape) = shapes.iter().find(|(name, _)| name == NAME).expect("it is there");
+    // Version 1 is the checkpoint's.
+    let replacement = |version: u64| {
+        let value = |n| (n as f32 * version as f32).sin() / 9.0;
+        let values = (0..shape.iter().product()).map(value).collect();
+        [(NAME.to_string(), Tensor::new(shape, values))]
+    };
+    let mut requests: Vec<Request> = (1..5)
+        .map(|first| Request::from_tokens((first..first + 30).collect::<Vec<u32>>()))
+        .collect();
+    requests.iter_mut().for_each(|request| request.beams = 5);
+    let backend = Emulator::backend(Build::Plain, Dtype::F32);
+    let emulated = Engine::open_on(backend, &folder, Arc::clone(&catalog), &options());
+    let emulated = emulated.expect("a model");
+    let done = AtomicBool::new(false);
+    let found: Vec<(usize, Answer)> = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let mut found = Vec::new();
+            while !done.load(Ordering::Relaxed) {
+                for (index, request) in requests.iter().enumerate() {
+                    found.push((index, emulated.recommend(request).expect("a sound request")));
+                }
+            }
+            found
+        });
+        for version in 2..6 {
+            std::thread::sleep(Duration::from_millis(50));
+            let replaced = emulated.replace_weights(replacement(version)).expect("sound weights");
+            assert_eq!(replaced, version);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        done.store(true, Ordering::Relaxed);
+        asking.join().expect("it does not panic")
+    });
+    let cpu = Engine::open(&folder, catalog, &options()).expect("a model");
+    for version in 1..6 {
+        if version > 1 {
+            cpu.replace_weights(replacement(version)).expect("sound weights");
+        }
+        let expected = answers(&cpu, &requests);
+        for (index, answer) in found.iter().filter(|(_, answer)| answer.weights_version == version)
+        {
+            let expected = expected[*index].as_ref().expect("a sound request");
+            assert_alike(&expected.items, &answer.items, 1e-3, &format!("weights {version}"));
+        }
+    }
+    let last = found.last().expect("some were asked").1.weights_version;
+    assert!(last > 1, "requests ran beside");
+    let replays = emulated.run(|backend| backend.traffic().replays);
+    assert!(replays > 0, "steps were replayed");
 }
 
 fn demo(backend: CudaBackend<Emulator>) -> (Engine, Engine<CudaBackend<Emulator>>, Vec<Request>) {
