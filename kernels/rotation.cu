@@ -1,4 +1,5 @@
-// out[r] = cosines, then sines, of position[r] * frequencies: what queries and keys are turned by.
+// out[r] = cosines, then sines, of position[r] * frequencies: what queries and keys are turned by
+// (RoPE, Su et al. 2021).
 // The position of a beam's newest token is the context's length plus its steps less one.
 // Grid: a block a row. Block: 64 threads. Bound by memory: writes out once.
 #include "common/batch.cuh"
