@@ -152,7 +152,7 @@ impl<D: Driver> CudaBackend<D> {
     /// Waits for nothing and says whether the device has failed so far.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device).
+    /// [`Error::Device`].
     pub fn check(&self) -> Result<()> {
         self.device.check()
     }
