@@ -15,12 +15,12 @@ const ARCHITECTURES: [&str; 3] = [
 ];
 
 fn main() {
-    for variable in ["CXX", "NVCC", "CUDA_HOME", "CUDA_PATH"] {
+    for variable in ["CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    println!("cargo:rustc-check-cfg=cfg(cpp_compiler)");
+    println!("cargo:rustc-check-cfg=cfg(cpp_compiler, has_kernels)");
     // The emulator switches stacks of x86-64, reads ELF headers, and has GCC call its checks.
     let compiler = env::var("CXX").unwrap_or_else(|_| "g++".into());
     let is_gcc = version(Path::new(&compiler))
@@ -40,29 +40,36 @@ fn version(compiler: &Path) -> Option<String> {
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The compiler named by `NVCC`, that of `CUDA_HOME` or `CUDA_PATH`, or the one on the path.
-fn nvcc() -> Option<PathBuf> {
-    if let Some(named) = env::var_os("NVCC").map(PathBuf::from) {
-        assert!(version(&named).is_some(), "NVCC={}: it does not answer", named.display());
-        return Some(named);
-    }
+/// The compiler named by `NVCC`, or else that of `CUDA_HOME` or `CUDA_PATH`, or else the one on the
+/// path; where it is not, those that were tried.
+fn nvcc() -> Result<PathBuf, Vec<PathBuf>> {
+    let named = env::var_os("NVCC").map(PathBuf::from);
     let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
-    let in_homes = homes.map(|home| Path::new(&home).join("bin/nvcc"));
-    let known = [PathBuf::from("nvcc"), PathBuf::from("/usr/local/cuda/bin/nvcc")];
-    in_homes.chain(known).find(|nvcc| version(nvcc).is_some())
+    let in_homes: Vec<PathBuf> = homes.map(|home| Path::new(&home).join("bin/nvcc")).collect();
+    let tried = match (named, in_homes.is_empty()) {
+        (Some(named), _) => vec![named],
+        (None, false) => in_homes,
+        (None, true) => vec!["nvcc".into(), "/usr/local/cuda/bin/nvcc".into()],
+    };
+    tried.iter().find(|nvcc| version(nvcc).is_some()).cloned().ok_or(tried)
 }
 
 fn compile_kernels() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     let fat_binary = out.join("kernels.fatbin");
-    let Some(nvcc) = nvcc() else {
-        println!(
-            "cargo:warning=nvcc was not found: this build has no kernels and refuses the device \
-             \"cuda\". Install the CUDA toolkit (13.0 was tried) and set NVCC or CUDA_HOME"
-        );
-        fs::write(&fat_binary, []).expect("OUT_DIR is writable");
-        return;
+    let nvcc = match nvcc() {
+        Ok(nvcc) => nvcc,
+        Err(tried) => {
+            println!(
+                "cargo:warning=nvcc was not found (tried: {tried:?}): this build has no kernels and \
+                 refuses the device \"cuda\". Install the CUDA toolkit (13.0 was tried) and set NVCC \
+                 or CUDA_HOME"
+            );
+            fs::write(&fat_binary, []).expect("OUT_DIR is writable");
+            return;
+        }
     };
+    println!("cargo:rustc-cfg=has_kernels");
     // One file of all kernels makes one fat binary.
     let folder =
         Path::new(&env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it")).join("kernels");

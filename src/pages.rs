@@ -12,6 +12,9 @@ pub const PAGE_LEN: usize = 64;
 /// Rows of a tail's page.
 pub const TAIL_PAGE_LEN: usize = 16;
 
+/// Pages that a pool can have.
+pub const MAX_PAGES: usize = 1 << 24;
+
 /// A fixed number of pages.
 #[derive(Debug, Clone)]
 pub struct Pool {

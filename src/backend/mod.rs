@@ -368,14 +368,15 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn context_len(&self, slot: &Self::Slot) -> usize;
     /// Does `work`, which calls the operations of one step of a search: the passes of a network
     /// over `batch`, then the head and the choice of beams by `rules`, one for each slot. A device
-    /// may record what `work` asks for, and replay it in steps of the same shape instead.
+    /// may record what `work` asks for, and replay it in steps of the same shape instead; where it then
+    /// has no memory to keep that, it calls `work` again.
     fn step(
         &self,
         batch: &mut Batch<'_, Self>,
         head: &Self::Head,
         rules: &[SearchRule<'_>],
         logits: &mut Self::Logits,
-        work: impl FnOnce(&mut Batch<'_, Self>, &mut Self::Logits),
+        work: impl FnMut(&mut Batch<'_, Self>, &mut Self::Logits),
     );
 
     // Networks.

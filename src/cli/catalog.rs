@@ -105,8 +105,8 @@ pub struct Fit {
     #[arg(long, default_value_t = FitOptions::default().seed)]
     seed: u64,
     /// Rounds of k-means at most, for each level
-    #[arg(long, default_value_t = FitOptions::default().max_rounds)]
-    rounds: usize,
+    #[arg(long, default_value_t = FitOptions::default().max_rounds as u64, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    rounds: u64,
     /// Where the codebooks go
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
@@ -222,7 +222,7 @@ fn fit(arguments: &Fit) -> Result<()> {
         levels: arguments.levels,
         codes: arguments.codes,
         seed: arguments.seed,
-        max_rounds: arguments.rounds,
+        max_rounds: arguments.rounds as usize,
     };
     let spinner = spinner("fitting");
     let mut errors = vec![0.0; arguments.levels.min(MAX_LEVELS)];

@@ -42,7 +42,7 @@ pub struct LoadArguments {
     #[arg(long, value_name = "PERCENT", default_value_t = 0.0)]
     returning: f64,
     /// Score so many random items for each request, instead of searching
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(..=sidereal::MAX_BEAMS as u64))]
     candidates: usize,
     /// Milliseconds after which an answer is of no use
     #[arg(long, value_name = "MS")]

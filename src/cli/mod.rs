@@ -248,6 +248,11 @@ impl ModelArguments {
 }
 
 fn catalog_beside(model: &Path) -> Result<PathBuf> {
+    if !model.is_dir() {
+        let reason = "there is no such model folder";
+        let source = std::io::Error::new(std::io::ErrorKind::NotFound, reason);
+        return Err(Error::Io { path: model.to_path_buf(), source });
+    }
     let candidates = CATALOG_NAMES.map(|name| model.join(name));
     candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::Io {
         path: model.join(CATALOG_NAMES[0]),
@@ -276,9 +281,8 @@ fn say(text: &str) {
 
 /// Refuses to write over what is being read.
 fn refuse_same_file(field: &'static str, output: Option<&Path>, input: &Path) -> Result<()> {
-    let real = |path: &Path| std::fs::canonicalize(path).ok();
-    let is_same = output.and_then(real).is_some_and(|output| real(input) == Some(output));
-    match is_same {
+    let is_input = |output| same_file::is_same_file(output, input).unwrap_or(false);
+    match output.is_some_and(is_input) {
         true => Err(Error::InvalidField {
             field,
             reason: format!("{} is the input; name another file", input.display()),

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -94,14 +94,28 @@ impl EngineOptions {
         let token_bytes = spec.num_layers * 2 * spec.heads.kv_dim() * backend.dtype().size();
         let most_of_one = max_context.min(self.max_context);
         let tokens = match self.context_tokens {
-            0 => (backend.context_bytes()? / token_bytes.max(1)).max(most_of_one),
+            0 => (backend.context_bytes()? / token_bytes.max(1))
+                .min(pages::MAX_PAGES * pages::PAGE_LEN)
+                .max(most_of_one),
             tokens => tokens,
         };
+        let context_pages = pages::context_pages(tokens);
+        let tail_pages = (1 + num_steps).saturating_mul(self.max_beam_rows.div_ceil(TAIL_PAGE_LEN));
+        for (field, have, pages) in [
+            ("context_tokens", tokens, context_pages),
+            ("max_beam_rows", self.max_beam_rows, tail_pages),
+        ] {
+            if pages > pages::MAX_PAGES {
+                let most = pages::MAX_PAGES;
+                let reason = format!("{have} take {pages} pages of memory, at most {most} go");
+                return Err(Error::InvalidField { field, reason });
+            }
+        }
         Ok(MemorySpec {
             num_layers: spec.num_layers,
             heads: spec.heads,
-            context_pages: pages::context_pages(tokens),
-            tail_pages: (1 + num_steps) * self.max_beam_rows.div_ceil(TAIL_PAGE_LEN),
+            context_pages,
+            tail_pages,
             rows_per_step: self.rows_per_step.min(self.max_beam_rows),
             tokens_per_step: match spec.has_encoder {
                 true => self.tokens_per_step.max(most_of_one),
@@ -304,8 +318,10 @@ impl<B: Backend> Engine<B> {
         &self.catalog
     }
 
-    /// Runs something on the engine's threads, with its backend.
+    /// Runs something on the engine's threads, with its backend, while nothing else runs there.
+    /// `work` must not call the engine.
     pub fn run<R: Send>(&self, work: impl FnOnce(&B) -> R + Send) -> R {
+        let _load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
         self.pool.install(|| work(&self.backend))
     }
 

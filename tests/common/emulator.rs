@@ -445,8 +445,11 @@ impl Driver for Emulator {
         Ok(())
     }
 
-    fn end_recording(&self) -> Result<Vec<Asked>> {
-        Ok(self.recording.lock().expect("sound").take().expect("it was begun"))
+    fn end_recording(&self) -> Result<Option<Vec<Asked>>> {
+        let recording = self.recording.lock().expect("sound").take().expect("it was begun");
+        let bytes = recording.len();
+        // A recording takes memory as well: of it only whether there is any counts.
+        Ok((self.free.load(Ordering::Relaxed) >= bytes).then_some(recording))
     }
 
     fn replay(&self, recording: &Vec<Asked>) -> Result<()> {

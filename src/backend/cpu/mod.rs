@@ -222,7 +222,7 @@ impl Backend for CpuBackend {
         _head: &Head,
         _rules: &[SearchRule<'_>],
         logits: &mut Logits,
-        work: impl FnOnce(&mut Batch<'_, CpuBackend>, &mut Logits),
+        mut work: impl FnMut(&mut Batch<'_, CpuBackend>, &mut Logits),
     ) {
         work(batch, logits);
     }

@@ -68,11 +68,6 @@ impl Blas {
         Ok(Blas { handle: result::create_handle()?, workspace, plans })
     }
 
-    /// What it was given.
-    pub fn workspace(&self) -> CUdeviceptr {
-        self.workspace
-    }
-
     /// Enqueues a product.
     ///
     /// # Errors

@@ -2,7 +2,8 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::driver::{Device, DeviceMemory, Driver};
+use super::driver::Driver;
+use super::handle::{Device, DeviceMemory};
 use crate::error::Result;
 use crate::tensor::{Dtype, Tensor};
 

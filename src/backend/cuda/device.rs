@@ -30,6 +30,8 @@ const CUDA_VERSION: i32 = 13_000;
 const STAGED_BYTES: usize = 4 << 20;
 const STAGED_BYTES_BESIDE: usize = 32 << 20;
 
+const OUT_OF_MEMORY: DriverError = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+
 fn device_error(device: &str, reason: impl ToString) -> Error {
     Error::Device { device: device.into(), reason: reason.to_string() }
 }
@@ -50,23 +52,27 @@ pub fn num_devices() -> Result<usize> {
 
 /// One GPU.
 ///
-/// Memory comes from the driver's pool and goes back to it in the order of the stream
-/// (`cuMemAllocAsync`), so neither waits for the device.
+/// Memory comes from a pool and goes back to it in the order of the stream, so neither waits for
+/// the device.
 pub struct CudaDevice {
     name: String,
     num_processors: usize,
     /// Shared memory that a block may have.
     max_shared_bytes: usize,
-    context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     uploads: Mutex<Staging>,
     /// For copies beside the stream; all memory is taken here.
     copies: Arc<CudaStream>,
     uploads_beside: Mutex<Staging>,
+    pool: sys::CUmemoryPool,
     module: sys::CUmodule,
     functions: Mutex<HashMap<&'static str, Function>>,
     /// Always there, but while the device is opened and closed.
     blas: Option<Blas>,
+    /// Of products.
+    workspace: sys::CUdeviceptr,
+    /// The last to go: all else is its own.
+    context: Arc<CudaContext>,
 }
 
 /// Page-locked memory of the host, from which the device copies while the host goes on.
@@ -174,6 +180,7 @@ impl CudaDevice {
     pub fn open(ordinal: usize) -> Result<CudaDevice> {
         let place = format!("cuda:{ordinal}");
         let error = |reason: &dyn ToString| device_error(&place, reason.to_string());
+        let image = image().map_err(|reason| error(&reason))?;
         let count = num_devices()?;
         if ordinal >= count {
             return Err(error(&format!("there are {count} GPUs, numbered from 0")));
@@ -203,15 +210,13 @@ impl CudaDevice {
         use sys::CUdevice_attribute as Of;
         let num_processors = attribute(Of::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let max_shared = attribute(Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let image = image().map_err(|reason| error(&reason))?;
         // SAFETY: the image is a fat binary, aligned, that lives until it is loaded.
         let module = unsafe { driver::module::load_data(image.as_ptr().cast()) };
         let module = module.map_err(|reason| {
             error(&format!(
-                "its kernels cannot be loaded ({reason}): they need compute capability 8.0"
+                "the kernels cannot be loaded ({reason}): they need compute capability 8.0 or later"
             ))
         })?;
-        keep_freed_memory(&context).map_err(of_driver)?;
         let mut device = CudaDevice {
             name: format!("{place} ({})", context.name().map_err(of_driver)?),
             num_processors: num_processors as usize,
@@ -220,23 +225,58 @@ impl CudaDevice {
             uploads: Mutex::new(Staging::new(STAGED_BYTES).map_err(of_driver)?),
             copies,
             uploads_beside: Mutex::new(Staging::new(STAGED_BYTES_BESIDE).map_err(of_driver)?),
+            pool: memory_pool(ordinal).map_err(of_driver)?,
             module,
             functions: Mutex::new(HashMap::new()),
             blas: None,
+            workspace: 0,
             context,
         };
-        let workspace = device.take(WORKSPACE_BYTES).map_err(of_driver)?;
-        let blas = Blas::new(workspace).map_err(|reason| error(&format!("{reason:?}")))?;
+        device.workspace = device.take(WORKSPACE_BYTES).map_err(of_driver)?;
+        let blas = Blas::new(device.workspace).map_err(|reason| error(&format!("{reason:?}")))?;
         device.blas = Some(blas);
         Ok(device)
     }
 
     /// Memory that the stream finds taken whatever it does next.
     fn take(&self, bytes: usize) -> std::result::Result<sys::CUdeviceptr, DriverError> {
-        // SAFETY: the backend frees it.
-        let memory = unsafe { driver::malloc_async(self.copies.cu_stream(), bytes)? };
+        let take = || {
+            let mut memory = 0;
+            let stream = self.copies.cu_stream();
+            // SAFETY: the pool is ours, and the backend frees what it gave.
+            let taken = unsafe {
+                sys::cuMemAllocFromPoolAsync(&raw mut memory, bytes, self.pool, stream).result()
+            };
+            taken.map(|()| memory)
+        };
+        let memory = match take() {
+            Err(OUT_OF_MEMORY) => {
+                // What was freed may still be in use, or in pieces that the pool has not given back.
+                // SAFETY: the streams and the pool are ours.
+                unsafe {
+                    driver::stream::synchronize(self.stream.cu_stream())?;
+                    driver::stream::synchronize(self.copies.cu_stream())?;
+                    sys::cuMemPoolTrimTo(self.pool, 0).result()?;
+                }
+                take()?
+            }
+            taken => taken?,
+        };
         self.stream_waits_for_copies()?;
         Ok(memory)
+    }
+
+    /// A number that the pool tells.
+    fn of_pool(
+        &self,
+        attribute: sys::CUmemPool_attribute,
+    ) -> std::result::Result<u64, DriverError> {
+        let mut value = 0u64;
+        // SAFETY: the attributes that are asked for are u64.
+        unsafe {
+            sys::cuMemPoolGetAttribute(self.pool, attribute, (&raw mut value).cast()).result()?;
+        }
+        Ok(value)
     }
 
     fn stream_waits_for_copies(&self) -> std::result::Result<(), DriverError> {
@@ -284,16 +324,25 @@ impl CudaDevice {
     }
 }
 
-/// Has the pool keep what was freed for what is taken next, instead of giving it back to the system
-/// whenever the device is waited for.
-fn keep_freed_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
-    let (mut pool, mut threshold) = (std::ptr::null_mut(), u64::MAX);
-    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    // SAFETY: the device is that of a live context, and the attribute is a u64.
+/// A pool of a device's memory that keeps what was freed for what is taken next, and makes no stream
+/// wait for another.
+fn memory_pool(ordinal: usize) -> std::result::Result<sys::CUmemoryPool, DriverError> {
+    use sys::CUmemPool_attribute as Of;
+    let (mut pool, mut kept, mut waits) = (std::ptr::null_mut(), u64::MAX, 0i32);
+    // SAFETY: zeros are a description of no pool, which is then made one of plain memory of the
+    // device; the attributes are a u64 and an int.
     unsafe {
-        sys::cuDeviceGetDefaultMemPool(&raw mut pool, context.cu_device()).result()?;
-        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast()).result()
+        let mut wanted: sys::CUmemPoolProps = std::mem::zeroed();
+        wanted.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+        wanted.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+        wanted.location.id = ordinal as i32;
+        sys::cuMemPoolCreate(&raw mut pool, &raw const wanted).result()?;
+        let threshold = Of::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut kept).cast()).result()?;
+        let dependencies = Of::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES;
+        sys::cuMemPoolSetAttribute(pool, dependencies, (&raw mut waits).cast()).result()?;
     }
+    Ok(pool)
 }
 
 /// The fat binary, aligned.
@@ -330,15 +379,21 @@ impl Driver for CudaDevice {
 
     fn free_bytes(&self) -> Result<usize> {
         self.bind()?;
-        let (free, _) = driver::mem_get_info().map_err(|error| self.error(error))?;
-        Ok(free)
+        use sys::CUmemPool_attribute as Of;
+        let free = driver::mem_get_info().and_then(|(free, _)| {
+            // What the pool holds back is free as well.
+            let reserved = self.of_pool(Of::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+            let used = self.of_pool(Of::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+            Ok(free + reserved.saturating_sub(used) as usize)
+        });
+        free.map_err(|error| self.error(error))
     }
 
     fn allocate(&self, bytes: usize, _name: &str) -> Result<Option<u64>> {
         self.bind()?;
         match self.take(bytes) {
             Ok(memory) => Ok(Some(memory)),
-            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
+            Err(OUT_OF_MEMORY) => Ok(None),
             Err(error) => Err(self.error(error)),
         }
     }
@@ -411,7 +466,7 @@ impl Driver for CudaDevice {
         begun.map_err(|error| self.error(error))
     }
 
-    fn end_recording(&self) -> Result<Graph> {
+    fn end_recording(&self) -> Result<Option<Graph>> {
         self.bind()?;
         // SAFETY: the capture was begun on this stream.
         let graph = unsafe { driver::stream::end_capture(self.stream.cu_stream()) };
@@ -419,12 +474,24 @@ impl Driver for CudaDevice {
         // SAFETY: the graph was just captured.
         let executable =
             unsafe { driver::graph::instantiate(graph, sys::CUgraphInstantiate_flags_enum(0)) };
-        match executable {
-            Ok(executable) => Ok(Graph { graph, executable, context: Arc::clone(&self.context) }),
-            Err(error) => {
-                // SAFETY: nobody else knows of it.
-                let _ = unsafe { driver::graph::destroy(graph) };
-                Err(self.error(error))
+        let ready = executable.and_then(|executable| {
+            let graph = Graph { graph, executable, context: Arc::clone(&self.context) };
+            // What it needs of the device it takes now.
+            // SAFETY: the graph was just made.
+            unsafe { driver::graph::upload(executable, self.stream.cu_stream())? };
+            Ok(graph)
+        });
+        match (executable, ready) {
+            (_, Ok(graph)) => Ok(Some(graph)),
+            (executable, Err(error)) => {
+                if executable.is_err() {
+                    // SAFETY: nobody else knows of it.
+                    let _ = unsafe { driver::graph::destroy(graph) };
+                }
+                match error {
+                    OUT_OF_MEMORY => Ok(None),
+                    error => Err(self.error(error)),
+                }
             }
         }
     }
@@ -449,11 +516,12 @@ impl Drop for CudaDevice {
             for stream in [&self.copies, &self.stream] {
                 let _ = driver::stream::synchronize(stream.cu_stream());
             }
-            if let Some(blas) = self.blas.take() {
-                let workspace = blas.workspace();
-                drop(blas);
-                let _ = driver::free_async(workspace, self.stream.cu_stream());
+            drop(self.blas.take());
+            if self.workspace != 0 {
+                let _ = driver::free_async(self.workspace, self.stream.cu_stream());
+                let _ = driver::stream::synchronize(self.stream.cu_stream());
             }
+            let _ = sys::cuMemPoolDestroy(self.pool);
             let _ = driver::module::unload(self.module);
         }
     }

@@ -2,7 +2,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::buffer::Weights;
-use super::driver::{Device, DeviceMemory, Driver};
+use super::driver::Driver;
+use super::handle::{Device, DeviceMemory};
 use super::tables::MAX_POSITIONS;
 use crate::backend::{NO_TOKEN, StepTokens};
 use crate::error::{Error, Result};

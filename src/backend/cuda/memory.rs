@@ -2,7 +2,8 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Device, DeviceMemory, Driver};
+use super::driver::Driver;
+use super::handle::{Device, DeviceMemory};
 use crate::backend::MemorySpec;
 use crate::error::Result;
 use crate::pages::{PAGE_LEN, TAIL_PAGE_LEN};

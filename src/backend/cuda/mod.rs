@@ -34,6 +34,7 @@ mod device;
 mod driver;
 mod embed;
 mod gate;
+mod handle;
 mod head;
 mod last_rows;
 mod matmul;
@@ -59,7 +60,7 @@ pub use memory::Memory;
 pub use restricted_head::Logits;
 pub use slot::Slot;
 
-use driver::{Device, DeviceMemory, Recording};
+use handle::{Device, DeviceMemory, Recording};
 use memory::Arrays;
 use read_beams::MOST_BYTES_OF_BEAM;
 use rules::{Layout, Plan, Uploads};
@@ -78,7 +79,9 @@ pub struct CudaBackend<D: Driver> {
     state: Mutex<State<D>>,
 }
 
-/// What passes use on their way.
+/// What passes use on their way. A step of beams is prepared (`Layout`: which rows are whose; `Plan`:
+/// what of its products and kernels depends on its rules; `Shape`: what on its rows), and steps of
+/// the same plan and shape are one recording.
 struct State<D: Driver> {
     uploads: Uploads<D>,
     /// Of recorded steps, and of beams that are read.
@@ -108,11 +111,14 @@ struct PassTables<D: Driver> {
     written: Option<(Vec<u64>, Tables)>,
 }
 
-/// A step of a shape: seen once, so that all memory has its size, or recorded.
+/// A step of a shape: seen so often, so that all memory has its size, or recorded.
 enum Recorded<D: Driver> {
-    Seen,
+    Seen(u32),
     As(Recording<D>),
 }
+
+/// Sights of a shape after which it is recorded: what comes rarely does not pay for it.
+const SIGHTS: u32 = 2;
 
 impl<D: Driver> CudaBackend<D> {
     /// A backend on a device, with activations of `dtype`: [`Dtype::F32`] or [`Dtype::Bf16`].
@@ -216,7 +222,8 @@ impl<D: Driver> CudaBackend<D> {
         let shape = tables::padded_shape(slots, layout.num_rows(), attention);
         let (memory, recorded) = (&mut state.table_memory, Some((shape, &layout.first_rows[..])));
         let tables = tables::write(memory, &[], slots, attention, recorded);
-        logits.reserve(&plan, shape.num_rows.max(state.rows_of_a_step));
+        let least = state.rows_of_a_step;
+        logits.reserve(&plan, shape.num_rows.max(least), shape.num_searches.max(least));
         let (memory, address) = (&mut state.rule_memory, logits.address());
         let rows = &layout.first_rows;
         rules::write(memory, head, rules, slots, rows, &plan, address, shape.num_searches);
@@ -352,7 +359,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         head: &Head<D>,
         rules: &[SearchRule<'_>],
         logits: &mut Logits<D>,
-        work: impl FnOnce(&mut Batch<'_, Self>, &mut Logits<D>),
+        mut work: impl FnMut(&mut Batch<'_, Self>, &mut Logits<D>),
     ) {
         if !batch.chunks.is_empty() || batch.slots.is_empty() {
             return work(batch, logits);
@@ -364,24 +371,33 @@ impl<D: Driver> Backend for CudaBackend<D> {
             state.recordings.pop(&key)
         };
         let recorded = match recorded {
-            // The first time everything is done at once, and gets the size that it needs.
-            None => {
+            Some(Recorded::Seen(SIGHTS)) => self.device.record(|| work(batch, logits)).map_or_else(
+                || {
+                    // There is no memory to keep it: it is done as it comes, and the older ones go.
+                    self.state().recordings.clear();
+                    work(batch, logits);
+                    Recorded::Seen(0)
+                },
+                Recorded::As,
+            ),
+            Some(Recorded::As(recording)) => Recorded::As(recording),
+            // The first time everything gets the size that it needs.
+            seen => {
                 work(batch, logits);
-                Some(Recorded::Seen)
+                match seen {
+                    Some(Recorded::Seen(sights)) => Recorded::Seen(sights + 1),
+                    _ => Recorded::Seen(1),
+                }
             }
-            Some(Recorded::Seen) => self.device.record(|| work(batch, logits)).map(Recorded::As),
-            known => known,
         };
-        if let Some(Recorded::As(recording)) = &recorded {
+        if let Recorded::As(recording) = &recorded {
             self.device.replay(recording);
         }
         let mut state = self.state();
         // What this step grew, others may have recorded; what it recorded is still there.
         state.forget_released(&self.device);
         // A step that failed has not taken all memory that it needs.
-        if let Some(recorded) = recorded
-            && self.device.check().is_ok()
-        {
+        if self.device.check().is_ok() {
             state.recordings.put(key, recorded);
         }
         state.prepared = None;

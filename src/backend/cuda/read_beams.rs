@@ -1,6 +1,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
+use super::handle::reason_of;
 use super::memory::Beams;
 use super::tables::{self, BatchParams, MAX_POSITIONS};
 use super::{CudaBackend, Slot};
@@ -33,8 +34,9 @@ impl<D: Driver> CudaBackend<D> {
                 .zip(parts)
                 .map(|(slot, part)| beams_of(slot, &words[part.first_word as usize..]))
                 .collect(),
-            Err(_) => {
-                slots.iter().map(|_| Err(self.device.check().expect_err("it failed"))).collect()
+            Err(error) => {
+                let reason = reason_of(error);
+                slots.iter().map(|_| Err(self.device.error(&reason))).collect()
             }
         }
     }

@@ -2,7 +2,8 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Device, DeviceMemory, Driver, Product};
+use super::driver::{Driver, Product};
+use super::handle::{Device, DeviceMemory};
 use super::rules::{self, Layout, MAX_PARTS, Plan};
 use super::tables::BatchParams;
 use super::{Buffer, CudaBackend, Head, SearchRule, Slot};
@@ -44,9 +45,8 @@ impl<D: Driver> Logits<D> {
         }
     }
 
-    /// Takes the memory that a step of so many rows needs, whatever its scores and searches.
-    pub(super) fn reserve(&mut self, plan: &Plan, num_rows: usize) {
-        let num_searches = num_rows;
+    /// Takes the memory that a step of so many rows and searches needs, whatever its scores.
+    pub(super) fn reserve(&mut self, plan: &Plan, num_rows: usize, num_searches: usize) {
         self.values.reserve(num_rows * plan.stride * size_of::<f32>());
         self.chunk.reserve(num_rows * VOCABULARY_CHUNK * size_of::<f32>());
         let sums = num_rows * size_of::<[f32; 2]>();
@@ -97,7 +97,8 @@ impl<D: Driver> CudaBackend<D> {
                 let layout = Layout::new(head, rules, slots, false);
                 let uploads = &mut state.uploads;
                 let plan = rules::plan(&self.device, uploads, head, rules, slots, &layout, false);
-                out.reserve(&plan, hidden.rows.max(state.rows_of_a_step));
+                let least = state.rows_of_a_step;
+                out.reserve(&plan, hidden.rows.max(least), slots.len().max(least));
                 let memory = &mut state.rule_memory;
                 let (rows, logits) = (&layout.first_rows, out.address());
                 rules::write(memory, head, rules, slots, rows, &plan, logits, slots.len());

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::driver::{Device, DeviceMemory, Driver};
+use super::driver::Driver;
+use super::handle::{Device, DeviceMemory};
 use super::head::Head;
 use super::slot::Slot;
 use super::tables::padded;

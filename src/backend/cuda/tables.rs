@@ -6,7 +6,8 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 
 use super::attend_prefill::attention_bytes;
-use super::driver::{DeviceMemory, Driver};
+use super::driver::Driver;
+use super::handle::DeviceMemory;
 use super::slot::Slot;
 use crate::backend::Heads;
 use crate::pages::PAGE_LEN;
