@@ -7,7 +7,8 @@ mod common;
 use std::ops::Range;
 use std::slice;
 
-use common::emulator::{Build, Emulator, Kernels};
+use common::emulator::Emulator;
+use common::kernels::{Build, Kernels};
 use common::operations::Subject;
 use common::truth::{self, Matrix, relative_error};
 use sidereal::backend::cases::{self, Cases, OPERATIONS, World};

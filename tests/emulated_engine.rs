@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::emulator::{Build, Emulator, Kernels};
+use common::emulator::Emulator;
+use common::kernels::{Build, Kernels};
 use common::tiny::{Tiny, random_change, random_request};
 use sidereal::backend::cuda::CudaBackend;
 use sidereal::catalog::{Catalog, Change};

@@ -7,7 +7,8 @@ mod common;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use common::emulator::{Build, Emulator, Kernels, Schedule};
+use common::emulator::Emulator;
+use common::kernels::{Build, Kernels, Schedule};
 use sidereal::backend::Backend;
 use sidereal::backend::cuda::{CudaBackend, Driver};
 use sidereal::{Dtype, Tensor};

@@ -9,7 +9,8 @@ use std::path::Path;
 use std::slice;
 use std::sync::Arc;
 
-use common::emulator::{Build, Emulator, Kernels};
+use common::emulator::Emulator;
+use common::kernels::{Build, Kernels};
 use common::truth::{self, Matrix, relative_error};
 use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cuda::CudaBackend;

@@ -5,7 +5,8 @@
 
 mod common;
 
-use common::emulator::{Build, Emulator, Kernels, Schedule};
+use common::emulator::Emulator;
+use common::kernels::{Build, Kernels, Schedule};
 use common::truth::relative_error;
 use sidereal::Dtype;
 use sidereal::backend::cases;

@@ -8,7 +8,8 @@ mod common;
 use std::slice;
 use std::sync::Arc;
 
-use common::emulator::{Build, Emulator, Kernels};
+use common::emulator::Emulator;
+use common::kernels::{Build, Kernels};
 use common::tiny::Tiny;
 use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cuda::CudaBackend;

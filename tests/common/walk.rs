@@ -1,0 +1,138 @@
+//! Searches that are followed in f64, to hold backends to.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::tiny::{TAGS, random_catalog};
+use super::truth;
+use sidereal::backend::cases::Cases;
+use sidereal::backend::{Heads, NO_TOKEN, SearchRule, StepTokens};
+use sidereal::catalog::Snapshot;
+use sidereal::catalog::legality::Legality;
+use sidereal::{Constraint, Normalization};
+
+/// A search of one slot, followed in f64.
+pub struct Walk {
+    pub snapshot: Arc<Snapshot>,
+    /// Only items with this tag, if any.
+    pub tag: Option<&'static str>,
+    pub excluded: Vec<u32>,
+    pub normalization: Normalization,
+    pub constraint: Constraint,
+    pub beams: usize,
+    pub temperature: f32,
+    pub context: Vec<f32>,
+    pub context_len: usize,
+    /// By the tokens chosen so far: score, and the KV rows written at each of its positions.
+    pub prefixes: HashMap<Vec<u32>, f64>,
+    pub tails: HashMap<Vec<u32>, Vec<f32>>,
+}
+
+impl Walk {
+    pub fn new(cases: &mut Cases, num_levels: usize, num_codes: u16, heads: Heads) -> Walk {
+        let catalog = random_catalog(&mut cases.rng, num_levels, num_codes).snapshot();
+        let share = cases.rng.f32();
+        let mut excluded: Vec<u32> = match cases.rng.bool() {
+            true => catalog.all_items().filter(|_| cases.rng.f32() < share).collect(),
+            false => Vec::new(),
+        };
+        excluded.sort_unstable();
+        let normalizations =
+            [Normalization::Vocabulary, Normalization::Level, Normalization::Children];
+        let normalization = normalizations[cases.rng.usize(0..3)];
+        let constraint = match (cases.rng.u8(0..4), normalization) {
+            (0, Normalization::Vocabulary | Normalization::Children) => Constraint::None,
+            (1, _) => Constraint::Level,
+            _ => Constraint::Trie,
+        };
+        let context_len = cases.size(200);
+        Walk {
+            snapshot: catalog,
+            excluded,
+            tag: TAGS.get(cases.rng.usize(0..2 * TAGS.len())).copied(),
+            normalization,
+            constraint,
+            beams: cases.size(50),
+            temperature: if cases.rng.bool() { 1.0 } else { 0.5 + cases.rng.f32() },
+            context: cases.numbers(context_len * 2 * heads.kv_dim()),
+            context_len,
+            prefixes: HashMap::from([(Vec::new(), 0.0)]),
+            tails: HashMap::new(),
+        }
+    }
+
+    pub fn rule<'a>(&'a self, legality: &'a Legality) -> SearchRule<'a> {
+        SearchRule {
+            snapshot: &self.snapshot,
+            legality,
+            beams: self.beams,
+            normalization: self.normalization,
+            constraint: self.constraint,
+            temperature: self.temperature,
+            candidates: None,
+            seed: None,
+            log_probs: false,
+        }
+    }
+
+    pub fn legality(&self) -> Legality {
+        let filter = self.tag.map(|tag| format!("tag:{tag}"));
+        self.snapshot.legality(&self.excluded, filter.as_deref()).expect("a sound filter")
+    }
+
+    /// Whether an allowed item's semantic ID starts with these codes.
+    pub fn is_legal(&self, codes: &[u16]) -> bool {
+        self.snapshot.all_items().any(|item| {
+            self.snapshot.is_available(item)
+                && self.tag.is_none_or(|tag| self.snapshot.tags(item).contains(&tag.to_string()))
+                && !self.excluded.contains(&item)
+                && self.snapshot.sid(item).codes().starts_with(codes)
+        })
+    }
+
+    /// Every continuation of a prefix with its score, by the definition.
+    pub fn continuations(
+        &self,
+        prefix: &[u32],
+        logits: &[f64],
+        steps: &[StepTokens],
+    ) -> Vec<(Vec<u32>, f64)> {
+        let scaled = |token: u32| logits[token as usize] / f64::from(self.temperature);
+        let code = |level: usize, token: u32| match &steps[level] {
+            StepTokens::Level { tokens } => tokens.iter().position(|&t| t == token),
+            StepTokens::Forced { .. } => None,
+        };
+        let step = prefix.len();
+        let (allowed, level): (Vec<u32>, Vec<u32>) = match &steps[step] {
+            StepTokens::Forced { token } => (vec![*token], vec![*token]),
+            StepTokens::Level { tokens } => {
+                let level: Vec<u32> = tokens.iter().copied().filter(|&t| t != NO_TOKEN).collect();
+                let allowed = match self.constraint {
+                    Constraint::None => (0..logits.len() as u32).collect(),
+                    Constraint::Level => level.clone(),
+                    Constraint::Trie => {
+                        let codes = prefix.iter().enumerate().map(|(l, &token)| code(l, token));
+                        let codes: Vec<u16> =
+                            codes.map(|code| code.expect("a legal prefix") as u16).collect();
+                        let legal = |&token: &u32| {
+                            let next = code(step, token).expect("a token of the level") as u16;
+                            self.is_legal(&[&codes[..], &[next]].concat())
+                        };
+                        level.iter().copied().filter(legal).collect()
+                    }
+                };
+                (allowed, level)
+            }
+        };
+        let over = match self.normalization {
+            Normalization::Vocabulary => (0..logits.len() as u32).collect(),
+            Normalization::Level => level,
+            Normalization::Children => allowed.clone(),
+        };
+        let normalizer = truth::log_sum_exp(over.iter().map(|&token| scaled(token)));
+        let score = self.prefixes[prefix];
+        let extend =
+            |&token: &u32| ([prefix, &[token]].concat(), score + scaled(token) - normalizer);
+        allowed.iter().map(extend).collect()
+    }
+}
