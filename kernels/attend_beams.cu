@@ -154,36 +154,54 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
   attention.attend(tile, params.batch, params.pages, static_cast<const bf16*>(params.queries),
                    params.query_columns);
   const uint32_t first_column = Attention::first_column();
+  uint32_t heads[2];
+  bool is_wanted[2];
 #pragma unroll
   for (uint32_t which = 0; which < 2; which++) {
     const uint32_t row = Attention::row_in_tile(which);
-    const bool is_wanted = tile.first + row < tile.num_rows;
-    const uint32_t head = tile.head_of(row);
-    for (uint32_t back = 0; back < tail.len; back++) {
-      // The four lanes of a row share its columns; rows that are not wanted keep them company.
-      const uint32_t ancestor = is_wanted ? ancestors[row * kMaxPositions + back] : 0;
-      const bf16* keys = tail_keys<bf16>(params.pages, ancestor, tile.layer) +
-                         tile.kv_head * kHeadDim + first_column;
-      const bf16* values = keys + params.pages.num_kv_heads * kHeadDim;
-      const bf16* query = attention.queries + row * Attention::kStride + first_column;
-      float score = 0;
-      if (is_wanted) {
+    is_wanted[which] = tile.first + row < tile.num_rows;
+    heads[which] = tile.head_of(row);
+  }
+  for (uint32_t back = 0; back < tail.len; back++) {
+    // The four lanes of a row share its columns. All loads are on their way before one is needed.
+    bf16x2 keys[2][kHeadDim / 8], values[2][kHeadDim / 8];
 #pragma unroll
-        for (uint32_t d = 0; d < kHeadDim; d += 8) {
-          const float2 q = __bfloat1622float2(*reinterpret_cast<const bf16x2*>(query + d));
-          const float2 k = __bfloat1622float2(*reinterpret_cast<const bf16x2*>(keys + d));
+    for (uint32_t which = 0; which < 2; which++) {
+      if (!is_wanted[which]) continue;
+      const uint32_t row = Attention::row_in_tile(which);
+      const bf16* of_ancestor =
+          tail_keys<bf16>(params.pages, ancestors[row * kMaxPositions + back], tile.layer) +
+          tile.kv_head * kHeadDim + first_column;
+      const uint32_t to_values = params.pages.num_kv_heads * kHeadDim;
+#pragma unroll
+      for (uint32_t d = 0; d < kHeadDim / 8; d++) {
+        keys[which][d] = *reinterpret_cast<const bf16x2*>(of_ancestor + d * 8);
+        values[which][d] = *reinterpret_cast<const bf16x2*>(of_ancestor + to_values + d * 8);
+      }
+    }
+#pragma unroll
+    for (uint32_t which = 0; which < 2; which++) {
+      float score = 0;
+      if (is_wanted[which]) {
+        const bf16* query =
+            attention.queries + Attention::row_in_tile(which) * Attention::kStride + first_column;
+#pragma unroll
+        for (uint32_t d = 0; d < kHeadDim / 8; d++) {
+          const float2 q = __bfloat1622float2(*reinterpret_cast<const bf16x2*>(query + d * 8));
+          const float2 k = __bfloat1622float2(keys[which][d]);
           score += q.x * k.x + q.y * k.y;
         }
       }
+      // Rows that are not wanted keep them company.
       score += __shfl_xor_sync(kAllLanes, score, 1);
       score += __shfl_xor_sync(kAllLanes, score, 2);
-      if (!is_wanted) continue;
-      score = (score * tile.scale + tail_bias(params, head, back)) * kLog2E;
+      if (!is_wanted[which]) continue;
+      score = (score * tile.scale + tail_bias(params, heads[which], back)) * kLog2E;
       const float most = fmaxf(attention.largest[which], score);
       const float share = exp2f(attention.largest[which] - most), weight = exp2f(score - most);
 #pragma unroll
       for (uint32_t d = 0; d < kHeadDim / 8; d++) {
-        const float2 v = __bfloat1622float2(*reinterpret_cast<const bf16x2*>(values + d * 8));
+        const float2 v = __bfloat1622float2(values[which][d]);
         float(&sums)[4] = attention.accumulated[d];
         sums[2 * which] = sums[2 * which] * share + weight * v.x;
         sums[2 * which + 1] = sums[2 * which + 1] * share + weight * v.y;
@@ -191,10 +209,14 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
       attention.sums[which] = attention.sums[which] * share + weight;
       attention.largest[which] = most;
     }
-    if (!is_wanted) continue;
+  }
+#pragma unroll
+  for (uint32_t which = 0; which < 2; which++) {
+    if (!is_wanted[which]) continue;
+    const uint32_t row = tile.row_of(Attention::row_in_tile(which));
     const float sum = attention.sums[which];
-    const size_t at = size_t(tile.row_of(row)) * params.num_heads + head;
     if (params.num_splits == 1) {
+      const size_t at = size_t(row) * params.num_heads + heads[which];
       bf16* out = static_cast<bf16*>(params.out) + at * kHeadDim;
       attention.for_each_pair(which, sum > 0 ? 1.0f / sum : 0.0f,
                               [&](uint32_t column, float x, float y) {
@@ -203,8 +225,7 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
                               });
       continue;
     }
-    const size_t part =
-        part_of(params.batch, params.num_heads, blockIdx.z, tile.row_of(row), head);
+    const size_t part = part_of(params.batch, params.num_heads, blockIdx.z, row, heads[which]);
     float* out = params.parts + part * kHeadDim;
     attention.for_each_pair(which, 1.0f, [&](uint32_t column, float x, float y) {
       *reinterpret_cast<float2*>(out + column) = make_float2(x, y);
