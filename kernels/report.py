@@ -33,7 +33,10 @@ def tool(name):
 
 
 def run(*command):
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        sys.exit(f"{command[0]} was not found; set CUDA_HOME (.ci/get-nvcc FOLDER fetches what is needed)")
     if done.returncode:
         sys.exit(f"{' '.join(command)}:\n{done.stderr}")
     return done.stdout

@@ -31,7 +31,8 @@ type Outcome<T> = Result<T, CublasError>;
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: CUdeviceptr,
-    plans: Mutex<LruCache<Shape, Plan>>,
+    /// None where the library has nothing for the shape.
+    plans: Mutex<LruCache<Shape, Option<Plan>>>,
 }
 
 /// What a plan depends on.
@@ -68,11 +69,11 @@ impl Blas {
         Ok(Blas { handle: result::create_handle()?, workspace, plans })
     }
 
-    /// Enqueues a product.
+    /// Enqueues a product, and says whether the library has something for it.
     ///
     /// # Errors
     /// The library's.
-    pub fn multiply(&self, product: &Product, stream: CUstream) -> Outcome<()> {
+    pub fn multiply(&self, product: &Product, stream: CUstream) -> Outcome<bool> {
         let alignment = |address: Address| 1 << address.get().trailing_zeros().min(8);
         let shape = Shape {
             rows: product.rows,
@@ -88,6 +89,7 @@ impl Blas {
         };
         let mut plans = self.plans.lock().expect("no holder panics");
         let plan = plans.try_get_or_insert(shape, || self.plan(&shape, product.bias))?;
+        let Some(plan) = plan else { return Ok(false) };
         set_bias(plan.operation, product.bias)?;
         let (one, beta) = (1f32, if product.adds { 1f32 } else { 0f32 });
         let out = product.out.get() as *mut c_void;
@@ -110,11 +112,12 @@ impl Blas {
                 self.workspace as *mut c_void,
                 WORKSPACE_BYTES,
                 stream.cast(),
-            )
+            )?;
         }
+        Ok(true)
     }
 
-    fn plan(&self, shape: &Shape, bias: Option<Address>) -> Outcome<Plan> {
+    fn plan(&self, shape: &Shape, bias: Option<Address>) -> Outcome<Option<Plan>> {
         let (rows, columns, inner) = (shape.rows as u64, shape.columns as u64, shape.inner as u64);
         let (dtype, out_dtype) = (data_type(shape.dtype), data_type(shape.out_dtype));
         // Column by column, as cuBLASLt counts, the product is weightᵀ x with `columns` rows.
@@ -148,7 +151,7 @@ impl Blas {
             prefer(attribute, std::ptr::from_ref(value).cast(), size_of::<u32>())?;
         }
         // SAFETY: all of them are alive.
-        let heuristic = unsafe {
+        let found = unsafe {
             let found = result::get_matmul_algo_heuristic(
                 self.handle,
                 operation,
@@ -159,9 +162,13 @@ impl Blas {
                 preference,
             );
             result::destroy_matmul_pref(preference)?;
-            found?
+            found
         };
-        Ok(Plan { operation, weight, x, out, algorithm: heuristic.algo })
+        match found {
+            Ok(found) => Ok(Some(Plan { operation, weight, x, out, algorithm: found.algo })),
+            Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 

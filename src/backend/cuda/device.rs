@@ -451,7 +451,7 @@ impl Driver for CudaDevice {
         launched.map_err(|error| self.error(format!("kernel {}: {error}", launch.kernel())))
     }
 
-    fn multiply(&self, product: &Product) -> Result<()> {
+    fn multiply(&self, product: &Product) -> Result<bool> {
         self.bind()?;
         let blas = self.blas.as_ref().expect("an open device has it");
         let multiplied = blas.multiply(product, self.stream.cu_stream());

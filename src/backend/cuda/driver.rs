@@ -141,11 +141,11 @@ pub trait Driver: Send + Sync + 'static {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device).
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
-    /// Multiplies.
+    /// Multiplies, unless the device's library has nothing for such a product: says whether it has.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device).
-    fn multiply(&self, product: &Product) -> Result<()>;
+    fn multiply(&self, product: &Product) -> Result<bool>;
     /// From now on launches and products are kept and not done.
     ///
     /// # Errors

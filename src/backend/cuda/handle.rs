@@ -212,13 +212,14 @@ impl<D: Driver> Device<D> {
         let _ = self.ask_for_step(&self.launches, |driver| driver.launch(&launch));
     }
 
-    pub fn multiply(&self, product: &Product) {
-        if product.rows > 0 && product.columns > 0 {
-            let flops = 2 * product.rows * product.columns * product.inner;
-            self.flops.fetch_add(flops as u64, Ordering::Relaxed);
-            let _turn = self.turn();
-            let _ = self.ask_for_step(&self.products, |driver| driver.multiply(product));
-        }
+    /// Says whether the device's library could do it.
+    pub fn multiply(&self, product: &Product) -> bool {
+        let flops = 2 * product.rows * product.columns * product.inner;
+        self.flops.fetch_add(flops as u64, Ordering::Relaxed);
+        let _turn = self.turn();
+        let done = self.ask_for_step(&self.products, |driver| driver.multiply(product));
+        // What failed is told to who waits.
+        done.unwrap_or(true)
     }
 
     pub fn replay(&self, recording: &Recording<D>) {

@@ -22,7 +22,58 @@ pub(super) fn activation_number(activation: Activation) -> u32 {
     }
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ProductParams {
+    out: u64,
+    x: u64,
+    weight: u64,
+    bias: u64,
+    rows: u32,
+    columns: u32,
+    inner: u32,
+    stride: u32,
+    adds: u32,
+    /// One more than its number; zero for none.
+    activation: u32,
+}
+
+/// Rows and columns of the result that a block of the kernel computes.
+const TILE: usize = 16;
+
 impl<D: Driver> CudaBackend<D> {
+    /// A product by the device's library, or by a kernel where that has nothing for its shape.
+    pub(super) fn multiply(&self, product: &Product) {
+        if product.rows == 0 || product.columns == 0 || self.device.multiply(product) {
+            return;
+        }
+        let activation = product.activation.map_or(0, |activation| {
+            1 + activation_number(match activation {
+                FusedActivation::Relu => Activation::Relu,
+                FusedActivation::GeluTanh => Activation::GeluTanh,
+            })
+        });
+        let params = ProductParams {
+            out: product.out.get(),
+            x: product.x.get(),
+            weight: product.weight.get(),
+            bias: product.bias.map_or(0, |bias| bias.get()),
+            rows: product.rows as u32,
+            columns: product.columns as u32,
+            inner: product.inner as u32,
+            stride: product.stride as u32,
+            adds: product.adds.into(),
+            activation,
+        };
+        let kernel = match (product.dtype, product.out_dtype) {
+            (Dtype::Bf16, Dtype::Bf16) => "matmul_bf16",
+            (Dtype::Bf16, _) => "matmul_bf16_f32",
+            _ => "matmul_f32",
+        };
+        let grid = [product.columns.div_ceil(TILE), product.rows.div_ceil(TILE), 1];
+        self.device.launch(kernel, grid, (TILE * TILE) as u32, 0, &params);
+    }
+
     pub(super) fn matmul(
         &self,
         x: &Buffer<D>,
@@ -51,7 +102,7 @@ impl<D: Driver> CudaBackend<D> {
             Epilogue::Activate(other) => (None, Some(other)),
             Epilogue::Store | Epilogue::Add => (None, None),
         };
-        self.device.multiply(&Product {
+        self.multiply(&Product {
             x: x.memory.address(),
             weight: weight.memory.address(),
             bias: bias.map(|bias| bias.bias.address()),

@@ -122,7 +122,7 @@ impl<D: Driver> CudaBackend<D> {
         };
         for run in &plan.runs {
             let at = run.rows.start * plan.stride * size_of::<f32>();
-            self.device.multiply(&Product {
+            self.multiply(&Product {
                 out: out.values.address_at(at),
                 stride: plan.stride,
                 ..product(run.rows.start, run.rows.len(), run.span.start, run.span.len())
@@ -147,7 +147,7 @@ impl<D: Driver> CudaBackend<D> {
         if plan.needs_vocabulary {
             for first in (0..head.vocab_size()).step_by(VOCABULARY_CHUNK) {
                 let columns = VOCABULARY_CHUNK.min(head.vocab_size() - first);
-                self.device.multiply(&Product {
+                self.multiply(&Product {
                     out: out.chunk.address(),
                     ..product(0, hidden.rows, first, columns)
                 });
