@@ -6,7 +6,7 @@ use super::rules::CHUNK;
 use super::tables::BatchParams;
 use super::{CudaBackend, Head, Logits, SearchRule, Slot, rules, shared_bytes};
 
-/// Keys that a block of `advance_beams_select` reads at a time.
+/// Keys that a block of `advance_beams_select` reads at a time: `kSelectChunk` there.
 const SELECT_CHUNK: usize = 4096;
 
 #[repr(C)]

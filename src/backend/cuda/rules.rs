@@ -19,7 +19,7 @@ use crate::request::Constraint;
 
 /// Continuations that a block of kernels/advance_beams.cu takes at a time.
 pub(super) const CHUNK: usize = 1024;
-/// Parts that the continuations of a search are dealt out to, at most.
+/// Parts that the continuations of a search are dealt out to, at most: `kMaxParts` there.
 pub(super) const MAX_PARTS: usize = 64;
 
 /// `Trie` in kernels/common/search.cuh.
