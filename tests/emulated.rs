@@ -275,3 +275,38 @@ fn attention_takes_tiles_that_the_device_has_shared_memory_for() {
     let error = World::on(&backend, heads(1024)).err().expect("it does not fit");
     assert!(error.to_string().contains("heads of 1024"), "{error}");
 }
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn a_step_that_panics_while_it_is_recorded_ends_its_recording() {
+    let backend = Emulator::backend(Build::Plain, Dtype::F32);
+    let mut cases = Cases::new(8);
+    let catalog = catalog(&mut cases, 50, 2, 10);
+    let snapshot = catalog.snapshot();
+    let legality = snapshot.legality(&[], None).expect("no filter");
+    let steps = [0, 10].map(|first| StepTokens::Level { tokens: (first..first + 10).collect() });
+    let head = Tensor::new(&[20, 8], cases.numbers(20 * 8));
+    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
+    let hidden = backend.upload(&cases.numbers(8), 8);
+    let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
+    let mut world = World::on(&backend, heads).expect("memory");
+    let mut step = |panics: bool| {
+        let mut slots = [world.slot(1)];
+        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+        let rules = [SearchRule::new(&snapshot, &legality, 5)];
+        backend.step(&mut batch, &head, &rules, &mut logits, |batch, logits| {
+            backend.restricted_head(&hidden, &head, &rules, batch.slots, logits);
+            backend.advance_beams(logits, &head, &rules, batch.slots);
+            assert!(!panics, "as it should");
+        });
+    };
+    step(false);
+    step(false);
+    let replays = backend.traffic().replays;
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| step(true)));
+    assert!(panicked.is_err());
+    assert_eq!(backend.traffic().replays, replays, "nothing of it was done");
+    // Memory can be taken, written, read and given back.
+    let buffer = backend.upload(&[1.0, 2.0], 1);
+    assert_eq!(backend.download(&buffer).expect("the device works"), [1.0, 2.0]);
+}

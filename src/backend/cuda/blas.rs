@@ -128,11 +128,33 @@ impl Blas {
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             sys::cudaDataType_t::CUDA_R_32F,
         )?;
+        // From here on it is destroyed with the plan.
+        // SAFETY: an algorithm is plain numbers, and this one is used by nobody.
+        let algorithm = unsafe { std::mem::zeroed() };
+        let mut plan = Plan { operation, weight, x, out, algorithm };
         use sys::cublasLtMatmulDescAttributes_t as Of;
         set(operation, Of::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
         set(operation, Of::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue(shape))?;
         set_bias(operation, bias)?;
         let preference = result::create_matmul_pref()?;
+        let found = self.find(&plan, preference, shape);
+        // SAFETY: it is ours.
+        unsafe { result::destroy_matmul_pref(preference)? };
+        match found {
+            Ok(algorithm) => plan.algorithm = algorithm,
+            Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        Ok(Some(plan))
+    }
+
+    /// The algorithm that the library thinks the fastest.
+    fn find(
+        &self,
+        plan: &Plan,
+        preference: sys::cublasLtMatmulPreference_t,
+        shape: &Shape,
+    ) -> Outcome<sys::cublasLtMatmulAlgo_t> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Prefers;
         let prefer = |attribute, value: *const c_void, bytes| {
             // SAFETY: the preference is alive, and the value has the attribute's size.
@@ -152,23 +174,17 @@ impl Blas {
         }
         // SAFETY: all of them are alive.
         let found = unsafe {
-            let found = result::get_matmul_algo_heuristic(
+            result::get_matmul_algo_heuristic(
                 self.handle,
-                operation,
-                weight,
-                x,
-                out,
-                out,
+                plan.operation,
+                plan.weight,
+                plan.x,
+                plan.out,
+                plan.out,
                 preference,
-            );
-            result::destroy_matmul_pref(preference)?;
-            found
+            )
         };
-        match found {
-            Ok(found) => Ok(Some(Plan { operation, weight, x, out, algorithm: found.algo })),
-            Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found.map(|found| found.algo)
     }
 }
 

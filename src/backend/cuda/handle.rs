@@ -1,7 +1,7 @@
 //! A device as the backend has it: its driver, its failures, whose turn it is, and memory.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::{self, ThreadId};
 
 use bytemuck::Pod;
@@ -28,7 +28,8 @@ struct Failures {
 pub(super) struct Device<D: Driver> {
     pub driver: D,
     failures: Mutex<Failures>,
-    /// Shared by who asks; alone has it who records a step.
+    /// Shared by who asks; alone has it who records a step. Whoever steps takes it before or after
+    /// the backend's state, so only one thread at a time may step; others may load weights beside it.
     turn: RwLock<()>,
     recorder: Mutex<Option<ThreadId>>,
     launches: AtomicU64,
@@ -163,7 +164,7 @@ impl<D: Driver> Device<D> {
     fn turn(&self) -> Option<RwLockReadGuard<'_, ()>> {
         let recorder = *self.recorder.lock().expect("no holder panics");
         (recorder != Some(thread::current().id()))
-            .then(|| self.turn.read().expect("no holder panics"))
+            .then(|| self.turn.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The same for what no recording can hold.
@@ -231,7 +232,7 @@ impl<D: Driver> Device<D> {
     /// What `work` asks for, instead of doing it; none where there is no memory to keep it, or where
     /// it failed. Nothing else may come between, so other threads wait.
     pub fn record(&self, work: impl FnOnce()) -> Option<Recording<D>> {
-        let _alone = self.turn.write().expect("no holder panics");
+        let _alone = self.turn.write().unwrap_or_else(PoisonError::into_inner);
         self.check().ok()?;
         let (uncounted, before) = (AtomicU64::new(0), self.flops());
         let recorder = self.ask(&uncounted, |_| Recorder::begin(self)).ok()?;

@@ -83,6 +83,8 @@ pub struct CudaBackend<D: Driver> {
 /// what of its products and kernels depends on its rules; `Shape`: what on its rows), and steps of
 /// the same plan and shape are one recording.
 struct State<D: Driver> {
+    /// The first to go, before the memory that they refer to.
+    recordings: LruCache<(Shape, Plan), Recorded<D>>,
     uploads: Uploads<D>,
     /// Of recorded steps, and of beams that are read.
     table_memory: DeviceMemory<D>,
@@ -100,7 +102,6 @@ struct State<D: Driver> {
     parts: DeviceMemory<D>,
     part_sums: DeviceMemory<D>,
     results: DeviceMemory<D>,
-    recordings: LruCache<(Shape, Plan), Recorded<D>>,
     /// Releases of memory up to which the recordings are good.
     num_releases: u64,
 }
