@@ -25,6 +25,9 @@ static void* map_zeros(size_t bytes) {
 // Shared memory.
 
 void forget_block(Worker* worker) {
+  // What an earlier block had there is outside of every array of the next.
+  if (is_checked && worker->arena_used)
+    memset(worker->shared_bytes, int(SharedByte::kOutside), worker->arena_used + kRedZone);
   worker->arena_used = 0;
   worker->regions.clear();
 }
