@@ -23,6 +23,7 @@ pub mod cases;
 pub mod cpu;
 pub mod cuda;
 mod noise;
+mod step_columns;
 
 /// How the columns of a projection are shared out: `num_heads` query heads, then `num_kv_heads`
 /// key heads, then as many value heads, each `head_dim` wide.

@@ -1,9 +1,10 @@
 use rayon::prelude::*;
 
-use super::head::{Head, StepColumns};
+use super::head::Head;
 use super::restricted_head::{LogSumExp, Logits, SlotLogits};
 use super::slot::{Beams, Sample};
 use super::{SearchRule, Slot};
+use crate::backend::step_columns::StepColumns;
 use crate::backend::{LogProb, Normalizer, noise};
 use crate::catalog::snapshot::Place;
 use crate::request::Constraint;

@@ -2,10 +2,11 @@ use std::ops::Range;
 
 use rten_simd::SimdOp;
 
-use super::head::{Head, StepColumns};
+use super::head::Head;
 use super::scratch::Scratch;
 use super::softmax::LogSumExpParts;
 use super::{Buffer, CpuBackend, Epilogue, SearchRule, Slot};
+use crate::backend::step_columns::StepColumns;
 use crate::backend::{NO_TOKEN, Normalizer};
 use crate::request::Constraint;
 

@@ -5,8 +5,9 @@ use super::buffer::Weights;
 use super::driver::Driver;
 use super::handle::{Device, DeviceMemory};
 use super::tables::MAX_POSITIONS;
-use crate::backend::{NO_TOKEN, StepTokens};
+use crate::backend::{StepTokens, step_columns};
 use crate::error::{Error, Result};
+use crate::request::Constraint;
 use crate::tensor::{Dtype, Tensor};
 
 /// The output head, and what each step can choose from.
@@ -27,18 +28,10 @@ pub(super) struct StepColumns<D: Driver> {
 
 impl<D: Driver> StepColumns<D> {
     fn new(device: &Arc<Device<D>>, step: &StepTokens) -> Result<StepColumns<D>> {
-        let (tokens, is_forced) = match step {
-            StepTokens::Level { tokens } => (tokens.as_slice(), false),
-            StepTokens::Forced { token } => (std::slice::from_ref(token), true),
-        };
-        let known = || tokens.iter().copied().filter(|&token| token != NO_TOKEN);
-        let start = known().min().unwrap_or(0);
-        let end = known().max().map_or(0, |last| last + 1);
-        let column = |&token: &u32| if token == NO_TOKEN { token } else { token - start };
-        let columns: Vec<u32> = tokens.iter().map(column).collect();
-        let is_straight = (0..).zip(&columns).all(|(code, &column)| code == column);
+        let step_columns::StepColumns { span, columns, is_straight, is_forced } =
+            step_columns::StepColumns::new(step);
         Ok(StepColumns {
-            span: start as usize..end as usize,
+            span: span.start as usize..span.end as usize,
             num_codes: columns.len(),
             columns: match is_straight {
                 true => None,
@@ -71,6 +64,15 @@ impl<D: Driver> Head<D> {
 
     pub(super) fn vocab_size(&self) -> usize {
         self.weight.rows
+    }
+
+    /// Whether a step may choose any token, and the tokens whose logits it evaluates.
+    pub(super) fn choices(&self, step: usize, constraint: Constraint) -> (bool, Range<usize>) {
+        let step = &self.steps[step];
+        match constraint == Constraint::None && !step.is_forced {
+            true => (true, 0..self.vocab_size()),
+            false => (false, step.span.clone()),
+        }
     }
 
     /// The longest stretch of tokens that a step evaluates.

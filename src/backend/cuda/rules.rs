@@ -286,9 +286,7 @@ impl Layout {
         };
         let (mut first_rows, mut runs): (Vec<usize>, Vec<Run>) = (Vec::new(), Vec::new());
         for (slot, rule) in slots.iter().zip(rules) {
-            let step = &head.steps[slot.num_steps];
-            let is_free = rule.constraint == Constraint::None && !step.is_forced;
-            let span = if is_free { 0..head.vocab_size() } else { step.span.clone() };
+            let (_, span) = head.choices(slot.num_steps, rule.constraint);
             if runs.last().is_none_or(|run| run.span != span) {
                 let start = runs.last_mut().map_or(0, |run| {
                     pad(&mut run.rows);
@@ -452,7 +450,7 @@ pub(super) fn write<D: Driver>(
         let [excluded, added_words, added_counts, base, added] = places.map(|at| memory.at(at));
         let search = slot.search.get().expect("planned before");
         let step = &head.steps[slot.num_steps];
-        let is_free = rule.constraint == Constraint::None && !step.is_forced;
+        let (is_free, span) = head.choices(slot.num_steps, rule.constraint);
         let mut entry = RuleEntry::zeroed();
         entry.base = search.base.entry;
         if let Some(allowed) = &search.base_allowed {
@@ -486,7 +484,6 @@ pub(super) fn write<D: Driver>(
             Some(columns) if !is_free && !step.is_forced => columns.at(0),
             _ => 0,
         };
-        let span = if is_free { 0..head.vocab_size() } else { step.span.clone() };
         entry.first_token = span.start as u32;
         entry.num_codes = match (is_free, step.is_forced) {
             (_, true) => 1,
