@@ -13,7 +13,7 @@ use criterion::{
 };
 use sidereal::backend::cpu::{CpuBackend, Head, Logits, Slot};
 use sidereal::backend::{Backend, SearchRule, SlotSpec, StepTokens};
-use sidereal::catalog::legality::Legality;
+use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, SidTable, Snapshot};
 use sidereal::{CatalogWriter, Normalization, Tensor, WriterOptions};
@@ -113,10 +113,10 @@ impl Search {
         Search { backend, head, logits, raw }
     }
 
-    fn rule<'a>(&self, snapshot: &'a Snapshot, legality: &'a Legality) -> [SearchRule<'a>; 1] {
+    fn rule<'a>(&self, snapshot: &'a Snapshot, allowed_set: &'a AllowedSet) -> [SearchRule<'a>; 1] {
         [SearchRule {
             normalization: Normalization::Level,
-            ..SearchRule::new(snapshot, legality, BEAMS)
+            ..SearchRule::new(snapshot, allowed_set, BEAMS)
         }]
     }
 
@@ -195,8 +195,8 @@ fn steps(criterion: &mut Criterion, what: &str, snapshot: &Snapshot, num_items: 
         ("3 in 20 pass, 4096 excluded", &excluded, Some("tag:region:1 & tag:fresh")),
     ];
     for (name, excluded, filter) in cases {
-        let legality = snapshot.legality(excluded, filter).expect("a sound filter");
-        let rule = search.rule(snapshot, &legality);
+        let allowed_set = snapshot.allowed_set(excluded, filter).expect("a sound filter");
+        let rule = search.rule(snapshot, &allowed_set);
         for step in 0..LEVELS {
             group.bench_function(format!("level {step}, {name}"), |bencher| {
                 bencher.iter_batched(
@@ -222,8 +222,8 @@ fn baseline_steps(criterion: &mut Criterion, sids: &[[u16; LEVELS]], snapshot: &
     let (padded, hashed) = (PaddedTrie::build(&sorted), HashTrie::build(&sorted));
     let bytes = padded.size_bytes() as f64 / sids.len() as f64;
     println!("{} items: the padded trie takes {bytes:.2} bytes an item", sids.len());
-    let legality = snapshot.legality(&[], None).expect("no filter");
-    let rule = search.rule(snapshot, &legality);
+    let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
+    let rule = search.rule(snapshot, &allowed_set);
     let (mut of_padded, mut of_hashed) = (vec![(0.0, 0)], vec![(0.0, 0)]);
     let mut group = group(criterion, "step in the plain ways", sids.len());
     for step in 0..LEVELS {
@@ -264,11 +264,12 @@ fn filters(criterion: &mut Criterion, snapshot: &Snapshot, num_items: usize) {
     let mut rng = fastrand::Rng::with_seed(11);
     let text = |number: u32| format!("tag:region:1 & !tag:category:3 & !tag:none:{number}");
     group.bench_function("three tags, never asked before", |bencher| {
-        bencher.iter(|| snapshot.legality(&[], Some(&text(rng.u32(..)))).expect("a sound filter"));
+        bencher
+            .iter(|| snapshot.allowed_set(&[], Some(&text(rng.u32(..)))).expect("a sound filter"));
     });
     let known = text(0);
     group.bench_function("three tags, asked before", |bencher| {
-        bencher.iter(|| snapshot.legality(&[], Some(&known)).expect("a sound filter"));
+        bencher.iter(|| snapshot.allowed_set(&[], Some(&known)).expect("a sound filter"));
     });
     let names: Vec<String> = (0..4096).map(|_| rng.usize(0..num_items).to_string()).collect();
     group.bench_function("finding 4096 names", |bencher| {
@@ -365,8 +366,8 @@ fn all(criterion: &mut Criterion) {
         }
         let full = table.build().expect("names are unique").snapshot();
         let search = Search::new();
-        let legality = full.legality(&[], None).expect("no filter");
-        let rule = search.rule(&full, &legality);
+        let allowed_set = full.allowed_set(&[], None).expect("no filter");
+        let rule = search.rule(&full, &allowed_set);
         let mut group = group(criterion, "step with one node of 8192 children", num_items);
         for step in 0..LEVELS {
             group.bench_function(format!("level {step}, none"), |bencher| {

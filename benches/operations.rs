@@ -9,8 +9,8 @@ use sidereal::Normalization;
 use sidereal::Tensor;
 use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cpu::{Buffer, CpuBackend};
-use sidereal::backend::{Backend, Batch, Epilogue, Heads, Mask, Reach, SearchRule, StepTokens};
-use sidereal::catalog::legality::Legality;
+use sidereal::backend::{Backend, Batch, Epilogue, Heads, KvScope, Mask, SearchRule, StepTokens};
+use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
 
@@ -71,8 +71,11 @@ fn random_catalog(cases: &mut Cases, items: usize) -> Catalog {
     builder.build().expect("names are unique")
 }
 
-fn rule<'a>(snapshot: &'a Snapshot, legality: &'a Legality, beams: usize) -> SearchRule<'a> {
-    SearchRule { normalization: Normalization::Level, ..SearchRule::new(snapshot, legality, beams) }
+fn rule<'a>(snapshot: &'a Snapshot, allowed_set: &'a AllowedSet, beams: usize) -> SearchRule<'a> {
+    SearchRule {
+        normalization: Normalization::Level,
+        ..SearchRule::new(snapshot, allowed_set, beams)
+    }
 }
 
 /// A search of two levels, then attention over context and tails, and the third level.
@@ -93,15 +96,15 @@ fn search(criterion: &mut Criterion) {
         for (name, excluded) in [("all items", &[][..]), ("2000 excluded", &excluded[..])] {
             let name = BenchmarkId::new(name, beams);
             let spec = world.spec(81);
-            let legality = catalog.legality(excluded, None).expect("no filter");
+            let allowed_set = catalog.allowed_set(excluded, None).expect("no filter");
             group.bench_function(name, |bencher| {
                 bencher.iter(|| {
                     let mut slots = vec![backend.open_slot(spec.clone())];
                     for _ in 0..3 {
                         let rows = backend.num_beams(&slots[0]);
                         let hidden = Buffer::new(vec![0.5; rows * 128], 128);
-                        let rules = [rule(&catalog, &legality, beams)];
-                        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+                        let rules = [rule(&catalog, &allowed_set, beams)];
+                        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
                         backend.advance_beams(&logits, &head, &rules, &mut slots);
                     }
                     backend.read_beams(&[&slots[0]])
@@ -119,10 +122,10 @@ fn search(criterion: &mut Criterion) {
         let batch =
             Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
         backend.store_context(0, &kv, 0, TIGER, &batch);
-        let legality = catalog.legality(&[], None).expect("no filter");
+        let allowed_set = catalog.allowed_set(&[], None).expect("no filter");
         let hidden = Buffer::new(cases.numbers(128), 128);
-        let rules = [rule(&catalog, &legality, beams)];
-        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+        let rules = [rule(&catalog, &allowed_set, beams)];
+        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
         let rows = backend.num_beams(&slots[0]);
         let qkv = Buffer::new(cases.numbers(rows * TIGER.qkv_dim()), TIGER.qkv_dim());
@@ -133,7 +136,7 @@ fn search(criterion: &mut Criterion) {
             BenchmarkId::from_parameter(format!("{rows} beams, {context}")),
             |b| {
                 b.iter(|| {
-                    let reach = Reach::ContextAndTail;
+                    let reach = KvScope::Both;
                     backend.attend_beams(0, &qkv, TIGER, reach, 0.1, None, &batch, &mut out);
                 });
             },

@@ -127,7 +127,7 @@ KERNEL(advance_beams_count, advance_beams::Params, advance_beams::kThreads) {
 }
 
 // Grid: a block a row of beams. Block: 256 threads. Bound by memory: reads a code and a logit a
-// continuation, twice for a sample, and of bitmaps what legality needs.
+// continuation, twice for a sample, and of bitmaps what allowed_set needs.
 KERNEL(advance_beams_children, advance_beams::Params, advance_beams::kThreads) {
   using namespace advance_beams;
   SHARED(double, of_warps, kThreads / kWarpSize);
@@ -180,7 +180,7 @@ KERNEL(advance_beams_children, advance_beams::Params, advance_beams::kThreads) {
 }
 
 // Grid: (parts, searches). Block: 256 threads. Bound by memory: reads a code and a logit a
-// continuation, and of bitmaps what legality needs.
+// continuation, and of bitmaps what allowed_set needs.
 KERNEL(advance_beams_expand, advance_beams::Params, advance_beams::kThreads) {
   using namespace advance_beams;
   const Own own(params, blockIdx.y);

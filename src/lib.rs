@@ -26,11 +26,11 @@
 //! 1. [`Engine::recommend`] checks it and turns its history into tokens ([`models::config`]).
 //! 2. It waits until the pages that it needs are free ([`schedule`], [`pages`]), and then has a slot in
 //!    every step until it is answered ([`engine`]).
-//! 3. The network reads what is new of its tokens ([`history_cache`]) and leaves what all beams share
+//! 3. The network reads what is new of its tokens ([`prefix_cache`]) and leaves what all beams share
 //!    ([`models`]).
 //! 4. At each level the output head is evaluated for the codes that the level can have, and the best
 //!    legal continuations of all beams become the new beams ([`backend`], [`catalog::trie`],
-//!    [`catalog::legality`]).
+//!    [`catalog::allowed`]).
 //! 5. The network reads the beams' newest codes: their KV goes to the tails, which are never copied.
 //! 6. After the last level the beams are leaves of the catalog's trie; their items are the answer.
 //!
@@ -41,7 +41,7 @@
 //!
 //! A module uses lower floors only, and a test holds it to that: the command line, the [`Service`] >
 //! [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
-//! [`schedule`], [`pages`], [`history_cache`]) > requests, errors, semantic IDs, tensors.
+//! [`schedule`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
 //!
 //! # What is absent, deliberately
 //!
@@ -60,10 +60,10 @@ pub mod backend;
 pub mod catalog;
 pub mod engine;
 mod error;
-pub mod history_cache;
 mod mapping;
 pub mod models;
 pub mod pages;
+pub mod prefix_cache;
 pub mod quantizer;
 mod request;
 pub mod schedule;

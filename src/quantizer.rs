@@ -244,7 +244,7 @@ impl Quantizer {
             return Err(Error::InvalidField { field: "sid", reason });
         }
         if collision == Collision::Append {
-            let place = snapshot.place(&codes);
+            let place = snapshot.cursor(&codes);
             let is_taken = |digit: u16| {
                 let leaf = place.and_then(|place| snapshot.child(place, digit));
                 let items = leaf.into_iter().flat_map(|leaf| snapshot.items(leaf, num_levels));

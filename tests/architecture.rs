@@ -43,7 +43,7 @@ fn floor(module: &str) -> u8 {
     let mut parts = module.split("::");
     match (parts.next().unwrap_or_default(), parts.next().unwrap_or_default()) {
         ("error" | "request" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
-        ("catalog" | "pages" | "schedule" | "history_cache", _) => 1,
+        ("catalog" | "pages" | "schedule" | "prefix_cache", _) => 1,
         ("answer", _) | ("backend", _) => 2,
         ("models", _) => 3,
         ("engine" | "quantizer" | "writer", _) => 4,
@@ -170,7 +170,7 @@ fn each_floor_does_without_what_is_not_its_own() {
         ("src/catalog", BOOKKEEPING),
         ("src/pages.rs", BOOKKEEPING),
         ("src/schedule.rs", BOOKKEEPING),
-        ("src/history_cache.rs", BOOKKEEPING),
+        ("src/prefix_cache.rs", BOOKKEEPING),
         // The backend does not know what a request is.
         ("src/backend", &["Request", "Answer", "Engine"]),
         // A network is written once for all devices.

@@ -158,10 +158,10 @@ impl Checkpoint {
         let spec = *model.spec();
         let mut world =
             World::of(&backend, spec.num_layers, spec.heads, spec.start_token).expect("memory");
-        let legality = catalog.legality(&[], None).expect("no filter");
+        let allowed_set = catalog.allowed_set(&[], None).expect("no filter");
         let rule = |_| SearchRule {
             snapshot: &catalog,
-            legality: &legality,
+            allowed_set: &allowed_set,
             beams: BEAMS,
             normalization: Normalization::Vocabulary,
             constraint: Constraint::Trie,
@@ -191,7 +191,7 @@ impl Checkpoint {
                 }
             }
             assert!(rows.next().is_none(), "every row is a beam's");
-            backend.restricted_head(hidden, model.head(), &rules, &slots, &mut scores);
+            backend.lm_head(hidden, model.head(), &rules, &slots, &mut scores);
             backend.advance_beams(&scores, model.head(), &rules, &mut slots);
             for (prompt, slot) in prompts.iter().zip(&slots) {
                 let beams = backend.read_beams(&[slot]).remove(0).expect("scores are finite");

@@ -162,7 +162,7 @@ fn filters_agree_with_brute_force_at_every_place() {
             let mut excluded: Vec<u32> =
                 snapshot.all_items().filter(|_| rng.u8(0..4) == 0).collect();
             excluded.sort_unstable();
-            let legality = snapshot.legality(&excluded, Some(&text)).expect("a sound filter");
+            let allowed_set = snapshot.allowed_set(&excluded, Some(&text)).expect("a sound filter");
             let is_allowed = |item: u32| {
                 snapshot.is_available(item)
                     && !excluded.contains(&item)
@@ -173,7 +173,7 @@ fn filters_agree_with_brute_force_at_every_place() {
             for depth in 0..snapshot.num_levels() {
                 let mut next = Vec::new();
                 for &place in &places {
-                    let mut below = legality.below(&snapshot, place, depth);
+                    let mut below = allowed_set.below(&snapshot, place, depth);
                     for run in snapshot.children(place) {
                         for at in 0..run.codes.len() {
                             let child = run.child(at);
@@ -181,8 +181,8 @@ fn filters_agree_with_brute_force_at_every_place() {
                             let expected =
                                 items.any(|item| known.contains(&item) && is_allowed(item));
                             let what = format!("seed {seed}: {text} at depth {depth}");
-                            assert_eq!(below.any(child), expected, "{what}");
-                            let possible = below.possible(&run, at) & 1 == 1;
+                            assert_eq!(below.is_match(child), expected, "{what}");
+                            let possible = below.can_match(&run, at) & 1 == 1;
                             assert!(possible || !expected, "{what}");
                             next.push(child);
                         }
@@ -192,7 +192,7 @@ fn filters_agree_with_brute_force_at_every_place() {
             }
             for item in known {
                 assert_eq!(
-                    legality.allows(&snapshot, item),
+                    allowed_set.allows(&snapshot, item),
                     is_allowed(item),
                     "seed {seed}: {text}"
                 );
@@ -228,7 +228,7 @@ fn large_catalogs_agree_with_brute_force_as_well() {
         for excluded in [0, 50, 4096] {
             let excluded: BTreeSet<u32> = (0..excluded).map(|_| rng.u32(0..20_000)).collect();
             let list: Vec<u32> = excluded.iter().copied().collect();
-            let legality = snapshot.legality(&list, filter).expect("a sound filter");
+            let allowed_set = snapshot.allowed_set(&list, filter).expect("a sound filter");
             let tag = |item: u32, tag: &str| snapshot.tags(item).iter().any(|other| other == tag);
             let passes: Vec<bool> = (0..20_000)
                 .map(|item| {
@@ -246,13 +246,13 @@ fn large_catalogs_agree_with_brute_force_as_well() {
             for depth in 0..3 {
                 let mut next = Vec::new();
                 for &place in &places {
-                    let mut below = legality.below(&snapshot, place, depth);
+                    let mut below = allowed_set.below(&snapshot, place, depth);
                     for run in snapshot.children(place) {
                         for at in 0..run.codes.len() {
                             let mut items = snapshot.items(run.child(at), depth + 1);
                             let expected = items.any(|item| passes[item as usize]);
                             let found =
-                                below.possible(&run, at) & 1 == 1 && below.any(run.child(at));
+                                below.can_match(&run, at) & 1 == 1 && below.is_match(run.child(at));
                             assert_eq!(found, expected, "{filter:?} at depth {depth}");
                             next.push(run.child(at));
                         }

@@ -915,7 +915,7 @@ fn bench_is_a_load_tool() {
     assert!(0.0 < ms("p50") && ms("p50") <= ms("p99") && ms("p99") <= ms("max"), "{open}");
 
     let callers =
-        report(&["--concurrency", "4", "--repeat", "4", "--returning", "80", "--history-cache"]);
+        report(&["--concurrency", "4", "--repeat", "4", "--returning", "80", "--prefix-cache"]);
     assert_eq!(callers["requests"], 64);
     assert_eq!(callers["settings"]["concurrency"], 4);
     assert!(callers["gflop_per_request"].as_f64().is_some_and(|gflop| gflop > 0.0));

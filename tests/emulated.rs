@@ -14,8 +14,8 @@ use common::truth::{self, Matrix, relative_error};
 use sidereal::backend::cases::{self, Cases, OPERATIONS, World};
 use sidereal::backend::cpu::CpuBackend;
 use sidereal::backend::cuda::CudaBackend;
-use sidereal::backend::{Backend, Batch, Beam, Heads, Reach, SearchRule, StepTokens};
-use sidereal::catalog::legality::Legality;
+use sidereal::backend::{Backend, Batch, Beam, Heads, KvScope, SearchRule, StepTokens};
+use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
 use sidereal::{Dtype, Tensor};
@@ -104,7 +104,7 @@ fn catalog(cases: &mut Cases, num_items: usize, num_levels: usize, num_codes: u3
 fn search<B: Backend>(
     backend: &B,
     snapshot: &Snapshot,
-    legalities: &[Legality],
+    legalities: &[AllowedSet],
     widths: &[usize],
     num_codes: u32,
 ) -> Vec<Vec<Beam>> {
@@ -134,9 +134,9 @@ fn search<B: Backend>(
         let rules: Vec<SearchRule<'_>> = legalities
             .iter()
             .zip(widths)
-            .map(|(legality, &width)| SearchRule::new(snapshot, legality, width))
+            .map(|(allowed_set, &width)| SearchRule::new(snapshot, allowed_set, width))
             .collect();
-        backend.restricted_head(&rows, &head, &rules, &slots, &mut logits);
+        backend.lm_head(&rows, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
     }
     let slots: Vec<&B::Slot> = slots.iter().collect();
@@ -156,16 +156,16 @@ fn searches_of_any_width_choose_as_on_the_cpu() {
     let some: Vec<u32> = all.iter().copied().filter(|_| cases.rng.bool()).collect();
     let last = all.iter().rposition(|&item| snapshot.is_available(item)).expect("some are");
     let all_but_one: Vec<u32> = all.iter().copied().filter(|&item| item != all[last]).collect();
-    let legality =
-        |excluded: &[u32], filter| snapshot.legality(excluded, filter).expect("a sound filter");
+    let allowed_set =
+        |excluded: &[u32], filter| snapshot.allowed_set(excluded, filter).expect("a sound filter");
     let legalities = [
-        legality(&[], None),
-        legality(&[], None),
-        legality(&some, None),
-        legality(&some[..5], Some("tag:rare")),
-        legality(&all_but_one, None),
-        legality(&all, None),
-        legality(&[], Some("tag:none")),
+        allowed_set(&[], None),
+        allowed_set(&[], None),
+        allowed_set(&some, None),
+        allowed_set(&some[..5], Some("tag:rare")),
+        allowed_set(&all_but_one, None),
+        allowed_set(&all, None),
+        allowed_set(&[], Some("tag:none")),
     ];
     let widths = [512, 1, 512, 100, 20, 20, 20];
     let expected = search(&CpuBackend::default(), &snapshot, &legalities, &widths, 1500);
@@ -198,7 +198,7 @@ fn attend_on(
     let mut cases = Cases::new(7);
     let catalog = catalog(&mut cases, 4 * width, 1, 16 * width as u32);
     let snapshot = catalog.snapshot();
-    let legality = snapshot.legality(&[], None).expect("no filter");
+    let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
     let mut world = World::on(backend, heads).expect("memory");
     let mut slots = vec![world.slot(context_len)];
     let kv = cases.numbers(context_len * 2 * heads.kv_dim());
@@ -210,9 +210,9 @@ fn attend_on(
     let steps = [StepTokens::Level { tokens: (0..16 * width as u32).collect() }];
     let head = Tensor::new(&[16 * width, 8], cases.numbers(16 * width * 8));
     let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
-    let rules = [SearchRule::new(&snapshot, &legality, width)];
+    let rules = [SearchRule::new(&snapshot, &allowed_set, width)];
     let hidden = backend.upload(&cases.numbers(8), 8);
-    backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+    backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
     backend.advance_beams(&logits, &head, &rules, &mut slots);
     let beams = backend.read_beams(&[&slots[0]]).remove(0).expect("finite scores");
     assert_eq!(beams.len(), width);
@@ -221,7 +221,7 @@ fn attend_on(
     let rows = backend.upload(&qkv, heads.qkv_dim());
     let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
     backend.append_tail(0, &rows, heads, &mut batch);
-    let (mut out, reach) = (backend.buffer(), Reach::ContextAndTail);
+    let (mut out, reach) = (backend.buffer(), KvScope::Both);
     backend.attend_beams(0, &rows, heads, reach, 0.3, None, &batch, &mut out);
     let found = backend.download(&out).expect("the device works");
 
@@ -283,7 +283,7 @@ fn a_step_that_panics_while_it_is_recorded_ends_its_recording() {
     let mut cases = Cases::new(8);
     let catalog = catalog(&mut cases, 50, 2, 10);
     let snapshot = catalog.snapshot();
-    let legality = snapshot.legality(&[], None).expect("no filter");
+    let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
     let steps = [0, 10].map(|first| StepTokens::Level { tokens: (first..first + 10).collect() });
     let head = Tensor::new(&[20, 8], cases.numbers(20 * 8));
     let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
@@ -293,9 +293,9 @@ fn a_step_that_panics_while_it_is_recorded_ends_its_recording() {
     let mut step = |panics: bool| {
         let mut slots = [world.slot(1)];
         let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
-        let rules = [SearchRule::new(&snapshot, &legality, 5)];
+        let rules = [SearchRule::new(&snapshot, &allowed_set, 5)];
         backend.step(&mut batch, &head, &rules, &mut logits, |batch, logits| {
-            backend.restricted_head(&hidden, &head, &rules, batch.slots, logits);
+            backend.lm_head(&hidden, &head, &rules, batch.slots, logits);
             backend.advance_beams(logits, &head, &rules, batch.slots);
             assert!(!panics, "as it should");
         });

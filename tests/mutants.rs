@@ -14,7 +14,7 @@ use common::kernels::{Build, Kernels};
 use common::truth::{self, Matrix, relative_error};
 use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cuda::CudaBackend;
-use sidereal::backend::{Backend, Batch, Heads, Mask, Reach};
+use sidereal::backend::{Backend, Batch, Heads, KvScope, Mask};
 use sidereal::{Dtype, Tensor};
 
 /// What a bug is looked for with: an operation, and what may be wrong with it.
@@ -79,8 +79,8 @@ fn check_beams(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
     backend.append_tail(0, &x, HEADS, &mut batch);
     let mut out = backend.buffer();
-    let reach = Reach::ContextAndTail;
-    backend.attend_beams(0, &x, HEADS, reach, 0.3, None, &batch, &mut out);
+    let scope = KvScope::Both;
+    backend.attend_beams(0, &x, HEADS, scope, 0.3, None, &batch, &mut out);
     // The beam is what the last of 101 tokens is.
     let all = Matrix::new(&qkv, HEADS.qkv_dim());
     let scale = f64::from(0.3f32);

@@ -13,7 +13,7 @@ use sidereal::backend::cases;
 use sidereal::backend::cpu::CpuBackend;
 
 /// One of each group of operations that are run together.
-const OPERATIONS: [&str; 5] = ["embed", "rms_norm", "gate", "rotary", "attend_beams"];
+const OPERATIONS: [&str; 5] = ["embed", "rms_norm", "glu", "apply_rope", "attend_beams"];
 
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]

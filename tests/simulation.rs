@@ -105,7 +105,7 @@ fn nobody_waits_beyond_the_bound_and_room_is_never_overdrawn() {
 }
 
 fn no_cache(tiny: &Tiny) -> sidereal::Engine {
-    let options = EngineOptions { threads: 1, history_cache: false, ..EngineOptions::default() };
+    let options = EngineOptions { threads: 1, prefix_cache: false, ..EngineOptions::default() };
     tiny.open_as(Arc::clone(&tiny.catalog), &options)
 }
 

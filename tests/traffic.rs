@@ -13,7 +13,7 @@ use common::kernels::{Build, Kernels};
 use common::tiny::Tiny;
 use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cuda::CudaBackend;
-use sidereal::backend::{Backend, Batch, Heads, Reach, SearchRule, StepTokens};
+use sidereal::backend::{Backend, Batch, Heads, KvScope, SearchRule, StepTokens};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{CatalogBuilder, Item};
 use sidereal::{Dtype, EngineOptions, Request, Tensor};
@@ -38,7 +38,7 @@ fn bytes_of_a_step() {
         builder.add(Item::new(item.to_string(), sid)).expect("levels agree");
     }
     let snapshot = builder.build().expect("names are unique").snapshot();
-    let legality = snapshot.legality(&[], None).expect("no filter");
+    let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
     let mut world = World::on(&backend, HEADS).expect("memory");
     let context_len = 300;
     let mut slots = vec![world.slot(context_len)];
@@ -53,10 +53,10 @@ fn bytes_of_a_step() {
     let downloads = backend.traffic().downloads;
     for _ in 0..2 {
         let written = kernels.bytes_written("contexts") + kernels.bytes_written("tails");
-        let rules = [SearchRule::new(&snapshot, &legality, 20)];
+        let rules = [SearchRule::new(&snapshot, &allowed_set, 20)];
         let rows = backend.num_beams(&slots[0]);
         let hidden = backend.upload(&cases.numbers(rows * 8), 8);
-        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
         let moved = kernels.bytes_written("contexts") + kernels.bytes_written("tails") - written;
         assert_eq!(moved, 0, "beams in another order move no keys or values");
@@ -71,8 +71,8 @@ fn bytes_of_a_step() {
 
         let (read, written) = (kernels.bytes_read("contexts"), kernels.bytes_written("contexts"));
         let mut out = backend.buffer();
-        let reach = Reach::ContextAndTail;
-        backend.attend_beams(0, &qkv, HEADS, reach, 0.3, None, &batch, &mut out);
+        let scope = KvScope::Both;
+        backend.attend_beams(0, &qkv, HEADS, scope, 0.3, None, &batch, &mut out);
         let of_context = (kernels.bytes_read("contexts") - read) as usize;
         assert_eq!(of_context, context_len * 2 * HEADS.kv_dim() * 2, "once for all beams");
         assert_eq!(kernels.bytes_written("contexts"), written);
@@ -92,7 +92,7 @@ fn steps_of_an_engine() {
             max_context: 200,
             max_beam_rows: 512,
             rows_per_step: 32,
-            history_cache: false,
+            prefix_cache: false,
             ..EngineOptions::default()
         };
         let backend = Emulator::backend(Build::Plain, Dtype::F32);

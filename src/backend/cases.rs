@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::slice;
 
 use crate::backend::{
-    Activation, Backend, Batch, Beam, Epilogue, Heads, Mask, MemorySpec, Reach, SearchRule,
+    Activation, Backend, Batch, Beam, Epilogue, Heads, KvScope, Mask, MemorySpec, SearchRule,
     SlotSpec, StepTokens,
 };
 use crate::catalog::sid::Sid;
@@ -19,15 +19,15 @@ pub const OPERATIONS: [&str; 13] = [
     "embed",
     "rms_norm",
     "matmul",
-    "gate",
-    "rotation",
-    "rotary",
+    "glu",
+    "rope_tables",
+    "apply_rope",
     "store_context",
     "attend_prefill",
-    "last_rows",
+    "gather_last",
     "append_tail",
     "attend_beams",
-    "restricted_head",
+    "lm_head",
     "advance_beams",
 ];
 
@@ -152,14 +152,14 @@ impl<'b, B: Backend> World<'b, B> {
 pub fn run<B: Backend>(backend: &B, operation: &str, seed: u64) -> Result<Vec<f32>> {
     let mut cases = Cases::new(seed);
     match operation {
-        "embed" | "last_rows" => embed_and_last_rows(backend, &mut cases, operation),
+        "embed" | "gather_last" => embed_and_gather_last(backend, &mut cases, operation),
         "rms_norm" => rms_norm(backend, &mut cases),
         "matmul" => matmul(backend, &mut cases),
-        "gate" => gate(backend, &mut cases),
-        "rotation" | "rotary" | "store_context" | "attend_prefill" => {
+        "glu" => gate(backend, &mut cases),
+        "rope_tables" | "apply_rope" | "store_context" | "attend_prefill" => {
             prompt(backend, &mut cases, operation)
         }
-        "append_tail" | "attend_beams" | "restricted_head" | "advance_beams" => {
+        "append_tail" | "attend_beams" | "lm_head" | "advance_beams" => {
             search(backend, &mut cases, operation)
         }
         other => panic!("{other} is no operation"),
@@ -170,7 +170,7 @@ fn vector<B: Backend>(backend: &B, values: Vec<f32>) -> Result<B::Vector> {
     backend.vector(&[Tensor::new(&[values.len()], values)])
 }
 
-fn embed_and_last_rows<B: Backend>(
+fn embed_and_gather_last<B: Backend>(
     backend: &B,
     cases: &mut Cases,
     operation: &str,
@@ -186,7 +186,7 @@ fn embed_and_last_rows<B: Backend>(
     backend.embed(&table, &tokens, &slots[lens.len()..], &mut rows);
     let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
     let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
-    backend.last_rows(&rows, cases.rng.usize(0..=lens.len()), &batch, &mut last);
+    backend.gather_last(&rows, cases.rng.usize(0..=lens.len()), &batch, &mut last);
     backend.download(if operation == "embed" { &rows } else { &last })
 }
 
@@ -220,7 +220,7 @@ fn gate<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
     let x = backend.upload(&cases.numbers(rows * 2 * columns), 2 * columns);
     let mut out = backend.buffer();
     let activations = [Activation::Silu, Activation::GeluTanh, Activation::Relu, Activation::Gelu];
-    backend.gate(&x, activations[cases.rng.usize(0..4)], &mut out);
+    backend.glu(&x, activations[cases.rng.usize(0..4)], &mut out);
     backend.download(&out)
 }
 
@@ -252,19 +252,19 @@ fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
             continue;
         }
         let mut qkv = backend.upload(&cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
-        let (mut rotation, mut out) = (backend.buffer(), backend.buffer());
+        let (mut rope_tables, mut out) = (backend.buffer(), backend.buffer());
         let mut batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
-        backend.rotation(&frequencies, &batch, &mut rotation);
-        backend.rotary(0, &mut qkv, heads, norms, &rotation, &mut batch);
+        backend.rope_tables(&frequencies, &batch, &mut rope_tables);
+        backend.apply_rope(0, &mut qkv, heads, norms, &rope_tables, &mut batch);
         backend.attend_prefill(0, &qkv, heads, Mask::Causal, 0.3, None, &batch, &mut out);
         match operation {
-            "rotation" => found.extend(backend.download(&rotation)?),
-            "rotary" => found.extend(backend.download(&qkv)?),
+            "rope_tables" => found.extend(backend.download(&rope_tables)?),
+            "apply_rope" => found.extend(backend.download(&qkv)?),
             "attend_prefill" => found.extend(backend.download(&out)?),
             _ => {}
         }
     }
-    if matches!(operation, "rotation" | "rotary") {
+    if matches!(operation, "rope_tables" | "apply_rope") {
         return Ok(found);
     }
     // All of a prompt at once, in both directions, with a bias.
@@ -295,7 +295,7 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     let snapshot = builder.build()?.snapshot();
     let share = cases.rng.f32() * 0.5;
     let excluded: Vec<u32> = snapshot.all_items().filter(|_| cases.rng.f32() < share).collect();
-    let legality = snapshot.legality(&excluded, None)?;
+    let allowed_set = snapshot.allowed_set(&excluded, None)?;
     let first = |level: u32| 1 + level * u32::from(num_codes);
     let steps: Vec<StepTokens> = (0..3)
         .map(|level| StepTokens::Level { tokens: (first(level)..first(level + 1)).collect() })
@@ -320,12 +320,12 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
             hidden[row * HIDDEN + row % HIDDEN] = 1.0;
         }
         let hidden = backend.upload(&hidden, HIDDEN);
-        let rules = [SearchRule::new(&snapshot, &legality, width)];
-        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+        let rules = [SearchRule::new(&snapshot, &allowed_set, width)];
+        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
         let beams: Vec<Beam> = backend.read_beams(&[&slots[0]]).remove(0)?;
         match operation {
-            "restricted_head" => found.extend(beams.iter().map(|beam| beam.score)),
+            "lm_head" => found.extend(beams.iter().map(|beam| beam.score)),
             "advance_beams" => found.extend(beams.iter().flat_map(|beam| {
                 let tokens = beam.tokens.iter().map(|&token| token as f32);
                 tokens.chain([beam.score])
@@ -338,15 +338,15 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
         let qkv = backend.upload(&numbers[..rows * heads.qkv_dim()], heads.qkv_dim());
         let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
         backend.append_tail(0, &qkv, heads, &mut batch);
-        let reaches: &[Reach] = match operation {
-            "append_tail" => &[Reach::Tail],
-            "attend_beams" => &[Reach::Context, Reach::Tail, Reach::ContextAndTail],
+        let reaches: &[KvScope] = match operation {
+            "append_tail" => &[KvScope::Tail],
+            "attend_beams" => &[KvScope::Context, KvScope::Tail, KvScope::Both],
             _ => &[],
         };
-        for &reach in reaches {
+        for &scope in reaches {
             let mut out = backend.buffer();
-            let bias = (reach == Reach::Tail).then_some(&bias);
-            backend.attend_beams(0, &qkv, heads, reach, 0.4, bias, &batch, &mut out);
+            let bias = (scope == KvScope::Tail).then_some(&bias);
+            backend.attend_beams(0, &qkv, heads, scope, 0.4, bias, &batch, &mut out);
             let out = backend.download(&out)?;
             found.extend_from_slice(&out[..beams.len() * heads.query_dim()]);
         }

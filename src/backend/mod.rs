@@ -12,9 +12,9 @@
 use std::ops::Range;
 
 use crate::catalog::Snapshot;
+use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
-use crate::catalog::legality::Legality;
-use crate::catalog::snapshot::Place;
+use crate::catalog::snapshot::Cursor;
 use crate::error::Result;
 use crate::request::{Constraint, Normalization};
 use crate::tensor::{Dtype, Tensor};
@@ -89,13 +89,13 @@ pub enum Mask {
 
 /// What a beam attends to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reach {
+pub enum KvScope {
     /// The request's context alone: cross-attention.
     Context,
     /// The beam's own tail alone: self-attention of a decoder behind an encoder.
     Tail,
     /// Both under one softmax: self-attention of a decoder-only network.
-    ContextAndTail,
+    Both,
 }
 
 /// The memory for all contexts and tails and for steps, taken once.
@@ -193,7 +193,7 @@ pub struct SearchRule<'a> {
     /// The state of the catalog that is searched.
     pub snapshot: &'a Snapshot,
     /// What of it the request may be answered with.
-    pub legality: &'a Legality,
+    pub allowed_set: &'a AllowedSet,
     /// Beams kept at this step.
     pub beams: usize,
     /// What scores are normalised over.
@@ -234,10 +234,14 @@ pub enum Normalizer {
 
 impl<'a> SearchRule<'a> {
     /// The best of all that is allowed, normalised over the vocabulary.
-    pub fn new(snapshot: &'a Snapshot, legality: &'a Legality, beams: usize) -> SearchRule<'a> {
+    pub fn new(
+        snapshot: &'a Snapshot,
+        allowed_set: &'a AllowedSet,
+        beams: usize,
+    ) -> SearchRule<'a> {
         SearchRule {
             snapshot,
-            legality,
+            allowed_set,
             beams,
             normalization: Normalization::Vocabulary,
             constraint: Constraint::Trie,
@@ -266,8 +270,8 @@ impl<'a> SearchRule<'a> {
 pub struct Beam {
     /// The tokens chosen, one a step.
     pub tokens: Vec<u32>,
-    /// The place of the semantic ID, where the search was constrained to the catalog's.
-    pub place: Option<Place>,
+    /// The cursor of the semantic ID, where the search was constrained to the catalog's.
+    pub cursor: Option<Cursor>,
     /// Natural log of the probability.
     pub score: f32,
     /// By step, where the rule asked for them.
@@ -409,24 +413,29 @@ pub trait Backend: Send + Sync + Sized + 'static {
     );
     /// `out[:, j] = activation(x[:, j]) * x[:, columns + j]`; `x`: `[rows, 2 * columns]`
     /// (GLU variants, Shazeer 2020).
-    fn gate(&self, x: &Self::Buffer, activation: Activation, out: &mut Self::Buffer);
-    /// The cosines, then the sines, of each row's position times `frequencies[i]`: what [`rotary`]
+    fn glu(&self, x: &Self::Buffer, activation: Activation, out: &mut Self::Buffer);
+    /// The cosines, then the sines, of each row's position times `frequencies[i]`: what [`apply_rope`]
     /// turns by; the product in f32. A beam's newest token stands behind its context and the tokens before it. `out`:
     /// `[rows, 2 * frequencies]`.
     ///
-    /// [`rotary`]: Backend::rotary
-    fn rotation(&self, frequencies: &Self::Vector, batch: &Batch<'_, Self>, out: &mut Self::Buffer);
-    /// Turns each query and key head of `qkv` by its row of `rotation`, first and second half of a
+    /// [`apply_rope`]: Backend::apply_rope
+    fn rope_tables(
+        &self,
+        frequencies: &Self::Vector,
+        batch: &Batch<'_, Self>,
+        out: &mut Self::Buffer,
+    );
+    /// Turns each query and key head of `qkv` by its row of `rope_tables`, first and second half of a
     /// head paired (RoPE, Su et al. 2021), after an RMS norm of each head where weights are given;
     /// then keeps the keys and values, as [`store_context`](Backend::store_context) and
     /// [`append_tail`](Backend::append_tail) do.
-    fn rotary(
+    fn apply_rope(
         &self,
         layer: usize,
         qkv: &mut Self::Buffer,
         heads: Heads,
         norms: Option<(&Self::Vector, &Self::Vector, f32)>,
-        rotation: &Self::Buffer,
+        rope: &Self::Buffer,
         batch: &mut Batch<'_, Self>,
     );
     /// Keeps the keys and values of a layer for the rows of prompts, in the slots' contexts. `kv`'s
@@ -456,7 +465,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         out: &mut Self::Buffer,
     );
     /// From the slot `first` on: the last row of each prompt, then the rows of beams.
-    fn last_rows(
+    fn gather_last(
         &self,
         x: &Self::Buffer,
         first: usize,
@@ -481,7 +490,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         layer: usize,
         queries: &Self::Buffer,
         heads: Heads,
-        reach: Reach,
+        scope: KvScope,
         scale: f32,
         tail_bias: Option<&Self::Vector>,
         batch: &Batch<'_, Self>,
@@ -493,7 +502,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// The output head for what each slot's next step can choose from: `hidden`'s product (one row
     /// a beam) with the step's tokens, and what each row is normalised by, as its slot's rule wants
     /// it. Slots may be at different steps.
-    fn restricted_head(
+    fn lm_head(
         &self,
         hidden: &Self::Buffer,
         head: &Self::Head,

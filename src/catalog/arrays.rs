@@ -3,9 +3,9 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use super::allowed::AllowedSet;
 use super::bitmap::RankBitmap;
 use super::candidates::Candidates;
-use super::legality::Legality;
 use super::snapshot::Snapshot;
 use super::trie::Trie;
 
@@ -61,8 +61,8 @@ impl Snapshot {
     }
 }
 
-impl Legality {
-    /// What [`base_allowed`](Legality::base_allowed) depends on; empty where all items are allowed.
+impl AllowedSet {
+    /// What [`base_allowed`](AllowedSet::base_allowed) depends on; empty where all items are allowed.
     pub fn base_identity(&self) -> Vec<Identity> {
         let available = self.base.available.iter().map(|set| Arc::clone(set) as Identity);
         let passing = self.base.passing.iter().map(|set| Arc::clone(set) as Identity);

@@ -3,15 +3,15 @@
 use std::collections::HashMap;
 
 use super::Snapshot;
-use super::snapshot::Place;
+use super::snapshot::Cursor;
 
 /// Some items of a snapshot, packed as a trie: prefixes that they have in common are there once.
 #[derive(Debug, Clone, Default)]
 pub struct Candidates {
     /// Item numbers, rising.
     items: Vec<u32>,
-    /// The codes that follow a place, rising.
-    codes: HashMap<Place, Vec<u16>>,
+    /// The codes that follow a cursor, rising.
+    codes: HashMap<Cursor, Vec<u16>>,
     /// Places by depth, from the first level on.
     widths: Vec<usize>,
 }
@@ -23,17 +23,17 @@ impl Candidates {
             items.iter().copied().filter(|&item| snapshot.is_available(item)).collect();
         items.sort_unstable();
         items.dedup();
-        let mut codes: HashMap<Place, Vec<u16>> = HashMap::new();
+        let mut codes: HashMap<Cursor, Vec<u16>> = HashMap::new();
         let mut widths = vec![0; snapshot.num_levels()];
         for &item in &items {
-            let mut place = snapshot.root();
+            let mut cursor = snapshot.root();
             for (&code, width) in snapshot.sid(item).codes().iter().zip(&mut widths) {
-                let next = codes.entry(place).or_default();
+                let next = codes.entry(cursor).or_default();
                 if let Err(at) = next.binary_search(&code) {
                     next.insert(at, code);
                     *width += 1;
                 }
-                place = snapshot.child(place, code).expect("an item's path is in the catalog");
+                cursor = snapshot.child(cursor, code).expect("an item's path is in the catalog");
             }
         }
         Candidates { items, codes, widths }
@@ -44,9 +44,9 @@ impl Candidates {
         &self.items
     }
 
-    /// The codes that may follow a place.
-    pub fn codes_after(&self, place: Place) -> &[u16] {
-        self.codes.get(&place).map_or(&[], Vec::as_slice)
+    /// The codes that may follow a cursor.
+    pub fn codes_after(&self, cursor: Cursor) -> &[u16] {
+        self.codes.get(&cursor).map_or(&[], Vec::as_slice)
     }
 
     /// How many prefixes there are at each level: a search that is as wide has them all.

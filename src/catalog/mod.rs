@@ -4,7 +4,7 @@
 //! and memory-mapped where it is used. Its heart is the rank [`trie`]. What changes afterwards,
 //! items that come, go, move or are tagged anew, is laid over the compiled arrays; a request sees
 //! one immutable [`Snapshot`] from its start to its end, and what it may be answered with is a
-//! [`legality`].
+//! [`allowed`].
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -17,6 +17,7 @@ use base::Base;
 use sid::Sid;
 
 mod added;
+pub mod allowed;
 pub mod arrays;
 pub mod base;
 pub mod bitmap;
@@ -29,7 +30,6 @@ mod columnar;
 pub mod filter;
 mod format;
 pub mod items;
-pub mod legality;
 pub mod sid;
 pub mod snapshot;
 mod tags;

@@ -5,9 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::added::{Added, Delta};
+use super::allowed::{AddedItems, AllowedSet, BaseItems, Excluded};
 use super::base::Base;
 use super::bitmap::RankBitmap;
-use super::legality::{AddedItems, BaseItems, Excluded, Legality};
 use super::sid::Sid;
 use super::trie::Trie;
 use super::{Change, Item};
@@ -28,10 +28,10 @@ pub struct Snapshot {
     added: Option<Arc<Added>>,
 }
 
-/// A prefix of codes as a place in the catalog: a node of the compiled trie, of the trie of added
+/// A prefix of codes as a cursor in the catalog: a node of the compiled trie, of the trie of added
 /// items, or of both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Place {
+pub struct Cursor {
     /// In the compiled trie.
     pub base: Node,
     /// In the trie of added items.
@@ -63,30 +63,30 @@ impl Node {
         self == Node::NONE
     }
 
-    /// The node so many places on in its trie.
+    /// The node so many nodes on in its trie.
     #[inline]
     fn plus(self, count: u32) -> Node {
         if self.is_none() { self } else { Node(self.0 + count) }
     }
 }
 
-/// Children of a place whose codes follow one another in the tries: child `i` has code `codes[i]`.
+/// Children of a cursor whose codes follow one another in the tries: child `i` has code `codes[i]`.
 pub struct Run<'a> {
-    first: Place,
+    first: Cursor,
     /// Ascending.
     pub codes: &'a [u16],
 }
 
 impl Run<'_> {
-    /// The place of a child.
+    /// The cursor of a child.
     #[inline]
-    pub fn child(&self, index: usize) -> Place {
-        let Place { base, added } = self.first;
-        Place { base: base.plus(index as u32), added: added.plus(index as u32) }
+    pub fn child(&self, index: usize) -> Cursor {
+        let Cursor { base, added } = self.first;
+        Cursor { base: base.plus(index as u32), added: added.plus(index as u32) }
     }
 }
 
-/// The children of a place, in the order of their codes, in as few runs as can be.
+/// The children of a cursor, in the order of their codes, in as few runs as can be.
 pub struct Runs<'a> {
     base: (Node, &'a [u16]),
     added: (Node, &'a [u16]),
@@ -115,7 +115,7 @@ impl<'a> Iterator for Runs<'a> {
         };
         let (base, base_codes) = cut(&mut self.base, base_len);
         let (added, added_codes) = cut(&mut self.added, added_len);
-        let first = Place {
+        let first = Cursor {
             base: if base_len > 0 { base } else { Node::NONE },
             added: if added_len > 0 { added } else { Node::NONE },
         };
@@ -243,22 +243,22 @@ impl Snapshot {
     // Search.
 
     /// The empty prefix.
-    pub fn root(&self) -> Place {
+    pub fn root(&self) -> Cursor {
         let added = if self.added.is_some() { Node::new(Trie::ROOT) } else { Node::NONE };
-        Place { base: Node::new(Trie::ROOT), added }
+        Cursor { base: Node::new(Trie::ROOT), added }
     }
 
-    /// The children of a place that is not a leaf.
+    /// The children of a cursor that is not a leaf.
     #[inline]
-    pub fn children<'a>(&'a self, place: Place) -> Runs<'a> {
+    pub fn children<'a>(&'a self, cursor: Cursor) -> Runs<'a> {
         let of = |trie: &'a Trie, node: u32| {
             let (nodes, codes) = trie.children(node);
             (Node::new(nodes.start), codes)
         };
         let none = (Node::NONE, &[][..]);
-        let added = place.added.get().zip(self.added.as_ref());
+        let added = cursor.added.get().zip(self.added.as_ref());
         Runs {
-            base: place.base.get().map_or(none, |node| of(&self.base.trie, node)),
+            base: cursor.base.get().map_or(none, |node| of(&self.base.trie, node)),
             added: added.map_or(none, |(node, added)| of(added.trie(), node)),
         }
     }
@@ -269,33 +269,33 @@ impl Snapshot {
         self.base.trie.codes_at(level).iter().chain(added).copied()
     }
 
-    /// The child of a place by a code, if there is one.
-    pub fn child(&self, place: Place, code: u16) -> Option<Place> {
-        let base = place.base.get().and_then(|node| self.base.trie.child(node, code));
-        let added = place.added.get().zip(self.added.as_ref());
+    /// The child of a cursor by a code, if there is one.
+    pub fn child(&self, cursor: Cursor, code: u16) -> Option<Cursor> {
+        let base = cursor.base.get().and_then(|node| self.base.trie.child(node, code));
+        let added = cursor.added.get().zip(self.added.as_ref());
         let added = added.and_then(|(node, added)| added.trie().child(node, code));
         let node = |node: Option<u32>| node.map_or(Node::NONE, Node::new);
-        (base.is_some() || added.is_some()).then(|| Place { base: node(base), added: node(added) })
+        (base.is_some() || added.is_some()).then(|| Cursor { base: node(base), added: node(added) })
     }
 
-    /// The place of a prefix, if any semantic ID begins with it.
-    pub fn place(&self, codes: &[u16]) -> Option<Place> {
-        codes.iter().try_fold(self.root(), |place, &code| self.child(place, code))
+    /// The cursor of a prefix, if any semantic ID begins with it.
+    pub fn cursor(&self, codes: &[u16]) -> Option<Cursor> {
+        codes.iter().try_fold(self.root(), |cursor, &code| self.child(cursor, code))
     }
 
-    /// The compiled items below a place.
+    /// The compiled items below a cursor.
     #[inline]
-    pub(super) fn base_items(&self, place: Place, depth: usize) -> Range<u32> {
-        place.base.get().map_or(0..0, |node| self.base.trie.items(node, depth))
+    pub(super) fn base_items(&self, cursor: Cursor, depth: usize) -> Range<u32> {
+        cursor.base.get().map_or(0..0, |node| self.base.trie.items(node, depth))
     }
 
-    /// The items below a place that `depth` codes lead to: known or forgotten, available or not,
-    /// so ask a [`Legality`] about each. Of one semantic ID, in the order in which they came.
-    pub fn items(&self, place: Place, depth: usize) -> impl Iterator<Item = u32> + '_ {
+    /// The items below a cursor that `depth` codes lead to: known or forgotten, available or not,
+    /// so ask a [`AllowedSet`] about each. Of one semantic ID, in the order in which they came.
+    pub fn items(&self, cursor: Cursor, depth: usize) -> impl Iterator<Item = u32> + '_ {
         let first = self.num_base_items();
-        let added = place.added.get().zip(self.added.as_ref());
+        let added = cursor.added.get().zip(self.added.as_ref());
         let added = added.map_or(&[][..], |(node, added)| added.below(node, depth));
-        self.base_items(place, depth).chain(added.iter().map(move |&number| first + number))
+        self.base_items(cursor, depth).chain(added.iter().map(move |&number| first + number))
     }
 
     /// The compiled part, as it is shared among snapshots.
@@ -319,7 +319,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// [`Error::InvalidField`] where the filter is not one; [`Error::CatalogContents`].
-    pub fn legality(&self, excluded: &[u32], filter: Option<&str>) -> Result<Legality> {
+    pub fn allowed_set(&self, excluded: &[u32], filter: Option<&str>) -> Result<AllowedSet> {
         assert!(excluded.is_sorted_by(|a, b| a < b), "excluded items must be sorted, distinct");
         let filter = filter.map(|text| Ok((text, self.base.select(text)?))).transpose()?;
         let first_added = self.num_base_items();
@@ -336,7 +336,7 @@ impl Snapshot {
             passing: filter.map(|(_, selection)| selection),
             excluded: Excluded::new(excluded[..split].to_vec(), first_added),
         };
-        Ok(Legality { base, added })
+        Ok(AllowedSet { base, added })
     }
 
     // Changes.
@@ -376,8 +376,8 @@ impl Snapshot {
             self.base.trie.leaves().flat_map(|(sid, items)| items.map(move |item| (sid, item)));
         let base = base.filter(|&(_, item)| !self.is_forgotten(item)).peekable();
         let added = self.added.iter().flat_map(move |added| {
-            let place = move |&number: &u32| (added.item(number).sid, first_added + number);
-            added.in_order().iter().map(place)
+            let cursor = move |&number: &u32| (added.item(number).sid, first_added + number);
+            added.in_order().iter().map(cursor)
         });
         Merged { base, added: added.peekable() }
     }

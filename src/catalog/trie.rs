@@ -5,7 +5,7 @@
 //! `e + 1`**: two arrays hold the whole tree, and a beam's place in it is one `u32`. Because the
 //! items are numbered in that order as well, what is below a node is one run of items; whether
 //! anything below a node is allowed is then a question to a bitmap
-//! (see [`Legality`](super::legality::Legality)), not a walk.
+//! (see [`AllowedSet`](super::allowed::AllowedSet)), not a walk.
 
 use std::ops::Range;
 

@@ -33,7 +33,7 @@ Examples:
   sidereal bench --model DIR --catalog items.sidereal --requests requests.jsonl --concurrency 16 --json
   sidereal bench --shape tiger --threads 1 --repeat 50 --churn 1
   sidereal bench --model models/industrial --sweep --bound 20 --plot latency.svg
-  sidereal bench --shape qwen3-small --concurrency 16 --history 100 --history-cache --returning 90")]
+  sidereal bench --shape qwen3-small --concurrency 16 --history 100 --prefix-cache --returning 90")]
 pub struct Arguments {
     /// Model folder; or else --shape
     #[arg(long, value_name = "DIR", required_unless_present = "shape")]
@@ -70,7 +70,7 @@ pub struct Arguments {
     repeat: u32,
     /// Keep contexts from request to request: those that are repeated are then not read again
     #[arg(long)]
-    history_cache: bool,
+    prefix_cache: bool,
     /// Change this many percent of the items a minute, in memory, half of the time, and compare
     #[arg(long, value_name = "PERCENT")]
     churn: Option<f64>,
@@ -151,7 +151,7 @@ struct Settings {
     /// By level, where they differ.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     widths: Vec<usize>,
-    history_cache: bool,
+    prefix_cache: bool,
     normalize: Option<Normalization>,
     constraint: Constraint,
     concurrency: u32,
@@ -220,7 +220,7 @@ struct OpenLoad {
 
 fn open<B: Backend>(arguments: &Arguments, backend: B) -> Result<Engine<B>> {
     let mut options = arguments.device.options()?;
-    options.history_cache = arguments.history_cache;
+    options.prefix_cache = arguments.prefix_cache;
     if let Some(shape) = arguments.shape {
         let spinner = super::requests::spinner("drawing random weights");
         let engine = shape.open(backend, &options, arguments.items);
@@ -514,7 +514,7 @@ fn settings<B: Backend>(arguments: &Arguments, engine: &Engine<B>) -> Settings {
         history: arguments.requests.is_none().then_some(arguments.history),
         beams: defaults.beams,
         widths: defaults.widths,
-        history_cache: arguments.history_cache,
+        prefix_cache: arguments.prefix_cache,
         normalize: defaults.normalization,
         constraint: defaults.constraint,
         concurrency: arguments.concurrency,

@@ -8,7 +8,7 @@ use std::time::Instant;
 use clap::Args;
 use sidereal::backend::cases::{self, Cases, OPERATIONS, World};
 use sidereal::backend::cpu::CpuBackend;
-use sidereal::backend::{Backend, Batch, Heads, Mask, Reach, SearchRule};
+use sidereal::backend::{Backend, Batch, Heads, KvScope, Mask, SearchRule};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{CatalogBuilder, Item};
 use sidereal::{Dtype, Engine, Recommendation, Request, Result, Tensor};
@@ -270,7 +270,7 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
         builder.add(Item::new(item.to_string(), Sid::new(&codes)?))?;
     }
     let snapshot = builder.build()?.snapshot();
-    let legality = snapshot.legality(&[], None)?;
+    let allowed_set = snapshot.allowed_set(&[], None)?;
     const CODES: u32 = 8192;
     let steps: Vec<_> = (0..3)
         .map(|level| sidereal::backend::StepTokens::Level {
@@ -289,18 +289,18 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
         let chunks = slice::from_ref(&whole);
         let batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
         backend.store_context(0, &kv, 0, HEADS, &batch);
-        let rules = [SearchRule::new(&snapshot, &legality, width)];
+        let rules = [SearchRule::new(&snapshot, &allowed_set, width)];
         let first = backend.upload(&cases.numbers(64), 64);
-        backend.restricted_head(&first, &head, &rules, &slots, &mut logits);
+        backend.lm_head(&first, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
         let hidden = backend.upload(&cases.numbers(width * 64), 64);
         let qkv = backend.upload(&cases.numbers(width * HEADS.qkv_dim()), HEADS.qkv_dim());
         let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
         backend.append_tail(0, &qkv, HEADS, &mut batch);
         let mut out = backend.buffer();
-        let reach = Reach::ContextAndTail;
+        let scope = KvScope::Both;
         let time = seconds(backend, || {
-            backend.attend_beams(0, &qkv, HEADS, reach, 0.1, None, &batch, &mut out);
+            backend.attend_beams(0, &qkv, HEADS, scope, 0.1, None, &batch, &mut out);
         })?;
         let flops = 4.0 * (width * context * HEADS.query_dim()) as f64;
         let bytes = (context * 2 * HEADS.kv_dim() + 2 * width * HEADS.query_dim()) as f64;
@@ -311,7 +311,7 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
             for _ in 0..count {
                 let mut again = [backend.open_slot(spec.clone())];
                 for hidden in [&first, &hidden] {
-                    backend.restricted_head(hidden, &head, &rules, &again, &mut logits);
+                    backend.lm_head(hidden, &head, &rules, &again, &mut logits);
                     backend.advance_beams(&logits, &head, &rules, &mut again);
                 }
                 backend.read_beams(&[&again[0]]).remove(0)?;

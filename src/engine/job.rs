@@ -8,10 +8,10 @@ use super::Engine;
 use crate::answer::{Answer, Recommendation};
 use crate::backend::{Backend, Beam, NO_TOKEN, SearchRule};
 use crate::catalog::Snapshot;
+use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
 use crate::catalog::filter::Filter;
-use crate::catalog::legality::Legality;
-use crate::catalog::snapshot::Place;
+use crate::catalog::snapshot::Cursor;
 use crate::error::{Error, Result};
 use crate::pages;
 use crate::request::{Constraint, Input, MAX_BEAMS, Normalization, Request, SharedSid};
@@ -29,7 +29,7 @@ pub(crate) struct Job {
     pub snapshot: Arc<Snapshot>,
     pub tokens: Vec<u32>,
     /// What may come back, search by search: one, or one for each of the request's groups.
-    pub searches: Vec<Legality>,
+    pub searches: Vec<AllowedSet>,
     /// What is scored instead.
     candidates: Option<Candidates>,
     normalization: Normalization,
@@ -59,7 +59,7 @@ impl Job {
     pub fn rule(&self, search: usize, step: usize) -> SearchRule<'_> {
         SearchRule {
             snapshot: &self.snapshot,
-            legality: &self.searches[search],
+            allowed_set: &self.searches[search],
             beams: self.widths[step],
             normalization: self.normalization,
             constraint: self.request.constraint,
@@ -270,8 +270,8 @@ impl<B: Backend> Engine<B> {
         weights_version: u64,
         beams: impl Iterator<Item = Result<Vec<Beam>>>,
     ) -> Result<Answer> {
-        let of_search = |(legality, beams): (&Legality, Result<Vec<Beam>>)| {
-            Ok(self.items(job, legality, &beams?))
+        let of_search = |(allowed_set, beams): (&AllowedSet, Result<Vec<Beam>>)| {
+            Ok(self.items(job, allowed_set, &beams?))
         };
         let mut groups =
             job.searches.iter().zip(beams).map(of_search).collect::<Result<Vec<_>>>()?;
@@ -294,7 +294,7 @@ impl<B: Backend> Engine<B> {
     fn items<'a>(
         &self,
         job: &'a Job,
-        legality: &'a Legality,
+        allowed_set: &'a AllowedSet,
         beams: &'a [Beam],
     ) -> Vec<Recommendation> {
         let snapshot = &*job.snapshot;
@@ -303,12 +303,12 @@ impl<B: Backend> Engine<B> {
             _ => usize::MAX,
         };
         let of_beam = |beam: &'a Beam| {
-            let place = beam.place.or_else(|| self.place_of_tokens(snapshot, &beam.tokens));
+            let cursor = beam.cursor.or_else(|| self.cursor_of_tokens(snapshot, &beam.tokens));
             let items =
-                place.into_iter().flat_map(|place| snapshot.items(place, snapshot.num_levels()));
+                cursor.into_iter().flat_map(|cursor| snapshot.items(cursor, snapshot.num_levels()));
             let is_wanted = move |&item: &u32| match &job.candidates {
                 Some(candidates) => candidates.contains(item),
-                None => legality.allows(snapshot, item),
+                None => allowed_set.allows(snapshot, item),
             };
             items.filter(is_wanted).take(most).map(move |item| Recommendation {
                 item,
@@ -324,30 +324,30 @@ impl<B: Backend> Engine<B> {
         beams.iter().flat_map(of_beam).take(most).collect()
     }
 
-    /// The place that tokens of an unconstrained search name, if they name one.
-    fn place_of_tokens(&self, snapshot: &Snapshot, tokens: &[u32]) -> Option<Place> {
+    /// The cursor that tokens of an unconstrained search name, if they name one.
+    fn cursor_of_tokens(&self, snapshot: &Snapshot, tokens: &[u32]) -> Option<Cursor> {
         let code = |(codes, token): (&HashMap<u32, u16>, &u32)| codes.get(token).copied();
         let codes = self.codes.iter().zip(tokens).map(code).collect::<Option<Vec<u16>>>()?;
-        snapshot.place(&codes)
+        snapshot.cursor(&codes)
     }
 }
 
 /// What may come back, search by search.
-fn searches(request: &Request, snapshot: &Snapshot) -> Result<Vec<Legality>> {
+fn searches(request: &Request, snapshot: &Snapshot) -> Result<Vec<AllowedSet>> {
     let find = |name: &String| snapshot.find(name);
     let mut excluded: Vec<u32> = request.exclude.iter().filter_map(find).collect();
     excluded.sort_unstable();
     excluded.dedup();
     let filter = request.filter.as_deref();
     if request.each.is_empty() {
-        return Ok(vec![snapshot.legality(&excluded, filter)?]);
+        return Ok(vec![snapshot.allowed_set(&excluded, filter)?]);
     }
-    let legality = |each: &String| {
+    let allowed_set = |each: &String| {
         let both = match filter {
             Some(filter) => &Filter::both(filter, each)?,
             None => each,
         };
-        snapshot.legality(&excluded, Some(both))
+        snapshot.allowed_set(&excluded, Some(both))
     };
-    request.each.iter().map(legality).collect()
+    request.each.iter().map(allowed_set).collect()
 }

@@ -9,9 +9,9 @@ use super::{Engine, EngineStatus, timed};
 use crate::answer::Answer;
 use crate::backend::{Backend, Batch, MemorySpec, SearchRule, SlotSpec};
 use crate::error::{Error, Result};
-use crate::history_cache::{CacheStats, Found, HistoryCache};
 use crate::models::{Model, Scratch};
 use crate::pages::{Page, Pool};
+use crate::prefix_cache::{CacheStats, Found, PrefixCache};
 use crate::schedule::{self, Micros, Reading, RequestId, Room, RunTime, Waiting};
 
 /// Rows below which a step is not worth being cut into parts.
@@ -24,7 +24,7 @@ pub(super) struct Load<B: Backend> {
     memory: B::Memory,
     context_pages: Pool,
     tail_pages: Pool,
-    cache: Option<HistoryCache>,
+    cache: Option<PrefixCache>,
     waiting: Vec<(Waiting, Job)>,
     /// In the order of their admission.
     running: Vec<Running<B>>,
@@ -98,7 +98,7 @@ impl<B: Backend> Load<B> {
             memory: backend.memory(spec)?,
             context_pages: Pool::new(spec.context_pages),
             tail_pages: Pool::new(spec.tail_pages),
-            cache: has_cache.then(HistoryCache::default),
+            cache: has_cache.then(PrefixCache::default),
             waiting: Vec::new(),
             running: Vec::new(),
             lanes: Vec::new(),
@@ -126,7 +126,7 @@ impl<B: Backend> Load<B> {
     pub fn replace_model(&mut self, model: Box<dyn Model<B>>) -> u64 {
         assert!(self.running.is_empty(), "no request sees two weights");
         self.model = model;
-        self.cache.iter_mut().for_each(HistoryCache::clear);
+        self.cache.iter_mut().for_each(PrefixCache::clear);
         self.weights_version += 1;
         self.weights_version
     }
@@ -149,7 +149,7 @@ impl<B: Backend> Load<B> {
 
     /// Forgets what was computed and measured.
     pub fn forget(&mut self) {
-        self.cache = self.cache.as_ref().map(|_| HistoryCache::default());
+        self.cache = self.cache.as_ref().map(|_| PrefixCache::default());
         self.run_time = RunTime::default();
     }
 
@@ -159,7 +159,7 @@ impl<B: Backend> Load<B> {
             let error = Error::Device { device: device.into(), reason: reason.into() };
             self.answers.push((running.id, Err(error)));
         }
-        self.cache.iter_mut().for_each(HistoryCache::clear);
+        self.cache.iter_mut().for_each(PrefixCache::clear);
     }
 
     pub fn take_answers(&mut self) -> Vec<(RequestId, Result<Answer>)> {
@@ -172,16 +172,16 @@ impl<B: Backend> Load<B> {
             running: self.running.len(),
             context_pages: self.context_pages.num_pages(),
             free_context_pages: self.context_pages.num_free(),
-            cached_context_pages: self.cache.as_ref().map_or(0, HistoryCache::num_pages),
+            cached_context_pages: self.cache.as_ref().map_or(0, PrefixCache::num_pages),
             tail_pages: self.tail_pages.num_pages(),
             free_tail_pages: self.tail_pages.num_free(),
-            cache: self.cache.as_ref().map_or(CacheStats::default(), HistoryCache::stats),
+            cache: self.cache.as_ref().map_or(CacheStats::default(), PrefixCache::stats),
         }
     }
 
     pub fn check_integrity(&self) -> std::result::Result<(), String> {
         let of_requests = self.running.iter().flat_map(|running| &running.context);
-        let cached = self.cache.iter().flat_map(HistoryCache::pages);
+        let cached = self.cache.iter().flat_map(PrefixCache::pages);
         let held: HashSet<u32> = of_requests.chain(cached).map(Page::index).collect();
         check_pages("context", &self.context_pages, held)?;
         let tails = self.running.iter().flat_map(|running| &running.tails).map(Page::index);
@@ -227,12 +227,12 @@ impl<B: Backend> Load<B> {
     fn lease_context(&mut self, job: &Job, has_encoder: bool) -> Found {
         let mut found = match &mut self.cache {
             None => Found::default(),
-            Some(cache) if has_encoder => cache.find_whole(&job.tokens),
-            Some(cache) => cache.find_prefix(&job.tokens, job.request.user.as_deref()),
+            Some(cache) if has_encoder => cache.match_whole(&job.tokens),
+            Some(cache) => cache.match_prefix(&job.tokens, job.request.user.as_deref()),
         };
         let rest = job.needs.context_pages - found.pages.len();
         while self.context_pages.num_free() < rest {
-            let dropped = self.cache.as_mut().is_some_and(HistoryCache::drop_oldest);
+            let dropped = self.cache.as_mut().is_some_and(PrefixCache::evict);
             assert!(dropped, "what is admitted has room");
         }
         found.pages.extend(self.context_pages.take(rest).expect("as many are free"));
@@ -243,8 +243,8 @@ impl<B: Backend> Load<B> {
         let Running { job, context, .. } = &self.running[request];
         match &mut self.cache {
             None => {}
-            Some(cache) if has_encoder => cache.keep_whole(&job.tokens, context),
-            Some(cache) => cache.keep_prefix(&job.tokens, context, job.request.user.as_deref()),
+            Some(cache) if has_encoder => cache.insert_whole(&job.tokens, context),
+            Some(cache) => cache.insert_prefix(&job.tokens, context, job.request.user.as_deref()),
         }
     }
 }
@@ -472,7 +472,7 @@ impl<B: Backend> Engine<B> {
             }
             let slots = &mut batch.slots[*num_unfinished..];
             timed(&self.phases.search, || {
-                backend.restricted_head(&scratch.hidden, head, &rules, slots, logits);
+                backend.lm_head(&scratch.hidden, head, &rules, slots, logits);
                 backend.advance_beams(logits, head, &rules, slots);
             });
         });

@@ -6,7 +6,7 @@
 //! admitted when that is free ([`schedule`](crate::schedule)) and then always finishes. The answer to a request is
 //! the same, to the last bit, in any company and on any number of threads.
 //!
-//! Contexts that were computed stay as long as there is room ([`history_cache`](crate::history_cache)): a request that
+//! Contexts that were computed stay as long as there is room ([`prefix_cache`](crate::prefix_cache)): a request that
 //! begins like an earlier one reads only what is new.
 
 use std::collections::HashMap;
@@ -22,11 +22,11 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, MemorySpec, NO_TOKEN};
 use crate::catalog::Catalog;
 use crate::error::{Error, Result};
-use crate::history_cache::CacheStats;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::models::{self, ModelSpec};
 use crate::pages::{self, TAIL_PAGE_LEN};
+use crate::prefix_cache::CacheStats;
 use crate::request::{MAX_BEAMS, Request};
 use crate::schedule::{Limits, Micros, RequestId};
 use crate::tensor::Tensor;
@@ -65,7 +65,7 @@ pub struct EngineOptions {
     /// priority waits twice as long, low three times.
     pub ageing: Duration,
     /// Whether contexts are kept for requests to come.
-    pub history_cache: bool,
+    pub prefix_cache: bool,
 }
 
 impl Default for EngineOptions {
@@ -78,7 +78,7 @@ impl Default for EngineOptions {
             rows_per_step: 256,
             tokens_per_step: 1024,
             ageing: Duration::from_millis(500),
-            history_cache: true,
+            prefix_cache: true,
         }
     }
 }
@@ -274,7 +274,7 @@ impl<B: Backend> Engine<B> {
             },
             pool,
             workers,
-            load: Mutex::new(Load::new(&backend, model, &memory, options.history_cache)?),
+            load: Mutex::new(Load::new(&backend, model, &memory, options.prefix_cache)?),
             opened: Instant::now(),
             phases: PhaseClocks::default(),
             backend,

@@ -7,7 +7,7 @@
 use super::config::Config;
 use super::weights::Weights;
 use super::{Model, ModelSpec, Scratch};
-use crate::backend::{Activation, Backend, Batch, Epilogue, Heads, Mask, Reach, StepTokens};
+use crate::backend::{Activation, Backend, Batch, Epilogue, Heads, KvScope, Mask, StepTokens};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -145,7 +145,7 @@ impl<B: Backend> DecoderOnly<B> {
         let norms = layer.query_key_norms.as_ref();
         let norms = norms.map(|(query, key)| (query, key, self.epsilon));
         let heads = self.spec.heads;
-        backend.rotary(index, &mut s.projected, heads, norms, &s.rotation, batch);
+        backend.apply_rope(index, &mut s.projected, heads, norms, &s.rope, batch);
     }
 
     /// The rest of a layer after its attention.
@@ -154,7 +154,7 @@ impl<B: Backend> DecoderOnly<B> {
         backend.matmul(&s.attended, &layer.out, bias, Epilogue::Add, &mut s.residual);
         backend.rms_norm(&s.residual, &layer.feed_forward_norm, self.epsilon, &mut s.normed);
         backend.matmul(&s.normed, &layer.gate_up, None, Epilogue::Store, &mut s.projected);
-        backend.gate(&s.projected, Activation::Silu, &mut s.spare);
+        backend.glu(&s.projected, Activation::Silu, &mut s.spare);
         backend.matmul(&s.spare, &layer.down, None, Epilogue::Add, &mut s.residual);
     }
 
@@ -174,24 +174,24 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
 
     fn forward(&self, backend: &B, tokens: &[u32], batch: &mut Batch<'_, B>, s: &mut Scratch<B>) {
         let heads = self.spec.heads;
-        backend.rotation(&self.frequencies, batch, &mut s.rotation);
+        backend.rope_tables(&self.frequencies, batch, &mut s.rope);
         backend.embed(&self.embedding, tokens, batch.beams(), &mut s.residual);
-        let (reach, scale) = (Reach::ContextAndTail, self.scale());
+        let (scope, scale) = (KvScope::Both, self.scale());
         for (index, layer) in self.layers.iter().enumerate() {
             self.project(backend, index, layer, batch, s);
             let (queries, out) = (&s.projected, &mut s.attended);
             if index + 1 < self.layers.len() {
                 let mask = Mask::Causal;
                 backend.attend_prefill(index, queries, heads, mask, scale, None, batch, out);
-                backend.attend_beams(index, queries, heads, reach, scale, None, batch, out);
+                backend.attend_beams(index, queries, heads, scope, scale, None, batch, out);
             } else {
                 // Nothing after the last layer reads any row of a prompt but its last.
                 let first = batch.num_unfinished(backend);
-                backend.last_rows(&s.residual, first, batch, &mut s.last);
+                backend.gather_last(&s.residual, first, batch, &mut s.last);
                 std::mem::swap(&mut s.residual, &mut s.last);
-                backend.last_rows(queries, first, batch, &mut s.spare);
+                backend.gather_last(queries, first, batch, &mut s.spare);
                 let batch = &batch.beams_from(first);
-                backend.attend_beams(index, &s.spare, heads, reach, scale, None, batch, out);
+                backend.attend_beams(index, &s.spare, heads, scope, scale, None, batch, out);
             }
             self.finish_layer(backend, layer, s);
         }

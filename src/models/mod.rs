@@ -64,7 +64,7 @@ pub struct Scratch<B: Backend> {
     normed: B::Buffer,
     projected: B::Buffer,
     attended: B::Buffer,
-    rotation: B::Buffer,
+    rope: B::Buffer,
     spare: B::Buffer,
     /// The residual stream of the rows that the last layer goes on with.
     last: B::Buffer,
@@ -79,7 +79,7 @@ impl<B: Backend> Scratch<B> {
             normed: backend.buffer(),
             projected: backend.buffer(),
             attended: backend.buffer(),
-            rotation: backend.buffer(),
+            rope: backend.buffer(),
             spare: backend.buffer(),
             last: backend.buffer(),
         }

@@ -9,7 +9,7 @@
 use super::config::Config;
 use super::weights::Weights;
 use super::{Model, ModelSpec, Scratch};
-use crate::backend::{Activation, Backend, Batch, Epilogue, Heads, Mask, Reach, StepTokens};
+use crate::backend::{Activation, Backend, Batch, Epilogue, Heads, KvScope, Mask, StepTokens};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -224,15 +224,15 @@ impl<B: Backend> T5<B> {
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
             backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
             backend.append_tail(index, &s.projected, heads, batch);
-            let (reach, bias) = (Reach::Tail, Some(&self.decoder_bias));
+            let (scope, bias) = (KvScope::Tail, Some(&self.decoder_bias));
             let (queries, out) = (&s.projected, &mut s.attended);
-            backend.attend_beams(index, queries, heads, reach, 1.0, bias, batch, out);
+            backend.attend_beams(index, queries, heads, scope, 1.0, bias, batch, out);
             backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
 
             backend.rms_norm(&s.residual, &layer.cross_norm, self.epsilon, &mut s.normed);
             backend.matmul(&s.normed, &layer.cross_query, None, Epilogue::Store, &mut s.projected);
-            let (reach, queries, out) = (Reach::Context, &s.projected, &mut s.attended);
-            backend.attend_beams(index, queries, heads, reach, 1.0, None, batch, out);
+            let (scope, queries, out) = (KvScope::Context, &s.projected, &mut s.attended);
+            backend.attend_beams(index, queries, heads, scope, 1.0, None, batch, out);
             backend.matmul(&s.attended, &layer.cross_out, None, Epilogue::Add, &mut s.residual);
             layer.feed_forward.forward(backend, self.epsilon, s);
         }
@@ -263,7 +263,7 @@ impl<B: Backend> FeedForward<B> {
         backend.rms_norm(&s.residual, &self.norm, epsilon, &mut s.normed);
         if self.is_gated {
             backend.matmul(&s.normed, &self.inner, None, Epilogue::Store, &mut s.projected);
-            backend.gate(&s.projected, self.activation, &mut s.spare);
+            backend.glu(&s.projected, self.activation, &mut s.spare);
             backend.matmul(&s.spare, &self.outer, None, Epilogue::Add, &mut s.residual);
         } else {
             let activate = Epilogue::Activate(self.activation);

@@ -75,7 +75,7 @@ pub fn look_around(catalog: &Catalog) {
     let snapshot = catalog.snapshot();
     let num_levels = snapshot.num_levels();
     for item in snapshot.all_items() {
-        let place = snapshot.place(snapshot.sid(item).codes()).expect("its own place");
+        let place = snapshot.cursor(snapshot.sid(item).codes()).expect("its own place");
         assert!(snapshot.items(place, num_levels).any(|other| other == item));
         // A forged index may miss a name, and finds no other.
         let found = snapshot.find(snapshot.name(item));
@@ -84,15 +84,15 @@ pub fn look_around(catalog: &Catalog) {
     }
     let _ = snapshot.base().tags();
     for filter in [None, Some("tag:t1 & !tag:t2"), Some("!(tag:all | tag:t3)")] {
-        let Ok(legality) = snapshot.legality(&[], filter) else { continue };
+        let Ok(allowed_set) = snapshot.allowed_set(&[], filter) else { continue };
         let mut places = vec![snapshot.root()];
         for depth in 0..num_levels {
             let mut next = Vec::new();
             for place in places {
-                let mut below = legality.below(&snapshot, place, depth);
+                let mut below = allowed_set.below(&snapshot, place, depth);
                 for run in snapshot.children(place) {
                     let children = (0..run.codes.len()).map(|at| run.child(at));
-                    next.extend(children.filter(|&child| below.any(child)));
+                    next.extend(children.filter(|&child| below.is_match(child)));
                 }
             }
             places = next;

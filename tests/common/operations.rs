@@ -10,10 +10,10 @@ use super::walk::Walk;
 use sidereal::Tensor;
 use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::{
-    Activation, Backend, Batch, Beam, Epilogue, Heads, Mask, NO_TOKEN, Reach, SearchRule,
+    Activation, Backend, Batch, Beam, Epilogue, Heads, KvScope, Mask, NO_TOKEN, SearchRule,
     StepTokens,
 };
-use sidereal::catalog::legality::Legality;
+use sidereal::catalog::allowed::AllowedSet;
 
 /// What the operations are tried on.
 pub trait Subject {
@@ -150,7 +150,7 @@ pub fn embed_and_last_rows_copy_rows<S: Subject>() {
         let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
         let first = cases.rng.usize(0..=lens.len());
         let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
-        backend.last_rows(&rows, first, &batch, &mut last);
+        backend.gather_last(&rows, first, &batch, &mut last);
         let ends = lens.iter().scan(0, |end, len| {
             *end += len;
             Some(*end)
@@ -247,14 +247,14 @@ pub fn gate_is_the_formula<S: Subject>() {
         let (rows, columns) = (cases.size(60), cases.size(400));
         let x = cases.numbers(rows * 2 * columns);
         let mut out = backend.buffer();
-        backend.gate(&backend.upload(&x, 2 * columns), activation, &mut out);
+        backend.glu(&backend.upload(&x, 2 * columns), activation, &mut out);
         let mut values = Vec::new();
         for row in Matrix::new(&x, 2 * columns).rows() {
             let (gates, linear) = row.split_at(columns);
             let gated = gates.iter().zip(linear);
             values.extend(gated.map(|(gate, linear)| truth::activate(activation, *gate) * linear));
         }
-        check::<S>(&backend, &out, &Matrix { values, columns }, &format!("gate seed {seed}"));
+        check::<S>(&backend, &out, &Matrix { values, columns }, &format!("glu seed {seed}"));
     }
 }
 
@@ -293,10 +293,10 @@ pub fn rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values<S: 
                 continue;
             }
             let mut out = backend.upload(&x, heads.qkv_dim());
-            let mut rotation = backend.buffer();
+            let mut rope_tables = backend.buffer();
             let mut batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
-            backend.rotation(&vector(&frequencies), &batch, &mut rotation);
-            backend.rotary(0, &mut out, heads, given, &rotation, &mut batch);
+            backend.rope_tables(&vector(&frequencies), &batch, &mut rope_tables);
+            backend.apply_rope(0, &mut out, heads, given, &rope_tables, &mut batch);
             let mask = Mask::Causal;
             backend.attend_prefill(0, &out, heads, mask, 0.3, None, &batch, &mut attended);
             let values = values(&backend, &out);
@@ -326,8 +326,8 @@ pub fn rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values<S: 
                 values.extend(truth::rotate(&columns, position, &frequencies));
             }
         }
-        let error = relative_error(&found.concat(), &values, "rotary");
-        assert!(error < S::TOLERANCE, "rotary seed {seed}: relative error {error:.2e}");
+        let error = relative_error(&found.concat(), &values, "apply_rope");
+        assert!(error < S::TOLERANCE, "apply_rope seed {seed}: relative error {error:.2e}");
 
         // What the last pass attended to are the keys and values that were kept.
         let turned = Matrix { values, columns: heads.qkv_dim() };
@@ -473,11 +473,14 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
                     beams.into_iter().map(|beam| beam.tokens).collect()
                 })
                 .collect();
-            let legalities: Vec<Legality> = walks.iter().map(Walk::legality).collect();
-            let rules: Vec<SearchRule<'_>> =
-                walks.iter().zip(&legalities).map(|(walk, legality)| walk.rule(legality)).collect();
+            let legalities: Vec<AllowedSet> = walks.iter().map(Walk::allowed_set).collect();
+            let rules: Vec<SearchRule<'_>> = walks
+                .iter()
+                .zip(&legalities)
+                .map(|(walk, allowed_set)| walk.rule(allowed_set))
+                .collect();
             let hidden = backend.upload(&hidden, hidden_dim);
-            backend.restricted_head(&hidden, &head, &rules, &slots, &mut scores);
+            backend.lm_head(&hidden, &head, &rules, &slots, &mut scores);
             backend.advance_beams(&scores, &head, &rules, &mut slots);
             drop(rules);
 
@@ -537,13 +540,13 @@ fn check_tails<S: Subject>(
             walk.tails.insert(beam.tokens, kv.to_vec());
         }
     }
-    for reach in [Reach::Context, Reach::Tail, Reach::ContextAndTail] {
-        let tail_bias = (reach == Reach::Tail).then_some(bias);
+    for scope in [KvScope::Context, KvScope::Tail, KvScope::Both] {
+        let tail_bias = (scope == KvScope::Tail).then_some(bias);
         let vector = backend.vector(&[Tensor::new(&[bias.len()], bias.to_vec())]).expect("memory");
         let given = tail_bias.is_some().then_some(&vector);
         let mut out = backend.buffer();
         let batch = Batch { memory: &world.memory, chunks: &[], slots };
-        backend.attend_beams(0, &qkv, heads, reach, 0.4, given, &batch, &mut out);
+        backend.attend_beams(0, &qkv, heads, scope, 0.4, given, &batch, &mut out);
         let all_found = backend.download(&out).expect("the device works");
         let (mut values, mut found) = (Vec::new(), Vec::new());
         for ((walk, slot), &first) in walks.iter().zip(&*slots).zip(&first_rows) {
@@ -562,13 +565,13 @@ fn check_tails<S: Subject>(
                         (&keys[at..at + heads.head_dim], &values[at..at + heads.head_dim])
                     }
                     let mut keys_values = Vec::new();
-                    if reach != Reach::Tail {
+                    if scope != KvScope::Tail {
                         keys_values.extend(context.rows().map(|kv| {
                             let (keys, values) = parts(kv, at, heads);
                             (keys, values, 0.0)
                         }));
                     }
-                    if reach != Reach::Context {
+                    if scope != KvScope::Context {
                         keys_values.extend(tail.iter().enumerate().map(|(position, kv)| {
                             let (keys, values) = parts(&kv.values, at, heads);
                             let back = tail.len() - 1 - position;
@@ -583,7 +586,7 @@ fn check_tails<S: Subject>(
                 }
             }
         }
-        let what = format!("attend_beams {reach:?} {what}");
+        let what = format!("attend_beams {scope:?} {what}");
         let error = relative_error(&found, &values, &what);
         assert!(error < S::TOLERANCE, "{what}: relative error {error:.2e}");
     }
@@ -605,12 +608,12 @@ pub fn embed_reads_each_beams_newest_token<S: Subject>() {
     );
     let mut slots = vec![world.slot(1)];
     let (mut rows, mut logits) = (backend.buffer(), backend.logits());
-    let legality = catalog.legality(&[], None).expect("no filter");
+    let allowed_set = catalog.allowed_set(&[], None).expect("no filter");
     for step in 0..2 {
-        let rules = [SearchRule::new(&catalog, &legality, 9)];
+        let rules = [SearchRule::new(&catalog, &allowed_set, 9)];
         let beams = backend.num_beams(&slots[0]);
         let hidden = backend.upload(&cases.numbers(beams * 5), 5);
-        backend.restricted_head(&hidden, &head, &rules, &slots, &mut logits);
+        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
         backend.embed(&table, &[7], &slots, &mut rows);
         let beams = beams_of(&backend, &slots[0]);
@@ -646,11 +649,11 @@ pub fn rows_of_prompts_and_of_beams_leave_each_other_alone<S: Subject>() {
             let qkv = backend.upload(qkv, heads.qkv_dim());
             let mut batch = Batch { memory: &world.memory, chunks, slots };
             let mut out = backend.buffer();
-            let (mask, reach) = (Mask::Causal, Reach::ContextAndTail);
+            let (mask, scope) = (Mask::Causal, KvScope::Both);
             backend.store_context(0, &qkv, heads.query_dim(), heads, &batch);
             backend.append_tail(0, &qkv, heads, &mut batch);
             backend.attend_prefill(0, &qkv, heads, mask, 0.3, None, &batch, &mut out);
-            backend.attend_beams(0, &qkv, heads, reach, 0.3, None, &batch, &mut out);
+            backend.attend_beams(0, &qkv, heads, scope, 0.3, None, &batch, &mut out);
             values(&backend, &out)
         };
         let chunk = 0..prompt_len;
@@ -678,7 +681,7 @@ pub fn searches_at_different_steps_share_a_step<S: Subject>() {
         let head = backend.head(weight, &steps).expect("memory");
         let walks: Vec<Walk> =
             (0..3).map(|_| Walk::new(&mut cases, num_levels as usize, 10, heads)).collect();
-        let legalities: Vec<Legality> = walks.iter().map(Walk::legality).collect();
+        let legalities: Vec<AllowedSet> = walks.iter().map(Walk::allowed_set).collect();
         // Each takes its steps alone, then all do, each begun one step after the one before.
         let most = walks.iter().map(|walk| walk.beams).max().expect("three walks");
         let hidden: Vec<Vec<Vec<f32>>> = walks
@@ -694,7 +697,7 @@ pub fn searches_at_different_steps_share_a_step<S: Subject>() {
             let rules: Vec<SearchRule<'_>> =
                 who.iter().map(|&walk| walks[walk].rule(&legalities[walk])).collect();
             let mut logits = backend.logits();
-            backend.restricted_head(&rows, &head, &rules, slots, &mut logits);
+            backend.lm_head(&rows, &head, &rules, slots, &mut logits);
             backend.advance_beams(&logits, &head, &rules, slots);
         };
         let mut world = World::on(&backend, heads).expect("memory");

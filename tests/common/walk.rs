@@ -8,7 +8,7 @@ use super::truth;
 use sidereal::backend::cases::Cases;
 use sidereal::backend::{Heads, NO_TOKEN, SearchRule, StepTokens};
 use sidereal::catalog::Snapshot;
-use sidereal::catalog::legality::Legality;
+use sidereal::catalog::allowed::AllowedSet;
 use sidereal::{Constraint, Normalization};
 
 /// A search of one slot, followed in f64.
@@ -61,10 +61,10 @@ impl Walk {
         }
     }
 
-    pub fn rule<'a>(&'a self, legality: &'a Legality) -> SearchRule<'a> {
+    pub fn rule<'a>(&'a self, allowed_set: &'a AllowedSet) -> SearchRule<'a> {
         SearchRule {
             snapshot: &self.snapshot,
-            legality,
+            allowed_set,
             beams: self.beams,
             normalization: self.normalization,
             constraint: self.constraint,
@@ -75,9 +75,9 @@ impl Walk {
         }
     }
 
-    pub fn legality(&self) -> Legality {
+    pub fn allowed_set(&self) -> AllowedSet {
         let filter = self.tag.map(|tag| format!("tag:{tag}"));
-        self.snapshot.legality(&self.excluded, filter.as_deref()).expect("a sound filter")
+        self.snapshot.allowed_set(&self.excluded, filter.as_deref()).expect("a sound filter")
     }
 
     /// Whether an allowed item's semantic ID starts with these codes.

@@ -1,12 +1,12 @@
 use rayon::prelude::*;
 
 use super::head::Head;
-use super::restricted_head::{LogSumExp, Logits, SlotLogits};
+use super::lm_head::{LogSumExp, Logits, SlotLogits};
 use super::slot::{Beams, Sample};
 use super::{SearchRule, Slot};
 use crate::backend::step_columns::StepColumns;
 use crate::backend::{LogProb, Normalizer, noise};
-use crate::catalog::snapshot::Place;
+use crate::catalog::snapshot::Cursor;
 use crate::request::Constraint;
 
 pub(super) fn advance_beams(
@@ -20,7 +20,7 @@ pub(super) fn advance_beams(
         let beams = &mut slot.beams;
         let step = beams.num_steps;
         if step == 0 {
-            beams.places = vec![rule.snapshot.root(); beams.len()];
+            beams.cursors = vec![rule.snapshot.root(); beams.len()];
         }
         let columns = &head.steps[step];
         let SlotLogits { span, rows, .. } = &logits.searches[index];
@@ -71,11 +71,11 @@ struct Best {
     threshold: f32,
 }
 
-fn key(score: f32, place: u32) -> u64 {
+fn key(score: f32, cursor: u32) -> u64 {
     // The bits of a float, less the sign's trouble, order as the float does.
     let bits = (score + 0.0).to_bits();
     let rising = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
-    u64::from(!rising) << 32 | u64::from(place)
+    u64::from(!rising) << 32 | u64::from(cursor)
 }
 
 fn score_of(key: u64) -> f32 {
@@ -89,8 +89,8 @@ impl Best {
     }
 
     #[inline]
-    fn offer(&mut self, score: f32, place: u32) {
-        self.keys.push(key(score, place));
+    fn offer(&mut self, score: f32, cursor: u32) {
+        self.keys.push(key(score, cursor));
         if self.keys.len() >= 2 * self.width + 128 {
             self.prune();
         }
@@ -137,7 +137,7 @@ impl Search<'_> {
         best.iter().all(|&key| score_of(key).is_finite()).then_some(best)
     }
 
-    /// How many choices a beam has at most: a candidate's place is its beam's rank times this,
+    /// How many choices a beam has at most: a candidate's cursor is its beam's rank times this,
     /// plus its choice (a code, a token, or zero where it is forced).
     fn num_choices(&self) -> u32 {
         match self.rule.constraint {
@@ -177,8 +177,8 @@ impl Search<'_> {
     }
 
     fn offer_children(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
-        let SearchRule { snapshot, legality, .. } = self.rule;
-        let place = beams.places[beam];
+        let SearchRule { snapshot, allowed_set, .. } = self.rule;
+        let cursor = beams.cursors[beam];
         let logits = self.level_logits(beam);
         let logit = |code: u16| self.logit(logits, code);
         let normalizer = match self.rule.normalizer(false) {
@@ -196,7 +196,7 @@ impl Search<'_> {
         };
         let (score, first_place) = (beams.scores[beam], self.first_place(beams, beam));
         if let Some(candidates) = self.rule.candidates {
-            for &code in candidates.codes_after(place) {
+            for &code in candidates.codes_after(cursor) {
                 best.offer(
                     score + self.gain(logit(code), normalizer),
                     first_place + u32::from(code),
@@ -204,19 +204,19 @@ impl Search<'_> {
             }
             return Some(());
         }
-        let mut allowed = legality.below(snapshot, place, self.step);
-        for run in snapshot.children(place) {
+        let mut allowed = allowed_set.below(snapshot, cursor, self.step);
+        for run in snapshot.children(cursor) {
             let mut bar = self.bar(best.threshold, score, normalizer);
             for (chunk, codes) in run.codes.chunks(LANES).enumerate() {
                 if !self.may_pass(logits, codes, bar) {
                     continue;
                 }
-                let possible = allowed.possible(&run, chunk * LANES);
+                let possible = allowed.can_match(&run, chunk * LANES);
                 for (at, &code) in codes.iter().enumerate() {
                     let score = score + self.gain(logit(code), normalizer);
                     if score >= best.threshold
                         && possible >> at & 1 == 1
-                        && allowed.any(run.child(chunk * LANES + at))
+                        && allowed.is_match(run.child(chunk * LANES + at))
                     {
                         best.offer(score, first_place + u32::from(code));
                     }
@@ -241,12 +241,12 @@ impl Search<'_> {
 
     /// Goes through the legal continuations of a beam.
     fn for_each_child(&self, beams: &Beams, beam: usize, mut each: impl FnMut(u16, f32)) {
-        let SearchRule { snapshot, legality, .. } = self.rule;
-        let (place, logits) = (beams.places[beam], self.level_logits(beam));
-        let mut allowed = legality.below(snapshot, place, self.step);
-        for run in snapshot.children(place) {
+        let SearchRule { snapshot, allowed_set, .. } = self.rule;
+        let (cursor, logits) = (beams.cursors[beam], self.level_logits(beam));
+        let mut allowed = allowed_set.below(snapshot, cursor, self.step);
+        for run in snapshot.children(cursor) {
             for (at, &code) in run.codes.iter().enumerate() {
-                if allowed.any(run.child(at)) {
+                if allowed.is_match(run.child(at)) {
                     each(code, self.logit(logits, code));
                 }
             }
@@ -349,8 +349,8 @@ impl Search<'_> {
         let chosen: Vec<(usize, u32)> = best
             .iter()
             .map(|&key| {
-                let place = key as u32;
-                (by_rank[(place / num_choices) as usize], place % num_choices)
+                let cursor = key as u32;
+                (by_rank[(cursor / num_choices) as usize], cursor % num_choices)
             })
             .collect();
         let mut tokens = Vec::with_capacity(best.len() * (beams.num_steps + 1));
@@ -369,11 +369,11 @@ impl Search<'_> {
             }
         }
         let steps = self.steps_taken(beams, best, &chosen);
-        let places = chosen.iter().map(|&(parent, choice)| {
-            let place = beams.places[parent];
-            self.moved(place, choice)
+        let cursors = chosen.iter().map(|&(parent, choice)| {
+            let cursor = beams.cursors[parent];
+            self.moved(cursor, choice)
         });
-        beams.places = places.collect();
+        beams.cursors = cursors.collect();
         let has_levels = self.rule.constraint == Constraint::Trie;
         beams.are_leaves = has_levels && self.step + 1 >= self.rule.snapshot.num_levels();
         beams.ranks = ranks(best);
@@ -448,11 +448,11 @@ impl Search<'_> {
         }
     }
 
-    fn moved(&self, place: Place, choice: u32) -> Place {
+    fn moved(&self, cursor: Cursor, choice: u32) -> Cursor {
         if self.columns.is_forced || self.rule.constraint != Constraint::Trie {
-            return place;
+            return cursor;
         }
-        let child = self.rule.snapshot.child(place, choice as u16);
+        let child = self.rule.snapshot.child(cursor, choice as u16);
         child.expect("only children are offered")
     }
 }

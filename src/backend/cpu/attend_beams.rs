@@ -10,7 +10,7 @@ use super::matmul::split_columns;
 use super::memory::PageLayout;
 use super::scratch::Scratch;
 use super::softmax::{ExpSum, Largest};
-use super::{Buffer, CpuBackend, Heads, Reach, Slot};
+use super::{Buffer, CpuBackend, Heads, KvScope, Slot};
 use crate::backend::Batch;
 use crate::pages::TAIL_PAGE_LEN;
 
@@ -20,7 +20,7 @@ impl CpuBackend {
         layer: usize,
         queries: &Buffer,
         heads: Heads,
-        reach: Reach,
+        scope: KvScope,
         scale: f32,
         tail_bias: Option<&[f32]>,
         batch: &Batch<'_, CpuBackend>,
@@ -29,10 +29,10 @@ impl CpuBackend {
         let query_dim = heads.query_dim();
         out.reshape(queries.num_rows(), query_dim);
         let pages = |slot: &Slot| {
-            let (context, tail) = match reach {
-                Reach::Tail => (&[][..], slot.tail_pages()),
-                Reach::Context => (&slot.spec.context_pages[..], &[][..]),
-                Reach::ContextAndTail => (&slot.spec.context_pages[..], slot.tail_pages()),
+            let (context, tail) = match scope {
+                KvScope::Tail => (&[][..], slot.tail_pages()),
+                KvScope::Context => (&slot.spec.context_pages[..], &[][..]),
+                KvScope::Both => (&slot.spec.context_pages[..], slot.tail_pages()),
             };
             (batch.memory.context_pages(context), batch.memory.tail_pages(tail))
         };
@@ -61,8 +61,8 @@ impl CpuBackend {
         heads_of_slots.into_par_iter().for_each_init(
             HeadScratch::new,
             |scratch, (attention, pages, mut out)| {
-                let context_len = match reach {
-                    Reach::Tail => 0,
+                let context_len = match scope {
+                    KvScope::Tail => 0,
                     _ => attention.tail.slot.spec.context_len,
                 };
                 let (layout, kv_head) = (&batch.memory.layout, attention.kv_head());
@@ -70,7 +70,7 @@ impl CpuBackend {
                 for (tile, out) in out.chunks_mut(QUERIES_PER_TILE).enumerate() {
                     self.count_flops(2 * out.len(), heads.head_dim, context_len);
                     let first = tile * QUERIES_PER_TILE;
-                    attention.attend(first, &context, context_len, reach, scratch, out);
+                    attention.attend(first, &context, context_len, scope, scratch, out);
                 }
             },
         );
@@ -137,7 +137,7 @@ impl<'a, P: Deref<Target = Vec<f32>>> HeadAttention<'a, P> {
         first: usize,
         context: &HeadContext<'_>,
         context_len: usize,
-        reach: Reach,
+        scope: KvScope,
         scratch: &mut HeadScratch,
         out: &mut [&mut [f32]],
     ) {
@@ -153,8 +153,8 @@ impl<'a, P: Deref<Target = Vec<f32>>> HeadAttention<'a, P> {
         scores.resize(num_rows * context_len);
         context.scores(queries, context_len, scores);
         scores.iter_mut().for_each(|score| *score *= self.scale);
-        let tail_len = match reach {
-            Reach::Context => 0,
+        let tail_len = match scope {
+            KvScope::Context => 0,
             _ => self.tail.slot.positions.len(),
         };
         tail_scores.resize(num_rows * tail_len);

@@ -11,7 +11,7 @@ use rten_simd::ops::BitOps;
 use rten_simd::{Isa, SimdOp};
 
 use super::{
-    Activation, Backend, Batch, Beam, Epilogue, Heads, Mask, MemorySpec, Reach, SearchRule,
+    Activation, Backend, Batch, Beam, Epilogue, Heads, KvScope, Mask, MemorySpec, SearchRule,
     SlotSpec, StepTokens,
 };
 use crate::error::Result;
@@ -19,19 +19,19 @@ use crate::tensor::{Dtype, Tensor};
 
 mod advance_beams;
 mod append_tail;
+mod apply_rope;
 mod attend_beams;
 mod attend_prefill;
 mod context;
 mod embed;
-mod gate;
+mod gather_last;
+mod glu;
 mod head;
-mod last_rows;
+mod lm_head;
 mod matmul;
 mod memory;
-mod restricted_head;
 mod rms_norm;
-mod rotary;
-mod rotation;
+mod rope_tables;
 mod scratch;
 mod slot;
 mod softmax;
@@ -41,9 +41,9 @@ mod store_context;
 const CONTEXT_BYTES: usize = 256 << 20;
 
 pub use head::Head;
+pub use lm_head::Logits;
 pub use matmul::Matrix;
 pub use memory::Memory;
-pub use restricted_head::Logits;
 pub use slot::Slot;
 
 use scratch::Scratch;
@@ -246,24 +246,24 @@ impl Backend for CpuBackend {
         self.matmul(x, weight, bias.map(Vec::as_slice), epilogue, out);
     }
 
-    fn gate(&self, x: &Buffer, activation: Activation, out: &mut Buffer) {
-        gate::gate(x, activation, out);
+    fn glu(&self, x: &Buffer, activation: Activation, out: &mut Buffer) {
+        glu::glu(x, activation, out);
     }
 
-    fn rotation(&self, frequencies: &Vec<f32>, batch: &Batch<'_, CpuBackend>, out: &mut Buffer) {
-        rotation::rotation(frequencies, batch, out);
+    fn rope_tables(&self, frequencies: &Vec<f32>, batch: &Batch<'_, CpuBackend>, out: &mut Buffer) {
+        rope_tables::rope_tables(frequencies, batch, out);
     }
 
-    fn rotary(
+    fn apply_rope(
         &self,
         layer: usize,
         qkv: &mut Buffer,
         heads: Heads,
         norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
-        rotation: &Buffer,
+        rope_tables: &Buffer,
         batch: &mut Batch<'_, CpuBackend>,
     ) {
-        rotary::rotary(qkv, heads, norms, rotation);
+        apply_rope::apply_rope(qkv, heads, norms, rope_tables);
         store_context::store_context(layer, qkv, heads.query_dim(), heads, batch);
         append_tail::append_tail(layer, qkv, heads, batch);
     }
@@ -293,8 +293,14 @@ impl Backend for CpuBackend {
         self.attend_prefill(layer, queries, heads, mask, scale, relative_bias, batch, out);
     }
 
-    fn last_rows(&self, x: &Buffer, first: usize, batch: &Batch<'_, CpuBackend>, out: &mut Buffer) {
-        last_rows::last_rows(x, first, batch, out);
+    fn gather_last(
+        &self,
+        x: &Buffer,
+        first: usize,
+        batch: &Batch<'_, CpuBackend>,
+        out: &mut Buffer,
+    ) {
+        gather_last::gather_last(x, first, batch, out);
     }
 
     fn append_tail(
@@ -312,17 +318,17 @@ impl Backend for CpuBackend {
         layer: usize,
         queries: &Buffer,
         heads: Heads,
-        reach: Reach,
+        scope: KvScope,
         scale: f32,
         tail_bias: Option<&Vec<f32>>,
         batch: &Batch<'_, CpuBackend>,
         out: &mut Buffer,
     ) {
         let tail_bias = tail_bias.map(Vec::as_slice);
-        self.attend_beams(layer, queries, heads, reach, scale, tail_bias, batch, out);
+        self.attend_beams(layer, queries, heads, scope, scale, tail_bias, batch, out);
     }
 
-    fn restricted_head(
+    fn lm_head(
         &self,
         hidden: &Buffer,
         head: &Head,
@@ -330,7 +336,7 @@ impl Backend for CpuBackend {
         slots: &[Slot],
         out: &mut Logits,
     ) {
-        self.restricted_head(hidden, head, rules, slots, out);
+        self.lm_head(hidden, head, rules, slots, out);
     }
 
     fn advance_beams(

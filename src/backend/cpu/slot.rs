@@ -1,5 +1,5 @@
 use crate::backend::{Beam, LogProb, SlotSpec};
-use crate::catalog::snapshot::Place;
+use crate::catalog::snapshot::Cursor;
 use crate::error::{Error, Result};
 use crate::pages::TAIL_PAGE_LEN;
 
@@ -21,9 +21,9 @@ pub(super) struct Beams {
     pub scores: Vec<f32>,
     /// By beam: its rank among them by its tokens. Equal scores go by it.
     pub ranks: Vec<u32>,
-    /// By beam: its place in the catalog, in a search that is constrained to it.
-    pub places: Vec<Place>,
-    /// Whether the places are whole semantic IDs.
+    /// By beam: its cursor in the catalog, in a search that is constrained to it.
+    pub cursors: Vec<Cursor>,
+    /// Whether the cursors are whole semantic IDs.
     pub are_leaves: bool,
     /// `[beams][steps taken]`, flat.
     pub tokens: Vec<u32>,
@@ -53,7 +53,7 @@ impl Beams {
         Beams {
             scores: vec![0.0],
             ranks: vec![0],
-            places: Vec::new(),
+            cursors: Vec::new(),
             are_leaves: false,
             tokens: Vec::new(),
             num_steps: 0,
@@ -88,7 +88,7 @@ impl Beams {
         }
         let beam = |at: usize| Beam {
             tokens: self.tokens[at * self.num_steps..(at + 1) * self.num_steps].to_vec(),
-            place: self.are_leaves.then(|| self.places[at]),
+            cursor: self.are_leaves.then(|| self.cursors[at]),
             score: self.scores[at],
             log_probs: match self.log_probs.is_empty() {
                 true => Vec::new(),

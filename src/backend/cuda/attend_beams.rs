@@ -4,7 +4,7 @@ use super::attend_prefill::{attention_bytes, attention_threads};
 use super::driver::Driver;
 use super::memory::{Beams, Pages};
 use super::tables::{BatchParams, MAX_POSITIONS, NARROW_ROWS, WIDE_ROWS};
-use super::{Buffer, CudaBackend, Heads, Reach, Vector};
+use super::{Buffer, CudaBackend, Heads, KvScope, Vector};
 use crate::backend::Batch;
 
 #[repr(C)]
@@ -48,7 +48,7 @@ impl<D: Driver> CudaBackend<D> {
         layer: usize,
         queries: &Buffer<D>,
         heads: Heads,
-        reach: Reach,
+        scope: KvScope,
         scale: f32,
         tail_bias: Option<&Vector<D>>,
         batch: &Batch<'_, CudaBackend<D>>,
@@ -57,10 +57,10 @@ impl<D: Driver> CudaBackend<D> {
         let state = &mut *self.state();
         let tables = self.tables(state, batch.chunks, batch.slots);
         out.reshape(queries.rows, heads.query_dim(), self.dtype);
-        let num_splits = if reach == Reach::Tail { 1 } else { tables.num_splits };
+        let num_splits = if scope == KvScope::Tail { 1 } else { tables.num_splits };
         let tile_rows = tables.beam_tile_rows;
         let num_rows = (tables.batch.num_rows - tables.batch.num_prompt_rows) as usize;
-        if reach != Reach::Tail {
+        if scope != KvScope::Tail {
             // Once for all passes.
             let most = self.attention(heads).most_split_rows();
             let parts = most.max(if num_splits > 1 { num_splits * num_rows } else { 0 });
@@ -84,8 +84,8 @@ impl<D: Driver> CudaBackend<D> {
             layer: layer as u32,
             num_biases: tail_bias.map_or(0, |bias| bias.len / heads.num_heads) as u32,
             num_splits: num_splits as u32,
-            reaches_context: u32::from(reach != Reach::Tail),
-            reaches_tail: u32::from(reach != Reach::Context),
+            reaches_context: u32::from(scope != KvScope::Tail),
+            reaches_tail: u32::from(scope != KvScope::Context),
             scale,
         };
         let kernel = match (tile_rows, heads.head_dim) {

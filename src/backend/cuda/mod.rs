@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use lru::LruCache;
 
 use super::{
-    Activation, Backend, Batch, Beam, Epilogue, Heads, Mask, MemorySpec, Reach, SearchRule,
+    Activation, Backend, Batch, Beam, Epilogue, Heads, KvScope, Mask, MemorySpec, SearchRule,
     SlotSpec, StepTokens,
 };
 use crate::error::{Error, Result};
@@ -24,6 +24,7 @@ use crate::tensor::{Dtype, Tensor};
 
 mod advance_beams;
 mod append_tail;
+mod apply_rope;
 mod attend_beams;
 mod attend_prefill;
 #[cfg(feature = "cuda")]
@@ -33,17 +34,16 @@ mod buffer;
 mod device;
 mod driver;
 mod embed;
-mod gate;
+mod gather_last;
+mod glu;
 mod handle;
 mod head;
-mod last_rows;
+mod lm_head;
 mod matmul;
 mod memory;
 mod read_beams;
-mod restricted_head;
 mod rms_norm;
-mod rotary;
-mod rotation;
+mod rope_tables;
 mod rules;
 mod slot;
 #[cfg(any(feature = "cuda", test))]
@@ -56,8 +56,8 @@ pub use buffer::{Buffer, Vector, Weights};
 pub use device::{CudaDevice, num_devices};
 pub use driver::{Address, Driver, FusedActivation, Launch, Product, Traffic};
 pub use head::Head;
+pub use lm_head::Logits;
 pub use memory::Memory;
-pub use restricted_head::Logits;
 pub use slot::Slot;
 
 use handle::{Device, DeviceMemory, Recording};
@@ -424,24 +424,24 @@ impl<D: Driver> Backend for CudaBackend<D> {
         self.matmul(x, weight, bias, epilogue, out);
     }
 
-    fn gate(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
-        self.gate(x, activation, out);
+    fn glu(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
+        self.glu(x, activation, out);
     }
 
-    fn rotation(&self, frequencies: &Vector<D>, batch: &Batch<'_, Self>, out: &mut Buffer<D>) {
-        self.rotation(frequencies, batch, out);
+    fn rope_tables(&self, frequencies: &Vector<D>, batch: &Batch<'_, Self>, out: &mut Buffer<D>) {
+        self.rope_tables(frequencies, batch, out);
     }
 
-    fn rotary(
+    fn apply_rope(
         &self,
         layer: usize,
         qkv: &mut Buffer<D>,
         heads: Heads,
         norms: Option<(&Vector<D>, &Vector<D>, f32)>,
-        rotation: &Buffer<D>,
+        rope_tables: &Buffer<D>,
         batch: &mut Batch<'_, Self>,
     ) {
-        self.rotary(layer, qkv, heads, norms, rotation, batch);
+        self.apply_rope(layer, qkv, heads, norms, rope_tables, batch);
     }
 
     fn store_context(
@@ -469,8 +469,14 @@ impl<D: Driver> Backend for CudaBackend<D> {
         self.attend_prefill(layer, queries, heads, mask, scale, relative_bias, batch, out);
     }
 
-    fn last_rows(&self, x: &Buffer<D>, first: usize, batch: &Batch<'_, Self>, out: &mut Buffer<D>) {
-        self.last_rows(x, first, batch, out);
+    fn gather_last(
+        &self,
+        x: &Buffer<D>,
+        first: usize,
+        batch: &Batch<'_, Self>,
+        out: &mut Buffer<D>,
+    ) {
+        self.gather_last(x, first, batch, out);
     }
 
     fn append_tail(
@@ -488,16 +494,16 @@ impl<D: Driver> Backend for CudaBackend<D> {
         layer: usize,
         queries: &Buffer<D>,
         heads: Heads,
-        reach: Reach,
+        scope: KvScope,
         scale: f32,
         tail_bias: Option<&Vector<D>>,
         batch: &Batch<'_, Self>,
         out: &mut Buffer<D>,
     ) {
-        self.attend_beams(layer, queries, heads, reach, scale, tail_bias, batch, out);
+        self.attend_beams(layer, queries, heads, scope, scale, tail_bias, batch, out);
     }
 
-    fn restricted_head(
+    fn lm_head(
         &self,
         hidden: &Buffer<D>,
         head: &Head<D>,
@@ -505,7 +511,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         slots: &[Slot<D>],
         out: &mut Logits<D>,
     ) {
-        self.restricted_head(hidden, head, rules, slots, out);
+        self.lm_head(hidden, head, rules, slots, out);
     }
 
     fn advance_beams(

@@ -6,7 +6,7 @@ use super::memory::Beams;
 use super::tables::{self, BatchParams, MAX_POSITIONS};
 use super::{CudaBackend, Slot};
 use crate::backend::{Beam, LogProb};
-use crate::catalog::snapshot::{Node, Place};
+use crate::catalog::snapshot::{Cursor, Node};
 use crate::error::{Error, Result};
 
 #[repr(C)]
@@ -86,13 +86,13 @@ fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32]) -> Result<Vec<Beam>> {
     }
     let steps = slot.num_steps;
     if steps == 0 {
-        let start = Beam { tokens: Vec::new(), place: None, score: 0.0, log_probs: Vec::new() };
+        let start = Beam { tokens: Vec::new(), cursor: None, score: 0.0, log_probs: Vec::new() };
         return Ok(vec![start]);
     }
     let is_leaf = slot.follows_trie && steps >= slot.num_levels;
     let beam = |words: &[u32]| Beam {
         score: f32::from_bits(words[0]),
-        place: is_leaf.then(|| Place { base: Node::new(words[1]), added: Node::new(words[2]) }),
+        cursor: is_leaf.then(|| Cursor { base: Node::new(words[1]), added: Node::new(words[2]) }),
         tokens: words[3..3 + steps].to_vec(),
         log_probs: match slot.keeps_log_probs {
             false => Vec::new(),

@@ -217,11 +217,11 @@ impl<D: Driver> SearchArrays<D> {
         uploads: &mut Uploads<D>,
         rule: &SearchRule<'_>,
     ) -> Result<SearchArrays<D>> {
-        let SearchRule { snapshot, legality, candidates, .. } = rule;
-        let added_allowed = legality.added_allowed();
-        let owners = legality.base_identity();
+        let SearchRule { snapshot, allowed_set, candidates, .. } = rule;
+        let added_allowed = allowed_set.added_allowed();
+        let owners = allowed_set.base_identity();
         let base_allowed = (!owners.is_empty()).then(|| {
-            let arrays = || legality.base_allowed().expect("what has an owner is there");
+            let arrays = || allowed_set.base_allowed().expect("what has an owner is there");
             uploads.allowed.get_or_copy(owners, || Allowed::new(device, &arrays()))
         });
         Ok(SearchArrays {
@@ -230,7 +230,7 @@ impl<D: Driver> SearchArrays<D> {
             added: snapshot.added_trie().map(|trie| uploads.trie(device, trie)).transpose()?,
             added_words: added_allowed.as_ref().map_or(Vec::new(), |set| set.words().to_vec()),
             added_counts: added_allowed.as_ref().map_or(Vec::new(), |set| set.counts().to_vec()),
-            excluded: legality.base_excluded(),
+            excluded: allowed_set.base_excluded(),
             candidates: candidates.map(|candidates| candidates.split(snapshot)),
         })
     }

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 use super::matmul::{VALUES_PER_TASK, activate};
 use super::{Activation, Buffer};
 
-pub(super) fn gate(x: &Buffer, activation: Activation, out: &mut Buffer) {
+pub(super) fn glu(x: &Buffer, activation: Activation, out: &mut Buffer) {
     let columns = x.columns / 2;
     out.reshape(x.num_rows(), columns);
     let rows_per_task = (VALUES_PER_TASK / columns).max(1);

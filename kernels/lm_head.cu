@@ -5,7 +5,7 @@
 // second time from L2.
 #include "common/search.cuh"
 
-namespace restricted_head {
+namespace lm_head {
 
 struct Params {
   const float* logits;  // of a stretch of the vocabulary; those of a level are the rules' own
@@ -17,10 +17,10 @@ struct Params {
 };
 constexpr uint32_t kThreads = 256;
 
-}  // namespace restricted_head
+}  // namespace lm_head
 
-KERNEL(restricted_head_sums, restricted_head::Params, restricted_head::kThreads) {
-  using restricted_head::kThreads;
+KERNEL(lm_head_sums, lm_head::Params, lm_head::kThreads) {
+  using lm_head::kThreads;
   const uint32_t row = blockIdx.x;
   const Search* search = search_of_row(params.batch, row);
   if (!search) return;

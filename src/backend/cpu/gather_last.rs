@@ -1,7 +1,12 @@
 use super::{Buffer, CpuBackend};
 use crate::backend::Batch;
 
-pub(super) fn last_rows(x: &Buffer, first: usize, batch: &Batch<'_, CpuBackend>, out: &mut Buffer) {
+pub(super) fn gather_last(
+    x: &Buffer,
+    first: usize,
+    batch: &Batch<'_, CpuBackend>,
+    out: &mut Buffer,
+) {
     let num_prompt_rows = batch.num_prompt_rows();
     let num_prompts = batch.chunks.len() - first;
     let num_beam_rows = x.num_rows() - num_prompt_rows;

@@ -15,7 +15,7 @@ struct Params {
 }
 
 impl<D: Driver> CudaBackend<D> {
-    pub(super) fn last_rows(
+    pub(super) fn gather_last(
         &self,
         x: &Buffer<D>,
         first: usize,
@@ -46,7 +46,7 @@ impl<D: Driver> CudaBackend<D> {
             columns: x.columns as u32,
             padding: 0,
         };
-        let kernel = self.kernel("last_rows_f32", "last_rows_bf16");
+        let kernel = self.kernel("gather_last_f32", "gather_last_bf16");
         self.device.launch(kernel, [rows, 1, 1], 128, 0, &params);
     }
 }

@@ -1,15 +1,15 @@
-// Turns each query and key head of a row by its rotation, first and second half of a head paired
+// Turns each query and key head of a row by its row of the RoPE tables, first and second half of a head paired
 // (RoPE, Su et al. 2021), after an RMS norm of each head where weights are given; then keeps the
 // keys and values, those of prompts in contexts and those of beams in tails.
 // Grid: a block a row. Block: 256 threads, a warp a head. Bound by memory: reads a row once, writes
 // it once, and its keys and values once more.
 #include "common/batch.cuh"
 
-namespace rotary {
+namespace apply_rope {
 
 struct Params {
   void* qkv;  // [rows, (num_heads + 2 * num_kv_heads) * head_dim]
-  const float* rotation;    // [rows, head_dim]: cosines, sines
+  const float* rope;    // [rows, head_dim]: cosines, sines
   const float* query_norm;  // [head_dim], or null
   const float* key_norm;
   Batch batch;
@@ -21,7 +21,7 @@ struct Params {
 constexpr uint32_t kThreads = 256;
 
 template <class T>
-__device__ __forceinline__ void turn(T* head, const float* rotation, const float* norm,
+__device__ __forceinline__ void turn(T* head, const float* rope, const float* norm,
                                      uint32_t head_dim, float epsilon) {
   const uint32_t lane = threadIdx.x % kWarpSize, half = head_dim / 2;
   float scale = 1;
@@ -48,17 +48,17 @@ template <class T> __device__ __forceinline__ void run(const Params& params) {
   const uint32_t num_kv_heads = params.pages.num_kv_heads;
   T* qkv = static_cast<T*>(params.qkv) +
            size_t(row) * (params.num_heads + 2 * num_kv_heads) * head_dim;
-  const float* rotation = params.rotation + size_t(row) * head_dim;
+  const float* rope = params.rope + size_t(row) * head_dim;
   for (uint32_t head = threadIdx.x / kWarpSize; head < params.num_heads + num_kv_heads;
        head += kThreads / kWarpSize) {
     const float* norm = head < params.num_heads ? params.query_norm : params.key_norm;
-    turn(qkv + head * head_dim, rotation, norm, head_dim, params.epsilon);
+    turn(qkv + head * head_dim, rope, norm, head_dim, params.epsilon);
   }
   __syncthreads();
   store_kv(params.batch, params.pages, params.layer, row, qkv + params.num_heads * head_dim);
 }
 
-}  // namespace rotary
+}  // namespace apply_rope
 
-KERNEL(rotary_f32, rotary::Params, rotary::kThreads) { rotary::run<float>(params); }
-KERNEL(rotary_bf16, rotary::Params, rotary::kThreads) { rotary::run<bf16>(params); }
+KERNEL(apply_rope_f32, apply_rope::Params, apply_rope::kThreads) { apply_rope::run<float>(params); }
+KERNEL(apply_rope_bf16, apply_rope::Params, apply_rope::kThreads) { apply_rope::run<bf16>(params); }

@@ -3,7 +3,7 @@
 // writes out once.
 #include "common/activation.cuh"
 
-namespace gate {
+namespace glu {
 
 struct Params {
   void* out;
@@ -37,7 +37,7 @@ template <class T> __device__ __forceinline__ void run(const Params& params) {
     out[column] = gated(x[column], factor[column]);
 }
 
-}  // namespace gate
+}  // namespace glu
 
-KERNEL(gate_f32, gate::Params, gate::kThreads) { gate::run<float>(params); }
-KERNEL(gate_bf16, gate::Params, gate::kThreads) { gate::run<bf16>(params); }
+KERNEL(glu_f32, glu::Params, glu::kThreads) { glu::run<float>(params); }
+KERNEL(glu_bf16, glu::Params, glu::kThreads) { glu::run<bf16>(params); }

@@ -72,7 +72,7 @@ impl Logits {
 }
 
 impl CpuBackend {
-    pub(super) fn restricted_head(
+    pub(super) fn lm_head(
         &self,
         hidden: &Buffer,
         head: &Head,

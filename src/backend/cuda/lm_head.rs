@@ -79,7 +79,7 @@ struct Params {
 }
 
 impl<D: Driver> CudaBackend<D> {
-    pub(super) fn restricted_head(
+    pub(super) fn lm_head(
         &self,
         hidden: &Buffer<D>,
         head: &Head<D>,
@@ -139,7 +139,7 @@ impl<D: Driver> CudaBackend<D> {
             is_first: 1,
         };
         let launch = |params: &Params| {
-            self.device.launch("restricted_head_sums", [hidden.rows, 1, 1], 256, 0, params);
+            self.device.launch("lm_head_sums", [hidden.rows, 1, 1], 256, 0, params);
         };
         if plan.needs_level {
             launch(&Params { sums: out.level_sums.at(0), is_level: 1, ..params });

@@ -42,7 +42,7 @@ pub struct Found {
 
 /// Pages of finished contexts.
 #[derive(Debug, Default)]
-pub struct HistoryCache {
+pub struct PrefixCache {
     entries: HashMap<Key, Entry>,
     keys: HashMap<EntryId, Key>,
     /// What can be dropped, least recently used first.
@@ -84,7 +84,7 @@ struct UserTail {
     used: u64,
 }
 
-impl HistoryCache {
+impl PrefixCache {
     /// Pages that the cache holds.
     pub fn num_pages(&self) -> usize {
         self.num_pages
@@ -109,7 +109,7 @@ impl HistoryCache {
     }
 
     /// The longest part of a prompt that is there, of a network that reads from left to right.
-    pub fn find_prefix(&mut self, tokens: &[u32], user: Option<&str>) -> Found {
+    pub fn match_prefix(&mut self, tokens: &[u32], user: Option<&str>) -> Found {
         let most = tokens.len().saturating_sub(1);
         let mut found = Found::default();
         let mut parent = ROOT;
@@ -133,7 +133,7 @@ impl HistoryCache {
     }
 
     /// The context of a prompt that an encoder has read, if it is there.
-    pub fn find_whole(&mut self, tokens: &[u32]) -> Found {
+    pub fn match_whole(&mut self, tokens: &[u32]) -> Found {
         let key = Key { parent: ROOT, tokens: tokens.into() };
         let pages = self.touch(&key).map(|entry| entry.pages.clone());
         let found = match pages {
@@ -155,7 +155,7 @@ impl HistoryCache {
 
     /// Keeps the pages of a context that was read from left to right. The last one, where it is not
     /// full, is kept for the user alone.
-    pub fn keep_prefix(&mut self, tokens: &[u32], pages: &[Page], user: Option<&str>) {
+    pub fn insert_prefix(&mut self, tokens: &[u32], pages: &[Page], user: Option<&str>) {
         let mut parent = ROOT;
         let mut full = tokens.chunks_exact(PAGE_LEN);
         for (tokens, page) in full.by_ref().zip(pages) {
@@ -174,13 +174,13 @@ impl HistoryCache {
     }
 
     /// Keeps the context of a prompt that an encoder has read.
-    pub fn keep_whole(&mut self, tokens: &[u32], pages: &[Page]) {
+    pub fn insert_whole(&mut self, tokens: &[u32], pages: &[Page]) {
         self.keep(Key { parent: ROOT, tokens: tokens.into() }, pages.to_vec());
     }
 
     /// Drops what was not used for longest; its pages are free unless requests hold them. False when
     /// there is nothing left to drop.
-    pub fn drop_oldest(&mut self) -> bool {
+    pub fn evict(&mut self) -> bool {
         let tail = self.user_order.first().map(|(used, _)| *used);
         let entry = self.droppable.first().map(|(used, _)| *used);
         match (tail, entry) {
@@ -204,7 +204,7 @@ impl HistoryCache {
     /// Drops everything: the weights are others.
     pub fn clear(&mut self) {
         let stats = self.stats;
-        *self = HistoryCache { stats, next_id: self.next_id, ..HistoryCache::default() };
+        *self = PrefixCache { stats, next_id: self.next_id, ..PrefixCache::default() };
     }
 
     /// An entry, used now.
@@ -260,20 +260,20 @@ mod tests {
     use super::*;
     use crate::pages::{Pool, context_pages};
 
-    fn read(pool: &Pool, cache: &mut HistoryCache, tokens: &[u32], user: Option<&str>) -> usize {
-        let mut found = cache.find_prefix(tokens, user);
+    fn read(pool: &Pool, cache: &mut PrefixCache, tokens: &[u32], user: Option<&str>) -> usize {
+        let mut found = cache.match_prefix(tokens, user);
         let rest = context_pages(tokens.len()) - found.pages.len();
         while pool.num_free() < rest {
-            assert!(cache.drop_oldest(), "nothing else holds pages");
+            assert!(cache.evict(), "nothing else holds pages");
         }
         found.pages.extend(pool.take(rest).expect("enough are free"));
-        cache.keep_prefix(tokens, &found.pages, user);
+        cache.insert_prefix(tokens, &found.pages, user);
         found.tokens
     }
 
     #[test]
     fn a_prompt_finds_the_pages_that_it_begins_with() {
-        let (pool, mut cache) = (Pool::new(20), HistoryCache::default());
+        let (pool, mut cache) = (Pool::new(20), PrefixCache::default());
         let tokens: Vec<u32> = (0..200).collect();
         assert_eq!(read(&pool, &mut cache, &tokens, None), 0);
         assert_eq!(read(&pool, &mut cache, &tokens, None), 192);
@@ -290,7 +290,7 @@ mod tests {
 
     #[test]
     fn a_user_who_returns_pays_for_what_is_new() {
-        let (pool, mut cache) = (Pool::new(20), HistoryCache::default());
+        let (pool, mut cache) = (Pool::new(20), PrefixCache::default());
         let mut tokens: Vec<u32> = (0..100).collect();
         read(&pool, &mut cache, &tokens, Some("ann"));
         tokens.extend(200..204);
@@ -309,7 +309,7 @@ mod tests {
 
     #[test]
     fn what_was_not_used_for_longest_goes_first() {
-        let (pool, mut cache) = (Pool::new(4), HistoryCache::default());
+        let (pool, mut cache) = (Pool::new(4), PrefixCache::default());
         let context = |first: u32| (first..first + 129).collect::<Vec<u32>>();
         read(&pool, &mut cache, &context(0), None);
         assert_eq!(
@@ -326,13 +326,13 @@ mod tests {
 
     #[test]
     fn an_encoders_context_is_found_whole() {
-        let (pool, mut cache) = (Pool::new(4), HistoryCache::default());
+        let (pool, mut cache) = (Pool::new(4), PrefixCache::default());
         let tokens: Vec<u32> = (0..100).collect();
-        cache.keep_whole(&tokens, &pool.take(2).expect("four are free"));
-        assert_eq!(cache.find_whole(&tokens).tokens, 100);
-        assert_eq!(cache.find_whole(&tokens[..99]).tokens, 0);
-        assert!(cache.drop_oldest());
-        assert!(!cache.drop_oldest());
+        cache.insert_whole(&tokens, &pool.take(2).expect("four are free"));
+        assert_eq!(cache.match_whole(&tokens).tokens, 100);
+        assert_eq!(cache.match_whole(&tokens[..99]).tokens, 0);
+        assert!(cache.evict());
+        assert!(!cache.evict());
         assert_eq!(pool.num_free(), 4);
     }
 }

@@ -10,7 +10,7 @@ use crate::backend::Batch;
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Params {
     qkv: u64,
-    rotation: u64,
+    rope: u64,
     query_norm: u64,
     key_norm: u64,
     batch: BatchParams,
@@ -22,20 +22,20 @@ struct Params {
 }
 
 impl<D: Driver> CudaBackend<D> {
-    pub(super) fn rotary(
+    pub(super) fn apply_rope(
         &self,
         layer: usize,
         qkv: &mut Buffer<D>,
         heads: Heads,
         norms: Option<(&Vector<D>, &Vector<D>, f32)>,
-        rotation: &Buffer<D>,
+        rope: &Buffer<D>,
         batch: &mut Batch<'_, CudaBackend<D>>,
     ) {
         self.begin_tails(batch);
         let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
         let params = Params {
             qkv: qkv.memory.at(0),
-            rotation: rotation.memory.at(0),
+            rope: rope.memory.at(0),
             query_norm: norms.map_or(0, |(query, _, _)| query.values.at(0)),
             key_norm: norms.map_or(0, |(_, key, _)| key.values.at(0)),
             batch: tables.batch,
@@ -45,7 +45,7 @@ impl<D: Driver> CudaBackend<D> {
             epsilon: norms.map_or(0.0, |(_, _, epsilon)| epsilon),
             padding: 0,
         };
-        let kernel = self.kernel("rotary_f32", "rotary_bf16");
+        let kernel = self.kernel("apply_rope_f32", "apply_rope_bf16");
         self.device.launch(kernel, [qkv.rows, 1, 1], 256, 0, &params);
     }
 

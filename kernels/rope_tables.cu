@@ -4,7 +4,7 @@
 // Grid: a block a row. Block: 64 threads. Bound by memory: writes out once.
 #include "common/batch.cuh"
 
-namespace rotation {
+namespace rope_tables {
 
 struct Params {
   float* out;                // [rows, 2 * num_frequencies]
@@ -14,9 +14,9 @@ struct Params {
 };
 constexpr uint32_t kThreads = 64;
 
-}  // namespace rotation
+}  // namespace rope_tables
 
-KERNEL(rotation_f32, rotation::Params, rotation::kThreads) {
+KERNEL(rope_tables_f32, rope_tables::Params, rope_tables::kThreads) {
   const Batch& batch = params.batch;
   const uint32_t row = blockIdx.x;
   uint32_t position = 0;
@@ -27,7 +27,7 @@ KERNEL(rotation_f32, rotation::Params, rotation::kThreads) {
     position = search->context_len + search->num_steps - 1;
   }
   float* out = params.out + size_t(row) * 2 * params.num_frequencies;
-  for (uint32_t i = threadIdx.x; i < params.num_frequencies; i += rotation::kThreads) {
+  for (uint32_t i = threadIdx.x; i < params.num_frequencies; i += rope_tables::kThreads) {
     const float angle = float(position) * params.frequencies[i];
     out[i] = cosf(angle);
     out[params.num_frequencies + i] = sinf(angle);

@@ -2,7 +2,7 @@
 // Grid: a block a row. Block: 128 threads. Bound by memory: reads and writes a row once.
 #include "common/device.cuh"
 
-namespace last_rows {
+namespace gather_last {
 
 struct Params {
   void* out;
@@ -18,7 +18,7 @@ template <class T> __device__ __forceinline__ void run(const Params& params) {
   copy_row(out, x, params.columns);
 }
 
-}  // namespace last_rows
+}  // namespace gather_last
 
-KERNEL(last_rows_f32, last_rows::Params, last_rows::kThreads) { last_rows::run<float>(params); }
-KERNEL(last_rows_bf16, last_rows::Params, last_rows::kThreads) { last_rows::run<bf16>(params); }
+KERNEL(gather_last_f32, gather_last::Params, gather_last::kThreads) { gather_last::run<float>(params); }
+KERNEL(gather_last_bf16, gather_last::Params, gather_last::kThreads) { gather_last::run<bf16>(params); }

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use super::added::Added;
 use super::base::Selection;
 use super::bitmap::{RankBitmap, words_of};
-use super::snapshot::{Place, Run, Snapshot};
+use super::snapshot::{Cursor, Run, Snapshot};
 
 /// The items that a request may be answered with.
 ///
 /// A node is legal if and only if one of the items below it is allowed, which is asked of bitmaps
 /// and not of a walk: so no beam ever walks into a dead end, whatever the filter.
 #[derive(Clone)]
-pub struct Legality {
+pub struct AllowedSet {
     pub(super) base: BaseItems,
     pub(super) added: Option<AddedItems>,
 }
@@ -84,19 +84,24 @@ pub(super) struct AddedItems {
     pub excluded: Vec<u32>,
 }
 
-impl Legality {
-    /// What is allowed below one place, of whose children many will be asked for.
+impl AllowedSet {
+    /// What is allowed below one cursor, of whose children many will be asked for.
     #[inline]
-    pub fn below<'a>(&'a self, snapshot: &'a Snapshot, place: Place, depth: usize) -> Below<'a> {
+    pub fn below<'a>(
+        &'a self,
+        snapshot: &'a Snapshot,
+        cursor: Cursor,
+        depth: usize,
+    ) -> AllowedChildren<'a> {
         let excluded = match self.base.excluded.items.is_empty() {
             true => &[],
-            false => self.base.excluded.within(snapshot.base_items(place, depth)),
+            false => self.base.excluded.within(snapshot.base_items(cursor, depth)),
         };
         let is_everything = excluded.is_empty()
             && self.base.available.is_none()
             && self.base.passing.is_none()
-            && place.added.is_none();
-        Below { snapshot, legality: self, excluded, is_everything, depth: depth + 1 }
+            && cursor.added.is_none();
+        AllowedChildren { snapshot, allowed_set: self, excluded, is_everything, depth: depth + 1 }
     }
 
     /// Whether a single item may come back.
@@ -111,25 +116,25 @@ impl Legality {
     }
 }
 
-/// What is allowed below the children of one place.
-pub struct Below<'a> {
+/// What is allowed below the children of one cursor.
+pub struct AllowedChildren<'a> {
     snapshot: &'a Snapshot,
-    legality: &'a Legality,
-    /// Of the place's items, those not yet passed by.
+    allowed_set: &'a AllowedSet,
+    /// Of the cursor's items, those not yet passed by.
     excluded: &'a [u32],
     is_everything: bool,
     /// Codes that lead to a child.
     depth: usize,
 }
 
-impl Below<'_> {
+impl AllowedChildren<'_> {
     /// Which of up to 8 children in a run, from one on, can have an allowed item below them: a bit
     /// each. Where it is zero the filter passes nothing there; where it is one, ask
-    /// [`any`](Below::any).
+    /// [`is_match`](AllowedChildren::is_match).
     #[inline]
-    pub fn possible(&self, run: &Run<'_>, from: usize) -> u8 {
-        match (&self.legality.base.passing, run.child(from)) {
-            (Some(passing), Place { base, added }) if added.is_none() => {
+    pub fn can_match(&self, run: &Run<'_>, from: usize) -> u8 {
+        match (&self.allowed_set.base.passing, run.child(from)) {
+            (Some(passing), Cursor { base, added }) if added.is_none() => {
                 base.get().map_or(0, |node| passing.nodes_from(node))
             }
             _ => u8::MAX,
@@ -138,11 +143,11 @@ impl Below<'_> {
 
     /// Whether an allowed item is below a child. To be asked in the order of the codes.
     #[inline]
-    pub fn any(&mut self, child: Place) -> bool {
+    pub fn is_match(&mut self, child: Cursor) -> bool {
         if self.is_everything {
             return true;
         }
-        let base = &self.legality.base;
+        let base = &self.allowed_set.base;
         let is_plain = self.excluded.is_empty() && base.available.is_none();
         let in_base = match (&base.passing, child.base.get()) {
             (_, None) => false,
@@ -155,7 +160,7 @@ impl Below<'_> {
                 base.any(items, self.excluded)
             }
         };
-        in_base || self.legality.added.as_ref().is_some_and(|added| added.any(child, self.depth))
+        in_base || self.allowed_set.added.as_ref().is_some_and(|added| added.any(child, self.depth))
     }
 }
 
@@ -221,8 +226,8 @@ impl AddedItems {
             && self.excluded.binary_search(&number).is_err()
     }
 
-    fn any(&self, place: Place, depth: usize) -> bool {
-        let Some(node) = place.added.get() else { return false };
+    fn any(&self, cursor: Cursor, depth: usize) -> bool {
+        let Some(node) = cursor.added.get() else { return false };
         self.added.below(node, depth).iter().any(|&number| self.allows(number))
     }
 }

@@ -1,7 +1,7 @@
 use super::{Buffer, CpuBackend};
 use crate::backend::Batch;
 
-pub(super) fn rotation(frequencies: &[f32], batch: &Batch<'_, CpuBackend>, out: &mut Buffer) {
+pub(super) fn rope_tables(frequencies: &[f32], batch: &Batch<'_, CpuBackend>, out: &mut Buffer) {
     let of_beams = batch.beams().iter().flat_map(|slot| {
         let position = slot.spec.context_len + slot.beams.num_steps - 1;
         std::iter::repeat_n(position, slot.beams.len())

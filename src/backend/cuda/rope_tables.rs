@@ -17,7 +17,7 @@ struct Params {
 }
 
 impl<D: Driver> CudaBackend<D> {
-    pub(super) fn rotation(
+    pub(super) fn rope_tables(
         &self,
         frequencies: &Vector<D>,
         batch: &Batch<'_, CudaBackend<D>>,
@@ -33,6 +33,6 @@ impl<D: Driver> CudaBackend<D> {
             num_frequencies: frequencies.len as u32,
             padding: 0,
         };
-        self.device.launch("rotation_f32", [rows, 1, 1], 64, 0, &params);
+        self.device.launch("rope_tables_f32", [rows, 1, 1], 64, 0, &params);
     }
 }

@@ -14,7 +14,7 @@ struct Params {
 }
 
 impl<D: Driver> CudaBackend<D> {
-    pub(super) fn gate(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
+    pub(super) fn glu(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
         let columns = x.columns / 2;
         out.reshape(x.rows, columns, self.dtype);
         let params = Params {
@@ -23,7 +23,7 @@ impl<D: Driver> CudaBackend<D> {
             columns: columns as u32,
             activation: activation_number(activation),
         };
-        let kernel = self.kernel("gate_f32", "gate_bf16");
+        let kernel = self.kernel("glu_f32", "glu_bf16");
         let columns_per_block = 256 * (16 / self.dtype.size());
         let grid = [x.rows, columns.div_ceil(columns_per_block), 1];
         self.device.launch(kernel, grid, 256, 0, &params);

@@ -5,25 +5,25 @@ use super::matmul::VALUES_PER_TASK;
 use super::rms_norm::NormRows;
 use super::{Buffer, Heads};
 
-pub(super) fn rotary(
+pub(super) fn apply_rope(
     qkv: &mut Buffer,
     heads: Heads,
     norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
-    rotation: &Buffer,
+    rope: &Buffer,
 ) {
     let columns = qkv.columns;
     let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
     let rows_per_task = (VALUES_PER_TASK / columns).max(1);
-    let rotations = rotation.values.par_chunks(rows_per_task * head_dim);
-    let tasks = qkv.values.par_chunks_mut(rows_per_task * columns).zip(rotations);
-    tasks.for_each(|(rows, rotations)| {
-        for (row, rotation) in rows.chunks_exact_mut(columns).zip(rotations.chunks(head_dim)) {
+    let tables = rope.values.par_chunks(rows_per_task * head_dim);
+    let tasks = qkv.values.par_chunks_mut(rows_per_task * columns).zip(tables);
+    tasks.for_each(|(rows, tables)| {
+        for (row, rope) in rows.chunks_exact_mut(columns).zip(tables.chunks(head_dim)) {
             let (queries, keys) = row[..query_dim + heads.kv_dim()].split_at_mut(query_dim);
             if let Some((query_norm, key_norm, epsilon)) = norms {
                 NormRows { x: None, weight: query_norm, epsilon, out: queries }.dispatch();
                 NormRows { x: None, weight: key_norm, epsilon, out: keys }.dispatch();
             }
-            let (cosines, sines) = rotation.split_at(head_dim / 2);
+            let (cosines, sines) = rope.split_at(head_dim / 2);
             let turn_heads =
                 queries.chunks_exact_mut(head_dim).chain(keys.chunks_exact_mut(head_dim));
             turn_heads.for_each(|head| turn(head, cosines, sines));
