@@ -37,7 +37,7 @@ __device__ __forceinline__ void turn(T* head, const float* rope, const float* no
   for (uint32_t i = lane; i < half; i += kWarpSize) {
     const float x = widened(head[i]) * scale * (norm ? norm[i] : 1.0f);
     const float y = widened(head[half + i]) * scale * (norm ? norm[half + i] : 1.0f);
-    const float cosine = rotation[i], sine = rotation[half + i];
+    const float cosine = rope[i], sine = rope[half + i];
     head[i] = narrowed<T>(x * cosine - y * sine);
     head[half + i] = narrowed<T>(y * cosine + x * sine);
   }
