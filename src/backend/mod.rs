@@ -16,7 +16,7 @@ use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
 use crate::catalog::snapshot::Cursor;
 use crate::error::Result;
-use crate::request::{Constraint, Normalization};
+use crate::search::{Constraint, Normalization};
 use crate::tensor::{Dtype, Tensor};
 
 pub mod cases;

@@ -7,7 +7,7 @@ use super::{SearchRule, Slot};
 use crate::backend::step_columns::StepColumns;
 use crate::backend::{LogProb, Normalizer, noise};
 use crate::catalog::snapshot::Cursor;
-use crate::request::Constraint;
+use crate::search::Constraint;
 
 pub(super) fn advance_beams(
     logits: &Logits,

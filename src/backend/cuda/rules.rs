@@ -15,7 +15,7 @@ use crate::backend::{Normalizer, SearchRule};
 use crate::catalog::arrays::{AllowedArrays, Identity, TrieArrays};
 use crate::catalog::sid::MAX_LEVELS;
 use crate::error::Result;
-use crate::request::Constraint;
+use crate::search::Constraint;
 
 /// Continuations that a block of kernels/advance_beams.cu takes at a time.
 pub(super) const CHUNK: usize = 1024;
