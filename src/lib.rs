@@ -67,6 +67,7 @@ pub mod prefix_cache;
 pub mod quantizer;
 mod request;
 pub mod schedule;
+mod search;
 mod service;
 mod tensor;
 mod writer;
@@ -74,10 +75,8 @@ mod writer;
 pub use answer::{Answer, Recommendation};
 pub use engine::{Engine, EngineOptions, EngineStatus, Phases};
 pub use error::{Error, Result};
-pub use request::{
-    Constraint, Input, MAX_BEAMS, Normalization, Priority, Request, RequestDefaults, RequestLine,
-    SharedSid,
-};
+pub use request::{Input, MAX_BEAMS, Priority, Request, RequestDefaults, RequestLine, SharedSid};
+pub use search::{Constraint, Normalization};
 pub use service::{Handle, Service, ServiceOptions};
 pub use tensor::{Dtype, Tensor};
 pub use writer::{CatalogWriter, Durability, WriterOptions};

@@ -42,7 +42,7 @@ fn code(text: &str) -> String {
 fn floor(module: &str) -> u8 {
     let mut parts = module.split("::");
     match (parts.next().unwrap_or_default(), parts.next().unwrap_or_default()) {
-        ("error" | "request" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
+        ("error" | "request" | "search" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
         ("catalog" | "pages" | "schedule" | "prefix_cache", _) => 1,
         ("answer", _) | ("backend", _) => 2,
         ("models", _) => 3,

@@ -175,7 +175,7 @@ fn filters_agree_with_brute_force_at_every_place() {
                 for &place in &places {
                     let mut below = allowed_set.below(&snapshot, place, depth);
                     for run in snapshot.children(place) {
-                        for at in 0..run.codes.len() {
+                        for at in 0..run.labels.len() {
                             let child = run.child(at);
                             let mut items = snapshot.items(child, depth + 1);
                             let expected =
@@ -248,7 +248,7 @@ fn large_catalogs_agree_with_brute_force_as_well() {
                 for &place in &places {
                     let mut below = allowed_set.below(&snapshot, place, depth);
                     for run in snapshot.children(place) {
-                        for at in 0..run.codes.len() {
+                        for at in 0..run.labels.len() {
                             let mut items = snapshot.items(run.child(at), depth + 1);
                             let expected = items.any(|item| passes[item as usize]);
                             let found =

@@ -10,12 +10,13 @@ use crate::backend::{Backend, Beam, NO_TOKEN, SearchRule};
 use crate::catalog::Snapshot;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
+use crate::catalog::cursor::Cursor;
 use crate::catalog::filter::Filter;
-use crate::catalog::snapshot::Cursor;
 use crate::error::{Error, Result};
 use crate::pages;
-use crate::request::{Constraint, Input, MAX_BEAMS, Normalization, Request, SharedSid};
+use crate::request::{Input, MAX_BEAMS, Request, SharedSid};
 use crate::schedule::{Micros, Needs};
+use crate::search::{Constraint, Normalization};
 
 /// Groups that one request may ask for.
 const MAX_GROUPS: usize = 256;

@@ -1,99 +1,26 @@
-//! Files of items: JSON lines, the field's `*.index.json`, or Parquet.
+//! Files of items or changes as JSON lines, and the spelling of codes that all formats share.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde::de::DeserializeOwned;
 
-use super::sid::Sid;
-use super::{Change, Item};
+use crate::catalog::change::Change;
+use crate::catalog::item::Item;
+use crate::catalog::sid::Sid;
 use crate::error::{Error, Result};
 use crate::request::Name;
 
-/// Whether the file's name says that it holds items rather than a compiled catalog.
-pub fn is_items_file(path: &Path) -> bool {
-    let extension = path.extension().and_then(|extension| extension.to_str());
-    matches!(extension, Some("json" | "jsonl" | "ndjson" | "parquet"))
-}
-
-/// Reads every item of a file and gives it to `add`; `progress` hears how many bytes were read.
-///
-/// - `*.json`: one object, item to codes: `{"17": ["<a_3>", "<b_250>", "<c_7>"], ...}`. A code is
-///   the last number in its text, or a plain number.
-/// - `*.parquet`, with the feature of that name: columns `item`, `sid` (a list, or one column a
-///   level: `sid_0`, `sid_1` and so on), and, if they are there, `title`, `tags` (a list) and
-///   `available`.
-/// - any other name: one object a line: `{"item": "17", "sid": [3, 250, 7], "title": "...",
-///   "tags": ["garden"], "available": true}`. Further fields are allowed and not kept.
-///
-/// # Errors
-/// [`Error::ItemsFile`] with the line or item; the operating system's; those of `add`.
-pub fn read(
+pub(super) fn read(
     path: &Path,
+    file: File,
     mut add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
-    let file = File::open(path).map_err(|error| Error::io(path, error))?;
-    let fail = |place: String, reason: String| Error::ItemsFile {
-        path: path.to_path_buf(),
-        place,
-        reason,
-    };
-    if path.extension().is_some_and(|extension| extension == "parquet") {
-        #[cfg(feature = "parquet")]
-        return super::columnar::read(path, file, add, progress);
-        #[cfg(not(feature = "parquet"))]
-        return Err(Error::Unsupported {
-            what: "Parquet".into(),
-            way_out: "build with `--features parquet`, or give the items as JSON lines".into(),
-        });
-    }
-    let is_index = path.extension().is_some_and(|extension| extension == "json");
-    if is_index {
-        let reader = Counting { inner: BufReader::new(file), read: 0, progress };
-        let mut failure = None;
-        let mut take = |name: String, codes: Vec<Code>| {
-            let item = to_sid(&codes).map(|sid| Item::new(name.clone(), sid));
-            let fail = |error: Error| fail(format!("item {name:?}"), error.to_string());
-            let outcome = item.and_then(&mut add).map_err(fail);
-            let is_ok = outcome.is_ok();
-            failure = outcome.err();
-            is_ok
-        };
-        let mut deserializer = serde_json::Deserializer::from_reader(BufReader::new(reader));
-        let parsed = deserializer
-            .deserialize_map(EachEntry { take: &mut take })
-            .and_then(|()| deserializer.end());
-        return match failure {
-            Some(error) => Err(error),
-            None => parsed.map_err(|error| json_error(path, &fail, "index", error)),
-        };
-    }
-    let lines = Counting { inner: BufReader::new(file), read: 0, progress };
+    let lines = Counting::new(BufReader::new(file), progress);
     each_line(path, lines, |line: ItemLine| add(line.try_into()?))
-}
-
-/// An error about a file's items together rather than about one of them.
-pub fn whole_file_error(path: &Path, error: &Error) -> Error {
-    Error::ItemsFile {
-        path: path.to_path_buf(),
-        place: "all items".into(),
-        reason: error.to_string(),
-    }
-}
-
-fn json_error(
-    path: &Path,
-    fail: &dyn Fn(String, String) -> Error,
-    what: &str,
-    error: serde_json::Error,
-) -> Error {
-    match error.classify() {
-        serde_json::error::Category::Io => Error::io(path, error.into()),
-        _ => fail(format!("{what} at line {}", error.line()), error.to_string()),
-    }
 }
 
 #[derive(Deserialize)]
@@ -175,8 +102,8 @@ enum ChangeLine {
     },
 }
 
-/// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each` with its line;
-/// `progress` hears how many bytes were read.
+/// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each`; `progress` is
+/// told how many bytes were read.
 ///
 /// # Errors
 /// [`Error::ItemsFile`] with the line; the operating system's; those of `each`.
@@ -186,7 +113,7 @@ pub fn read_changes(
     progress: impl FnMut(u64),
 ) -> Result<()> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
-    let lines = Counting { inner: BufReader::new(file), read: 0, progress };
+    let lines = Counting::new(BufReader::new(file), progress);
     each_line(path, lines, |line: ChangeLine| {
         each(match line {
             ChangeLine::Put(item) => Change::Put(item.try_into()?),
@@ -226,30 +153,8 @@ fn each_line<L: DeserializeOwned>(
     Ok(())
 }
 
-/// Feeds the entries of one JSON object to `take`, without holding them all.
-struct EachEntry<'a, F> {
-    take: &'a mut F,
-}
-
-impl<'de, F: FnMut(String, Vec<Code>) -> bool> Visitor<'de> for EachEntry<'_, F> {
-    type Value = ();
-
-    fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("an object of items: {\"17\": [\"<a_3>\", \"<b_250>\"], ...}")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
-        while let Some((name, codes)) = map.next_entry()? {
-            if !(self.take)(name, codes) {
-                return Err(serde::de::Error::custom("stopped at a bad item"));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A reader that tells how far it is.
-struct Counting<R, P> {
+/// A reader that reports how many bytes were read.
+pub(super) struct Counting<R, P> {
     inner: R,
     read: u64,
     progress: P,
@@ -264,6 +169,10 @@ impl<R: BufRead, P: FnMut(u64)> Counting<R, P> {
 }
 
 impl<R, P: FnMut(u64)> Counting<R, P> {
+    pub fn new(inner: R, progress: P) -> Counting<R, P> {
+        Counting { inner, read: 0, progress }
+    }
+
     fn count(&mut self, read: usize) {
         self.read += read as u64;
         (self.progress)(self.read);
