@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::error::{Error, Result};
 use base::Base;
@@ -30,6 +30,7 @@ mod columnar;
 pub mod filter;
 mod format;
 pub mod items;
+mod logged;
 pub mod sid;
 pub mod snapshot;
 mod tags;
@@ -40,15 +41,21 @@ pub use builder::{CatalogBuilder, SidTable};
 pub use snapshot::Snapshot;
 
 /// One item.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// As JSON: `{"item": "17", "sid": [3, 250, 7], "title": "...", "tags": ["garden"], "available": true}`;
+/// a code may be a text that ends in a number, as `"<a_3>"`, and all but `item` and `sid` may be left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Item {
     /// Its name in histories, exclusions and answers; unique in the catalog.
+    #[serde(rename = "item")]
     pub name: String,
     /// Its semantic ID; several items may share one.
     pub sid: Sid,
     /// What a person calls it; may be empty.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub title: String,
     /// What filters ask for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tags: Vec<String>,
     /// Whether it may be recommended; if not, it may still stand in histories.
     pub available: bool,
@@ -79,10 +86,11 @@ impl Item {
 
 /// What can happen to an item while the catalog is served.
 ///
-/// As a line of JSON, one of `{"put": {"item": "17", "sid": [3, 250, 7], ...}}`,
+/// As JSON, one of `{"put": {"item": "17", "sid": [3, 250, 7], ...}}`,
 /// `{"delete": {"item": "17"}}`, `{"availability": {"item": "17", "available": false}}` and
 /// `{"tag": {"item": "17", "add": ["new"], "remove": []}}`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Change {
     /// A new item, or a new state of a known one, which then stands last among those that share
     /// its semantic ID.
