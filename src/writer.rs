@@ -110,13 +110,8 @@ impl CatalogWriter {
     /// The files'; [`Error::ChangeLog`] where another writer has the catalog open.
     pub fn open(path: &Path, options: &WriterOptions) -> Result<CatalogWriter> {
         if crate::catalog::items::is_items_file(path) {
-            return Err(Error::InvalidField {
-                field: "catalog",
-                reason: format!(
-                    "{} is a file of items; compile it with `sidereal catalog build` to change it",
-                    path.display()
-                ),
-            });
+            let reason = "this is a file of items, and only a built catalog can be changed".into();
+            return Err(Error::CatalogFile { path: path.to_path_buf(), reason });
         }
         let catalog = Catalog::open_without_log(path)?;
         let (log, after) = ChangeLog::open(path, &catalog.snapshot())?;
@@ -151,9 +146,11 @@ impl CatalogWriter {
         });
         let thread = std::thread::Builder::new().name("sidereal-compactor".into());
         let worker = Arc::clone(&shared);
-        let compactor = thread
-            .spawn(move || worker.compact_when_wanted())
-            .map_err(|error| Error::io(Path::new("a thread for the catalog"), error))?;
+        let compactor =
+            thread.spawn(move || worker.compact_when_wanted()).map_err(|error| Error::Device {
+                device: "cpu".into(),
+                reason: format!("a thread for the catalog could not be started: {error}"),
+            })?;
         Ok(CatalogWriter { shared, compactor: Some(compactor) })
     }
 

@@ -99,9 +99,7 @@ fn any_interleaving_of_changes_and_searches_equals_a_fresh_catalog() {
                 let found = |engine: &sidereal::Engine| {
                     let answer = engine.recommend(&request).expect("a sound request");
                     let items = answer.items.iter();
-                    items
-                        .map(|found| (answer.name(found).to_string(), found.sid, found.score))
-                        .collect()
+                    items.map(|found| (found.item.clone(), found.sid, found.score)).collect()
                 };
                 let (now, expected): (Vec<_>, Vec<_>) = (found(&engine), found(&fresh));
                 assert_eq!(now, expected, "{what} {request:?}");

@@ -1,15 +1,16 @@
 //! What can happen to an item while its catalog is served.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::item::Item;
 
 /// A change of one item while the catalog is served.
 ///
-/// As a line of JSON, one of `{"put": {"item": "17", "sid": [3, 250, 7], ...}}`,
+/// As JSON, one of `{"put": {"item": "17", "sid": [3, 250, 7], ...}}`,
 /// `{"delete": {"item": "17"}}`, `{"availability": {"item": "17", "available": false}}` and
 /// `{"tag": {"item": "17", "add": ["new"], "remove": []}}`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Change {
     /// A new item, or a new state of a known one. The item then stands last among the items that
     /// share its semantic ID.

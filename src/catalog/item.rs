@@ -1,20 +1,26 @@
 //! One item of a catalog.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::sid::Sid;
 use crate::error::{Error, Result};
 
 /// One item.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+///
+/// As JSON: `{"item": "17", "sid": [3, 250, 7], "title": "...", "tags": ["garden"], "available": true}`;
+/// a code may be a text that ends in a number, as `"<a_3>"`, and all but `item` and `sid` may be left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Item {
     /// Its name in histories, exclusions and answers; unique in the catalog.
+    #[serde(rename = "item")]
     pub name: String,
     /// Its semantic ID; several items may share one.
     pub sid: Sid,
     /// A title for people to read; may be empty.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub title: String,
     /// Tags that filters name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tags: Vec<String>,
     /// Whether the item may be recommended. An unavailable item may still stand in histories.
     pub available: bool,

@@ -12,9 +12,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sidereal::backend::Backend;
 use sidereal::catalog::{Change, Item};
+use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
-    CatalogWriter, Constraint, Engine, Error, Input, Normalization, Phases, Request,
-    RequestDefaults, RequestLine, Result, Service, ServiceOptions,
+    CatalogWriter, Constraint, Engine, Error, Input, Normalization, Phases, Request, Result,
+    Service, ServiceOptions,
 };
 
 use super::load::{self, LoadArguments, OpenReport, Source};
@@ -236,20 +237,20 @@ fn open<B: Backend>(arguments: &Arguments, backend: B) -> Result<Engine<B>> {
 }
 
 fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>> {
-    let error = |source: std::io::Error| Error::Io { path: path.to_path_buf(), source };
-    let file = std::fs::File::open(path).map_err(error)?;
+    let io = |error: std::io::Error| Error::io(path, error);
+    let bad = |reason: String| Error::RequestsFile { path: path.to_path_buf(), reason };
+    let file = std::fs::File::open(path).map_err(io)?;
     let mut requests = Vec::new();
     for (index, line) in BufReader::new(file).lines().enumerate() {
-        let line = line.map_err(error)?;
+        let line = line.map_err(io)?;
         if !line.trim().is_empty() {
             let request = RequestLine::parse(&line).and_then(|line| line.to_request(defaults));
-            let at_line =
-                |reason| error(std::io::Error::other(format!("line {}: {reason}", index + 1)));
+            let at_line = |error: Error| bad(format!("line {}: {error}", index + 1));
             requests.push(request.map_err(at_line)?);
         }
     }
     match requests.is_empty() {
-        true => Err(error(std::io::Error::other("there are no requests"))),
+        true => Err(bad("there are no requests".into())),
         false => Ok(requests),
     }
 }
@@ -262,8 +263,8 @@ fn random_requests<B: Backend>(
     let catalog = engine.catalog().snapshot();
     let items: Vec<u32> = catalog.all_items().collect();
     if items.is_empty() {
-        let reason = "has no items to make histories of".into();
-        return Err(Error::InvalidField { field: "catalog", reason });
+        let reason = "the catalog has no items to make histories of".into();
+        return Err(Error::InvalidOption { option: "--catalog", reason });
     }
     let mut rng = fastrand::Rng::with_seed(1);
     let request = |_| {
@@ -321,7 +322,7 @@ fn measure_churn<B: Backend>(
 ) -> Result<(Run, Churn)> {
     if !(percent.is_finite() && percent > 0.0) {
         let reason = format!("{percent} is not a number of percent above zero");
-        return Err(Error::InvalidField { field: "--churn", reason });
+        return Err(Error::InvalidOption { option: "--churn", reason });
     }
     let engine = service.engine();
     let writer = CatalogWriter::in_memory(Arc::clone(engine.catalog()), &Default::default())?;
@@ -331,7 +332,7 @@ fn measure_churn<B: Backend>(
         .iter()
         .filter_map(|request| match &request.input {
             Input::History(items) => Some(items.iter().map(String::as_str)),
-            Input::Tokens(_) => None,
+            _ => None,
         })
         .flatten()
         .collect();

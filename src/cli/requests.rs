@@ -7,7 +7,8 @@ use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use sidereal::backend::Backend;
-use sidereal::{Answer, Engine, Error, Request, RequestDefaults, RequestLine, Result};
+use sidereal::wire::{RequestDefaults, RequestLine};
+use sidereal::{Answer, Engine, Error, Request, Result};
 
 /// Lines that are held at a time.
 const LINES_PER_STRETCH: usize = 4096;
@@ -176,5 +177,5 @@ pub fn spinner(what: &'static str) -> ProgressBar {
 }
 
 fn io_error(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
-    |source| Error::Io { path: path.to_path_buf(), source }
+    |source| Error::io(path, source)
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Engine;
-use crate::answer::{Answer, Recommendation};
+use crate::answer::{Answer, Group, Recommendation};
 use crate::backend::{Backend, Beam, NO_TOKEN, SearchRule};
 use crate::catalog::Snapshot;
 use crate::catalog::allowed::AllowedSet;
@@ -66,7 +66,7 @@ impl Job {
             constraint: self.request.constraint,
             temperature: self.request.temperature,
             candidates: self.candidates.as_ref(),
-            seed: self.request.sample,
+            seed: self.request.seed,
             log_probs: self.request.log_probs,
         }
     }
@@ -80,6 +80,12 @@ impl<B: Backend> Engine<B> {
     pub(crate) fn prepare(&self, request: Request) -> Result<Job> {
         let arrived_us = self.now_us();
         let Request { top_k, temperature, constraint, .. } = request;
+        // Stages that no program runs yet.
+        let stages = [("forced", request.forced.is_some()), ("read", !request.read.is_empty())];
+        if let Some((stage, _)) = stages.into_iter().find(|(_, is_asked)| *is_asked) {
+            let way_out = "leave the field out".into();
+            return Err(Error::Unsupported { what: format!("{stage:?} in a request"), way_out });
+        }
         let snapshot = self.catalog.snapshot();
         let candidates = self.candidates(&request, &snapshot)?;
         let widths = self.widths(&request, candidates.as_ref())?;
@@ -98,16 +104,16 @@ impl<B: Backend> Engine<B> {
                 return Err(Error::InvalidField { field: "normalize", reason });
             }
             let vocab_size = self.spec.vocab_size;
-            if most * request.each.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
+            if most * request.groups.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
                 let max = MAX_UNCONSTRAINED_LOGITS / vocab_size;
                 return Err(Error::BeamWidth { width: most as i64, max });
             }
         }
-        if request.each.len() > MAX_GROUPS {
-            let reason = format!("has {} filters, at most {MAX_GROUPS} go", request.each.len());
-            return Err(Error::InvalidField { field: "each", reason });
+        let len = request.groups.len();
+        if len > MAX_GROUPS {
+            return Err(Error::LimitExceeded { what: "groups", len, max: MAX_GROUPS });
         }
-        if constraint != Constraint::Trie && (request.sample.is_some() || request.log_probs) {
+        if constraint != Constraint::Trie && (request.seed.is_some() || request.log_probs) {
             let reason = "samples and log-probabilities need the trie".into();
             return Err(Error::InvalidField { field: "constraint", reason });
         }
@@ -135,8 +141,8 @@ impl<B: Backend> Engine<B> {
         let conflicts = [
             ("filter", request.filter.is_some()),
             ("exclude", !request.exclude.is_empty()),
-            ("each", !request.each.is_empty()),
-            ("sample", request.sample.is_some()),
+            ("groups", !request.groups.is_empty()),
+            ("seed", request.seed.is_some()),
             ("constraint", request.constraint != Constraint::Trie),
         ];
         if let Some((field, _)) = conflicts.into_iter().find(|(_, is_given)| *is_given) {
@@ -147,9 +153,9 @@ impl<B: Backend> Engine<B> {
             let unknown = || Error::UnknownItem { item: item.clone() };
             snapshot.find(item).ok_or_else(unknown)
         };
-        if request.candidates.len() > MAX_BEAMS {
-            let reason = format!("{} items, at most {MAX_BEAMS} go", request.candidates.len());
-            return Err(Error::InvalidField { field: "candidates", reason });
+        let len = request.candidates.len();
+        if len > MAX_BEAMS {
+            return Err(Error::LimitExceeded { what: "candidates", len, max: MAX_BEAMS });
         }
         let items = request.candidates.iter().map(find).collect::<Result<Vec<u32>>>()?;
         Ok(Some(Candidates::new(snapshot, &items)))
@@ -228,7 +234,7 @@ impl<B: Backend> Engine<B> {
             return Err(Error::EmptyInput);
         }
         let prompt = &self.layout.prompt;
-        let newest = prompt.max_items.map_or(0, |max| items.len().saturating_sub(max));
+        let newest = self.num_skipped(items.len());
         let mut tokens = prompt.prefix.clone();
         for (position, &item) in items[newest..].iter().enumerate() {
             if position > 0 {
@@ -244,6 +250,18 @@ impl<B: Backend> Engine<B> {
         }
         tokens.extend_from_slice(&prompt.suffix);
         Ok(tokens)
+    }
+
+    /// Items of a history that are left out, the oldest ones.
+    fn num_skipped(&self, items: usize) -> usize {
+        self.layout.prompt.max_items.map_or(0, |max| items.saturating_sub(max))
+    }
+
+    fn skipped_items(&self, input: &Input) -> usize {
+        match input {
+            Input::History(items) => self.num_skipped(items.len()),
+            _ => 0,
+        }
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -276,18 +294,22 @@ impl<B: Backend> Engine<B> {
         };
         let mut groups =
             job.searches.iter().zip(beams).map(of_search).collect::<Result<Vec<_>>>()?;
-        let items = match job.request.each.is_empty() {
+        let filters = &job.request.groups;
+        let items = match filters.is_empty() {
             true => groups.pop().expect("a request without groups is one search"),
             false => Vec::new(),
         };
-        let snapshot = Arc::clone(&job.snapshot);
+        let group = |(filter, items): (&String, _)| Group { filter: filter.clone(), items };
         Ok(Answer {
             items,
-            groups,
-            snapshot,
+            groups: filters.iter().zip(groups).map(group).collect(),
+            read: Vec::new(),
+            snapshot: Arc::clone(&job.snapshot),
             tokens: job.tokens.len(),
             cached_tokens,
+            skipped_items: self.skipped_items(&job.request.input),
             weights_version,
+            timings: None,
         })
     }
 
@@ -312,10 +334,8 @@ impl<B: Backend> Engine<B> {
                 None => allowed_set.allows(snapshot, item),
             };
             items.filter(is_wanted).take(most).map(move |item| Recommendation {
-                item,
-                sid: snapshot.sid(item),
-                score: beam.score,
                 log_probs: beam.log_probs.clone(),
+                ..Recommendation::new(snapshot, item, beam.score, job.request.titles)
             })
         };
         let most = match &job.candidates {
@@ -340,15 +360,15 @@ fn searches(request: &Request, snapshot: &Snapshot) -> Result<Vec<AllowedSet>> {
     excluded.sort_unstable();
     excluded.dedup();
     let filter = request.filter.as_deref();
-    if request.each.is_empty() {
+    if request.groups.is_empty() {
         return Ok(vec![snapshot.allowed_set(&excluded, filter)?]);
     }
-    let allowed_set = |each: &String| {
+    let allowed_set = |group: &String| {
         let both = match filter {
-            Some(filter) => &Filter::both(filter, each)?,
-            None => each,
+            Some(filter) => &Filter::both(filter, group)?,
+            None => group,
         };
         snapshot.allowed_set(&excluded, Some(both))
     };
-    request.each.iter().map(allowed_set).collect()
+    request.groups.iter().map(allowed_set).collect()
 }

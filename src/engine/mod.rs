@@ -101,14 +101,14 @@ impl EngineOptions {
         };
         let context_pages = pages::context_pages(tokens);
         let tail_pages = (1 + num_steps).saturating_mul(self.max_beam_rows.div_ceil(TAIL_PAGE_LEN));
-        for (field, have, pages) in [
+        for (option, have, pages) in [
             ("context_tokens", tokens, context_pages),
             ("max_beam_rows", self.max_beam_rows, tail_pages),
         ] {
             if pages > pages::MAX_PAGES {
                 let most = pages::MAX_PAGES;
                 let reason = format!("{have} take {pages} pages of memory, at most {most} go");
-                return Err(Error::InvalidField { field, reason });
+                return Err(Error::InvalidOption { option, reason });
             }
         }
         Ok(MemorySpec {

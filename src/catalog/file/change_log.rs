@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::lock::LockedFile;
+use super::logged::{from_payload, to_payload};
 use super::replace::{partial_path, put_in_place};
 use crate::catalog::{Change, Snapshot};
 use crate::error::{Error, Result};
@@ -108,7 +109,7 @@ pub fn parse(bytes: &[u8]) -> std::result::Result<Contents, String> {
         if before.checked_add(1) != Some(snapshot) {
             return Err(damaged("a record out of order"));
         }
-        let changes = postcard::from_bytes(payload)
+        let changes = from_payload(payload)
             .map_err(|error| damaged(&format!("an unreadable record ({error})")))?;
         contents.batches.push(Batch { snapshot, changes });
         at += end;
@@ -140,14 +141,14 @@ fn header(lineage: u64, after: u64) -> Vec<u8> {
 
 fn record(snapshot: u64, changes: &[Change]) -> Result<Vec<u8>> {
     let mut record = vec![0; RECORD_HEADER_BYTES];
-    record = postcard::to_extend(changes, record).expect("a vector takes all bytes");
+    record = to_payload(changes, record);
     let payload_bytes = record.len() - RECORD_HEADER_BYTES;
     if payload_bytes > MAX_PAYLOAD_BYTES {
-        let reason = format!(
-            "the batch takes {payload_bytes} bytes, at most {MAX_PAYLOAD_BYTES} go into one; \
-             apply it in parts"
-        );
-        return Err(Error::InvalidField { field: "changes", reason });
+        return Err(Error::LimitExceeded {
+            what: "bytes of changes in one batch",
+            len: payload_bytes,
+            max: MAX_PAYLOAD_BYTES,
+        });
     }
     let (head, payload) = record.split_at_mut(RECORD_HEADER_BYTES);
     head[..4].copy_from_slice(&(payload_bytes as u32).to_le_bytes());

@@ -3,4 +3,5 @@
 pub mod change_log;
 pub(crate) mod format;
 mod lock;
+mod logged;
 mod replace;

@@ -11,31 +11,20 @@ use crate::catalog::change::Change;
 use crate::catalog::item::Item;
 use crate::catalog::sid::Sid;
 use crate::error::{Error, Result};
-use crate::request::Name;
 
 pub(super) fn read(
     path: &Path,
     file: File,
-    mut add: impl FnMut(Item) -> Result<()>,
+    add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
     let lines = Counting::new(BufReader::new(file), progress);
-    each_line(path, lines, |line: ItemLine| add(line.try_into()?))
-}
-
-#[derive(Deserialize)]
-struct ItemLine {
-    item: Name,
-    sid: Vec<Code>,
-    title: Option<String>,
-    #[serde(default)]
-    tags: Vec<String>,
-    available: Option<bool>,
+    each_line(path, lines, add)
 }
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a code, a whole number or a text such as \"<a_3>\"")]
-pub(super) enum Code {
+pub(crate) enum Code {
     Number(u64),
     Text(String),
 }
@@ -63,67 +52,23 @@ fn last_number(text: &str) -> Option<u64> {
     text[start..end].parse().ok()
 }
 
-pub(super) fn to_sid(codes: &[Code]) -> Result<Sid> {
+pub(crate) fn to_sid(codes: &[Code]) -> Result<Sid> {
     Sid::new(&codes.iter().map(Code::value).collect::<Result<Vec<u16>>>()?)
 }
 
-impl TryFrom<ItemLine> for Item {
-    type Error = Error;
-
-    fn try_from(line: ItemLine) -> Result<Item> {
-        Ok(Item {
-            name: line.item.into(),
-            sid: to_sid(&line.sid)?,
-            title: line.title.unwrap_or_default(),
-            tags: line.tags,
-            available: line.available.unwrap_or(true),
-        })
-    }
-}
-
-/// One change as a line of JSON.
-#[derive(Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-enum ChangeLine {
-    Put(ItemLine),
-    Delete {
-        item: Name,
-    },
-    Availability {
-        item: Name,
-        available: bool,
-    },
-    Tag {
-        item: Name,
-        #[serde(default)]
-        add: Vec<String>,
-        #[serde(default)]
-        remove: Vec<String>,
-    },
-}
-
-/// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each`; `progress` is
-/// told how many bytes were read.
+/// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each` with its line;
+/// `progress` is told how many bytes were read.
 ///
 /// # Errors
 /// [`Error::ItemsFile`] with the line; the operating system's; those of `each`.
 pub fn read_changes(
     path: &Path,
-    mut each: impl FnMut(Change) -> Result<()>,
+    each: impl FnMut(Change) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
     let lines = Counting::new(BufReader::new(file), progress);
-    each_line(path, lines, |line: ChangeLine| {
-        each(match line {
-            ChangeLine::Put(item) => Change::Put(item.try_into()?),
-            ChangeLine::Delete { item } => Change::Delete { item: item.into() },
-            ChangeLine::Availability { item, available } => {
-                Change::Availability { item: item.into(), available }
-            }
-            ChangeLine::Tag { item, add, remove } => Change::Tag { item: item.into(), add, remove },
-        })
-    })
+    each_line(path, lines, each)
 }
 
 /// Reads each line of JSON that is not blank.

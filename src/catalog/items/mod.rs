@@ -12,6 +12,7 @@ mod jsonl;
 mod parquet;
 
 pub use jsonl::read_changes;
+pub(crate) use jsonl::{Code, to_sid};
 
 /// Whether the file's name says that it holds items rather than a compiled catalog.
 pub fn is_items_file(path: &Path) -> bool {
