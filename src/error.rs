@@ -67,6 +67,14 @@ pub enum Error {
         /// What is wrong with it and what would be right.
         reason: String,
     },
+    /// An option of a command, an engine, a writer or a quantiser has a value that it cannot have.
+    #[error("{option}: {reason}")]
+    InvalidOption {
+        /// The flag (`--beams`) or the field (`context_tokens`).
+        option: &'static str,
+        /// What is wrong with it and what would be right.
+        reason: String,
+    },
     /// A request line is not a JSON object of the documented form.
     #[error("malformed request: {reason}")]
     MalformedRequest {
@@ -107,9 +115,21 @@ pub enum Error {
         /// The deadline, from the moment when the request was handed over.
         deadline_ms: u64,
     },
-    /// The service takes no requests any more.
+    /// The request was cancelled before its answer was there.
+    #[error("the request was cancelled")]
+    Cancelled,
+    /// No requests are taken any more.
     #[error("the service is shutting down; no request is taken any more")]
     ShuttingDown,
+    /// A call that waits for the engine was made on the engine's own thread, by a callback.
+    #[error(
+        "a callback waits for the engine that called it, which would never end; submit with a callback there, or wait on another thread"
+    )]
+    CalledFromCallback,
+    /// The engine was opened by another process, which was then forked: its threads do not exist in
+    /// the child.
+    #[error("the engine was opened before this process was forked; open it in the child")]
+    Forked,
     /// Something that this version does not do.
     #[error("{what} is not supported by this version of Sidereal; {way_out}")]
     Unsupported {
@@ -253,12 +273,16 @@ impl Error {
             Error::BeamWidth { .. } => "beam_width",
             Error::TopK { .. } => "top_k",
             Error::InvalidField { .. } => "invalid_field",
+            Error::InvalidOption { .. } => "invalid_option",
             Error::MalformedRequest { .. } => "malformed_request",
             Error::InvalidChange { .. } => "invalid_change",
             Error::TooLarge { .. } => "too_large",
             Error::Overloaded { .. } => "overloaded",
             Error::DeadlineExceeded { .. } => "deadline_exceeded",
+            Error::Cancelled => "cancelled",
             Error::ShuttingDown => "shutting_down",
+            Error::CalledFromCallback => "called_from_callback",
+            Error::Forked => "forked",
             Error::Unsupported { .. } => "unsupported",
             Error::Io { .. } => "io",
             Error::CatalogFile { .. } => "catalog_file",

@@ -58,6 +58,7 @@
 mod answer;
 pub mod backend;
 pub mod catalog;
+pub mod device;
 pub mod engine;
 mod error;
 mod mapping;
@@ -65,6 +66,7 @@ pub mod models;
 pub mod pages;
 pub mod prefix_cache;
 pub mod quantizer;
+mod recommender;
 mod request;
 pub mod schedule;
 mod service;
@@ -72,12 +74,14 @@ mod tensor;
 mod writer;
 
 pub use answer::{Answer, Recommendation};
-pub use engine::{Engine, EngineOptions, EngineStatus, Phases};
+pub use device::Device;
+pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, Result};
+pub use recommender::{Recommender, RecommenderOptions, Status};
 pub use request::{
     Constraint, Input, MAX_BEAMS, Normalization, Priority, Request, RequestDefaults, RequestLine,
     SharedSid,
 };
-pub use service::{Handle, Service, ServiceOptions};
+pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
 pub use writer::{CatalogWriter, Durability, WriterOptions};

@@ -7,11 +7,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
-use sidereal::backend::Backend;
 use sidereal::catalog::Snapshot;
-use sidereal::{
-    Answer, Engine, Error, Recommendation, Request, RequestDefaults, RequestLine, Result,
-};
+use sidereal::{Answer, Error, Recommendation, Request, RequestDefaults, RequestLine, Result};
 
 use super::requests::{Answered, Requests, answer_file};
 use super::{
@@ -113,19 +110,8 @@ fn answer(
     check: impl Fn(Request) -> Result<Request>,
 ) -> Result<Outcome> {
     refuse_same_file("--output", arguments.output.as_deref(), requests)?;
-    on_device!(&model.device, |backend| {
-        let engine = model.open(backend)?;
-        answer_on(&engine, Requests::open(requests)?, arguments, defaults, check)
-    })
-}
-
-fn answer_on<B: Backend>(
-    engine: &Engine<B>,
-    requests: Requests,
-    arguments: &AnswerArguments,
-    defaults: &RequestDefaults,
-    check: impl Fn(Request) -> Result<Request>,
-) -> Result<Outcome> {
+    let recommender = model.open()?;
+    let requests = Requests::open(requests)?;
     let output = arguments.output.as_deref();
     let failed = write_error(output);
     let mut writer: Box<dyn Write> = match output {
@@ -135,12 +121,12 @@ fn answer_on<B: Backend>(
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
     let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
-    answer_file(engine, requests, defaults, check, |answered| {
+    answer_file(&recommender, requests, defaults, check, |answered| {
         if answered.answer.is_err() {
             outcome = Outcome::SomeFailed;
         }
         let written = match format {
-            Format::Table => write_table(&mut writer, &engine.catalog().snapshot(), &answered),
+            Format::Table => write_table(&mut writer, &recommender.catalog().snapshot(), &answered),
             Format::Jsonl => write_line(&mut writer, &answered),
         };
         written.map_err(&failed)
