@@ -194,7 +194,7 @@ pub struct EngineStatus {
     pub tail_pages: usize,
     /// Those that are free.
     pub free_tail_pages: usize,
-    /// What the history cache found.
+    /// Hits and misses of the prefix cache.
     pub cache: CacheStats,
 }
 
