@@ -60,6 +60,7 @@ pub mod catalog;
 pub mod engine;
 mod error;
 mod mapping;
+pub mod metrics;
 pub mod models;
 pub mod pages;
 pub mod prefix_cache;

@@ -44,7 +44,7 @@ fn floor(module: &str) -> u8 {
     match (parts.next().unwrap_or_default(), parts.next().unwrap_or_default()) {
         ("error" | "request" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
         ("catalog" | "pages" | "schedule" | "prefix_cache", _) => 1,
-        ("answer" | "backend" | "wire", _) => 2,
+        ("answer" | "backend" | "metrics" | "wire", _) => 2,
         ("models", _) => 3,
         ("engine" | "quantizer" | "writer", _) => 4,
         ("lib" | "main" | "cli" | "service", _) => 5,
