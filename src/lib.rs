@@ -62,10 +62,13 @@ mod error;
 mod mapping;
 pub mod metrics;
 pub mod models;
+#[doc(hidden)] // for tests and benchmarks
 pub mod pages;
+#[doc(hidden)] // for tests and benchmarks
 pub mod prefix_cache;
 pub mod quantizer;
 mod request;
+#[doc(hidden)] // for tests and benchmarks
 pub mod schedule;
 mod service;
 mod tensor;
