@@ -26,6 +26,7 @@ const NUM_LEVELS: usize = 8;
 
 /// How a request that the engine had accepted ended.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub enum Outcome<'a> {
     /// With an answer.
     Answered,
@@ -37,6 +38,7 @@ pub enum Outcome<'a> {
 
 /// Pages of memory by owner.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PageCounts {
     /// Context pages that nobody holds.
     pub context_free: u64,
@@ -270,6 +272,7 @@ fn by_code(counters: &ByCode) -> Vec<(&'static str, u64)> {
 
 /// A histogram at a moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HistogramSnapshot {
     /// Upper bounds of the buckets, inclusive.
     pub bounds: &'static [u64],

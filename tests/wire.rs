@@ -118,19 +118,15 @@ fn forced_and_read_tokens_must_be_tokens() {
         (r#""forced": {"tokens": []}"#, "invalid_field", "at least one"),
         (r#""forced": {"tokens": [4294967296]}"#, "invalid_field", "forced: 4294967296"),
         (r#""forced": {"tokens": [1], "count": true}"#, "malformed_request", "count"),
-        (r#""forced": [1]"#, "malformed_request", "forced"),
+        (r#""forced": [1]"#, "malformed_request", "malformed"),
         (r#""read": [1, -1]"#, "invalid_field", "read: -1 at position 1"),
         (r#""read": [1.5]"#, "malformed_request", "expected a token"),
-        (r#""read": "Yes""#, "malformed_request", "sequence"),
+        (r#""read": "Yes""#, "malformed_request", "malformed"),
     ] {
         let error = read(&format!(r#"{{"tokens": [1], {fields}}}"#)).expect_err(fields);
         let text = error.to_string();
         assert_eq!(error.code(), code, "{fields}: {text}");
-        // What serde says of a struct in the place of a list differs from version to version.
-        assert!(
-            text.contains(word) || fields.contains("[1]}") || fields.ends_with("[1]"),
-            "{text}"
-        );
+        assert!(text.contains(word), "{text}");
     }
 }
 
