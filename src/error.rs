@@ -203,9 +203,21 @@ pub enum Error {
         /// The deadline, from the moment when the request was handed over.
         deadline_ms: u64,
     },
-    /// The service takes no requests any more.
+    /// The request was cancelled before its answer was there.
+    #[error("the request was cancelled")]
+    Cancelled,
+    /// No requests are taken any more.
     #[error("the service is shutting down; no request is taken any more")]
     ShuttingDown,
+    /// A call that waits for the engine was made on the engine's own thread, by a callback.
+    #[error(
+        "a callback waits for the engine that called it, which would never end; submit with a callback there, or wait on another thread"
+    )]
+    CalledFromCallback,
+    /// The engine was opened by another process, which was then forked: its threads do not exist in
+    /// the child.
+    #[error("the engine was opened before this process was forked; open it in the child")]
+    Forked,
 
     // The files': repair or replace them.
     /// The operating system could not open, read or write a file.
@@ -386,6 +398,9 @@ impl Error {
             Error::InvalidChange { .. } => (Caller, "invalid_change"),
             Error::TooLarge { .. } => (Caller, "too_large"),
             Error::Unsupported { .. } => (Caller, "unsupported"),
+            Error::Cancelled => (Caller, "cancelled"),
+            Error::CalledFromCallback => (Caller, "called_from_callback"),
+            Error::Forked => (Caller, "forked"),
             Error::Overloaded { .. } => (Overloaded, "overloaded"),
             Error::DeadlineExceeded { .. } => (Overloaded, "deadline_exceeded"),
             Error::ShuttingDown => (Overloaded, "shutting_down"),

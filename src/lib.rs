@@ -57,6 +57,7 @@
 mod answer;
 pub mod backend;
 pub mod catalog;
+pub mod device;
 pub mod engine;
 mod error;
 mod mapping;
@@ -67,20 +68,23 @@ pub mod pages;
 #[doc(hidden)] // for tests and benchmarks
 pub mod prefix_cache;
 pub mod quantizer;
+mod recommender;
 mod request;
 #[doc(hidden)] // for tests and benchmarks
 pub mod schedule;
+mod search;
 mod service;
 mod tensor;
 pub mod wire;
 mod writer;
 
 pub use answer::{Answer, Group, ReadToken, Recommendation, Timings};
-pub use engine::{Engine, EngineOptions, EngineStatus, Phases};
+pub use device::Device;
+pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
-pub use request::{
-    Constraint, Forced, Input, MAX_BEAMS, NamedToken, Normalization, Priority, Request, SharedSid,
-};
-pub use service::{Handle, Service, ServiceOptions};
+pub use recommender::{Recommender, RecommenderOptions, Status};
+pub use request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
+pub use search::{Constraint, Normalization};
+pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
 pub use writer::{CatalogWriter, Durability, WriterOptions};

@@ -4,35 +4,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::search::{Constraint, Normalization};
+
 /// The largest beam width that a request may ask for.
 pub const MAX_BEAMS: usize = 4096;
-
-/// What the scores of a step are normalised over (natural log of a probability).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Normalization {
-    /// Log-softmax over the model's whole output vocabulary, then restriction to what is legal.
-    /// This is what Hugging Face's `generate` and most published evaluations do.
-    #[default]
-    Vocabulary,
-    /// Log-softmax over the codes of the level.
-    Level,
-    /// Log-softmax over the codes that are legal after the beam's prefix.
-    Children,
-}
-
-/// What may follow a prefix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Constraint {
-    /// Codes that lead to an item that the catalog has and the request allows.
-    #[default]
-    Trie,
-    /// Any code of the level; beams that end on no allowed item are dropped from the answer.
-    Level,
-    /// Any token of the vocabulary; beams that end on no allowed item are dropped from the answer.
-    None,
-}
 
 /// Which items of a semantic ID an answer lists where several share it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]

@@ -77,16 +77,16 @@ fn allowed(snapshot: &Snapshot, request: &Request) -> BTreeMap<Sid, Vec<u32>> {
     allowed
 }
 
-fn for_each_model(mut check: impl FnMut(u64, &Tiny, &Engine, &[Request], &[Answer])) {
+fn for_each_model(mut check: impl FnMut(u64, &Tiny, &mut Engine, &[Request], &[Answer])) {
     for seed in 0..MODELS {
         let tiny = Tiny::new(seed);
         let mut rng = fastrand::Rng::with_seed(seed ^ 0xbea);
-        let engine = tiny.open(1);
+        let mut engine = tiny.open(1);
         let requests: Vec<Request> =
             (0..REQUESTS_PER_MODEL).map(|_| random_request(&mut rng, &tiny.snapshot())).collect();
         let answer = |request| engine.recommend(request).expect("a sound request");
         let answers: Vec<Answer> = requests.iter().map(answer).collect();
-        check(seed, &tiny, &engine, &requests, &answers);
+        check(seed, &tiny, &mut engine, &requests, &answers);
     }
 }
 
@@ -157,9 +157,9 @@ fn a_wide_enough_beam_equals_scoring_every_sid_alone() {
 fn an_answer_is_the_same_alone_in_any_crowd_and_on_any_number_of_threads() {
     for_each_model(|seed, tiny, engine, requests, answers| {
         for threads in [1, 2, 3] {
-            let many = tiny.open(threads);
+            let mut many = tiny.open(threads);
             let crowd = Mutex::new(vec![None; requests.len()]);
-            let crowded = if threads == 1 { engine } else { &many };
+            let crowded = if threads == 1 { &mut *engine } else { &mut many };
             crowded.recommend_all(requests, |index, answer| {
                 let answer = answer.expect("a sound request");
                 let before = crowd.lock().expect("no holder panics")[index].replace(answer);
@@ -234,7 +234,7 @@ fn a_history_and_its_tokens_are_one_input() {
     // The tokens of a history are known where the prompt adds none; there both must agree.
     for seed in 0..200 {
         let tiny = Tiny::new(seed);
-        let engine = tiny.open(1);
+        let mut engine = tiny.open(1);
         let name = "0".to_string();
         let by_name = engine.recommend(&Request::from_history([name.clone(), name]));
         let by_name = by_name.expect("a sound request");
@@ -284,7 +284,7 @@ fn each_group_is_answered_as_a_request_of_its_own() {
             let count = rng.usize(1..4);
             let each: Vec<&str> = (0..count).map(|_| FILTERS[rng.usize(0..5)].0).collect();
             request.top_k = rng.usize(1..9);
-            let alone = |each: &&str| {
+            let mut alone = |each: &&str| {
                 let mut alone = request.clone();
                 alone.filter = Some(match &request.filter {
                     Some(filter) => format!("({filter}) & ({each})"),
@@ -292,7 +292,7 @@ fn each_group_is_answered_as_a_request_of_its_own() {
                 });
                 engine.recommend(&alone).expect("a sound request").items
             };
-            expected.push(each.iter().map(alone).collect::<Vec<_>>());
+            expected.push(each.iter().map(&mut alone).collect::<Vec<_>>());
             request.groups = each.iter().map(|each| each.to_string()).collect();
         }
         // Among requests without groups, in one wave.

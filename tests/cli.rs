@@ -482,7 +482,7 @@ fn old_answers_are_left_where_nothing_can_run() {
 #[test]
 fn scores_are_given_in_full_precision() {
     let answers = lines(&recommend(request_lines(3).as_bytes(), &[]).stdout);
-    let engine = Folder::of(folders::QWEN3).open().expect("a sound checkpoint");
+    let mut engine = Folder::of(folders::QWEN3).open().expect("a sound checkpoint");
     for (line, request) in answers.iter().zip(lines(request_lines(3).as_bytes())) {
         let history = request["history"].as_array().expect("a history").iter();
         let history = history.map(|item| item.as_str().expect("a name"));

@@ -392,7 +392,7 @@ impl Summary {
             unavailable: count(&|item| !snapshot.is_available(item)),
             tags: snapshot.base().tags()?.into_iter().collect(),
             snapshot: snapshot.number(),
-            changed: snapshot.num_added() + snapshot.num_forgotten(),
+            changed: snapshot.num_put() + snapshot.num_deleted(),
         })
     }
 

@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use sidereal::backend::Backend;
 use sidereal::wire::RequestLine;
-use sidereal::{Answer, Engine, Error, Result};
+use sidereal::{Answer, Error, Result};
 
 use super::requests::{Requests, answer_file};
 use super::{ModelArguments, Outcome, SearchArguments, say, write_error};
@@ -87,16 +86,12 @@ struct Report {
 }
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    let model = &arguments.model;
-    on_device!(&model.device, |backend| run_on(arguments, &model.open(backend)?))
-}
-
-fn run_on<B: Backend>(arguments: &Arguments, engine: &Engine<B>) -> Result<Outcome> {
+    let recommender = arguments.model.open()?;
     let start = std::time::Instant::now();
     let (mut by_sid, mut by_item) = (Tally::default(), Tally::default());
     let (mut requests, mut failed) = (0, 0);
     let defaults = arguments.search.defaults(usize::MAX >> 1);
-    answer_file(engine, Requests::open(&arguments.requests)?, &defaults, Ok, |answered| {
+    answer_file(&recommender, Requests::open(&arguments.requests)?, &defaults, Ok, |answered| {
         let line = answered.line_number;
         let target = answered.line.as_ref().and_then(RequestLine::target);
         match (&answered.answer, target) {

@@ -6,17 +6,17 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use device::{Device, DtypeName};
-use sidereal::backend::Backend;
+use device::DtypeName;
 use sidereal::catalog::Catalog;
 use sidereal::wire::RequestDefaults;
-use sidereal::{Constraint, Engine, EngineOptions, Error, Normalization, Result};
-
-#[macro_use]
-mod device;
+use sidereal::{
+    Constraint, Device, EngineOptions, Error, Normalization, Recommender, RecommenderOptions,
+    Result,
+};
 
 mod bench;
 mod catalog;
+mod device;
 mod evaluate;
 mod load;
 mod measure;
@@ -110,7 +110,7 @@ struct ModelArguments {
 #[derive(Args, Clone)]
 struct DeviceArguments {
     /// Device to compute on: cpu, cuda or cuda:N
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value = "cpu", value_parser = device::parse)]
     device: Device,
     /// Number type of activations; by default bf16 on GPUs and f32 on the CPU, which has no other
     #[arg(long)]
@@ -125,43 +125,6 @@ struct DeviceArguments {
     /// 256 MiB hold, or half of a GPU's free memory
     #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "TOKENS")]
     context_tokens: usize,
-}
-
-impl DeviceArguments {
-    /// Refuses what the CPU does not have.
-    fn check_cpu(&self) -> Result<()> {
-        match self.dtype {
-            Some(DtypeName::Bf16) => Err(Error::InvalidOption {
-                option: "--dtype",
-                reason: "the CPU computes in f32; bf16 is for GPUs".into(),
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_dtype(&self) -> sidereal::Dtype {
-        match self.dtype {
-            Some(DtypeName::F32) => sidereal::Dtype::F32,
-            _ => sidereal::Dtype::Bf16,
-        }
-    }
-
-    fn options(&self) -> Result<EngineOptions> {
-        let defaults = EngineOptions {
-            threads: self.threads.into(),
-            max_context: self.max_context,
-            context_tokens: self.context_tokens,
-            ..EngineOptions::default()
-        };
-        Ok(match self.device {
-            Device::Cpu => defaults,
-            // A GPU is full only with more rows in a step than a CPU needs.
-            Device::Cuda(_) => {
-                EngineOptions { rows_per_step: 4096, tokens_per_step: 8192, ..defaults }
-            }
-        })
-    }
 }
 
 #[derive(Args)]
@@ -236,15 +199,15 @@ impl ModelArguments {
         Ok(Arc::new(Catalog::open(&path)?))
     }
 
-    fn open<B: Backend>(&self, backend: B) -> Result<Engine<B>> {
-        self.open_with(backend, &self.device.options()?)
+    fn open(&self) -> Result<Recommender> {
+        self.open_with(&self.device.options()?)
     }
 
-    fn open_with<B: Backend>(&self, backend: B, options: &EngineOptions) -> Result<Engine<B>> {
+    fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
         let spinner = requests::spinner("opening the model");
-        let engine = Engine::open_on(backend, &self.model, self.open_catalog()?, options)?;
+        let recommender = Recommender::open(&self.model, self.open_catalog()?, options)?;
         spinner.finish_and_clear();
-        Ok(engine)
+        Ok(recommender)
     }
 }
 

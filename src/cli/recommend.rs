@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use sidereal::backend::Backend;
 use sidereal::catalog::Snapshot;
 use sidereal::wire::{AnswerLine, ErrorLine, RequestDefaults, RequestLine};
-use sidereal::{Answer, Engine, Error, Recommendation, Request, Result};
+use sidereal::{Answer, Error, Recommendation, Request, Result};
 
 use super::requests::{Answered, Requests, answer_file};
 use super::{
@@ -114,19 +113,8 @@ fn answer(
     check: impl Fn(Request) -> Result<Request>,
 ) -> Result<Outcome> {
     refuse_same_file("--output", arguments.output.as_deref(), requests)?;
-    on_device!(&model.device, |backend| {
-        let engine = model.open(backend)?;
-        answer_on(&engine, Requests::open(requests)?, arguments, defaults, check)
-    })
-}
-
-fn answer_on<B: Backend>(
-    engine: &Engine<B>,
-    requests: Requests,
-    arguments: &AnswerArguments,
-    defaults: &RequestDefaults,
-    check: impl Fn(Request) -> Result<Request>,
-) -> Result<Outcome> {
+    let recommender = model.open()?;
+    let requests = Requests::open(requests)?;
     let output = arguments.output.as_deref();
     let failed = write_error(output);
     let mut writer: Box<dyn Write> = match output {
@@ -136,12 +124,12 @@ fn answer_on<B: Backend>(
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
     let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
-    answer_file(engine, requests, defaults, check, |answered| {
+    answer_file(&recommender, requests, defaults, check, |answered| {
         if answered.answer.is_err() {
             outcome = Outcome::SomeFailed;
         }
         let written = match format {
-            Format::Table => write_table(&mut writer, &engine.catalog().snapshot(), &answered),
+            Format::Table => write_table(&mut writer, &recommender.catalog().snapshot(), &answered),
             Format::Jsonl => write_line(&mut writer, &answered),
         };
         written.map_err(&failed)

@@ -8,9 +8,8 @@ use serde_json::Value;
 
 use super::Name;
 use crate::error::{Error, Result};
-use crate::request::{
-    Constraint, Forced, Input, MAX_BEAMS, NamedToken, Normalization, Priority, Request, SharedSid,
-};
+use crate::request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
+use crate::search::{Constraint, Normalization};
 
 /// Fields that are looked for under other names, and their own.
 const OTHER_NAMES: [(&str, &str); 5] = [

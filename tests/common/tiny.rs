@@ -77,7 +77,7 @@ impl Tiny {
 
     /// The same model over another catalog of the same levels.
     pub fn open_with(&self, catalog: Arc<Catalog>, threads: usize) -> Engine {
-        self.open_as(catalog, &EngineOptions { threads, ..EngineOptions::default() })
+        self.open_as(catalog, &EngineOptions::default().with_threads(threads))
     }
 
     pub fn open_as(&self, catalog: Arc<Catalog>, options: &EngineOptions) -> Engine {

@@ -5,8 +5,8 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use super::sid::Sid;
-use super::{Change, Item};
+use crate::catalog::sid::Sid;
+use crate::catalog::{Change, Item};
 
 /// Fields and variants by position: new ones go to the end, and none may move.
 #[derive(Serialize, Deserialize)]
