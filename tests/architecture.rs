@@ -78,7 +78,7 @@ fn floor(module: &[String]) -> u8 {
     match (name(0), name(1)) {
         ("error" | "request" | "search" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
         ("catalog" | "pages" | "schedule" | "prefix_cache", _) => 1,
-        ("answer" | "backend" | "device" | "wire", _) => 2,
+        ("answer" | "backend" | "device" | "metrics" | "wire", _) => 2,
         ("models", _) => 3,
         ("engine" | "quantizer" | "writer", _) => 4,
         ("" | "recommender" | "service", _) => 5, // the root is lib.rs

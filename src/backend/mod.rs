@@ -19,6 +19,7 @@ use crate::error::Result;
 use crate::search::{Constraint, Normalization};
 use crate::tensor::{Dtype, Tensor};
 
+#[doc(hidden)] // for tests, benchmarks and the command `selftest`
 pub mod cases;
 pub mod cpu;
 pub mod cuda;
