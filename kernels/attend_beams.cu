@@ -17,7 +17,7 @@ struct Params {
   float* parts;            // [splits, rows of beams, num_heads, head_dim]: unscaled sums
   float2* part_sums;       // [splits, rows of beams, num_heads]: largest in powers of two, sum
   const uint2* tiles;      // the search, or kNone, and the first of its rows
-  const float* tail_bias;  // [num_heads, num_biases] over the distance back, or null
+  const float* tail_bias;  // [num_heads, num_biases] over the distance back, the last for all beyond; or null
   Batch batch;
   Pages pages;
   Beams beams;
@@ -86,7 +86,7 @@ struct Tail {
 };
 
 __device__ __forceinline__ float tail_bias(const Params& params, uint32_t head, uint32_t back) {
-  return params.tail_bias ? params.tail_bias[head * params.num_biases + back] : 0.0f;
+  return params.tail_bias ? params.tail_bias[head * params.num_biases + min(back, params.num_biases - 1)] : 0.0f;
 }
 
 template <class T> __device__ __forceinline__ void run_plain(const Params& params) {

@@ -38,12 +38,12 @@ struct Batch {
 };
 static_assert(sizeof(Batch) == 40);
 
-// Keys and values. A context's page: [layers][kv heads][keys, values][kPageLen][head_dim]; a tail's:
-// [layers][kTailPageLen][keys, values][kv heads][head_dim].
+// Keys and values. A context's page: [context sets][kv heads][keys, values][kPageLen][head_dim]; a tail's:
+// [tail layers][kTailPageLen][keys, values][kv heads][head_dim].
 struct Pages {
   void* contexts;
   void* tails;
-  uint32_t num_layers, num_kv_heads, head_dim, padding;
+  uint32_t context_sets, tail_layers, num_kv_heads, head_dim;
 };
 static_assert(sizeof(Pages) == 32);
 
@@ -111,7 +111,7 @@ __device__ __forceinline__ uint32_t num_beams(const Batch& batch, const Beams& b
 template <class T>
 __device__ __forceinline__ T* context_keys(const Pages& pages, uint32_t page, uint32_t layer,
                                            uint32_t head) {
-  const size_t at = (size_t(page) * pages.num_layers + layer) * pages.num_kv_heads + head;
+  const size_t at = (size_t(page) * pages.context_sets + layer) * pages.num_kv_heads + head;
   return static_cast<T*>(pages.contexts) + at * 2 * kPageLen * pages.head_dim;
 }
 template <class T> __device__ __forceinline__ T* values_behind(const Pages& pages, T* keys) {
@@ -121,7 +121,7 @@ template <class T> __device__ __forceinline__ T* values_behind(const Pages& page
 // `row` counts the rows of all pages. The keys of all heads, then the values.
 template <class T>
 __device__ __forceinline__ T* tail_keys(const Pages& pages, uint32_t row, uint32_t layer) {
-  const size_t at = (size_t(row / kTailPageLen) * pages.num_layers + layer) * kTailPageLen +
+  const size_t at = (size_t(row / kTailPageLen) * pages.tail_layers + layer) * kTailPageLen +
                     row % kTailPageLen;
   return static_cast<T*>(pages.tails) + at * 2 * pages.num_kv_heads * pages.head_dim;
 }

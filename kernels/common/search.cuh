@@ -30,7 +30,7 @@ struct Allowed {
 static_assert(sizeof(Allowed) == 48);
 
 enum Normalizer : uint32_t { kVocabulary, kLevel, kChildren, kCertain };
-enum Choices : uint32_t { kOfTrie, kOfLevel, kOfVocabulary, kForced };
+enum Choices : uint32_t { kOfTrie, kOfLevel, kOfVocabulary, kForced, kNamed };
 enum RuleFlags : uint32_t { kHasAdded = 1, kHasSeed = 2, kKeepsLogProbs = 4, kHasCandidates = 8 };
 
 // How one search takes its step.
@@ -39,17 +39,18 @@ struct Rule {
   Allowed base_allowed, added_allowed;
   uint64_t seed;
   const float* logits;      // of the search's first beam
-  const uint32_t* columns;  // by code: its column, or kNone; null where code c is column c
+  const uint32_t* columns;  // by code: its column, or kNone; null where code c is column c. Of named
+                            // tokens, which are columns in their order: the tokens
   uint32_t logits_stride;
   uint32_t first_token;   // of the first column of the step
-  uint32_t num_codes;     // that a level has, or tokens that a vocabulary has
+  uint32_t num_codes;     // that a level has, or tokens that are named or that a vocabulary has
   uint32_t normalizer, choices, flags;
   float inverse_temperature;
   uint32_t width;        // beams to keep
   uint32_t room;         // rows that the next position has
   uint32_t first_key;    // of the search's keys among those of a part
   uint32_t num_choices;  // a candidate's place is its beam's rank times this, plus its choice
-  uint32_t padding;
+  uint32_t depth;        // codes that lead to the beams' places
 };
 static_assert(sizeof(Rule) == 328);
 
@@ -219,7 +220,16 @@ __device__ __forceinline__ bool is_offered(const Rule& rule, const uint2& place,
 __device__ __forceinline__ uint32_t column_of(const Rule& rule, uint32_t choice) {
   if (rule.choices == kOfVocabulary || rule.choices == kForced || !rule.columns)
     return choice < rule.num_codes ? choice : kNone;
-  return choice < rule.num_codes ? rule.columns[choice] : kNone;
+  if (choice >= rule.num_codes) return kNone;
+  const uint32_t column = rule.columns[choice];
+  return rule.choices == kNamed && column != kNone ? choice : column;
+}
+
+// The token of a choice that the model can write.
+__device__ __forceinline__ uint32_t token_of(const Rule& rule, uint32_t choice) {
+  if (rule.choices == kNamed) return rule.columns[choice];
+  const uint32_t column = column_of(rule, choice);
+  return rule.first_token + (column == kNone ? 0 : column);
 }
 
 __device__ __forceinline__ float logit_of(const Rule& rule, uint32_t beam, uint32_t column) {

@@ -1,10 +1,13 @@
+//! Launches `advance_beams.cu`: one step of all searches of a pass.
+
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::memory::Beams;
 use super::rules::CHUNK;
 use super::tables::BatchParams;
-use super::{CudaBackend, Head, Logits, SearchRule, Slot, rules, shared_bytes};
+use super::{CudaBackend, Head, Logits, Slot, rules, shared_bytes};
+use crate::backend::{AdvanceBeams, SearchRule};
 
 /// Keys that a block of `advance_beams_select` reads at a time: `kSelectChunk` there.
 const SELECT_CHUNK: usize = 4096;
@@ -29,8 +32,8 @@ struct Params {
     padding: u32,
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn advance_beams(
+impl<D: Driver> AdvanceBeams for CudaBackend<D> {
+    fn advance_beams(
         &self,
         logits: &Logits<D>,
         head: &Head<D>,

@@ -1,9 +1,12 @@
+//! Launches `embed.cu`: rows of an embedding table.
+
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::memory::Beams;
 use super::tables::BatchParams;
 use super::{Buffer, CudaBackend, Slot, Weights};
+use crate::backend::Embed;
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -17,14 +20,8 @@ struct Params {
     num_tokens: u32,
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn embed(
-        &self,
-        table: &Weights<D>,
-        tokens: &[u32],
-        beams: &[Slot<D>],
-        out: &mut Buffer<D>,
-    ) {
+impl<D: Driver> Embed for CudaBackend<D> {
+    fn embed(&self, table: &Weights<D>, tokens: &[u32], beams: &[Slot<D>], out: &mut Buffer<D>) {
         let state = &mut *self.state();
         let batch = self.tables(state, &[], beams).batch;
         state.tokens.write_often(tokens);

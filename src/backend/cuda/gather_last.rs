@@ -1,8 +1,10 @@
+//! Launches `gather_last.cu`: the rows that a step is scored by.
+
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::{Buffer, CudaBackend};
-use crate::backend::Batch;
+use crate::backend::{Batch, GatherLast};
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -14,8 +16,8 @@ struct Params {
     padding: u32,
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn gather_last(
+impl<D: Driver> GatherLast for CudaBackend<D> {
+    fn gather_last(
         &self,
         x: &Buffer<D>,
         first: usize,

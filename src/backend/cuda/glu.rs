@@ -1,8 +1,11 @@
+//! Launches `glu.cu`: gated columns.
+
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::matmul::activation_number;
-use super::{Activation, Buffer, CudaBackend};
+use super::{Buffer, CudaBackend};
+use crate::backend::{Activation, Glu};
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -13,8 +16,8 @@ struct Params {
     activation: u32,
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn glu(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
+impl<D: Driver> Glu for CudaBackend<D> {
+    fn glu(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
         let columns = x.columns / 2;
         out.reshape(x.rows, columns, self.dtype);
         let params = Params {

@@ -1,3 +1,5 @@
+//! The output head: products, and `lm_head.cu` for the normalisers of its rows.
+
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
@@ -6,7 +8,8 @@ use super::driver::{Driver, Product};
 use super::handle::{Device, DeviceMemory};
 use super::rules::{self, Layout, MAX_PARTS, Plan};
 use super::tables::BatchParams;
-use super::{Buffer, CudaBackend, Head, SearchRule, Slot};
+use super::{Buffer, CudaBackend, Head, Slot};
+use crate::backend::{LmHead, SearchRule};
 use crate::tensor::Dtype;
 
 /// Tokens of the vocabulary that are evaluated together where scores are normalised over all.
@@ -76,10 +79,12 @@ struct Params {
     stride: u32,
     is_level: u32,
     is_first: u32,
+    first_token: u32,
+    padding: u32,
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn lm_head(
+impl<D: Driver> LmHead for CudaBackend<D> {
+    fn lm_head(
         &self,
         hidden: &Buffer<D>,
         head: &Head<D>,
@@ -137,13 +142,12 @@ impl<D: Driver> CudaBackend<D> {
             stride: 0,
             is_level: 0,
             is_first: 1,
+            first_token: 0,
+            padding: 0,
         };
         let launch = |params: &Params| {
             self.device.launch("lm_head_sums", [hidden.rows, 1, 1], 256, 0, params);
         };
-        if plan.needs_level {
-            launch(&Params { sums: out.level_sums.at(0), is_level: 1, ..params });
-        }
         if plan.needs_vocabulary {
             for first in (0..head.vocab_size()).step_by(VOCABULARY_CHUNK) {
                 let columns = VOCABULARY_CHUNK.min(head.vocab_size() - first);
@@ -152,8 +156,13 @@ impl<D: Driver> CudaBackend<D> {
                     ..product(0, hidden.rows, first, columns)
                 });
                 let (width, is_first) = (columns as u32, u32::from(first == 0));
-                launch(&Params { width, stride: width, is_first, ..params });
+                let first_token = first as u32;
+                launch(&Params { width, stride: width, is_first, first_token, ..params });
             }
+        }
+        // Logits of named tokens are there only now.
+        if plan.needs_level {
+            launch(&Params { sums: out.level_sums.at(0), is_level: 1, ..params });
         }
         out.plan = Some(plan);
     }

@@ -1,9 +1,11 @@
+//! Launches `rope_tables.cu`: cosines and sines of positions.
+
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::tables::BatchParams;
 use super::{Buffer, CudaBackend, Vector};
-use crate::backend::Batch;
+use crate::backend::{Batch, RopeTables};
 use crate::tensor::Dtype;
 
 #[repr(C)]
@@ -16,8 +18,8 @@ struct Params {
     padding: u32,
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn rope_tables(
+impl<D: Driver> RopeTables for CudaBackend<D> {
+    fn rope_tables(
         &self,
         frequencies: &Vector<D>,
         batch: &Batch<'_, CudaBackend<D>>,

@@ -1,10 +1,12 @@
+//! Launches `store_context.cu`: keys and values of prompts.
+
 use bytemuck::{Pod, Zeroable};
 
 use super::driver::Driver;
 use super::memory::Pages;
 use super::tables::BatchParams;
 use super::{Buffer, CudaBackend};
-use crate::backend::Batch;
+use crate::backend::{Batch, Heads, StoreContext};
 
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -18,12 +20,13 @@ pub(super) struct Params {
     pub padding: u32,
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn store_context(
+impl<D: Driver> StoreContext for CudaBackend<D> {
+    fn store_context(
         &self,
-        layer: usize,
+        set: usize,
         kv: &Buffer<D>,
         offset: usize,
+        _heads: Heads,
         batch: &Batch<'_, CudaBackend<D>>,
     ) {
         let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
@@ -33,7 +36,7 @@ impl<D: Driver> CudaBackend<D> {
             pages: batch.memory.0.pages(),
             columns: kv.columns as u32,
             offset: offset as u32,
-            layer: layer as u32,
+            layer: set as u32,
             padding: 0,
         };
         let kernel = self.kernel("store_context_f32", "store_context_bf16");

@@ -71,13 +71,13 @@ pub(super) struct Attention {
 impl Attention {
     /// Whether the device has the shared memory for a block of so many rows.
     pub fn has_room(self, tile_rows: usize) -> bool {
-        attention_bytes(tile_rows, self.heads.head_dim, MAX_POSITIONS) <= self.max_shared_bytes
+        attention_bytes(tile_rows, self.heads.head_dim(), MAX_POSITIONS) <= self.max_shared_bytes
     }
 
     /// Rows of a tile where the largest prompt or search has so many rows: tensor cores take more.
     fn tile_rows(self, most: usize) -> usize {
         let has_tensor_kernel =
-            self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim, 64 | 128);
+            self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim(), 64 | 128);
         match has_tensor_kernel {
             true if most > NARROW_ROWS && self.has_room(WIDE_ROWS) => WIDE_ROWS,
             true if self.has_room(NARROW_ROWS) => NARROW_ROWS,
@@ -94,7 +94,7 @@ impl Attention {
             NARROW_ROWS => 2,
             _ => 4,
         };
-        let bytes = attention_bytes(tile_rows, self.heads.head_dim, MAX_POSITIONS) + 1024;
+        let bytes = attention_bytes(tile_rows, self.heads.head_dim(), MAX_POSITIONS) + 1024;
         let by_shared = (self.max_shared_bytes + 1024) / bytes;
         self.num_processors * by_shared.clamp(1, by_registers)
     }
