@@ -6,7 +6,7 @@ use std::slice;
 
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Beam, Epilogue, HeadNorms, Heads, KvLayout, KvScope,
-    Mask, MemorySpec, SearchRule, SlotSpec,
+    Mask, MemorySpec, SearchRule, SlotSpec, StepChoice,
 };
 use crate::catalog::sid::Sid;
 use crate::catalog::{CatalogBuilder, Item};
@@ -284,9 +284,9 @@ fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     Ok(found)
 }
 
-/// A search of three levels whose logits are weights themselves, so that every number type ranks
-/// them alike; its beams attend to their context and tails. Then what one of the operations made of
-/// them.
+/// A search of three levels, perhaps behind forced tokens, whose logits are weights themselves, so
+/// that every number type ranks them alike; its beams attend to their context and tails. Then a
+/// search that reads named tokens. Returns what one of the operations made of them.
 fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result<Vec<f32>> {
     const HIDDEN: usize = 64;
     let (heads, num_codes) = (cases.heads(), cases.rng.u16(2..40));
@@ -315,15 +315,24 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     backend.store_context(0, &kv, 0, heads, &batch);
     let width = cases.size(200);
     let bias = vector(backend, cases.numbers(heads.num_heads * 4))?;
-    let mut found = Vec::new();
-    for level in 0..3 {
-        let rows = backend.num_beams(&slots[0]);
+    // A row of the hidden state is a unit vector, so that its logits are weights.
+    let hidden_of = |rows: usize| {
         let mut hidden = vec![0.0; rows * HIDDEN];
-        for row in 0..rows {
-            hidden[row * HIDDEN + row % HIDDEN] = 1.0;
-        }
-        let hidden = backend.upload(&hidden, HIDDEN);
-        let rules = [SearchRule::new(&snapshot, &allowed_set, level, width)];
+        (0..rows).for_each(|row| hidden[row * HIDDEN + row % HIDDEN] = 1.0);
+        backend.upload(&hidden, HIDDEN)
+    };
+    // Tokens are forced before the codes, counted or not.
+    let forced = (0..cases.rng.usize(0..3)).map(|_| {
+        let (token, is_counted) = (cases.rng.u32(0..vocab as u32), cases.rng.bool());
+        (StepChoice::Forced { token, is_counted }, 0)
+    });
+    let forced: Vec<(StepChoice<'_>, usize)> = forced.collect();
+    let steps = forced.into_iter().chain((0..3).map(|level| (StepChoice::Level(level), level)));
+    let mut found = Vec::new();
+    for (choice, depth) in steps {
+        let hidden = hidden_of(backend.num_beams(&slots[0]));
+        let rule = SearchRule::new(&snapshot, &allowed_set, 0, width);
+        let rules = [SearchRule { choice, depth, ..rule }];
         backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
         let beams: Vec<Beam> = backend.read_beams(&[&slots[0]]).remove(0)?;
@@ -354,6 +363,21 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
             let out = backend.download(&out)?;
             found.extend_from_slice(&out[..beams.len() * heads.query_dim()]);
         }
+    }
+    // A search of one step that reads named tokens.
+    let mut named: Vec<u32> = (0..vocab as u32).collect();
+    cases.rng.shuffle(&mut named);
+    named.truncate(cases.size(10));
+    let rules = [SearchRule {
+        choice: StepChoice::Tokens(&named),
+        ..SearchRule::new(&snapshot, &allowed_set, 0, named.len())
+    }];
+    let mut slots = [fixture.slot(1)];
+    backend.lm_head(&hidden_of(1), &head, &rules, &slots, &mut logits);
+    backend.advance_beams(&logits, &head, &rules, &mut slots);
+    let beams = backend.read_beams(&[&slots[0]]).remove(0)?;
+    if matches!(operation, "lm_head" | "advance_beams") {
+        found.extend(beams.iter().map(|beam| beam.score));
     }
     Ok(found)
 }

@@ -7,6 +7,7 @@ use std::slice;
 use super::tiny::random_catalog;
 use super::truth::{self, Matrix, relative_error};
 use super::walk::{Steps, Walk};
+use sidereal::Normalization;
 use sidereal::Tensor;
 use sidereal::backend::prelude::*;
 use sidereal::backend::testing::{Cases, Fixture};
@@ -49,6 +50,8 @@ macro_rules! operation_tests {
             embed_reads_each_beams_newest_token,
             rows_of_prompts_and_of_beams_leave_each_other_alone,
             searches_at_different_steps_share_a_step,
+            named_tokens_have_the_log_probabilities_of_a_plain_log_softmax,
+            a_search_of_more_steps_than_the_device_has_room_for_is_refused,
         );
     };
     (@ $subject:ty, $attribute:meta; $($test:ident,)*) => {
@@ -746,5 +749,98 @@ pub fn searches_at_different_steps_share_a_step<S: Subject>() {
         for (alone, together) in alone.iter().zip(&together) {
             assert_eq!(beams_of(&backend, alone), beams_of(&backend, together), "{seed}");
         }
+    }
+}
+
+pub fn named_tokens_have_the_log_probabilities_of_a_plain_log_softmax<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(40) {
+        let mut cases = Cases::new(seed);
+        let heads = Heads::new(1, 1, 2);
+        let hidden_dim = cases.size(30);
+        // Sometimes more than what backends evaluate at a time, and tokens on both sides of it.
+        let vocab = if seed % 8 == 0 { 9000 } else { 60 + cases.size(300) };
+        let levels: Vec<Vec<u32>> =
+            (0..2).map(|level| (5 + level * 12..15 + level * 12).collect()).collect();
+        let weight = cases.numbers(vocab * hidden_dim);
+        let tensor = Tensor::new(&[vocab, hidden_dim], weight.clone());
+        let head = backend.head(tensor, &levels, &[7, 50]).expect("memory");
+        let weight = Matrix::new(&weight, hidden_dim);
+        let mut named: Vec<u32> = (0..vocab as u32).collect();
+        cases.rng.shuffle(&mut named);
+        named.truncate(cases.size(vocab.min(100)));
+        let walk = Walk::new(&mut cases, 2, 10, heads);
+        let allowed_set = walk.allowed_set();
+        let of_level = SearchRule::new(&walk.snapshot, &allowed_set, 0, 5);
+        let over_vocabulary = SearchRule {
+            choice: StepChoice::Tokens(&named),
+            beams: named.len(),
+            log_probs: true,
+            temperature: walk.temperature,
+            ..of_level
+        };
+        let over_named = SearchRule { normalization: Normalization::Level, ..over_vocabulary };
+        // They share a step with a search that takes a level.
+        let rules = [over_vocabulary, of_level, over_named];
+        let mut fixture = Fixture::new(&backend, heads).expect("memory");
+        let mut slots: Vec<SlotOf<S>> = rules.iter().map(|_| fixture.slot(1)).collect();
+        let hidden = cases.numbers(rules.len() * hidden_dim);
+        let rows = truth::matmul(&Matrix::new(&hidden, hidden_dim), &weight, None);
+        let hidden = backend.upload(&hidden, hidden_dim);
+        let mut logits = backend.logits();
+        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut slots);
+
+        for (index, is_over_named) in [(0, false), (2, true)] {
+            let what = format!("seed {seed}, over the named alone: {is_over_named}");
+            let scaled =
+                |token: u32| rows.row(index)[token as usize] / f64::from(rules[index].temperature);
+            let all = truth::log_sum_exp((0..vocab as u32).map(scaled));
+            let of_named = truth::log_sum_exp(named.iter().map(|&token| scaled(token)));
+            let beams = beams_of(&backend, &slots[index]);
+            assert_eq!(beams.len(), named.len(), "{what}");
+            assert!(beams.is_sorted_by(|a, b| a.score >= b.score), "{what}");
+            let mut found: Vec<u32> = beams.iter().map(|beam| beam.tokens[0]).collect();
+            for beam in &beams {
+                assert!(beam.cursor.is_none(), "{what}: a named token is no semantic ID");
+                let logit = scaled(beam.tokens[0]);
+                let expected = logit - if is_over_named { of_named } else { all };
+                let pairs = [
+                    (beam.score, expected),
+                    (beam.log_probs[0].vocabulary, logit - all),
+                    (beam.log_probs[0].children, logit - of_named),
+                ];
+                for (found, expected) in pairs {
+                    let error = (f64::from(found) - expected).abs();
+                    assert!(error < S::SCORE_TOLERANCE / 10.0, "{what}: {found}, not {expected}");
+                }
+            }
+            found.sort_unstable();
+            let mut expected = named.clone();
+            expected.sort_unstable();
+            assert_eq!(found, expected, "{what}");
+        }
+        let alone = {
+            let mut slots = vec![fixture.slot(1)];
+            let values = values(&backend, &hidden);
+            let row = backend.upload(&values[hidden_dim..2 * hidden_dim], hidden_dim);
+            backend.lm_head(&row, &head, &rules[1..2], &slots, &mut logits);
+            backend.advance_beams(&logits, &head, &rules[1..2], &mut slots);
+            beams_of(&backend, &slots[0])
+        };
+        assert_eq!(beams_of(&backend, &slots[1]), alone, "seed {seed}: the level's search");
+    }
+}
+
+pub fn a_search_of_more_steps_than_the_device_has_room_for_is_refused<S: Subject>() {
+    let backend = S::open();
+    let mut fixture = Fixture::new(&backend, Heads::new(1, 1, 2)).expect("memory");
+    let mut spec = fixture.spec(1);
+    spec.num_steps = backend.max_steps();
+    assert!(backend.open_slot(spec.clone()).is_ok());
+    if let Some(too_many) = backend.max_steps().checked_add(1) {
+        spec.num_steps = too_many;
+        let error = backend.open_slot(spec).err().expect("too many steps");
+        assert!(matches!(error, sidereal::Error::Unsupported { .. }), "{error}");
     }
 }

@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::driver::{Driver, Product};
 use super::handle::{Device, DeviceMemory};
-use super::rules::{self, Layout, MAX_PARTS, Plan};
+use super::rules::{self, Layout, MAX_PARTS, Plan, StepRules};
 use super::tables::BatchParams;
 use super::{Buffer, CudaBackend, Head, Slot};
 use crate::backend::{LmHead, SearchRule};
@@ -105,8 +105,8 @@ impl<D: Driver> LmHead for CudaBackend<D> {
                 let least = state.rows_of_a_step;
                 out.reserve(&plan, hidden.rows.max(least), slots.len().max(least));
                 let memory = &mut state.rule_memory;
-                let (rows, logits) = (&layout.first_rows, out.address());
-                rules::write(memory, head, rules, slots, rows, &plan, logits, slots.len());
+                let step = StepRules { head, rules, slots, first_rows: &layout.first_rows };
+                rules::write(memory, &step, &plan, out.address(), slots.len());
                 plan
             }
         };

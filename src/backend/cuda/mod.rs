@@ -61,7 +61,7 @@ pub use slot::Slot;
 use handle::{Device, DeviceMemory, Recording};
 use memory::Arrays;
 use read_beams::MOST_BYTES_OF_BEAM;
-use rules::{Layout, Plan, Uploads};
+use rules::{Layout, Plan, StepRules, Uploads};
 use tables::{Attention, MAX_POSITIONS, Shape, Tables, padded};
 
 /// Recorded steps that are kept: the latest used.
@@ -224,8 +224,8 @@ impl<D: Driver> CudaBackend<D> {
         let least = state.rows_of_a_step;
         logits.reserve(&plan, shape.num_rows.max(least), shape.num_searches.max(least));
         let (memory, address) = (&mut state.rule_memory, logits.address());
-        let rows = &layout.first_rows;
-        rules::write(memory, head, rules, slots, rows, &plan, address, shape.num_searches);
+        let step = StepRules { head, rules, slots, first_rows: &layout.first_rows };
+        rules::write(memory, &step, &plan, address, shape.num_searches);
         state.prepared = Some((tables, plan.clone()));
         (shape, plan)
     }

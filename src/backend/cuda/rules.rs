@@ -408,17 +408,23 @@ pub(super) fn plan<D: Driver>(
     }
 }
 
-/// Writes the rules of a step, padded to `num_searches`.
+/// The slots of a step, each with its rule and the first row of its beams.
+pub(super) struct StepRules<'a, D: Driver> {
+    pub head: &'a Head<D>,
+    pub rules: &'a [SearchRule<'a>],
+    pub slots: &'a [Slot<D>],
+    pub first_rows: &'a [usize],
+}
+
+/// Writes the rules of a step, padded to `num_searches`; `logits`: the address of the first row.
 pub(super) fn write<D: Driver>(
     memory: &mut DeviceMemory<D>,
-    head: &Head<D>,
-    rules: &[SearchRule<'_>],
-    slots: &[Slot<D>],
-    first_rows: &[usize],
+    step: &StepRules<'_, D>,
     plan: &Plan,
     logits: u64,
     num_searches: usize,
 ) {
+    let StepRules { head, rules, slots, first_rows } = *step;
     let entries_bytes =
         (num_searches.max(slots.len()) * size_of::<RuleEntry>()).next_multiple_of(16);
     let mut extra: Vec<u8> = Vec::new();
