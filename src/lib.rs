@@ -11,11 +11,10 @@
 //! # fn main() -> sidereal::Result<()> {
 //! let catalog = Arc::new(Catalog::open(Path::new("models/industrial/items.jsonl"))?);
 //! let engine = Engine::open(Path::new("models/industrial"), catalog, &EngineOptions::default())?;
-//! let mut request = Request::from_history(["168", "278"]);
-//! request.exclude = vec!["168".into()];
+//! let request = Request::from_history(["168", "278"]).with_exclude(["168"]);
 //! let answer = engine.recommend(&request)?;
 //! for found in &answer.items {
-//!     println!("{} {:.3}", answer.name(found), found.score);
+//!     println!("{} {:.3}", found.item, found.score);
 //! }
 //! # Ok(())
 //! # }
@@ -58,6 +57,7 @@
 mod answer;
 pub mod backend;
 pub mod catalog;
+pub mod device;
 pub mod engine;
 mod error;
 mod mapping;
@@ -65,19 +65,22 @@ pub mod models;
 pub mod pages;
 pub mod prefix_cache;
 pub mod quantizer;
+mod recommender;
 mod request;
 pub mod schedule;
+mod search;
 mod service;
 mod tensor;
+pub mod wire;
 mod writer;
 
-pub use answer::{Answer, Recommendation};
-pub use engine::{Engine, EngineOptions, EngineStatus, Phases};
-pub use error::{Error, Result};
-pub use request::{
-    Constraint, Input, MAX_BEAMS, Normalization, Priority, Request, RequestDefaults, RequestLine,
-    SharedSid,
-};
-pub use service::{Handle, Service, ServiceOptions};
+pub use answer::{Answer, Group, ReadToken, Recommendation, Timings};
+pub use device::Device;
+pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
+pub use error::{Error, ErrorKind, Result};
+pub use recommender::{Recommender, RecommenderOptions, Status};
+pub use request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
+pub use search::{Constraint, Normalization};
+pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
 pub use writer::{CatalogWriter, Durability, WriterOptions};

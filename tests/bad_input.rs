@@ -5,9 +5,9 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use sidereal::catalog::Catalog;
+use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
     Answer, Constraint, Engine, Error, MAX_BEAMS, Normalization, Recommendation, Request,
-    RequestDefaults, RequestLine,
 };
 
 #[path = "common/folders.rs"]
@@ -643,7 +643,8 @@ fn templates_need_a_tokenizer_that_knows_their_tokens() {
     let plain = Folder::of(QWEN3).open().expect("a sound checkpoint");
     let by_template = templated(|code| 100 + code).open().expect("a sound tokenizer");
     let request = Request::from_history(["17", "4"]);
-    let answers = [plain, by_template].map(|engine| engine.recommend(&request).expect("a request"));
+    let answers =
+        [plain, by_template].map(|mut engine| engine.recommend(&request).expect("a request"));
     assert_eq!(answers[0], answers[1]);
 
     let folder = templated(|code| 100 + code);
@@ -693,14 +694,8 @@ fn parse(line: &str) -> Result<Request, Error> {
 
 #[test]
 fn requests_out_of_range_are_refused() {
-    let engine = engine();
+    let mut engine = engine();
     let good = Request::from_history(["17", "4"]);
-    let with = |edit: &dyn Fn(&mut Request)| {
-        let mut request = good.clone();
-        edit(&mut request);
-        engine.recommend(&request)
-    };
-    assert!(with(&|_| {}).is_ok());
     let unknown = engine.recommend(&Request::from_history(["17", "x"]));
     assert_error!(unknown, Error::UnknownItem { .. }, "\"x\"", "history");
     let empty = engine.recommend(&Request::from_history(Vec::<String>::new()));
@@ -710,6 +705,12 @@ fn requests_out_of_range_are_refused() {
     assert_error!(outside, Error::TokenOutOfRange { .. }, "token 876", "position 1", "876 tokens");
     let outside = engine.recommend(&Request::from_tokens([u32::MAX]));
     assert_error!(outside, Error::TokenOutOfRange { .. }, "token 4294967295", "position 0");
+    let mut with = |edit: &dyn Fn(&mut Request)| {
+        let mut request = good.clone();
+        edit(&mut request);
+        engine.recommend(&request)
+    };
+    assert!(with(&|_| {}).is_ok());
     assert_error!(with(&|r| r.beams = 0), Error::BeamWidth { .. }, "0", "4096");
     assert_error!(with(&|r| r.beams = MAX_BEAMS + 1), Error::BeamWidth { .. }, "4097");
     assert_error!(with(&|r| r.beams = usize::MAX), Error::BeamWidth { .. }, "4096");
@@ -725,7 +726,7 @@ fn requests_out_of_range_are_refused() {
 
 #[test]
 fn a_history_that_is_too_long_is_refused_and_the_way_out_leads_out() {
-    let engine = engine();
+    let mut engine = engine();
     let long = engine.recommend(&Request::from_tokens(vec![5; 2047]));
     assert_error!(long, Error::HistoryTooLong { .. }, "2047", "2046", "newest", "max_items");
     assert!(engine.recommend(&Request::from_tokens(vec![5; 2046])).is_ok());
@@ -733,21 +734,21 @@ fn a_history_that_is_too_long_is_refused_and_the_way_out_leads_out() {
     assert_error!(engine.recommend(&history), Error::HistoryTooLong { .. }, "2049", "2046");
     let folder = Folder::of(QWEN3);
     folder.edit("sidereal.json", |layout| layout["prompt"] = json!({"max_items": 682}));
-    let engine = folder.open().expect("a sound checkpoint");
+    let mut engine = folder.open().expect("a sound checkpoint");
     let newest = Request::from_history(vec!["17"; 682]);
     assert_eq!(
         engine.recommend(&history).expect("cut to 682 items"),
         engine.recommend(&newest).expect("short enough"),
     );
     // T5 has no limit of its own: the engine's holds.
-    let engine = Folder::of(T5).open().expect("a sound checkpoint");
+    let mut engine = Folder::of(T5).open().expect("a sound checkpoint");
     let long = engine.recommend(&Request::from_tokens(vec![5; 8193]));
     assert_error!(long, Error::HistoryTooLong { .. }, "8193", "8192");
 }
 
 #[test]
 fn excluding_what_the_catalog_does_not_have_asks_nothing() {
-    let engine = engine();
+    let mut engine = engine();
     let mut request = Request::from_history(["17", "4"]);
     let plain = engine.recommend(&request).expect("a sound request");
     request.exclude = vec!["never heard of".into(), String::new(), "3686".into()];
@@ -757,7 +758,7 @@ fn excluding_what_the_catalog_does_not_have_asks_nothing() {
 #[test]
 fn excluding_everything_leaves_an_empty_answer() {
     let folder = Folder::small();
-    let engine = folder.open().expect("a sound checkpoint");
+    let mut engine = folder.open().expect("a sound checkpoint");
     let mut request = Request::from_history(["i0"]);
     let catalog = folder.catalog();
     request.exclude = catalog.all_items().map(|item| catalog.name(item).to_string()).collect();
@@ -773,7 +774,7 @@ fn excluding_everything_leaves_an_empty_answer() {
 
 #[test]
 fn temperatures_that_are_no_positive_number_are_refused() {
-    let engine = engine();
+    let mut engine = engine();
     let mut request = Request::from_history(["17", "4"]);
     for temperature in [0.0, -0.0, -1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e-45] {
         request.temperature = temperature;
@@ -796,7 +797,7 @@ fn temperatures_that_are_no_positive_number_are_refused() {
 fn a_score_is_finite_at_any_temperature_or_the_request_fails() {
     let folder = Folder::small();
     folder.edit("sidereal.json", |layout| layout["suffix"] = json!([5, 2]));
-    let engine = folder.open().expect("a sound checkpoint");
+    let mut engine = folder.open().expect("a sound checkpoint");
     let mut request = Request::from_history(["i0", "i7"]);
     (request.beams, request.top_k) = (216, 1000);
     // Where the inverse of the temperature nears the end of f32, one step is not as the next.
@@ -814,7 +815,7 @@ fn a_score_is_finite_at_any_temperature_or_the_request_fails() {
         {
             request.normalization = Some(normalization);
             for (sample, log_probs) in [(None, false), (Some(1), false), (None, true)] {
-                (request.sample, request.log_probs) = (sample, log_probs);
+                (request.seed, request.log_probs) = (sample, log_probs);
                 let case = format!("{temperature:e} {normalization:?} {sample:?} {log_probs}");
                 match engine.recommend(&request) {
                     Ok(Answer { items, .. }) if items.iter().all(is_finite) => answered += 1,
@@ -833,12 +834,12 @@ fn a_score_is_finite_at_any_temperature_or_the_request_fails() {
 
 #[test]
 fn a_failing_request_does_not_disturb_the_others() {
-    let engine = engine();
+    let mut engine = engine();
     let good = Request::from_history(["17", "4"]);
     let alone = engine.recommend(&good).expect("a sound request");
     let unknown = Request::from_history(["no such item"]);
     // This one is admitted, and fails in the middle of a wave that it shares.
-    let overflowing = Request { temperature: 1e-38, ..good.clone() };
+    let overflowing = good.clone().with_temperature(1e-38);
     assert!(engine.recommend(&overflowing).is_err());
     let requests = [&good, &unknown, &good, &overflowing, &good].map(Request::clone);
     let answers = std::sync::Mutex::new(vec![None; requests.len()]);
@@ -864,7 +865,7 @@ fn activations_that_overflow_are_an_error() {
             }
         }
     });
-    let engine = folder.open().expect("finite weights");
+    let mut engine = folder.open().expect("finite weights");
     let mut request = Request::from_history(["17"]);
     for normalization in [Normalization::Vocabulary, Normalization::Level, Normalization::Children]
     {
@@ -916,8 +917,8 @@ fn malformed_request_lines_are_refused() {
 
 #[test]
 fn fields_of_a_request_line_must_be_possible() {
-    let engine = engine();
-    let answer = |line: &str| parse(line).and_then(|request| engine.recommend(&request));
+    let mut engine = engine();
+    let mut answer = |line: &str| parse(line).and_then(|request| engine.recommend(&request));
     assert!(answer(r#"{"history": ["17", 4], "exclude": [17], "beams": 2, "top_k": 2}"#).is_ok());
     for line in [r#"{"history": []}"#, r#"{"tokens": []}"#] {
         assert_error!(answer(line), Error::EmptyInput, "at least one item");
@@ -945,22 +946,25 @@ fn fields_of_a_request_line_must_be_possible() {
     for filter in ["tag:", "garden", "tag:a &", "(tag:a", "tag:a) | (tag:b"] {
         let outcome = answer(&format!(r#"{{"tokens": [1], "filter": "{filter}"}}"#));
         assert_error!(outcome, Error::InvalidField { .. }, "filter", "expected");
-        let line = format!(r#"{{"tokens": [1], "filter": "all", "each": ["tag:a", "{filter}"]}}"#);
+        let line =
+            format!(r#"{{"tokens": [1], "filter": "all", "groups": ["tag:a", "{filter}"]}}"#);
         assert_error!(answer(&line), Error::InvalidField { .. }, "filter", "expected");
     }
     let many = vec!["\"all\""; 1000].join(",");
-    let outcome = answer(&format!(r#"{{"tokens": [1], "each": [{many}]}}"#));
-    assert_error!(outcome, Error::InvalidField { .. }, "each", "1000", "256");
-    for empty in [r#""filter": "tag:nobody""#, r#""each": ["tag:nobody", "!all"]"#] {
+    let outcome = answer(&format!(r#"{{"tokens": [1], "groups": [{many}]}}"#));
+    assert_error!(outcome, Error::LimitExceeded { .. }, "groups", "1000", "256");
+    for empty in [r#""filter": "tag:nobody""#, r#""groups": ["tag:nobody", "!all"]"#] {
         let answer = answer(&format!(r#"{{"tokens": [1], {empty}}}"#)).expect("a sound request");
-        assert!(answer.items.is_empty() && answer.groups.iter().all(Vec::is_empty));
+        assert!(
+            answer.items.is_empty() && answer.groups.iter().all(|group| group.items.is_empty())
+        );
     }
 }
 
 #[test]
 fn what_a_line_says_of_load_and_scoring_must_be_possible() {
-    let engine = engine();
-    let answer = |fields: &str| {
+    let mut engine = engine();
+    let mut answer = |fields: &str| {
         let line = format!(r#"{{"history": ["17"], {fields}}}"#);
         parse(&line).and_then(|request| engine.recommend(&request))
     };
@@ -968,7 +972,7 @@ fn what_a_line_says_of_load_and_scoring_must_be_possible() {
         r#""beams": [1, 4096, 3]"#,
         r#""deadline_ms": 1e12"#,
         r#""priority": "low", "user": 7"#,
-        r#""sample": 18446744073709551615"#,
+        r#""seed": 18446744073709551615"#,
         r#""candidates": [17, "4"], "beams": 1"#,
         r#""candidates": [], "log_probs": true"#,
     ] {
@@ -991,7 +995,7 @@ fn what_a_line_says_of_load_and_scoring_must_be_possible() {
         r#""beams": [1, "2", 3]"#,
         r#""beams": 1.5"#,
         r#""priority": "urgent""#,
-        r#""sample": -1"#,
+        r#""seed": -1"#,
         r#""log_probs": 1"#,
         r#""candidates": 5"#,
     ] {
@@ -1011,7 +1015,7 @@ fn what_a_line_says_of_load_and_scoring_must_be_possible() {
     let free = answer(r#""constraint": "level", "log_probs": true"#);
     assert_error!(free, Error::InvalidField { .. }, "constraint", "trie");
     let many = answer(&format!(r#""candidates": [{}]"#, vec!["17"; 4097].join(",")));
-    assert_error!(many, Error::InvalidField { .. }, "candidates", "4097", "4096");
+    assert_error!(many, Error::LimitExceeded { .. }, "candidates", "4097", "4096");
 }
 
 #[test]

@@ -73,7 +73,7 @@ fn any_interleaving_of_changes_and_searches_equals_a_fresh_catalog() {
             .map(|n| random_item(&mut rng, &n.to_string(), levels, tiny.num_codes))
             .collect();
         let catalog = Arc::new(built(&items));
-        let engine = tiny.open_with(Arc::clone(&catalog), 1);
+        let mut engine = tiny.open_with(Arc::clone(&catalog), 1);
         let writer = writer_of(&catalog, [None, Some(6), Some(usize::MAX)][rng.usize(0..3)]);
         for batch in 0..12 {
             let what = format!("seed {seed}, batch {batch}");
@@ -88,7 +88,7 @@ fn any_interleaving_of_changes_and_searches_equals_a_fresh_catalog() {
             assert_eq!(snapshot.number(), number, "{what}");
             assert_holds(&snapshot, &items, &what);
             let Some(known) = items.first() else { continue };
-            let fresh = tiny.open_with(Arc::new(built(&items)), 1);
+            let mut fresh = tiny.open_with(Arc::new(built(&items)), 1);
             for _ in 0..4 {
                 let mut request = Request::from_history([known.name.clone()]);
                 request.beams = rng.usize(1..30);
@@ -96,14 +96,12 @@ fn any_interleaving_of_changes_and_searches_equals_a_fresh_catalog() {
                 request.exclude = (0..rng.usize(0..5)).map(|_| rng.u8(0..25).to_string()).collect();
                 let filters = ["tag:a", "tag:b | !tag:c", "tag:nobody"];
                 request.filter = filters.get(rng.usize(0..6)).map(|filter| filter.to_string());
-                let found = |engine: &sidereal::Engine| {
+                let found = |engine: &mut sidereal::Engine| {
                     let answer = engine.recommend(&request).expect("a sound request");
                     let items = answer.items.iter();
-                    items
-                        .map(|found| (answer.name(found).to_string(), found.sid, found.score))
-                        .collect()
+                    items.map(|found| (found.item.clone(), found.sid, found.score)).collect()
                 };
-                let (now, expected): (Vec<_>, Vec<_>) = (found(&engine), found(&fresh));
+                let (now, expected): (Vec<_>, Vec<_>) = (found(&mut engine), found(&mut fresh));
                 assert_eq!(now, expected, "{what} {request:?}");
             }
         }
@@ -175,7 +173,7 @@ fn filters_agree_with_brute_force_at_every_place() {
                 for &place in &places {
                     let mut below = allowed_set.below(&snapshot, place, depth);
                     for run in snapshot.children(place) {
-                        for at in 0..run.codes.len() {
+                        for at in 0..run.labels.len() {
                             let child = run.child(at);
                             let mut items = snapshot.items(child, depth + 1);
                             let expected =
@@ -248,7 +246,7 @@ fn large_catalogs_agree_with_brute_force_as_well() {
                 for &place in &places {
                     let mut below = allowed_set.below(&snapshot, place, depth);
                     for run in snapshot.children(place) {
-                        for at in 0..run.codes.len() {
+                        for at in 0..run.labels.len() {
                             let mut items = snapshot.items(run.child(at), depth + 1);
                             let expected = items.any(|item| passes[item as usize]);
                             let found =
@@ -316,7 +314,7 @@ fn readers_see_whole_batches_and_keep_what_they_began_with() {
 #[test]
 fn a_batch_with_a_bad_change_changes_nothing() {
     let tiny = Tiny::new(5);
-    let engine = tiny.open(1);
+    let mut engine = tiny.open(1);
     let writer = writer_of(&tiny.catalog, None);
     let levels = tiny.snapshot().num_levels();
     let before = tiny.snapshot();

@@ -18,24 +18,22 @@ use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::weights::Weights;
 use sidereal::{
     Answer, CatalogWriter, Constraint, Dtype, Engine, EngineOptions, Error, Recommendation,
-    Request, Result, Tensor, WriterOptions,
+    Recommender, RecommenderOptions, Request, Result, Tensor, WriterOptions,
 };
 
 /// Little memory: the emulator's is that of the machine.
 fn options() -> EngineOptions {
-    EngineOptions {
-        threads: 1,
-        max_context: 300,
-        context_tokens: 4096,
-        max_beam_rows: 1024,
-        rows_per_step: 64,
-        ..EngineOptions::default()
-    }
+    EngineOptions::default()
+        .with_threads(1)
+        .with_max_context(300)
+        .with_context_tokens(4096)
+        .with_max_beam_rows(1024)
+        .with_rows_per_step(64)
 }
 
 /// All answers, by the order of the requests.
 fn answers<B: sidereal::backend::Backend>(
-    engine: &Engine<B>,
+    engine: &mut Engine<B>,
     requests: &[Request],
 ) -> Vec<Result<Answer>> {
     let mut answers: Vec<Option<Result<Answer>>> = requests.iter().map(|_| None).collect();
@@ -46,11 +44,12 @@ fn answers<B: sidereal::backend::Backend>(
 /// Lists are the same but for items whose scores are within the tolerance of each other.
 fn assert_alike(cpu: &[Recommendation], found: &[Recommendation], tolerance: f32, what: &str) {
     assert_eq!(cpu.len(), found.len(), "{what}: number of items");
-    let on_cpu: HashMap<u32, &Recommendation> = cpu.iter().map(|item| (item.item, item)).collect();
+    let on_cpu: HashMap<&str, &Recommendation> =
+        cpu.iter().map(|item| (&*item.item, item)).collect();
     for (rank, (expected, item)) in cpu.iter().zip(found).enumerate() {
         let difference = (expected.score - item.score).abs();
         assert!(difference < tolerance, "{what}: rank {rank}: {item:?}, not {expected:?}");
-        match on_cpu.get(&item.item) {
+        match on_cpu.get(&*item.item) {
             Some(expected) => {
                 let difference = (expected.score - item.score).abs();
                 assert!(difference < tolerance, "{what}: {item:?} is {expected:?} on the CPU");
@@ -85,7 +84,8 @@ fn assert_all_alike(
                 assert_eq!(cpu.groups.len(), found.groups.len(), "{what}");
                 assert_eq!(cpu.snapshot.number(), found.snapshot.number(), "{what}");
                 for (cpu, found) in cpu.groups.iter().zip(&found.groups) {
-                    assert_alike(cpu, found, tolerance, &what);
+                    assert_eq!(cpu.filter, found.filter, "{what}");
+                    assert_alike(&cpu.items, &found.items, tolerance, &what);
                 }
             }
             (Err(cpu), Err(found)) => assert_eq!(cpu.to_string(), found.to_string(), "{what}"),
@@ -103,12 +103,12 @@ fn requests(rng: &mut fastrand::Rng, tiny: &Tiny, count: usize) -> Vec<Request> 
         let mut request = random_request(rng, tiny, &mut contexts);
         request.filter = request.filter.filter(|_| rng.bool());
         match rng.u8(0..6) {
-            0 if request.constraint == Constraint::Trie => request.sample = Some(rng.u64(..)),
+            0 if request.constraint == Constraint::Trie => request.seed = Some(rng.u64(..)),
             1 if request.constraint == Constraint::Trie => request.log_probs = true,
             2 => {
                 let names = snapshot.all_items().map(|item| snapshot.name(item).to_string());
                 let candidates: Vec<String> = names.filter(|_| rng.bool()).collect();
-                request = Request { candidates, ..Request::from_tokens(contexts[0].clone()) };
+                request = Request::from_tokens(contexts[0].clone()).with_candidates(candidates);
                 request.log_probs = rng.bool();
             }
             3 => {
@@ -129,11 +129,11 @@ fn answers_of_tiny_models_are_those_of_the_cpu(build: Build, seeds: u64, count: 
         let mut rng = fastrand::Rng::with_seed(seed);
         let requests = requests(&mut rng, &tiny, count);
         let catalog = || Arc::clone(&tiny.catalog);
-        let cpu = tiny.open_as(catalog(), &options());
+        let mut cpu = tiny.open_as(catalog(), &options());
         let backend = Emulator::backend(build, Dtype::F32);
-        let emulated = tiny.open_on(backend, catalog(), &options());
-        let expected = answers(&cpu, &requests);
-        let found = answers(&emulated, &requests);
+        let mut emulated = tiny.open_on(backend, catalog(), &options());
+        let expected = answers(&mut cpu, &requests);
+        let found = answers(&mut emulated, &requests);
         assert_all_alike(&requests, &expected, &found, 1e-3, &format!("seed {seed}"));
         emulated.check_integrity().expect("all pages are in one place");
         let cached = found.iter().flatten().map(|answer| answer.cached_tokens);
@@ -163,8 +163,8 @@ fn catalogs_that_change_between_requests_are_searched_as_on_the_cpu() {
         let catalog = || Arc::clone(&tiny.catalog);
         let writer = CatalogWriter::in_memory(catalog(), &WriterOptions::default());
         let writer = writer.expect("a thread");
-        let cpu = tiny.open_as(catalog(), &options());
-        let emulated =
+        let mut cpu = tiny.open_as(catalog(), &options());
+        let mut emulated =
             tiny.open_on(Emulator::backend(Build::Plain, Dtype::F32), catalog(), &options());
         for round in 0..5 {
             let change = |_| random_change(&mut rng, 30, tiny.num_levels(), tiny.num_codes);
@@ -174,7 +174,8 @@ fn catalogs_that_change_between_requests_are_searched_as_on_the_cpu() {
                 writer.compact().expect("memory");
             }
             let requests = requests(&mut rng, &tiny, 4);
-            let (expected, found) = (answers(&cpu, &requests), answers(&emulated, &requests));
+            let (expected, found) =
+                (answers(&mut cpu, &requests), answers(&mut emulated, &requests));
             assert_all_alike(&requests, &expected, &found, 1e-3, &format!("{seed} {round}"));
         }
     }
@@ -192,22 +193,21 @@ fn memory_is_taken_when_an_engine_is_opened_and_where_there_is_none_the_engine_g
         let device = Emulator::new(Kernels::load(Build::Plain));
         let memory = device.memory();
         let backend = CudaBackend::new(device, Dtype::F32);
-        let emulated = tiny.open_on(backend, Arc::clone(&tiny.catalog), &options());
-        let cpu = tiny.open_as(Arc::clone(&tiny.catalog), &options());
+        let mut emulated = tiny.open_on(backend, Arc::clone(&tiny.catalog), &options());
+        let mut cpu = tiny.open_as(Arc::clone(&tiny.catalog), &options());
         let free = memory.swap(0, Ordering::Relaxed);
         let mut requests = requests(&mut rng, &tiny, 12);
         for request in &mut requests {
-            (request.filter, request.each) = (None, Vec::new());
+            (request.filter, request.groups) = (None, Vec::new());
             request.constraint = Constraint::Trie;
         }
-        let (expected, found) = (answers(&cpu, &requests), answers(&emulated, &requests));
+        let (expected, found) = (answers(&mut cpu, &requests), answers(&mut emulated, &requests));
         assert_all_alike(&requests, &expected, &found, 1e-3, &format!("seed {seed}"));
 
         let searches = requests.iter().filter(|request| request.candidates.is_empty());
-        let filtered: Vec<Request> = searches
-            .map(|request| Request { filter: Some("tag:a | tag:b".into()), ..request.clone() })
-            .collect();
-        for answer in answers(&emulated, &filtered) {
+        let filtered: Vec<Request> =
+            searches.map(|request| request.clone().with_filter("tag:a | tag:b")).collect();
+        for answer in answers(&mut emulated, &filtered) {
             match answer {
                 Err(error @ Error::Device { .. }) => {
                     let text = error.to_string();
@@ -222,7 +222,7 @@ fn memory_is_taken_when_an_engine_is_opened_and_where_there_is_none_the_engine_g
         }
         emulated.check_integrity().expect("all pages are in one place");
         memory.store(free, Ordering::Relaxed);
-        let (expected, found) = (answers(&cpu, &filtered), answers(&emulated, &filtered));
+        let (expected, found) = (answers(&mut cpu, &filtered), answers(&mut emulated, &filtered));
         for (expected, found) in expected.iter().zip(&found) {
             let (expected, found) =
                 (expected.as_ref().expect("CPU"), found.as_ref().expect("memory"));
@@ -258,7 +258,11 @@ fn weights_that_are_replaced_while_requests_run_answer_as_on_the_cpu() {
     requests.iter_mut().for_each(|request| request.beams = 5);
     let backend = Emulator::backend(Build::Plain, Dtype::F32);
     let emulated = Engine::open_on(backend, &folder, Arc::clone(&catalog), &options());
-    let emulated = emulated.expect("a model");
+    let mut emulated = emulated.expect("a model");
+    (0..4).for_each(|_| drop(emulated.recommend(&requests[0]).expect("a sound request")));
+    assert!(emulated.run(|backend| backend.traffic().replays) > 0, "steps are replayed");
+    let emulated = Recommender::from_engine(emulated, &RecommenderOptions::default());
+    let emulated = emulated.expect("a thread");
     let (done, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
     let found: Vec<(usize, Answer)> = std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
@@ -286,12 +290,12 @@ fn weights_that_are_replaced_while_requests_run_answer_as_on_the_cpu() {
         done.store(true, Ordering::Relaxed);
         asking.join().expect("it does not panic")
     });
-    let cpu = Engine::open(&folder, catalog, &options()).expect("a model");
+    let mut cpu = Engine::open(&folder, catalog, &options()).expect("a model");
     for version in 1..6 {
         if version > 1 {
             cpu.replace_weights(replacement(version)).expect("sound weights");
         }
-        let expected = answers(&cpu, &requests);
+        let expected = answers(&mut cpu, &requests);
         let mut of_version =
             found.iter().filter(|(_, answer)| answer.weights_version == version).peekable();
         assert!(of_version.peek().is_some(), "requests ran with weights {version}");
@@ -300,8 +304,6 @@ fn weights_that_are_replaced_while_requests_run_answer_as_on_the_cpu() {
             assert_alike(&expected.items, &answer.items, 1e-3, &format!("weights {version}"));
         }
     }
-    let replays = emulated.run(|backend| backend.traffic().replays);
-    assert!(replays > 0, "steps were replayed");
 }
 
 fn demo(backend: CudaBackend<Emulator>) -> (Engine, Engine<CudaBackend<Emulator>>, Vec<Request>) {
@@ -329,23 +331,23 @@ fn demo(backend: CudaBackend<Emulator>) -> (Engine, Engine<CudaBackend<Emulator>
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn the_demo_model_answers_as_on_the_cpu_in_f32() {
-    let (cpu, emulated, requests) = demo(Emulator::backend(Build::Plain, Dtype::F32));
-    let (expected, found) = (answers(&cpu, &requests), answers(&emulated, &requests));
+    let (mut cpu, mut emulated, requests) = demo(Emulator::backend(Build::Plain, Dtype::F32));
+    let (expected, found) = (answers(&mut cpu, &requests), answers(&mut emulated, &requests));
     assert_all_alike(&requests, &expected, &found, 1e-4, "demo");
 }
 
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn the_demo_model_answers_nearly_as_on_the_cpu_in_bf16() {
-    let (cpu, emulated, requests) = demo(Emulator::backend(Build::Plain, Dtype::Bf16));
-    let (expected, found) = (answers(&cpu, &requests), answers(&emulated, &requests));
+    let (mut cpu, mut emulated, requests) = demo(Emulator::backend(Build::Plain, Dtype::Bf16));
+    let (expected, found) = (answers(&mut cpu, &requests), answers(&mut emulated, &requests));
     let mut common = 0;
     for (expected, found) in expected.iter().zip(&found) {
         let (expected, found) = (expected.as_ref().expect("sound"), found.as_ref().expect("sound"));
-        let on_cpu: HashMap<u32, &Recommendation> =
-            expected.items.iter().map(|item| (item.item, item)).collect();
+        let on_cpu: HashMap<&str, &Recommendation> =
+            expected.items.iter().map(|item| (&*item.item, item)).collect();
         for item in &found.items {
-            let Some(expected) = on_cpu.get(&item.item) else { continue };
+            let Some(expected) = on_cpu.get(&*item.item) else { continue };
             let mut pairs = vec![(expected.score, item.score)];
             for (a, b) in expected.log_probs.iter().zip(&item.log_probs) {
                 pairs.extend([(a.vocabulary, b.vocabulary), (a.children, b.children)]);

@@ -76,7 +76,8 @@ fn check(folder: &str) {
     let layout: Layout = read(&folder.join("sidereal.json"));
     let index = folder.join(&golden.items_index);
     let catalog = Arc::new(Catalog::open(&index).expect("a real catalogue"));
-    let engine = Engine::open(&folder, catalog, &EngineOptions::default()).expect("a checkpoint");
+    let mut engine =
+        Engine::open(&folder, catalog, &EngineOptions::default()).expect("a checkpoint");
     assert!(!golden.cases.is_empty() || !golden.children.is_empty());
     for (cases, normalization) in
         [(&golden.cases, Normalization::Vocabulary), (&golden.children, Normalization::Children)]

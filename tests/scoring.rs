@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use common::tiny::Tiny;
 use sidereal::backend::LogProb;
@@ -33,13 +33,13 @@ fn candidates_have_the_scores_that_a_search_gives_them() {
     for seed in 0..200 {
         let tiny = Tiny::new(seed);
         let mut rng = fastrand::Rng::with_seed(seed);
-        let engine = tiny.open(1);
+        let mut engine = tiny.open(1);
         let tokens = tokens(&mut rng, &tiny);
         for normalization in NORMALIZATIONS {
             let all = everything(&tokens, normalization);
             let found = engine.recommend(&all).expect("a sound request");
             let scores: HashMap<&str, f32> =
-                found.items.iter().map(|item| (found.name(item), item.score)).collect();
+                found.items.iter().map(|item| (&*item.item, item.score)).collect();
             let snapshot = tiny.snapshot();
             let names: Vec<String> = snapshot
                 .all_items()
@@ -49,14 +49,14 @@ fn candidates_have_the_scores_that_a_search_gives_them() {
             if names.is_empty() {
                 continue;
             }
-            let rank = Request { candidates: names.clone(), beams: 1, top_k: 1, ..all };
+            let rank = all.with_candidates(names.clone()).with_beams(1).with_top_k(1);
             let answer = engine.recommend(&rank).expect("a sound request");
             let available = names.iter().filter(|name| scores.contains_key(name.as_str()));
             assert_eq!(answer.items.len(), available.count(), "seed {seed}");
             assert!(answer.items.is_sorted_by(|a, b| a.score >= b.score), "seed {seed}");
             for item in &answer.items {
-                assert!(names.iter().any(|name| name == answer.name(item)));
-                assert_eq!(item.score, scores[answer.name(item)], "seed {seed} {normalization:?}");
+                assert!(names.contains(&item.item));
+                assert_eq!(item.score, scores[&*item.item], "seed {seed} {normalization:?}");
                 ranked += 1;
             }
         }
@@ -67,8 +67,8 @@ fn candidates_have_the_scores_that_a_search_gives_them() {
 #[test]
 fn candidates_do_not_go_with_what_belongs_to_a_search() {
     let tiny = Tiny::new(1);
-    let engine = tiny.open(1);
-    let code = |change: &dyn Fn(&mut Request)| {
+    let mut engine = tiny.open(1);
+    let mut code = |change: &dyn Fn(&mut Request)| {
         let mut request = Request::from_tokens([1]);
         request.candidates = vec!["0".into()];
         change(&mut request);
@@ -77,9 +77,12 @@ fn candidates_do_not_go_with_what_belongs_to_a_search() {
     assert_eq!(code(&|_| {}), None);
     assert_eq!(code(&|request| request.filter = Some("tag:a".into())), Some("invalid_field"));
     assert_eq!(code(&|request| request.exclude = vec!["0".into()]), Some("invalid_field"));
-    assert_eq!(code(&|request| request.sample = Some(1)), Some("invalid_field"));
+    assert_eq!(code(&|request| request.seed = Some(1)), Some("invalid_field"));
     assert_eq!(code(&|request| request.candidates.push("nobody".into())), Some("unknown_item"));
-    assert_eq!(code(&|request| request.candidates = vec!["0".into(); 5000]), Some("invalid_field"));
+    assert_eq!(
+        code(&|request| request.candidates = vec!["0".into(); 5000]),
+        Some("limit_exceeded")
+    );
 }
 
 fn sum(log_probs: &[LogProb], of: impl Fn(&LogProb) -> f32) -> f32 {
@@ -92,24 +95,24 @@ fn log_probabilities_add_up_to_the_scores_of_either_kind() {
     for seed in 0..150 {
         let tiny = Tiny::new(seed);
         let mut rng = fastrand::Rng::with_seed(seed);
-        let engine = tiny.open(1);
+        let mut engine = tiny.open(1);
         let tokens = tokens(&mut rng, &tiny);
-        let scores = |normalization: Normalization| -> HashMap<String, f32> {
+        let mut scores = |normalization: Normalization| -> HashMap<String, f32> {
             let request = everything(&tokens, normalization);
             let answer = engine.recommend(&request).expect("a sound request");
-            answer.items.iter().map(|item| (answer.name(item).to_string(), item.score)).collect()
+            answer.items.into_iter().map(|item| (item.item, item.score)).collect()
         };
         let vocabulary = scores(Normalization::Vocabulary);
         let children = scores(Normalization::Children);
         let asked = NORMALIZATIONS[rng.usize(0..3)];
-        let request = Request { log_probs: true, ..everything(&tokens, asked) };
+        let request = everything(&tokens, asked).with_log_probs(true);
         let answer = engine.recommend(&request).expect("a sound request");
         let plain = engine.recommend(&everything(&tokens, asked)).expect("a sound request");
         assert_eq!(answer.items.len(), plain.items.len());
         for (item, plain) in answer.items.iter().zip(&plain.items) {
-            assert_eq!((item.item, item.score), (plain.item, plain.score), "seed {seed}");
+            assert_eq!((&item.item, item.score), (&plain.item, plain.score), "seed {seed}");
             assert!(plain.log_probs.is_empty());
-            let name = answer.name(item);
+            let name = &*item.item;
             let close = |found: f32, expected: f32| {
                 assert!((found - expected).abs() < 1e-4, "seed {seed}: {found}, not {expected}");
             };
@@ -123,10 +126,9 @@ fn log_probabilities_add_up_to_the_scores_of_either_kind() {
 }
 
 /// By item of the draws' first place, and by pairs of the first two: how often.
-fn draws(engine: &Engine, request: &Request, count: u64) -> HashMap<Vec<u32>, usize> {
+fn draws(engine: &mut Engine, request: &Request, count: u64) -> HashMap<Vec<u32>, usize> {
     let mut seen = HashMap::new();
-    let requests: Vec<Request> =
-        (0..count).map(|seed| Request { sample: Some(seed), ..request.clone() }).collect();
+    let requests: Vec<Request> = (0..count).map(|seed| request.clone().with_seed(seed)).collect();
     engine.recommend_all(&requests, |_, answer| {
         let answer = answer.expect("a sound request");
         let mut sids: Vec<u32> = Vec::new();
@@ -146,7 +148,7 @@ fn samples_are_drawn_without_replacement_with_the_models_probabilities() {
     let mut tested = 0;
     for seed in 0..30 {
         let tiny = Tiny::new(seed);
-        let engine = tiny.open(2);
+        let mut engine = tiny.open(2);
         let tokens: Vec<u32> = vec![1, 2, 3];
         let all = everything(&tokens, Normalization::Children);
         let answer = engine.recommend(&all).expect("a sound request");
@@ -161,8 +163,8 @@ fn samples_are_drawn_without_replacement_with_the_models_probabilities() {
         let total: f64 = probabilities.values().sum();
         assert!((total - 1.0).abs() < 1e-4, "seed {seed}: {total} in all");
         let count = 4000;
-        let request = Request { beams: 2, ..all };
-        let seen = draws(&engine, &request, count);
+        let request = all.with_beams(2);
+        let seen = draws(&mut engine, &request, count);
         assert!(seen.keys().all(|pair| pair.len() == 2 && pair[0] != pair[1]), "seed {seed}");
         // Chi-square over ordered pairs: the second is drawn from what the first left.
         let (mut statistic, mut cells, mut rest, mut rest_expected) = (0.0, 0.0, 0.0, 0.0);
@@ -195,15 +197,15 @@ fn a_sample_is_the_same_for_the_same_seed_in_any_company_with_the_scores_of_a_se
     for seed in 0..60 {
         let tiny = Tiny::new(seed);
         let mut rng = fastrand::Rng::with_seed(seed);
-        let engine = tiny.open(2);
+        let mut engine = tiny.open(2);
         let tokens = tokens(&mut rng, &tiny);
         let normalization = NORMALIZATIONS[rng.usize(0..3)];
         let all = everything(&tokens, normalization);
         let found = engine.recommend(&all).expect("a sound request");
-        let scores: HashMap<u32, f32> =
-            found.items.iter().map(|item| (item.item, item.score)).collect();
+        let scores: HashMap<&str, f32> =
+            found.items.iter().map(|item| (&*item.item, item.score)).collect();
         let requests: Vec<Request> = (0..20)
-            .map(|n| Request { sample: Some(n / 2), beams: 3, log_probs: n % 4 < 2, ..all.clone() })
+            .map(|n| all.clone().with_seed(n / 2).with_beams(3).with_log_probs(n % 4 < 2))
             .collect();
         let mut answers: Vec<Option<Answer>> = vec![None; requests.len()];
         engine.recommend_all(&requests, |index, answer| answers[index] = answer.ok());
@@ -213,7 +215,7 @@ fn a_sample_is_the_same_for_the_same_seed_in_any_company_with_the_scores_of_a_se
             assert_eq!(pair[0], pair[1], "seed {seed}");
             assert_eq!(pair[0], engine.recommend(request).expect("alone"), "seed {seed}");
             for item in &pair[0].items {
-                let expected = scores[&item.item];
+                let expected = scores[&*item.item];
                 assert!((item.score - expected).abs() < 1e-4, "seed {seed}: {expected}");
             }
         }
@@ -226,7 +228,7 @@ fn golden(family: &str) -> (Engine, Vec<Request>) {
     let golden: serde_json::Value = serde_json::from_str(&golden).expect("golden answers");
     let items = golden["items_index"].as_str().expect("a path");
     let catalog = Catalog::open(&folder.join(items)).expect("a catalogue");
-    let options = EngineOptions { threads: 1, ..EngineOptions::default() };
+    let options = EngineOptions::default().with_threads(1);
     let engine = Engine::open(&folder, Arc::new(catalog), &options).expect("a model");
     let request = |first: u32| Request::from_tokens((first..first + 80).collect::<Vec<u32>>());
     (engine, (1..5).map(request).collect())
@@ -238,14 +240,14 @@ fn replaced_weights_answer_from_then_on_and_cached_contexts_are_gone() {
         ("decoder_only/qwen3-tied", "model.layers.0.mlp.down_proj.weight"),
         ("t5/relu-tied", "encoder.block.0.layer.0.SelfAttention.q.weight"),
     ] {
-        let (engine, requests) = golden(family);
-        let (other, _) = golden(family);
-        let ask = |engine: &Engine| -> Vec<Answer> {
+        let (mut engine, requests) = golden(family);
+        let (mut other, _) = golden(family);
+        let ask = |engine: &mut Engine| -> Vec<Answer> {
             requests.iter().map(|request| engine.recommend(request).expect("sound")).collect()
         };
-        let before = ask(&engine);
+        let before = ask(&mut engine);
         assert!(before.iter().all(|answer| answer.weights_version == 1));
-        assert!(ask(&engine)[0].cached_tokens > 0, "{family} keeps contexts");
+        assert!(ask(&mut engine)[0].cached_tokens > 0, "{family} keeps contexts");
         let weights = sidereal::models::weights::Weights::open(
             &Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(family),
         )
@@ -263,27 +265,28 @@ fn replaced_weights_answer_from_then_on_and_cached_contexts_are_gone() {
         broken[3] = f32::NAN;
         let wrong = engine.replace_weights([(name.to_string(), Tensor::new(shape, broken))]);
         assert_eq!(wrong.expect_err("not a number").code(), "non_finite_weight");
-        assert_eq!(ask(&engine), before, "nothing was replaced");
+        assert_eq!(ask(&mut engine), before, "nothing was replaced");
 
         // One that runs is finished with the weights that it began with.
-        let running = engine.submit(requests[0].clone()).expect("a sound request");
-        assert!(engine.step().expect("it goes on").is_empty());
+        let (sender, answers) = mpsc::channel();
+        let reply = move |answer| sender.send(answer).expect("a receiver");
+        engine.submit(requests[0].clone(), reply).expect("a sound request");
+        engine.step().expect("it goes on");
+        assert!(answers.try_recv().is_err(), "it takes several steps");
         let version =
             engine.replace_weights([(name.to_string(), Tensor::new(shape, values.clone()))]);
         assert_eq!(version.expect("the same shape"), 2);
-        let finished = engine.step().expect("it goes on");
-        let (id, answer) = &finished[0];
-        let answer = answer.as_ref().expect("a sound request");
-        assert_eq!((*id, answer), (running, &before[0]));
+        let answer = answers.try_recv().expect("it is finished").expect("a sound request");
+        assert_eq!(answer, before[0]);
         assert_eq!(answer.weights_version, 1);
 
         let first = engine.recommend(&requests[0]).expect("a sound request");
         assert_eq!((first.cached_tokens, first.weights_version), (0, 2));
-        let after = ask(&engine);
+        let after = ask(&mut engine);
         assert_ne!(after, before, "{family} answers as before");
         // As if the checkpoint had always been so, and back again.
         other.replace_weights([(name.to_string(), Tensor::new(shape, values))]).expect("sound");
-        assert_eq!(ask(&other), after);
+        assert_eq!(ask(&mut other), after);
     }
 }
 

@@ -1,13 +1,13 @@
-//! The service: many callers, cancellation, deadlines, overload, shutdown, failure.
+//! The thread behind a recommender: many callers, cancellation, deadlines, overload, shutdown, failure.
 
 mod common;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::tiny::Tiny;
-use sidereal::{EngineOptions, Error, Request, Service, ServiceOptions};
+use sidereal::{EngineOptions, Error, Recommender, RecommenderOptions, Request};
 
 fn request(rng: &mut fastrand::Rng, tiny: &Tiny) -> Request {
     let tokens: Vec<u32> = (0..rng.usize(1..40)).map(|_| rng.u32(0..tiny.num_tokens())).collect();
@@ -17,24 +17,23 @@ fn request(rng: &mut fastrand::Rng, tiny: &Tiny) -> Request {
     request
 }
 
-fn start(tiny: &Tiny, options: ServiceOptions) -> Service {
-    let engine = EngineOptions { threads: 2, ..EngineOptions::default() };
+fn start(tiny: &Tiny, options: RecommenderOptions) -> Recommender {
+    let engine = EngineOptions::default().with_threads(2);
     let engine = tiny.open_as(Arc::clone(&tiny.catalog), &engine);
-    Service::start(engine, options).expect("a thread")
+    Recommender::from_engine(engine, &options).expect("a thread")
 }
 
-/// A service whose thread waits before each step.
-fn slow(tiny: &Tiny, step: Duration, max_queued: usize) -> Service {
-    let before_step =
-        Some(Arc::new(move |_| std::thread::sleep(step)) as Arc<dyn Fn(u64) + Send + Sync>);
-    start(tiny, ServiceOptions { max_queued, before_step })
+/// A recommender whose thread waits before each step.
+fn slow(tiny: &Tiny, step: Duration, max_queued: usize) -> Recommender {
+    let options = RecommenderOptions::default().with_max_queued(max_queued);
+    start(tiny, options.with_before_step(move |_| std::thread::sleep(step)))
 }
 
 #[test]
 fn ten_thousand_requests_of_64_threads_are_all_answered_cancelled_or_refused() {
     let tiny = Tiny::new(5);
-    let service = start(&tiny, ServiceOptions { max_queued: 48, ..ServiceOptions::default() });
-    let alone = tiny.open(1);
+    let service = start(&tiny, RecommenderOptions::default().with_max_queued(48));
+    let alone = Mutex::new(tiny.open(1));
     let counts: [AtomicUsize; 4] = Default::default();
     let [answered, cancelled, refused, checked] = &counts;
     std::thread::scope(|scope| {
@@ -70,6 +69,7 @@ fn ten_thousand_requests_of_64_threads_are_all_answered_cancelled_or_refused() {
                     let answer = answer.expect("a sound request");
                     answered.fetch_add(1, Ordering::Relaxed);
                     if turn % 16 == 0 {
+                        let alone = &mut *alone.lock().expect("no holder panics");
                         let expected = alone.recommend(&request).expect("a sound request");
                         assert_eq!(answer, expected, "thread {thread}");
                         checked.fetch_add(1, Ordering::Relaxed);
@@ -85,20 +85,20 @@ fn ten_thousand_requests_of_64_threads_are_all_answered_cancelled_or_refused() {
     assert!(answered > 500 && cancelled > 100 && checked > 20, "{answered} {cancelled} {checked}");
     // One more answer, and the cancelled ones are gone as well.
     service.submit(Request::from_tokens([1])).expect("room").wait().expect("an answer");
-    let status = service.engine().status().expect("it goes on");
+    let status = service.status().expect("it goes on").engine;
     assert_eq!((status.waiting, status.running), (0, 0));
     assert_eq!(status.free_tail_pages, status.tail_pages);
-    service.engine().check_integrity().expect("all pages");
+    service.check_integrity().expect("all pages");
 }
 
 #[test]
 fn a_panic_on_the_services_thread_is_an_error_for_every_caller() {
     let tiny = Tiny::new(6);
-    let before_step: Arc<dyn Fn(u64) + Send + Sync> = Arc::new(|step| {
+    let options = RecommenderOptions::default().with_max_queued(1000).with_before_step(|step| {
         std::thread::sleep(Duration::from_millis(20));
         assert!(step < 1, "a fault on purpose");
     });
-    let service = start(&tiny, ServiceOptions { max_queued: 1000, before_step: Some(before_step) });
+    let service = start(&tiny, options);
     let handles: Vec<_> = (0..200)
         .map(|_| {
             let mut long = Request::from_tokens(vec![1; 200]);
@@ -120,7 +120,7 @@ fn a_panic_on_the_services_thread_is_an_error_for_every_caller() {
     assert!(failed > 0);
     let error = service.submit(Request::from_tokens([1])).err().expect("it has failed");
     assert_eq!(error.code(), "engine_failed");
-    service.shutdown(Duration::from_secs(5));
+    service.shutdown(Duration::from_secs(5)).expect("one process");
 }
 
 #[test]
@@ -140,7 +140,8 @@ fn a_full_queue_refuses_and_says_so() {
     for handle in handles {
         handle.wait().expect("what was accepted is answered");
     }
-    service.submit(Request::from_tokens([1])).expect("there is room again");
+    let handle = service.submit(Request::from_tokens([1])).expect("there is room again");
+    handle.wait().expect("it is answered as well");
 }
 
 #[test]
@@ -157,7 +158,7 @@ fn a_deadline_that_goes_by_is_told_in_time() {
 
 #[test]
 fn a_bad_request_is_refused_where_it_is_handed_over() {
-    let service = start(&Tiny::new(9), ServiceOptions::default());
+    let service = start(&Tiny::new(9), RecommenderOptions::default());
     let error = service.submit(Request::from_history(["no such item"])).err().expect("unknown");
     assert_eq!(error.code(), "unknown_item");
 }
@@ -165,12 +166,12 @@ fn a_bad_request_is_refused_where_it_is_handed_over() {
 #[test]
 fn a_shutdown_finishes_what_was_accepted_or_tells() {
     let tiny = Tiny::new(10);
-    let submit = |service: &Service| -> Vec<_> {
+    let submit = |service: &Recommender| -> Vec<_> {
         (0..50).map(|_| service.submit(Request::from_tokens([1, 2])).expect("room")).collect()
     };
     let service = slow(&tiny, Duration::from_millis(1), 1000);
     let handles = submit(&service);
-    service.shutdown(Duration::from_secs(60));
+    service.shutdown(Duration::from_secs(60)).expect("one process");
     assert!(handles.iter().all(|handle| handle.is_answered()));
     handles.into_iter().for_each(|handle| drop(handle.wait().expect("finished")));
 

@@ -3,7 +3,7 @@
 mod common;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use common::tiny::{Tiny, random_request};
@@ -105,7 +105,7 @@ fn nobody_waits_beyond_the_bound_and_room_is_never_overdrawn() {
 }
 
 fn no_cache(tiny: &Tiny) -> sidereal::Engine {
-    let options = EngineOptions { threads: 1, prefix_cache: false, ..EngineOptions::default() };
+    let options = EngineOptions::default().with_threads(1).with_prefix_cache(false);
     tiny.open_as(Arc::clone(&tiny.catalog), &options)
 }
 
@@ -116,35 +116,35 @@ fn every_page_is_in_one_place_after_every_step_and_answers_are_those_of_the_requ
     for seed in 0..150 {
         let mut rng = fastrand::Rng::with_seed(seed);
         let tiny = Tiny::new(seed);
-        let options = EngineOptions {
-            threads: rng.usize(1..3),
-            context_tokens: rng.usize(2..30) * PAGE_LEN,
-            max_beam_rows: rng.usize(2..12) * TAIL_PAGE_LEN,
-            rows_per_step: rng.usize(1..100),
-            tokens_per_step: rng.usize(1..200),
-            ageing: Duration::from_micros(rng.u64(0..2000)),
-            ..EngineOptions::default()
+        let options = EngineOptions::default()
+            .with_threads(rng.usize(1..3))
+            .with_context_tokens(rng.usize(2..30) * PAGE_LEN)
+            .with_max_beam_rows(rng.usize(2..12) * TAIL_PAGE_LEN)
+            .with_rows_per_step(rng.usize(1..100))
+            .with_tokens_per_step(rng.usize(1..200))
+            .with_ageing(Duration::from_micros(rng.u64(0..2000)));
+        let mut engine = tiny.open_as(Arc::clone(&tiny.catalog), &options);
+        let mut alone = no_cache(&tiny);
+        let (mut contexts, mut submitted) = (Vec::new(), 0);
+        let mut asked: HashMap<usize, (RequestId, Request)> = HashMap::new();
+        let (sender, answers) = mpsc::channel();
+        let mut check = |index: usize, answer: Result<Answer, Error>, request: Request| match answer
+        {
+            Err(Error::DeadlineExceeded { .. }) => {
+                assert!(request.deadline.is_some(), "seed {seed}: {index} has no deadline");
+                late += 1;
+            }
+            answer => {
+                let answer = answer.expect("a sound request");
+                assert!(answer.cached_tokens <= answer.tokens);
+                hits += usize::from(answer.cached_tokens > 0);
+                let mut in_time = request.clone();
+                in_time.deadline = None;
+                let expected = alone.recommend(&in_time).expect("a sound request");
+                assert_eq!(answer, expected, "seed {seed}: {request:?}");
+                answered += 1;
+            }
         };
-        let engine = tiny.open_as(Arc::clone(&tiny.catalog), &options);
-        let alone = no_cache(&tiny);
-        let mut contexts = Vec::new();
-        let mut asked: HashMap<RequestId, Request> = HashMap::new();
-        let mut check =
-            |id: RequestId, answer: Result<Answer, Error>, request: Request| match answer {
-                Err(Error::DeadlineExceeded { .. }) => {
-                    assert!(request.deadline.is_some(), "seed {seed}: {id} has no deadline");
-                    late += 1;
-                }
-                answer => {
-                    let answer = answer.expect("a sound request");
-                    assert!(answer.cached_tokens <= answer.tokens);
-                    hits += usize::from(answer.cached_tokens > 0);
-                    let in_time = Request { deadline: None, ..request.clone() };
-                    let expected = alone.recommend(&in_time).expect("a sound request");
-                    assert_eq!(answer, expected, "seed {seed}: {request:?}");
-                    answered += 1;
-                }
-            };
         for _ in 0..30 {
             for _ in 0..rng.usize(0..3) {
                 let mut request = random_request(&mut rng, &tiny, &mut contexts);
@@ -154,9 +154,12 @@ fn every_page_is_in_one_place_after_every_step_and_answers_are_those_of_the_requ
                     2 => Some(Duration::MAX),
                     _ => None,
                 };
-                match engine.submit(request.clone()) {
+                let (sender, index) = (sender.clone(), submitted);
+                submitted += 1;
+                let reply = move |answer| sender.send((index, answer)).expect("a receiver");
+                match engine.submit(request.clone(), reply) {
                     Ok(id) => {
-                        asked.insert(id, request);
+                        asked.insert(index, (id, request));
                     }
                     Err(Error::TooLarge { needs, limit, .. }) => {
                         assert!(needs > limit);
@@ -166,16 +169,21 @@ fn every_page_is_in_one_place_after_every_step_and_answers_are_those_of_the_requ
                 }
             }
             if rng.u8(0..6) == 0 {
-                let ids: Vec<RequestId> = asked.keys().copied().collect();
-                if let Some(id) = rng.choice(ids) {
-                    engine.cancel(id).expect("the engine goes on");
-                    asked.remove(&id);
+                let indices: Vec<usize> = asked.keys().copied().collect();
+                if let Some(index) = rng.choice(indices) {
+                    let (id, _) = asked.remove(&index).expect("one of those");
+                    engine.cancel(id);
+                    let (told, answer) = answers.try_recv().expect("it is told at once");
+                    assert_eq!(told, index);
+                    assert!(matches!(answer, Err(Error::Cancelled)));
                     cancelled += 1;
                     engine.check_integrity().expect("all pages");
                 }
             }
-            for (id, answer) in engine.step().expect("the engine goes on") {
-                check(id, answer, asked.remove(&id).expect("asked once, answered once"));
+            engine.step().expect("the engine goes on");
+            for (index, answer) in answers.try_iter() {
+                let (_, request) = asked.remove(&index).expect("asked once, answered once");
+                check(index, answer, request);
             }
             engine.check_integrity().expect("all pages");
             steps += 1;
@@ -184,14 +192,16 @@ fn every_page_is_in_one_place_after_every_step_and_answers_are_those_of_the_requ
             if asked.is_empty() {
                 break;
             }
-            for (id, answer) in engine.step().expect("the engine goes on") {
-                check(id, answer, asked.remove(&id).expect("asked once, answered once"));
+            engine.step().expect("the engine goes on");
+            for (index, answer) in answers.try_iter() {
+                let (_, request) = asked.remove(&index).expect("asked once, answered once");
+                check(index, answer, request);
             }
             engine.check_integrity().expect("all pages");
             steps += 1;
         }
         assert!(asked.is_empty(), "seed {seed}: {} are never answered", asked.len());
-        let status = engine.status().expect("the engine goes on");
+        let status = engine.status();
         assert_eq!((status.waiting, status.running), (0, 0));
         assert_eq!(status.free_tail_pages, status.tail_pages);
         assert_eq!(status.free_context_pages + status.cached_context_pages, status.context_pages);
@@ -204,14 +214,12 @@ fn every_page_is_in_one_place_after_every_step_and_answers_are_those_of_the_requ
 #[test]
 fn what_cannot_fit_is_refused_at_once_and_what_just_fits_is_answered() {
     let tiny = Tiny::new(3);
-    let options = EngineOptions {
-        context_tokens: 2 * PAGE_LEN,
-        max_beam_rows: 2 * TAIL_PAGE_LEN,
-        ..EngineOptions::default()
-    };
-    let engine = tiny.open_as(Arc::clone(&tiny.catalog), &options);
-    assert_eq!(engine.status().expect("open").context_pages, pages::context_pages(128));
-    let ask = |tokens: usize, beams: usize| {
+    let options = EngineOptions::default()
+        .with_context_tokens(2 * PAGE_LEN)
+        .with_max_beam_rows(2 * TAIL_PAGE_LEN);
+    let mut engine = tiny.open_as(Arc::clone(&tiny.catalog), &options);
+    assert_eq!(engine.status().context_pages, pages::context_pages(128));
+    let mut ask = |tokens: usize, beams: usize| {
         let mut request = Request::from_tokens(vec![1; tokens]);
         request.beams = beams;
         engine.recommend(&request).map(|_| ())

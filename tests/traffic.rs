@@ -17,7 +17,7 @@ use sidereal::backend::testing::{Cases, Fixture};
 use sidereal::backend::{AttentionSpec, Batch, Heads, KvScope, SearchRule};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{CatalogBuilder, Item};
-use sidereal::{Dtype, EngineOptions, Request, Tensor};
+use sidereal::{Dtype, Engine, EngineOptions, Request, Tensor};
 
 const HEADS: Heads = Heads::new(4, 2, 64);
 
@@ -87,17 +87,15 @@ fn steps_of_an_engine() {
     let (mut num_searches, mut num_replays) = (0, 0);
     for seed in 0..12 {
         let tiny = Tiny::new(seed);
-        let options = EngineOptions {
-            threads: 1,
-            context_tokens: 1024,
-            max_context: 200,
-            max_beam_rows: 512,
-            rows_per_step: 32,
-            prefix_cache: false,
-            ..EngineOptions::default()
-        };
+        let options = EngineOptions::default()
+            .with_threads(1)
+            .with_context_tokens(1024)
+            .with_max_context(200)
+            .with_max_beam_rows(512)
+            .with_rows_per_step(32)
+            .with_prefix_cache(false);
         let backend = Emulator::backend(Build::Plain, Dtype::F32);
-        let engine = tiny.open_on(backend, Arc::clone(&tiny.catalog), &options);
+        let mut engine = tiny.open_on(backend, Arc::clone(&tiny.catalog), &options);
         let request = |tokens: u32| {
             let tokens: Vec<u32> = (0..tokens).map(|i| i % tiny.num_tokens()).collect();
             let mut request = Request::from_tokens(tokens);
@@ -122,19 +120,19 @@ fn steps_of_an_engine() {
         num_replays += after.replays - before.replays;
 
         // Requests at different levels share steps, which are replayed as well.
-        let staggered = || {
+        let mut staggered = || {
             let before = engine.run(|backend| backend.traffic()).replays;
             let mut num_steps = 0;
-            let mut step = || {
+            let mut step = |engine: &mut Engine<_>| {
                 num_steps += 1;
-                engine.step().expect("it goes on")
+                engine.step().expect("it goes on");
             };
             for tokens in [70, 72] {
-                engine.submit(request(tokens)).expect("a sound request");
-                step();
+                engine.submit(request(tokens), drop).expect("a sound request");
+                step(&mut engine);
             }
-            while engine.status().expect("it goes on").running > 0 {
-                step();
+            while engine.status().running > 0 {
+                step(&mut engine);
             }
             (engine.run(|backend| backend.traffic()).replays - before, num_steps)
         };

@@ -8,9 +8,9 @@ use super::{Batch, DeviceOps};
 use crate::catalog::Snapshot;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
-use crate::catalog::snapshot::Cursor;
+use crate::catalog::cursor::Cursor;
 use crate::error::Result;
-use crate::request::{Constraint, Normalization};
+use crate::search::{Constraint, Normalization};
 
 /// Stands for "this code has no token" in a level.
 pub const NO_TOKEN: u32 = u32::MAX;

@@ -12,9 +12,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sidereal::backend::Backend;
 use sidereal::catalog::{Change, Item};
+use sidereal::device::WithBackend;
+use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
-    CatalogWriter, Constraint, Engine, Error, Input, Normalization, Phases, Request,
-    RequestDefaults, RequestLine, Result, Service, ServiceOptions,
+    CatalogWriter, Constraint, Error, Input, Normalization, Phases, Recommender, Request, Result,
 };
 
 use super::load::{self, LoadArguments, OpenReport, Source};
@@ -164,23 +165,19 @@ struct Settings {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     arguments.load.check()?;
-    on_device!(&arguments.device, |backend| run_on(arguments, open(arguments, backend)?))
-}
-
-fn run_on<B: Backend>(arguments: &Arguments, engine: Engine<B>) -> Result<Outcome> {
+    let recommender = open(arguments)?;
     let mut defaults = arguments.search.defaults(1);
     defaults.top_k = defaults.beams;
     let requests = match &arguments.requests {
         Some(path) => read_requests(path, &defaults)?,
-        None => random_requests(&engine, arguments.history as usize, &defaults)?,
+        None => random_requests(&recommender, arguments.history as usize, &defaults)?,
     };
-    engine.recommend(&requests[0])?; // warms caches and scratch memory, and fails early
-    let service = Service::start(engine, ServiceOptions::default())?;
+    recommender.recommend(&requests[0])?; // warms caches and scratch memory, and fails early
     let text = match arguments.load.is_open() {
         true => {
-            let report = load::run_open(&service, &requests, &arguments.load)?;
-            let machine = service.engine().run(|backend| Machine::measure(backend))?;
-            let settings = settings(arguments, service.engine());
+            let report = load::run_open(&recommender, &requests, &arguments.load)?;
+            let settings = settings(arguments, recommender.num_threads());
+            let machine = machine(arguments, recommender)?;
             match arguments.json {
                 true => to_json(&OpenLoad { report, settings, machine }),
                 false => report.to_text(),
@@ -188,14 +185,15 @@ fn run_on<B: Backend>(arguments: &Arguments, engine: Engine<B>) -> Result<Outcom
         }
         false => {
             let (run, churn) = match arguments.churn {
-                None => (measure(&service, &requests, arguments, arguments.repeat)?, None),
+                None => (measure(&recommender, &requests, arguments, arguments.repeat)?, None),
                 Some(percent) => {
-                    let (run, churn) = measure_churn(&service, &requests, arguments, percent)?;
+                    let (run, churn) = measure_churn(&recommender, &requests, arguments, percent)?;
                     (run, Some(churn))
                 }
             };
-            let machine = service.engine().run(|backend| Machine::measure(backend))?;
-            let report = report(arguments, service.engine(), run, churn, machine);
+            let settings = settings(arguments, recommender.num_threads());
+            let machine = machine(arguments, recommender)?;
+            let report = report(settings, run, churn, machine);
             match arguments.json {
                 true => to_json(&report),
                 false => to_text(&report),
@@ -218,52 +216,75 @@ struct OpenLoad {
     machine: Machine,
 }
 
-fn open<B: Backend>(arguments: &Arguments, backend: B) -> Result<Engine<B>> {
+fn open(arguments: &Arguments) -> Result<Recommender> {
     let mut options = arguments.device.options()?;
-    options.prefix_cache = arguments.prefix_cache;
+    options.engine.prefix_cache = arguments.prefix_cache;
     if let Some(shape) = arguments.shape {
         let spinner = super::requests::spinner("drawing random weights");
-        let engine = shape.open(backend, &options, arguments.items);
+        let recommender = shape.open(&options, arguments.items);
         spinner.finish_and_clear();
-        return engine;
+        return recommender;
     }
     let model = ModelArguments {
         model: arguments.model.clone().expect("required where there is no shape"),
         catalog: arguments.catalog.clone(),
         device: arguments.device.clone(),
     };
-    model.open_with(backend, &options)
+    model.open_with(&options)
+}
+
+/// Measures the device on as many threads as the recommender had, which gives its memory back
+/// first.
+fn machine(arguments: &Arguments, recommender: Recommender) -> Result<Machine> {
+    let num_threads = recommender.num_threads();
+    drop(recommender);
+    arguments.device.with_backend(Measure { num_threads })
+}
+
+struct Measure {
+    num_threads: usize,
+}
+
+impl WithBackend for Measure {
+    type Output = Machine;
+
+    fn run<B: Backend>(self, backend: B) -> Result<Machine> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.num_threads).build();
+        let pool = pool
+            .map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })?;
+        pool.install(|| Machine::measure(&backend))
+    }
 }
 
 fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>> {
-    let error = |source: std::io::Error| Error::Io { path: path.to_path_buf(), source };
-    let file = std::fs::File::open(path).map_err(error)?;
+    let io = |error: std::io::Error| Error::io(path, error);
+    let bad = |reason: String| Error::RequestsFile { path: path.to_path_buf(), reason };
+    let file = std::fs::File::open(path).map_err(io)?;
     let mut requests = Vec::new();
     for (index, line) in BufReader::new(file).lines().enumerate() {
-        let line = line.map_err(error)?;
+        let line = line.map_err(io)?;
         if !line.trim().is_empty() {
             let request = RequestLine::parse(&line).and_then(|line| line.to_request(defaults));
-            let at_line =
-                |reason| error(std::io::Error::other(format!("line {}: {reason}", index + 1)));
+            let at_line = |error: Error| bad(format!("line {}: {error}", index + 1));
             requests.push(request.map_err(at_line)?);
         }
     }
     match requests.is_empty() {
-        true => Err(error(std::io::Error::other("there are no requests"))),
+        true => Err(bad("there are no requests".into())),
         false => Ok(requests),
     }
 }
 
-fn random_requests<B: Backend>(
-    engine: &Engine<B>,
+fn random_requests(
+    recommender: &Recommender,
     len: usize,
     defaults: &RequestDefaults,
 ) -> Result<Vec<Request>> {
-    let catalog = engine.catalog().snapshot();
+    let catalog = recommender.catalog().snapshot();
     let items: Vec<u32> = catalog.all_items().collect();
     if items.is_empty() {
-        let reason = "has no items to make histories of".into();
-        return Err(Error::InvalidField { field: "catalog", reason });
+        let reason = "the catalog has no items to make histories of".into();
+        return Err(Error::InvalidOption { option: "--catalog", reason });
     }
     let mut rng = fastrand::Rng::with_seed(1);
     let request = |_| {
@@ -284,7 +305,8 @@ struct Run {
     latencies_ms: Vec<f64>,
     seconds: f64,
     cpu_seconds: Option<f64>,
-    phases: Phases,
+    /// None on a device, whose phases follow one another unseen.
+    phases: Option<Phases>,
     matrix_flops: u64,
     cached_tokens_share: f64,
 }
@@ -295,9 +317,12 @@ impl Run {
         self.seconds += other.seconds;
         let both = other.cpu_seconds.map(|seconds| self.cpu_seconds.unwrap_or(0.0) + seconds);
         self.cpu_seconds = both;
-        self.phases.prefill += other.phases.prefill;
-        self.phases.decode += other.phases.decode;
-        self.phases.search += other.phases.search;
+        if let Some(other) = other.phases {
+            let phases = self.phases.get_or_insert_default();
+            phases.prefill += other.prefill;
+            phases.decode += other.decode;
+            phases.search += other.search;
+        }
         self.matrix_flops += other.matrix_flops;
     }
 
@@ -313,25 +338,24 @@ impl Run {
 /// How often changes are applied.
 const CHANGES_EVERY: Duration = Duration::from_millis(10);
 
-fn measure_churn<B: Backend>(
-    service: &Service<B>,
+fn measure_churn(
+    recommender: &Recommender,
     requests: &[Request],
     arguments: &Arguments,
     percent: f64,
 ) -> Result<(Run, Churn)> {
     if !(percent.is_finite() && percent > 0.0) {
         let reason = format!("{percent} is not a number of percent above zero");
-        return Err(Error::InvalidField { field: "--churn", reason });
+        return Err(Error::InvalidOption { option: "--churn", reason });
     }
-    let engine = service.engine();
-    let writer = CatalogWriter::in_memory(Arc::clone(engine.catalog()), &Default::default())?;
-    let snapshot = engine.catalog().snapshot();
+    let writer = CatalogWriter::in_memory(Arc::clone(recommender.catalog()), &Default::default())?;
+    let snapshot = recommender.catalog().snapshot();
     // What a history names must stay; everything else may come and go.
     let named: HashSet<&str> = requests
         .iter()
         .filter_map(|request| match &request.input {
             Input::History(items) => Some(items.iter().map(String::as_str)),
-            Input::Tokens(_) => None,
+            _ => None,
         })
         .flatten()
         .collect();
@@ -344,12 +368,12 @@ fn measure_churn<B: Backend>(
     let (mut still, mut changing) = (Run::default(), Run::default());
     let (mut changes, mut changing_seconds) = (0, 0.0);
     for _ in 0..arguments.repeat {
-        still.add(measure(service, requests, arguments, 1)?);
+        still.add(measure(recommender, requests, arguments, 1)?);
         let done = AtomicBool::new(false);
         let start = Instant::now();
         let (run, changed) = std::thread::scope(|scope| {
             let change = scope.spawn(|| change_items(&writer, &items, per_second, &done));
-            let run = measure(service, requests, arguments, 1);
+            let run = measure(recommender, requests, arguments, 1);
             done.store(true, Ordering::Relaxed);
             (run, change.join().expect("the thread reports its errors"))
         });
@@ -403,27 +427,26 @@ fn change_items(
     Ok(count)
 }
 
-fn measure<B: Backend>(
-    service: &Service<B>,
+fn measure(
+    recommender: &Recommender,
     requests: &[Request],
     arguments: &Arguments,
     repeat: u32,
 ) -> Result<Run> {
-    let engine = service.engine();
     let count = requests.len() * repeat as usize;
     let bar = ProgressBar::new(count as u64);
     let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {per_sec} {elapsed}");
     let bar = bar.with_style(style.expect("a sound template")).with_message("requests");
     let mut latencies_ms = Vec::with_capacity(count);
-    let (phases, flops) = (engine.phases(), engine.run(|backend| backend.matrix_flops()));
+    let before = recommender.status()?;
     let (start, cpu_start) = (Instant::now(), cpu_time());
-    let mut source = Source::new(service, requests, &arguments.load);
+    let mut source = Source::new(recommender, requests, &arguments.load);
     let mut cached_tokens_share = 0.0;
     match (arguments.batch, arguments.concurrency) {
         (None, 1) if !arguments.load.is_mixed() => {
             for request in (0..repeat).flat_map(|_| requests) {
                 let start = Instant::now();
-                engine.recommend(request)?;
+                recommender.recommend(request)?;
                 latencies_ms.push(start.elapsed().as_secs_f64() * 1e3);
                 bar.inc(1);
             }
@@ -431,7 +454,7 @@ fn measure<B: Backend>(
         (None, callers) => {
             let note = |latency: Duration| latencies_ms.push(latency.as_secs_f64() * 1e3);
             let callers = callers as usize;
-            let load = load::closed_loop(service, &mut source, callers, count, &bar, note)?;
+            let load = load::closed_loop(recommender, &mut source, callers, count, &bar, note)?;
             cached_tokens_share = load.cached_tokens_share;
         }
         (Some(batch), _) => {
@@ -439,7 +462,7 @@ fn measure<B: Backend>(
             for group in drawn.chunks(batch as usize) {
                 let start = Instant::now();
                 let mut failure = None;
-                engine.recommend_all(group, |_, answer| {
+                recommender.recommend_all(group, |_, answer| {
                     latencies_ms.push(start.elapsed().as_secs_f64() * 1e3);
                     failure = failure.take().or(answer.err());
                     bar.inc(1);
@@ -451,28 +474,23 @@ fn measure<B: Backend>(
     let seconds = start.elapsed().as_secs_f64();
     let cpu_seconds = cpu_time().zip(cpu_start).map(|(end, start)| (end - start).as_secs_f64());
     bar.finish_and_clear();
-    let end = engine.phases();
+    let after = recommender.status()?;
+    let phases = after.phases.zip(before.phases).map(|(after, before)| Phases {
+        prefill: after.prefill - before.prefill,
+        decode: after.decode - before.decode,
+        search: after.search - before.search,
+    });
     Ok(Run {
         latencies_ms,
         seconds,
         cpu_seconds,
-        phases: Phases {
-            prefill: end.prefill - phases.prefill,
-            decode: end.decode - phases.decode,
-            search: end.search - phases.search,
-        },
-        matrix_flops: engine.run(|backend| backend.matrix_flops()) - flops,
+        phases,
+        matrix_flops: after.matrix_flops - before.matrix_flops,
         cached_tokens_share,
     })
 }
 
-fn report<B: Backend>(
-    arguments: &Arguments,
-    engine: &Engine<B>,
-    run: Run,
-    churn: Option<Churn>,
-    machine: Machine,
-) -> Report {
+fn report(settings: Settings, run: Run, churn: Option<Churn>, machine: Machine) -> Report {
     let requests = run.latencies_ms.len();
     let matrix_gflops = run.matrix_flops as f64 / run.seconds / 1e9;
     Report {
@@ -482,10 +500,10 @@ fn report<B: Backend>(
         cpu_ms_per_request: run.cpu_seconds.map(|seconds| seconds * 1e3 / requests as f64),
         seconds: Seconds {
             total: run.seconds,
-            phases: B::COMPUTES_ON_CALLERS.then_some(PhaseSeconds {
-                prefill: run.phases.prefill.as_secs_f64(),
-                decode: run.phases.decode.as_secs_f64(),
-                search: run.phases.search.as_secs_f64(),
+            phases: run.phases.map(|phases| PhaseSeconds {
+                prefill: phases.prefill.as_secs_f64(),
+                decode: phases.decode.as_secs_f64(),
+                search: phases.search.as_secs_f64(),
             }),
         },
         matrix_gflops,
@@ -494,12 +512,12 @@ fn report<B: Backend>(
         cached_tokens_share: run.cached_tokens_share,
         peak_memory_bytes: peak_memory_bytes(),
         churn,
-        settings: settings(arguments, engine),
+        settings,
         machine,
     }
 }
 
-fn settings<B: Backend>(arguments: &Arguments, engine: &Engine<B>) -> Settings {
+fn settings(arguments: &Arguments, threads: usize) -> Settings {
     let model = match (&arguments.model, arguments.shape) {
         (Some(path), _) => path.display().to_string(),
         (None, shape) => {
@@ -520,7 +538,7 @@ fn settings<B: Backend>(arguments: &Arguments, engine: &Engine<B>) -> Settings {
         concurrency: arguments.concurrency,
         batch: arguments.batch,
         repeat: arguments.repeat,
-        threads: engine.num_threads(),
+        threads,
         version: env!("CARGO_PKG_VERSION"),
     }
 }

@@ -1,29 +1,15 @@
 //! Where commands compute.
 
-use std::str::FromStr;
-
 use clap::ValueEnum;
+use sidereal::device::WithBackend;
+use sidereal::{Device, Dtype, EngineOptions, Error, RecommenderOptions, Result};
 
-/// A device by its name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Device {
-    Cpu,
-    Cuda(usize),
-}
+use super::DeviceArguments;
 
-impl FromStr for Device {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Device, String> {
-        let unknown =
-            || format!("no device is named {name:?}; \"cpu\", \"cuda\" and \"cuda:0\" are");
-        match name.split_once(':') {
-            None if name == "cpu" => Ok(Device::Cpu),
-            None if name == "cuda" => Ok(Device::Cuda(0)),
-            Some(("cuda", number)) => number.parse().map(Device::Cuda).map_err(|_| unknown()),
-            _ => Err(unknown()),
-        }
-    }
+/// A device by its name, for the parser of arguments.
+pub fn parse(name: &str) -> std::result::Result<Device, String> {
+    let unknown = |_| format!("no device is named {name:?}; \"cpu\", \"cuda\" and \"cuda:0\" are");
+    name.parse().map_err(unknown)
 }
 
 /// Number types of activations.
@@ -35,28 +21,39 @@ pub enum DtypeName {
     Bf16,
 }
 
-/// Does something with the backend of a device, whatever its type is.
-macro_rules! on_device {
-    ($arguments:expr, |$backend:ident| $work:expr) => {{
-        let arguments: &$crate::cli::DeviceArguments = $arguments;
-        match arguments.device {
-            $crate::cli::device::Device::Cpu => {
-                arguments.check_cpu()?;
-                let $backend = ::sidereal::backend::cpu::CpuBackend::default();
-                $work
-            }
-            #[cfg(feature = "cuda")]
-            $crate::cli::device::Device::Cuda(ordinal) => {
-                let device = ::sidereal::backend::cuda::CudaDevice::open(ordinal)?;
-                let $backend =
-                    ::sidereal::backend::cuda::CudaBackend::new(device, arguments.cuda_dtype());
-                $work
-            }
-            #[cfg(not(feature = "cuda"))]
-            $crate::cli::device::Device::Cuda(ordinal) => Err(::sidereal::Error::Device {
-                device: format!("cuda:{ordinal}"),
-                reason: "this build computes on \"cpu\"; build it with --features cuda".into(),
+impl DeviceArguments {
+    /// The number type that was asked for, if the device has it.
+    fn dtype(&self) -> Result<Option<Dtype>> {
+        match (self.device, self.dtype) {
+            (Device::Cpu, Some(DtypeName::Bf16)) => Err(Error::InvalidField {
+                field: "--dtype",
+                reason: "the CPU computes in f32; bf16 is for GPUs".into(),
             }),
+            (_, dtype) => Ok(dtype.map(|dtype| match dtype {
+                DtypeName::F32 => Dtype::F32,
+                DtypeName::Bf16 => Dtype::Bf16,
+            })),
         }
-    }};
+    }
+
+    /// How an engine is opened.
+    pub fn engine_options(&self) -> EngineOptions {
+        EngineOptions::for_device(self.device)
+            .with_threads(self.threads.into())
+            .with_max_context(self.max_context)
+            .with_context_tokens(self.context_tokens)
+    }
+
+    /// How a recommender is opened.
+    pub fn options(&self) -> Result<RecommenderOptions> {
+        let mut options = RecommenderOptions::new(self.device.to_string());
+        options.engine = self.engine_options();
+        options.dtype = self.dtype()?;
+        Ok(options)
+    }
+
+    /// Does something with the device's backend, whatever its type is.
+    pub fn with_backend<W: WithBackend>(&self, work: W) -> Result<W::Output> {
+        self.device.with_backend(self.dtype()?, work)
+    }
 }

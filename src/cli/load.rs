@@ -1,4 +1,4 @@
-//! Load on a service: requests that arrive by themselves, or callers that wait for their answers.
+//! Load: requests that arrive by themselves, or callers that wait for their answers.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -13,8 +13,7 @@ use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use serde::Serialize;
-use sidereal::backend::Backend;
-use sidereal::{Answer, Error, Handle, Input, Request, Result, Service};
+use sidereal::{Answer, Error, Handle, Input, Recommender, Request, Result};
 
 use super::measure::cpu_time;
 
@@ -70,9 +69,9 @@ impl LoadArguments {
     }
 
     pub fn check(&self) -> Result<()> {
-        let wrong = |field, value: f64| {
+        let wrong = |option, value: f64| {
             let reason = format!("{value} is not a number above zero");
-            Err(Error::InvalidField { field, reason })
+            Err(Error::InvalidOption { option, reason })
         };
         let is_positive = |value: f64| value.is_finite() && value > 0.0;
         if let Some(rate) = self.rate.filter(|&rate| !is_positive(rate) || rate > 1e6) {
@@ -86,7 +85,7 @@ impl LoadArguments {
         }
         if !(0.0..=100.0).contains(&self.returning) {
             let reason = format!("{} is not between 0 and 100", self.returning);
-            return Err(Error::InvalidField { field: "--returning", reason });
+            return Err(Error::InvalidOption { option: "--returning", reason });
         }
         if self.mixed_history.contains(&0) {
             return wrong("--mixed-history", 0.0);
@@ -111,12 +110,12 @@ pub struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    pub fn new<B: Backend>(
-        service: &Service<B>,
+    pub fn new(
+        recommender: &Recommender,
         requests: &'a [Request],
         arguments: &'a LoadArguments,
     ) -> Source<'a> {
-        let snapshot = service.engine().catalog().snapshot();
+        let snapshot = recommender.catalog().snapshot();
         let items = snapshot.all_items().map(|item| snapshot.name(item).to_string()).collect();
         let rng = fastrand::Rng::with_seed(2);
         Source { arguments, requests, items, rng, users: Vec::new(), next: 0 }
@@ -162,7 +161,7 @@ impl<'a> Source<'a> {
                 false => {
                     let history = match &request.input {
                         Input::History(history) => history.clone(),
-                        Input::Tokens(_) => self.random_items(20),
+                        _ => self.random_items(20),
                     };
                     self.users.push(history);
                     self.users.len() - 1
@@ -257,14 +256,14 @@ struct Since {
 }
 
 impl Since {
-    fn now<B: Backend>(service: &Service<B>) -> Since {
-        let flops = service.engine().run(|backend| backend.matrix_flops());
-        Since { start: Instant::now(), cpu: cpu_time(), flops }
+    fn now(recommender: &Recommender) -> Result<Since> {
+        let flops = recommender.status()?.matrix_flops;
+        Ok(Since { start: Instant::now(), cpu: cpu_time(), flops })
     }
 
-    fn report<B: Backend>(
+    fn report(
         &self,
-        service: &Service<B>,
+        recommender: &Recommender,
         offered: Option<f64>,
         tally: Tally,
     ) -> Result<LoadReport> {
@@ -272,7 +271,7 @@ impl Since {
             return Err(failure);
         }
         let seconds = self.start.elapsed().as_secs_f64();
-        let end = Since::now(service);
+        let end = Since::now(recommender)?;
         let answered = tally.latencies_us.len() as usize;
         let each = answered.max(1) as f64;
         let ms = |quantile: f64| tally.latencies_us.value_at_quantile(quantile) as f64 / 1e3;
@@ -336,14 +335,14 @@ impl Sent {
 }
 
 /// Requests arrive at random moments, `rate` a second on average (a Poisson process).
-fn open_loop<B: Backend>(
-    service: &Service<B>,
+fn open_loop(
+    recommender: &Recommender,
     source: &mut Source<'_>,
     rate: f64,
     seconds: f64,
     bar: &ProgressBar,
 ) -> Result<LoadReport> {
-    let (since, before) = (Since::now(service), bar.position());
+    let (since, before) = (Since::now(recommender)?, bar.position());
     let (sender, receiver) = mpsc::channel::<Sent>();
     let collected = std::thread::scope(|scope| {
         let collector = scope.spawn(move || {
@@ -362,7 +361,7 @@ fn open_loop<B: Backend>(
             std::thread::sleep(arrival.saturating_duration_since(Instant::now()));
             bar.set_position(before + (due * 1e3) as u64);
             // Whoever sends late has waited since the request was due.
-            match service.submit(request).map(|handle| Sent::new(handle, arrival)) {
+            match recommender.submit(request).map(|handle| Sent::new(handle, arrival)) {
                 Ok(Ok(sent)) => sender.send(sent).expect("the collector outlives the loop"),
                 Ok(Err(answer)) => own.note(answer, arrival.elapsed()),
                 Err(error) => own.note(Err(error), Duration::ZERO),
@@ -377,13 +376,13 @@ fn open_loop<B: Backend>(
         tally.failure = tally.failure.or(own.failure);
         tally
     });
-    since.report(service, Some(rate), collected)
+    since.report(recommender, Some(rate), collected)
 }
 
 /// So many callers, each of whom sends its next request when it has its answer, until as many as
 /// wanted are answered. Each latency is handed over as it comes.
-pub fn closed_loop<B: Backend>(
-    service: &Service<B>,
+pub fn closed_loop(
+    recommender: &Recommender,
     source: &mut Source<'_>,
     callers: usize,
     requests: usize,
@@ -392,7 +391,7 @@ pub fn closed_loop<B: Backend>(
 ) -> Result<LoadReport> {
     let drawn: VecDeque<Request> = (0..requests).map(|_| source.draw()).collect();
     let drawn = Mutex::new(drawn);
-    let since = Since::now(service);
+    let since = Since::now(recommender)?;
     let (sender, receiver) = mpsc::channel();
     let mut tally = Tally::new();
     std::thread::scope(|scope| {
@@ -403,7 +402,7 @@ pub fn closed_loop<B: Backend>(
                     let next = drawn.lock().expect("no holder panics").pop_front();
                     let Some(request) = next else { return };
                     let start = Instant::now();
-                    let answer = service.submit(request).and_then(Handle::wait);
+                    let answer = recommender.submit(request).and_then(Handle::wait);
                     let latency = start.elapsed();
                     if sender.send((answer, latency)).is_err() {
                         return;
@@ -418,7 +417,7 @@ pub fn closed_loop<B: Backend>(
             tally.note(answer, latency);
         }
     });
-    since.report(service, None, tally)
+    since.report(recommender, None, tally)
 }
 
 /// Loads that arrive by themselves, one after the other.
@@ -438,12 +437,12 @@ const CAPACITY_CALLERS: usize = 32;
 /// Loads of a sweep, as shares of that.
 const SWEEP: [f64; 8] = [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2];
 
-pub fn run_open<B: Backend>(
-    service: &Service<B>,
+pub fn run_open(
+    recommender: &Recommender,
     requests: &[Request],
     arguments: &LoadArguments,
 ) -> Result<OpenReport> {
-    let mut source = Source::new(service, requests, arguments);
+    let mut source = Source::new(recommender, requests, arguments);
     let seconds = arguments.seconds;
     let (mut rates, mut capacity) = (Vec::from_iter(arguments.rate), None);
     if arguments.sweep {
@@ -453,7 +452,7 @@ pub fn run_open<B: Backend>(
         while start.elapsed().as_secs_f64() < seconds.min(5.0) {
             let hidden = ProgressBar::hidden();
             let count = 4 * CAPACITY_CALLERS;
-            closed_loop(service, &mut source, CAPACITY_CALLERS, count, &hidden, |_| {})?;
+            closed_loop(recommender, &mut source, CAPACITY_CALLERS, count, &hidden, |_| {})?;
             answered += count;
         }
         bar.finish_and_clear();
@@ -468,7 +467,7 @@ pub fn run_open<B: Backend>(
     let mut loads = Vec::new();
     for rate in rates {
         bar.set_message(format!("{rate:.0} requests/s"));
-        loads.push(open_loop(service, &mut source, rate, seconds, &bar)?);
+        loads.push(open_loop(recommender, &mut source, rate, seconds, &bar)?);
     }
     bar.finish_and_clear();
     let within = |bound: f64| {
@@ -516,10 +515,7 @@ impl OpenReport {
 
 /// Latency against load, on a logarithmic scale.
 fn plot(path: &Path, loads: &[LoadReport]) -> Result<()> {
-    let failed = |reason: String| Error::Io {
-        path: path.to_path_buf(),
-        source: std::io::Error::other(reason),
-    };
+    let failed = |reason: String| Error::OutputFile { path: path.to_path_buf(), reason };
     let area = SVGBackend::new(path, (800, 500)).into_drawing_area();
     let draw = || -> std::result::Result<(), Box<dyn std::error::Error>> {
         area.fill(&WHITE)?;

@@ -6,16 +6,17 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use device::{Device, DtypeName};
-use sidereal::backend::Backend;
+use device::DtypeName;
 use sidereal::catalog::Catalog;
-use sidereal::{Constraint, Engine, EngineOptions, Error, Normalization, RequestDefaults, Result};
-
-#[macro_use]
-mod device;
+use sidereal::wire::RequestDefaults;
+use sidereal::{
+    Constraint, Device, EngineOptions, Error, Normalization, Recommender, RecommenderOptions,
+    Result,
+};
 
 mod bench;
 mod catalog;
+mod device;
 mod evaluate;
 mod load;
 mod measure;
@@ -109,7 +110,7 @@ struct ModelArguments {
 #[derive(Args, Clone)]
 struct DeviceArguments {
     /// Device to compute on: cpu, cuda or cuda:N
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value = "cpu", value_parser = device::parse)]
     device: Device,
     /// Number type of activations; by default bf16 on GPUs and f32 on the CPU, which has no other
     #[arg(long)]
@@ -124,43 +125,6 @@ struct DeviceArguments {
     /// 256 MiB hold, or half of a GPU's free memory
     #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "TOKENS")]
     context_tokens: usize,
-}
-
-impl DeviceArguments {
-    /// Refuses what the CPU does not have.
-    fn check_cpu(&self) -> Result<()> {
-        match self.dtype {
-            Some(DtypeName::Bf16) => Err(Error::InvalidField {
-                field: "--dtype",
-                reason: "the CPU computes in f32; bf16 is for GPUs".into(),
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_dtype(&self) -> sidereal::Dtype {
-        match self.dtype {
-            Some(DtypeName::F32) => sidereal::Dtype::F32,
-            _ => sidereal::Dtype::Bf16,
-        }
-    }
-
-    fn options(&self) -> Result<EngineOptions> {
-        let defaults = EngineOptions {
-            threads: self.threads.into(),
-            max_context: self.max_context,
-            context_tokens: self.context_tokens,
-            ..EngineOptions::default()
-        };
-        Ok(match self.device {
-            Device::Cpu => defaults,
-            // A GPU is full only with more rows in a step than a CPU needs.
-            Device::Cuda(_) => {
-                EngineOptions { rows_per_step: 4096, tokens_per_step: 8192, ..defaults }
-            }
-        })
-    }
 }
 
 #[derive(Args)]
@@ -179,17 +143,17 @@ struct SearchArguments {
 impl SearchArguments {
     fn defaults(&self, top_k: usize) -> RequestDefaults {
         let widths: Vec<usize> = self.beams.iter().map(|&width| width.into()).collect();
-        RequestDefaults {
-            beams: *widths.last().expect("clap has a default"),
-            widths: if widths.len() == 1 { Vec::new() } else { widths },
-            top_k,
-            normalization: self.normalize.map(NormalizationName::normalization),
-            constraint: match self.constraint {
-                ConstraintName::Trie => Constraint::Trie,
-                ConstraintName::Level => Constraint::Level,
-                ConstraintName::None => Constraint::None,
-            },
-        }
+        let mut defaults = RequestDefaults::default();
+        defaults.beams = *widths.last().expect("clap has a default");
+        defaults.widths = if widths.len() == 1 { Vec::new() } else { widths };
+        defaults.top_k = top_k;
+        defaults.normalization = self.normalize.map(NormalizationName::normalization);
+        defaults.constraint = match self.constraint {
+            ConstraintName::Trie => Constraint::Trie,
+            ConstraintName::Level => Constraint::Level,
+            ConstraintName::None => Constraint::None,
+        };
+        defaults
     }
 }
 
@@ -235,43 +199,36 @@ impl ModelArguments {
         Ok(Arc::new(Catalog::open(&path)?))
     }
 
-    fn open<B: Backend>(&self, backend: B) -> Result<Engine<B>> {
-        self.open_with(backend, &self.device.options()?)
+    fn open(&self) -> Result<Recommender> {
+        self.open_with(&self.device.options()?)
     }
 
-    fn open_with<B: Backend>(&self, backend: B, options: &EngineOptions) -> Result<Engine<B>> {
+    fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
         let spinner = requests::spinner("opening the model");
-        let engine = Engine::open_on(backend, &self.model, self.open_catalog()?, options)?;
+        let recommender = Recommender::open(&self.model, self.open_catalog()?, options)?;
         spinner.finish_and_clear();
-        Ok(engine)
+        Ok(recommender)
     }
 }
 
 fn catalog_beside(model: &Path) -> Result<PathBuf> {
     if !model.is_dir() {
-        let reason = "there is no such model folder";
-        let source = std::io::Error::new(std::io::ErrorKind::NotFound, reason);
-        return Err(Error::Io { path: model.to_path_buf(), source });
+        let reason = "there is no such model folder".into();
+        return Err(Error::ModelFolder { path: model.to_path_buf(), reason });
     }
     let candidates = CATALOG_NAMES.map(|name| model.join(name));
-    candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::Io {
-        path: model.join(CATALOG_NAMES[0]),
-        source: std::io::Error::new(
-            std::io::ErrorKind::NotFound,
-            format!(
-                "no catalog beside the model ({}); name one with --catalog",
-                CATALOG_NAMES.join(", ")
-            ),
+    candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::ModelFolder {
+        path: model.to_path_buf(),
+        reason: format!(
+            "no catalog is beside the model ({}); name one with --catalog",
+            CATALOG_NAMES.join(", ")
         ),
     })
 }
 
 /// An error of writing to `path`, or to the standard output.
 fn write_error(path: Option<&Path>) -> impl Fn(std::io::Error) -> Error + '_ {
-    move |source| Error::Io {
-        path: path.unwrap_or(Path::new("standard output")).to_path_buf(),
-        source,
-    }
+    move |source| Error::io(path.unwrap_or(Path::new("standard output")), source)
 }
 
 /// Tells the user something beside the output; nobody may be listening.
@@ -280,11 +237,11 @@ fn say(text: &str) {
 }
 
 /// Refuses to write over what is being read.
-fn refuse_same_file(field: &'static str, output: Option<&Path>, input: &Path) -> Result<()> {
+fn refuse_same_file(option: &'static str, output: Option<&Path>, input: &Path) -> Result<()> {
     let is_input = |output| same_file::is_same_file(output, input).unwrap_or(false);
     match output.is_some_and(is_input) {
-        true => Err(Error::InvalidField {
-            field,
+        true => Err(Error::InvalidOption {
+            option,
             reason: format!("{} is the input; name another file", input.display()),
         }),
         false => Ok(()),

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use sidereal::backend::Backend;
-use sidereal::{Answer, Engine, Error, Request, RequestDefaults, RequestLine, Result};
+use sidereal::wire::{RequestDefaults, RequestLine};
+use sidereal::{Answer, Error, Recommender, Request, Result};
 
 /// Lines that are held at a time.
 const LINES_PER_STRETCH: usize = 4096;
@@ -52,8 +52,8 @@ impl Requests {
 
 /// Answers every line whose request passes `check`, and hands the answers over in input order. Blank
 /// lines are passed over.
-pub fn answer_file<B: Backend>(
-    engine: &Engine<B>,
+pub fn answer_file(
+    recommender: &Recommender,
     requests: Requests,
     defaults: &RequestDefaults,
     check: impl Fn(Request) -> Result<Request>,
@@ -82,7 +82,7 @@ pub fn answer_file<B: Backend>(
         if stretch.is_empty() {
             break;
         }
-        for answered in answer(engine, stretch, &progress) {
+        for answered in answer(recommender, stretch, &progress) {
             progress.suspend(|| each(answered))?;
         }
     }
@@ -116,8 +116,8 @@ fn parse(line_number: usize, bytes: &[u8], defaults: &RequestDefaults) -> Parsed
     }
 }
 
-fn answer<B: Backend>(
-    engine: &Engine<B>,
+fn answer(
+    recommender: &Recommender,
     stretch: Vec<Parsed>,
     progress: &ProgressBar,
 ) -> Vec<Answered> {
@@ -132,7 +132,7 @@ fn answer<B: Backend>(
         heads.push((parsed.line_number, parsed.line, parsed.id));
     }
     let results: Vec<OnceLock<Result<Answer>>> = requests.iter().map(|_| OnceLock::new()).collect();
-    engine.recommend_all(&requests, |index, answer| {
+    recommender.recommend_all(&requests, |index, answer| {
         let _ = results[index].set(answer); // each index is delivered once
         progress.tick();
     });
@@ -176,5 +176,5 @@ pub fn spinner(what: &'static str) -> ProgressBar {
 }
 
 fn io_error(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
-    |source| Error::Io { path: path.to_path_buf(), source }
+    |source| Error::io(path, source)
 }

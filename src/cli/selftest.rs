@@ -11,6 +11,7 @@ use sidereal::backend::testing::{self, Cases, Fixture, OPERATIONS};
 use sidereal::backend::{AttentionSpec, Backend, Batch, Heads, KvScope, Mask, SearchRule};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{CatalogBuilder, Item};
+use sidereal::device::WithBackend;
 use sidereal::{Dtype, Engine, Recommendation, Request, Result, Tensor};
 
 use super::measure::matrix_gflops;
@@ -62,7 +63,17 @@ struct Bounds {
 }
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    on_device!(&arguments.device, |backend| run_on(arguments, backend))
+    arguments.device.with_backend(Selftest(arguments))
+}
+
+struct Selftest<'a>(&'a Arguments);
+
+impl WithBackend for Selftest<'_> {
+    type Output = Outcome;
+
+    fn run<B: Backend>(self, backend: B) -> Result<Outcome> {
+        run_on(self.0, backend)
+    }
 }
 
 /// Where nobody reads, the exit code tells.
@@ -82,11 +93,11 @@ fn run_on<B: Backend>(arguments: &Arguments, backend: B) -> Result<Outcome> {
         Dtype::F32 => Bounds { operation: 1e-5, score: 1e-3, share: 0.99 },
         _ => Bounds { operation: 2e-2, score: 0.1, share: 0.9 },
     };
-    let cpu = open_model(arguments, CpuBackend::default())?;
+    let mut cpu = open_model(arguments, CpuBackend::default())?;
     let mut is_right = check_operations(&backend, arguments.cases, &bounds)?;
     // The model takes the backend for itself; what is measured comes last.
-    let engine = open_model(arguments, backend)?;
-    is_right &= check_model(&cpu, &engine, &bounds)?;
+    let mut engine = open_model(arguments, backend)?;
+    is_right &= check_model(&mut cpu, &mut engine, &bounds)?;
     if !arguments.no_bench {
         engine.run(measure_operations)?;
     }
@@ -136,14 +147,17 @@ fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
 
 /// The demo model, or the one that was named, on a device.
 fn open_model<B: Backend>(arguments: &Arguments, backend: B) -> Result<Engine<B>> {
-    let options = arguments.device.options()?;
+    let options = arguments.device.engine_options();
     let open = |folder: &Path| {
         let model = ModelArguments {
             model: folder.to_path_buf(),
             catalog: arguments.catalog.clone(),
             device: arguments.device.clone(),
         };
-        model.open_with(backend, &options)
+        let spinner = super::requests::spinner("opening the model");
+        let engine = Engine::open_on(backend, folder, model.open_catalog()?, &options)?;
+        spinner.finish_and_clear();
+        Ok(engine)
     };
     if let Some(folder) = &arguments.model {
         return open(folder);
@@ -157,7 +171,11 @@ fn open_model<B: Backend>(arguments: &Arguments, backend: B) -> Result<Engine<B>
 }
 
 /// Whether a model answers as on the CPU.
-fn check_model<B: Backend>(cpu: &Engine, device: &Engine<B>, bounds: &Bounds) -> Result<bool> {
+fn check_model<B: Backend>(
+    cpu: &mut Engine,
+    device: &mut Engine<B>,
+    bounds: &Bounds,
+) -> Result<bool> {
     let snapshot = cpu.catalog().snapshot();
     let items: Vec<u32> = snapshot.all_items().collect();
     let mut rng = fastrand::Rng::with_seed(3);

@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
-use sidereal::backend::Backend;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item};
 use sidereal::models::config::{Config, Prompt, SidLayout};
 use sidereal::models::weights::Weights;
-use sidereal::{Engine, EngineOptions, Normalization, Result};
+use sidereal::{Normalization, Recommender, RecommenderOptions, Result};
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Shape {
@@ -65,12 +64,7 @@ impl Shape {
 
     /// A model of this shape. The same weights and items every time.
     /// `items`: how many the catalog has, if not the shape's own number.
-    pub fn open<B: Backend>(
-        self,
-        backend: B,
-        options: &EngineOptions,
-        items: Option<u32>,
-    ) -> Result<Engine<B>> {
+    pub fn open(self, options: &RecommenderOptions, items: Option<u32>) -> Result<Recommender> {
         let (num_levels, num_codes, first_token, own_items) = self.catalog();
         let num_items = items.map_or(own_items, |items| items as usize);
         let mut rng = fastrand::Rng::with_seed(20);
@@ -96,6 +90,6 @@ impl Shape {
         let keys = self.config().as_object().cloned().unwrap_or_default();
         let config = Config::new(Path::new("config.json"), keys);
         let weights = Weights::random(7);
-        Engine::from_parts(backend, &config, weights, layout, catalog, options)
+        Recommender::from_parts(&config, weights, layout, catalog, options)
     }
 }

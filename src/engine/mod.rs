@@ -3,151 +3,94 @@
 //! Requests are batched **continuously**: in every step some read their prompts, in chunks, and
 //! others extend their beams by a level; all rows of a step share its matrix products. What a
 //! request needs is known when it arrives (pages for its context and tails, beam rows), so it is
-//! admitted when that is free ([`schedule`](crate::schedule)) and then always finishes. The answer to a request is
-//! the same, to the last bit, in any company and on any number of threads.
+//! admitted when that is free ([`schedule`](crate::schedule)) and then always finishes. The answer
+//! to a request is the same, to the last bit, in any company and on any number of threads.
 //!
-//! Contexts that were computed stay as long as there is room ([`prefix_cache`](crate::prefix_cache)): a request that
-//! begins like an earlier one reads only what is new.
+//! Computed contexts stay as long as there is room ([`prefix_cache`](crate::prefix_cache)): a
+//! request that begins like an earlier one reads only what is new.
+//!
+//! An engine has **one owner**: a step needs `&mut`, and each answer goes to the place that its
+//! request named ([`Reply`]), so that nobody can take another's answer. Many callers share an engine
+//! through a [`Recommender`](crate::Recommender), which owns it on a thread of its own.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `prepare` | a request is checked and becomes work, on any thread |
+//! | `scheduler` | requests that wait and run, their pages: host state alone |
+//! | `step` | one step: admit, plan, batch, run, complete |
+//! | `batch` | the rows of a step and the pass over them |
+//! | `answer` | beams become an answer, which goes where its request said |
+//! | `feed` | many requests, a few at a time |
+//! | `weights` | the network is loaded, and replaced |
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::answer::Answer;
+use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, MemorySpec, NO_TOKEN};
 use crate::catalog::Catalog;
 use crate::error::{Error, Result};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
-use crate::models::{self, ModelSpec};
-use crate::pages::{self, TAIL_PAGE_LEN};
+use crate::models::{self, Model, ModelSpec};
+use crate::pages;
 use crate::prefix_cache::CacheStats;
-use crate::request::{MAX_BEAMS, Request};
-use crate::schedule::{Limits, Micros, RequestId};
+use crate::request::{Input, MAX_BEAMS, Request};
+use crate::schedule::{Limits, RequestId};
 use crate::tensor::Tensor;
 
-mod job;
-mod load;
+mod answer;
+mod batch;
+mod feed;
+mod options;
+mod prepare;
+mod scheduler;
+mod step;
+mod weights;
 
-pub(crate) use job::Job;
-use load::Load;
+use answer::Codes;
+pub use answer::Reply;
+use batch::Workspace;
+pub(crate) use feed::Feed;
+pub use options::{EngineOptions, MAX_THREADS};
+pub(crate) use prepare::Arrival;
+pub use prepare::{Prepared, Preparer};
+use scheduler::{Scheduler, SchedulerSpec};
+use weights::Loader;
+pub(crate) use weights::ReplaceWeights;
 
 /// Numbers in a network's weights up to which they stay in the caches, so that two threads do
 /// better with half the requests each than with half of every product.
 const MOST_SMALL_WEIGHTS: usize = 16 << 20;
-/// Requests that wait at most while [`Engine::recommend_all`] hands over more.
-const MOST_WAITING: usize = 64;
 
-/// How an engine is opened.
-#[derive(Debug, Clone)]
-pub struct EngineOptions {
-    /// Threads to compute on; 0 for all cores.
-    pub threads: usize,
-    /// The most tokens of an input. A model's own limit of positions holds as well.
-    pub max_context: usize,
-    /// Tokens of all contexts together, of those that run and those that are kept for requests to
-    /// come; 0 for what 256 MiB hold (half of the free memory of a GPU), and for one longest input
-    /// at least.
-    pub context_tokens: usize,
-    /// Beam rows that the memory for tails is enough for: the most that all requests together, and
-    /// one alone, can have.
-    pub max_beam_rows: usize,
-    /// Beam rows that share a step, unless one request has more.
-    pub rows_per_step: usize,
-    /// Prompt tokens that share a step. A prompt that an encoder reads may have more.
-    pub tokens_per_step: usize,
-    /// How long a request of high priority waits before it goes before all that came later; normal
-    /// priority waits twice as long, low three times.
-    pub ageing: Duration,
-    /// Whether contexts are kept for requests to come.
-    pub prefix_cache: bool,
-}
-
-impl Default for EngineOptions {
-    fn default() -> EngineOptions {
-        EngineOptions {
-            threads: 0,
-            max_context: 8192,
-            context_tokens: 0,
-            max_beam_rows: 16_384,
-            rows_per_step: 256,
-            tokens_per_step: 1024,
-            ageing: Duration::from_millis(500),
-            prefix_cache: true,
-        }
-    }
-}
-
-impl EngineOptions {
-    fn memory<B: Backend>(
-        &self,
-        backend: &B,
-        spec: &ModelSpec,
-        max_context: usize,
-        num_steps: usize,
-    ) -> Result<MemorySpec> {
-        let token_bytes = spec.kv.numbers_per_token() * backend.dtype().size();
-        let most_of_one = max_context.min(self.max_context);
-        let tokens = match self.context_tokens {
-            0 => (backend.context_bytes()? / token_bytes.max(1))
-                .min(pages::MAX_PAGES * pages::PAGE_LEN)
-                .max(most_of_one),
-            tokens => tokens,
-        };
-        let context_pages = pages::context_pages(tokens);
-        let tail_pages = (1 + num_steps).saturating_mul(self.max_beam_rows.div_ceil(TAIL_PAGE_LEN));
-        for (field, have, pages) in [
-            ("context_tokens", tokens, context_pages),
-            ("max_beam_rows", self.max_beam_rows, tail_pages),
-        ] {
-            if pages > pages::MAX_PAGES {
-                let most = pages::MAX_PAGES;
-                let reason = format!("{have} take {pages} pages of memory, at most {most} go");
-                return Err(Error::InvalidField { field, reason });
-            }
-        }
-        Ok(MemorySpec {
-            kv: spec.kv,
-            context_pages,
-            tail_pages,
-            rows_per_step: self.rows_per_step.min(self.max_beam_rows),
-            tokens_per_step: match spec.prompt.is_whole() {
-                true => self.tokens_per_step.max(most_of_one),
-                false => self.tokens_per_step,
-            },
-        })
-    }
-}
-
-/// A model and a catalog, ready to answer. Shared by reference between threads; calls wait for each
-/// other. Many callers at a time are better served by a [`Service`](crate::Service).
+/// A model and a catalog, ready to answer, with one owner.
 pub struct Engine<B: Backend = CpuBackend> {
-    backend: B,
-    config: Config,
+    backend: Arc<B>,
     spec: ModelSpec,
-    /// The network's weights as they came, of which some may be replaced.
-    weights: Mutex<Weights>,
-    layout: SidLayout,
-    /// By level: the code of each token.
-    codes: Vec<HashMap<u32, u16>>,
-    catalog: Arc<Catalog>,
-    max_context: usize,
-    context_pages: usize,
-    tail_pages: usize,
-    limits: Limits,
+    preparer: Arc<Preparer>,
+    codes: Codes,
+    loader: Arc<Loader<B>>,
+    model: Arc<dyn Model<B>>,
+    weights_version: u64,
+    memory: B::Memory,
+    scheduler: Scheduler<B::Slot>,
+    /// One for each sub-batch of a step.
+    workspaces: Vec<Workspace<B>>,
     /// All threads together.
-    pool: ThreadPool,
-    /// One thread each, for a part of a step's requests; empty where there is but one thread or
-    /// the weights are many.
+    pool: Arc<ThreadPool>,
+    /// One thread each, for a sub-batch of a step; empty where there is but one thread or the
+    /// weights are many.
     workers: Vec<ThreadPool>,
-    load: Mutex<Load<B>>,
-    opened: Instant,
     phases: PhaseClocks,
+    /// The process that opened the engine; its threads do not exist in another.
+    process: u32,
+    /// A step began and did not end: it panicked.
+    is_stepping: bool,
 }
 
 /// Where the time went, summed over the threads that work on different requests.
@@ -168,16 +111,9 @@ struct PhaseClocks {
     search: AtomicU64,
 }
 
-impl PhaseClocks {
-    fn clear(&self) {
-        for clock in [&self.prefill, &self.decode, &self.search] {
-            clock.store(0, Ordering::Relaxed);
-        }
-    }
-}
-
 /// What an engine holds at a moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct EngineStatus {
     /// Requests that wait for room.
     pub waiting: usize,
@@ -185,15 +121,16 @@ pub struct EngineStatus {
     pub running: usize,
     /// Pages of contexts, [`PAGE_LEN`](pages::PAGE_LEN) tokens each.
     pub context_pages: usize,
-    /// Those that are free.
+    /// Pages of contexts that are free.
     pub free_context_pages: usize,
-    /// Those that are kept for requests to come, and may be held by running ones as well.
+    /// Pages of contexts that are kept for requests to come; running requests may hold them as
+    /// well.
     pub cached_context_pages: usize,
-    /// Pages of tails, [`TAIL_PAGE_LEN`] rows each.
+    /// Pages of tails, [`TAIL_PAGE_LEN`](pages::TAIL_PAGE_LEN) rows each.
     pub tail_pages: usize,
-    /// Those that are free.
+    /// Pages of tails that are free.
     pub free_tail_pages: usize,
-    /// What the history cache found.
+    /// How often the prefix cache had a part of a context.
     pub cache: CacheStats,
 }
 
@@ -202,7 +139,7 @@ impl Engine<CpuBackend> {
     ///
     /// # Errors
     /// The files': see [`models::load`], [`SidLayout`]; [`Error::LevelsMismatch`] where the catalog
-    /// has codes that the model cannot write.
+    /// has codes that the model cannot write; [`Error::InvalidOption`].
     pub fn open(folder: &Path, catalog: Arc<Catalog>, options: &EngineOptions) -> Result<Self> {
         Engine::open_on(CpuBackend::default(), folder, catalog, options)
     }
@@ -212,13 +149,14 @@ impl<B: Backend> Engine<B> {
     /// Opens a model folder on a device.
     ///
     /// # Errors
-    /// As [`Engine::open`]; [`Error::Device`].
+    /// Those of [`Engine::open`]; [`Error::Device`].
     pub fn open_on(
         backend: B,
         folder: &Path,
         catalog: Arc<Catalog>,
         options: &EngineOptions,
     ) -> Result<Engine<B>> {
+        options.check()?;
         let config = Config::read(&folder.join("config.json"))?;
         let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
         Engine::from_parts(backend, &config, Weights::open(folder)?, layout, catalog, options)
@@ -227,7 +165,7 @@ impl<B: Backend> Engine<B> {
     /// Opens a network from its parts, wherever they come from.
     ///
     /// # Errors
-    /// As [`Engine::open`].
+    /// Those of [`Engine::open`]; [`Error::Device`].
     pub fn from_parts(
         backend: B,
         config: &Config,
@@ -236,8 +174,8 @@ impl<B: Backend> Engine<B> {
         catalog: Arc<Catalog>,
         options: &EngineOptions,
     ) -> Result<Engine<B>> {
+        options.check()?;
         layout.check(&catalog)?;
-        let pool = thread_pool(options.threads)?;
         let num_steps = layout.num_steps();
         if num_steps > backend.max_steps() {
             return Err(Error::Unsupported {
@@ -245,12 +183,15 @@ impl<B: Backend> Engine<B> {
                 way_out: format!("at most {} are; use the CPU", backend.max_steps()),
             });
         }
-        let model = pool.install(|| models::load(&backend, config, weights.clone(), &layout))?;
+        let (backend, pool) = (Arc::new(backend), Arc::new(thread_pool(options.threads)?));
+        let loader =
+            Loader::new(Arc::clone(&backend), Arc::clone(&pool), config, weights, layout.clone());
+        let model = loader.load()?;
         // What the decoder writes takes positions as well: all steps but the last are read again.
-        let (spec, written) = (*model.spec(), num_steps - 1);
-        let max_positions = spec.max_positions.map(|max| max.saturating_sub(written));
+        let spec = *model.spec();
+        let max_positions = spec.max_positions.map(|max| max.saturating_sub(num_steps - 1));
         let max_context = options.max_context.min(max_positions.unwrap_or(usize::MAX));
-        let memory = options.memory(&backend, &spec, max_context, num_steps)?;
+        let memory = options.memory(&*backend, &spec, max_context, num_steps)?;
         let workers = match pool.current_num_threads() {
             threads
                 if B::COMPUTES_ON_CALLERS
@@ -261,31 +202,42 @@ impl<B: Backend> Engine<B> {
             }
             _ => Vec::new(),
         };
-        let codes = layout.levels.iter().map(|tokens| {
-            let tokens = tokens.iter().enumerate().filter(|&(_, &token)| token != NO_TOKEN);
-            tokens.map(|(code, &token)| (token, code as u16)).collect()
-        });
-        let engine = Engine {
-            codes: codes.collect(),
-            layout,
-            catalog,
-            max_context,
-            context_pages: memory.context_pages,
-            tail_pages: memory.tail_pages,
+        let scheduler = Scheduler::new(&SchedulerSpec {
             limits: Limits {
                 beam_rows: options.rows_per_step,
                 prompt_tokens: options.tokens_per_step,
-                ageing_us: load::micros(options.ageing),
+                ageing_us: prepare::micros(options.ageing),
             },
+            context_pages: memory.context_pages,
+            tail_pages: memory.tail_pages,
+            has_cache: options.prefix_cache,
+            is_prompt_whole: spec.prompt.is_whole(),
+        });
+        let mut engine = Engine {
+            codes: Codes::new(&layout),
+            preparer: Arc::new(Preparer {
+                catalog,
+                layout,
+                vocab_size: spec.vocab_size,
+                max_context,
+                context_pages: memory.context_pages,
+                tail_pages: memory.tail_pages,
+                opened: Instant::now(),
+                last_id: AtomicU64::new(0),
+            }),
+            memory: backend.memory(&memory)?,
+            loader: Arc::new(loader),
+            model,
+            weights_version: 1,
+            scheduler,
+            workspaces: Vec::new(),
             pool,
             workers,
-            load: Mutex::new(Load::new(&backend, model, &memory, options.prefix_cache)?),
-            opened: Instant::now(),
             phases: PhaseClocks::default(),
+            process: std::process::id(),
+            is_stepping: false,
             backend,
-            config: config.clone(),
             spec,
-            weights: Mutex::new(weights),
         };
         if !B::COMPUTES_ON_CALLERS {
             engine.warm_up(options)?;
@@ -295,39 +247,42 @@ impl<B: Backend> Engine<B> {
 
     /// Runs a request, so that a device has taken all memory that steps need, and fails here where
     /// it has too little.
-    fn warm_up(&self, options: &EngineOptions) -> Result<()> {
-        let most = self.max_context.min(self.context_pages * pages::PAGE_LEN);
+    fn warm_up(&mut self, options: &EngineOptions) -> Result<()> {
+        let Preparer { max_context, context_pages, .. } = *self.preparer;
+        let most = max_context.min(context_pages * pages::PAGE_LEN);
         let mut request = Request::from_tokens(vec![0; most]);
         request.beams = options.rows_per_step.min(options.max_beam_rows).min(MAX_BEAMS);
         request.top_k = 1;
-        // Options that allow no request are no failure of the device.
-        if self.submit(request).is_err() {
-            return Ok(());
-        }
-        let mut load = self.lock()?;
-        while !load.is_idle() {
-            self.step_load(&mut load);
-        }
-        // Random weights, or weights that make no sense, are not the device's failure.
-        let failure = load.take_answers().into_iter().find_map(|(_, answer)| match answer {
-            Err(error @ Error::Device { .. }) => Some(error),
-            _ => None,
-        });
-        load.forget();
-        self.phases.clear();
-        failure.map_or(Ok(()), Err)
+        let failure = match self.recommend(&request) {
+            Err(error @ Error::Device { .. }) => Err(error),
+            // Options that allow no request are no failure of the device; nor are random weights,
+            // or weights that make no sense.
+            _ => Ok(()),
+        };
+        self.scheduler.forget();
+        self.phases = PhaseClocks::default();
+        failure
+    }
+
+    /// Checks requests for this engine, on any thread, while it steps.
+    pub fn preparer(&self) -> &Arc<Preparer> {
+        &self.preparer
     }
 
     /// The catalog that is searched.
     pub fn catalog(&self) -> &Arc<Catalog> {
-        &self.catalog
+        self.preparer.catalog()
     }
 
-    /// Runs something on the engine's threads, with its backend, while nothing else runs there.
-    /// `work` must not call the engine.
+    /// Runs something on the engine's threads, with its backend.
     pub fn run<R: Send>(&self, work: impl FnOnce(&B) -> R + Send) -> R {
-        let _load = self.load.lock().unwrap_or_else(PoisonError::into_inner);
-        self.pool.install(|| work(&self.backend))
+        let backend = &*self.backend;
+        self.pool.install(|| work(backend))
+    }
+
+    /// The backend.
+    pub(crate) fn backend(&self) -> &B {
+        &self.backend
     }
 
     /// Threads that compute.
@@ -337,7 +292,21 @@ impl<B: Backend> Engine<B> {
 
     /// The most tokens that an input may have.
     pub fn max_context(&self) -> usize {
-        self.max_context
+        self.preparer.max_context()
+    }
+
+    /// The tokens that the model reads for an input, with the catalog as it is now.
+    ///
+    /// # Errors
+    /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
+    pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
+        self.preparer.input_tokens(input)
+    }
+
+    /// The version of the weights: 1 as the engine was opened, one more each time that they were
+    /// replaced.
+    pub fn weights_version(&self) -> u64 {
+        self.weights_version
     }
 
     /// Where the time went since the engine was opened.
@@ -350,17 +319,16 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// Answers one request, on all threads.
+    /// Answers one request, on all threads. Requests that were submitted before share its steps.
     ///
     /// # Errors
-    /// The request's; [`Error::EngineFailed`].
-    pub fn recommend(&self, request: &Request) -> Result<Answer> {
-        let job = self.prepare(request.clone())?;
-        let mut load = self.lock()?;
-        let id = load.enqueue(job);
+    /// The request's; [`Error::EngineFailed`], [`Error::Forked`].
+    pub fn recommend(&mut self, request: &Request) -> Result<Answer> {
+        let (sender, answer) = mpsc::channel();
+        self.submit(request.clone(), move |answer| drop(sender.send(answer)))?;
         loop {
-            self.step_load(&mut load);
-            if let Some(answer) = load.take_answer(id) {
+            self.step()?;
+            if let Ok(answer) = answer.try_recv() {
                 return answer;
             }
         }
@@ -369,74 +337,89 @@ impl<B: Backend> Engine<B> {
     /// Answers many requests and hands each answer to `deliver` with the request's index, in the
     /// order in which they finish.
     pub fn recommend_all(
-        &self,
+        &mut self,
         requests: &[Request],
         mut deliver: impl FnMut(usize, Result<Answer>),
     ) {
-        let mut next = requests.iter().enumerate();
-        let mut indices = HashMap::new();
-        loop {
-            while indices.len() < MOST_WAITING {
-                let Some((index, request)) = next.next() else { break };
-                match self.submit(request.clone()) {
-                    Ok(id) => {
-                        indices.insert(id, index);
-                    }
-                    Err(error) => deliver(index, Err(error)),
-                }
-            }
-            if indices.is_empty() {
-                return;
-            }
-            let mut finished = Vec::new();
-            match self.lock() {
-                Ok(mut load) => {
-                    self.step_load(&mut load);
-                    let answers = indices.keys().map(|&id| (id, load.take_answer(id)));
-                    finished.extend(answers.filter_map(|(id, answer)| Some((id, answer?))));
-                }
-                Err(_) => finished.extend(indices.keys().map(|&id| (id, Err(failed())))),
-            }
-            for (id, answer) in finished {
-                deliver(indices.remove(&id).expect("one of ours"), answer);
+        let (sender, answers) = mpsc::channel();
+        let mut feed = Feed::new(requests.iter().cloned(), sender);
+        while feed.refill(self) {
+            let stepped = self.step();
+            answers.try_iter().for_each(|(index, answer)| deliver(index, answer));
+            if stepped.is_err() {
+                return; // every request was told
             }
         }
+        answers.try_iter().for_each(|(index, answer)| deliver(index, answer));
     }
 
-    /// Hands over a request, which [`step`](Engine::step) will answer: for callers with a loop of
-    /// their own.
+    /// Hands over a request, which [`step`](Engine::step) will answer: for owners with a loop of
+    /// their own. `callback` gets the answer, on this thread. Its ID cancels the request.
     ///
     /// # Errors
-    /// The request's; [`Error::EngineFailed`].
-    pub fn submit(&self, request: Request) -> Result<RequestId> {
-        self.enqueue(self.prepare(request)?)
+    /// The request's; [`Error::EngineFailed`], [`Error::Forked`]; `callback` is not called then.
+    pub fn submit(
+        &mut self,
+        request: Request,
+        callback: impl FnOnce(Result<Answer>) + Send + 'static,
+    ) -> Result<RequestId> {
+        let prepared = self.preparer.prepare(request)?;
+        self.ready()?;
+        let id = prepared.id();
+        self.enqueue(prepared, Reply::new(callback));
+        Ok(id)
     }
 
-    /// The same for a request that was checked.
-    ///
-    /// # Errors
-    /// [`Error::EngineFailed`].
-    pub(crate) fn enqueue(&self, job: Job) -> Result<RequestId> {
-        Ok(self.lock()?.enqueue(job))
+    /// Hands over a request that this engine's [`preparer`](Engine::preparer) checked.
+    pub fn enqueue(&mut self, prepared: Prepared, reply: Reply) {
+        self.scheduler.enqueue(prepared, reply);
     }
 
-    /// Forgets a request that waits or runs; what it held is free at once.
+    /// Ends a request that waits or runs with [`Error::Cancelled`]; what it held is free at once.
+    /// The ID of a request that was answered does nothing.
+    pub fn cancel(&mut self, id: RequestId) {
+        self.scheduler.cancel(id);
+        self.deliver();
+    }
+
+    /// Ends all requests that wait or run.
+    pub(crate) fn end_all(&mut self, error: impl Fn() -> Error) {
+        self.scheduler.end_all(error);
+        self.deliver();
+    }
+
+    /// Whether no request waits or runs.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.is_idle()
+    }
+
+    /// One step of all requests; callers are then told what ended.
     ///
     /// # Errors
-    /// [`Error::EngineFailed`].
-    pub fn cancel(&self, id: RequestId) -> Result<()> {
-        self.lock()?.cancel(id);
+    /// [`Error::EngineFailed`], [`Error::Forked`].
+    pub fn step(&mut self) -> Result<()> {
+        self.compute()?;
+        self.deliver();
         Ok(())
     }
 
-    /// One step of all requests, and the answers that are there after it.
+    /// One step, of which callers are not told yet.
     ///
     /// # Errors
-    /// [`Error::EngineFailed`].
-    pub fn step(&self) -> Result<Vec<(RequestId, Result<Answer>)>> {
-        let mut load = self.lock()?;
-        self.step_load(&mut load);
-        Ok(load.take_answers())
+    /// [`Error::EngineFailed`], [`Error::Forked`].
+    pub(crate) fn compute(&mut self) -> Result<()> {
+        self.ready()?;
+        self.is_stepping = true;
+        self.advance();
+        self.is_stepping = false;
+        Ok(())
+    }
+
+    /// Gives the answers that are there to the places that their requests named.
+    pub(crate) fn deliver(&mut self) {
+        for (reply, answer) in self.scheduler.take_ended() {
+            reply.send(answer);
+        }
     }
 
     /// Puts other tensors in the place of those of the same names, and returns the version of the
@@ -449,26 +432,44 @@ impl<B: Backend> Engine<B> {
     /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
     /// [`Error::Unsupported`] where the weights are random. The old weights stay then.
     pub fn replace_weights(
-        &self,
+        &mut self,
         tensors: impl IntoIterator<Item = (String, Tensor)>,
     ) -> Result<u64> {
-        let mut own = self.weights.lock().map_err(|_| failed())?;
-        let mut weights = own.clone();
-        weights.replace(tensors.into_iter().collect())?;
-        let load = || models::load(&self.backend, &self.config, weights.clone(), &self.layout);
-        let model = self.pool.install(load)?;
-        let mut load = self.lock()?;
-        self.finish_running(&mut load);
-        *own = weights;
-        Ok(load.replace_model(model))
+        self.ready()?;
+        let loader = Arc::clone(&self.loader);
+        let version =
+            loader.replace(tensors.into_iter().collect(), &mut || self.install_weights())?;
+        self.deliver();
+        Ok(version)
+    }
+
+    /// Loads other weights beside the engine, while it steps; it then takes them by
+    /// [`install_weights`](Engine::install_weights).
+    pub(crate) fn loader(&self) -> Arc<dyn ReplaceWeights> {
+        Arc::clone(&self.loader) as Arc<dyn ReplaceWeights>
+    }
+
+    /// Finishes the requests that run, and takes the network that was loaded.
+    ///
+    /// # Errors
+    /// [`Error::EngineFailed`], [`Error::Forked`].
+    pub(crate) fn install_weights(&mut self) -> Result<u64> {
+        self.ready()?;
+        self.is_stepping = true;
+        self.finish_running();
+        self.is_stepping = false;
+        if let Some(model) = self.loader.take() {
+            self.model = model;
+            self.workspaces.clear(); // their passes hold the old weights
+            self.scheduler.clear_cache();
+            self.weights_version += 1;
+        }
+        Ok(self.weights_version)
     }
 
     /// What waits, what runs and what is free.
-    ///
-    /// # Errors
-    /// [`Error::EngineFailed`].
-    pub fn status(&self) -> Result<EngineStatus> {
-        Ok(self.lock()?.status())
+    pub fn status(&self) -> EngineStatus {
+        self.scheduler.status()
     }
 
     /// Checks that every page of memory is in exactly one place: free, or held by those who share
@@ -477,30 +478,22 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// [`Error::EngineFailed`] with what is wrong.
     pub fn check_integrity(&self) -> Result<()> {
-        self.lock()?.check_integrity().map_err(|reason| Error::EngineFailed { reason })
+        self.scheduler.check_integrity().map_err(|reason| Error::EngineFailed { reason })
     }
 
-    fn lock(&self) -> Result<MutexGuard<'_, Load<B>>> {
-        self.load.lock().map_err(|_| failed())
+    /// Whether the engine can still step.
+    fn ready(&self) -> Result<()> {
+        if self.process != std::process::id() {
+            return Err(Error::Forked);
+        }
+        match self.is_stepping {
+            true => {
+                let reason = "it panicked in the middle of a step".into();
+                Err(Error::EngineFailed { reason })
+            }
+            false => Ok(()),
+        }
     }
-
-    fn now_us(&self) -> Micros {
-        self.opened.elapsed().as_micros() as Micros
-    }
-
-    fn num_steps(&self) -> usize {
-        self.layout.num_steps()
-    }
-}
-
-fn failed() -> Error {
-    Error::EngineFailed { reason: "it panicked in the middle of a step".into() }
-}
-
-fn timed(clock: &AtomicU64, work: impl FnOnce()) {
-    let start = Instant::now();
-    work();
-    clock.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
 }
 
 fn thread_pool(threads: usize) -> Result<ThreadPool> {

@@ -1,182 +1,100 @@
-//! An engine on a thread of its own: requests from any thread, answers to wherever they are wanted.
+//! The thread that owns an engine, and the queue before it.
+//!
+//! Callers prepare their requests on their own threads and push them; the thread takes what came,
+//! steps, publishes its status, and gives each answer to the place that its request named. Nobody
+//! else can step the engine.
 
-use std::collections::HashMap;
-use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::task::{Context, Poll};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use crate::answer::Answer;
 use crate::backend::Backend;
-use crate::backend::cpu::CpuBackend;
-use crate::engine::{Engine, Job};
+use crate::engine::{Arrival, Engine, EngineStatus, Feed, Phases, Prepared, Reply};
 use crate::error::{Error, Result};
 use crate::request::Request;
-use crate::schedule::RequestId;
-use exchange::{Exchange, Intake, Refusal, Ticket};
+use queue::{Queue, Taken};
 
-mod exchange;
+pub use handle::Handle;
+
+mod handle;
+pub mod oneshot;
+pub mod queue;
 mod sync;
 
-/// How a service is started.
-#[derive(Clone)]
-pub struct ServiceOptions {
-    /// Requests that may wait; more are refused with [`Error::Overloaded`].
+/// Called on the engine's thread before each step with the number of steps before it.
+pub(crate) type BeforeStep = Arc<dyn Fn(u64) + Send + Sync>;
+
+/// What the engine's thread is asked for.
+pub(crate) enum Message {
+    /// Answer a request that was prepared.
+    Enqueue(Prepared, Reply),
+    /// Check a request and answer it, on the engine's thread.
+    Submit(Request, Arrival, Reply),
+    /// Answer many requests, a few at a time.
+    Feed(Vec<Request>, Sender<(usize, Result<Answer>)>),
+    /// Take the weights that were loaded.
+    InstallWeights(oneshot::Sender<Result<u64>>),
+    /// Check that no page is lost.
+    CheckIntegrity(oneshot::Sender<Result<()>>),
+}
+
+/// What the engine's thread last said of itself.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Published {
+    pub engine: EngineStatus,
+    pub phases: Phases,
+    pub matrix_flops: u64,
+    pub weights_version: u64,
+    pub num_steps: u64,
+}
+
+/// What callers and the engine's thread share.
+pub(crate) struct Shared {
+    pub queue: Queue<Message>,
     pub max_queued: usize,
-    /// Called on the service's thread before each step with the number of steps before it: for
-    /// metrics, and for tests of what happens when the thread fails.
-    pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
-}
-
-impl Default for ServiceOptions {
-    fn default() -> ServiceOptions {
-        ServiceOptions { max_queued: 1024, before_step: None }
-    }
-}
-
-/// One thread around an [`Engine`]: requests of any number of callers share its steps.
-///
-/// ```no_run
-/// use std::{path::Path, sync::Arc, time::Duration};
-/// use sidereal::{Engine, EngineOptions, Request, Service, ServiceOptions, catalog::Catalog};
-///
-/// # fn main() -> sidereal::Result<()> {
-/// let catalog = Arc::new(Catalog::open(Path::new("models/industrial/items.jsonl"))?);
-/// let engine = Engine::open(Path::new("models/industrial"), catalog, &EngineOptions::default())?;
-/// let service = Service::start(engine, ServiceOptions::default())?;
-/// let mut request = Request::from_history(["168", "278"]);
-/// request.deadline = Some(Duration::from_millis(100));
-/// let handle = service.submit(request)?; // from any thread; `handle.await` works as well
-/// println!("{:?}", handle.wait()?);
-/// service.shutdown(Duration::from_secs(1));
-/// # Ok(())
-/// # }
-/// ```
-pub struct Service<B: Backend = CpuBackend> {
-    engine: Arc<Engine<B>>,
-    shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
-}
-
-struct Shared {
-    exchange: Arc<Exchange<Job, Result<Answer>>>,
-    max_queued: usize,
+    published: Mutex<Published>,
     /// Until when accepted requests are finished once no more are taken in.
     until: Mutex<Option<Instant>>,
     /// Why the thread ended before its time.
     failure: OnceLock<String>,
-}
-
-/// An answer to come: [`wait`](Handle::wait) for it, or await it in any runtime. Dropped, it
-/// cancels its request, and what the request held is free at the next step.
-pub struct Handle(exchange::Handle<Job, Result<Answer>>);
-
-impl Handle {
-    /// Waits for the answer.
-    ///
-    /// # Errors
-    /// The request's; [`Error::DeadlineExceeded`]; [`Error::ShuttingDown`] and
-    /// [`Error::EngineFailed`] where the service ended first.
-    pub fn wait(self) -> Result<Answer> {
-        self.0.wait()
-    }
-
-    /// Whether the answer is there, so that waiting takes no time.
-    pub fn is_answered(&self) -> bool {
-        self.0.is_answered()
-    }
-}
-
-impl Future for Handle {
-    type Output = Result<Answer>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<Answer>> {
-        Pin::new(&mut self.0).poll(context)
-    }
-}
-
-impl<B: Backend> Service<B> {
-    /// Starts a thread for an engine.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub fn start(engine: Engine<B>, options: ServiceOptions) -> Result<Service<B>> {
-        let engine = Arc::new(engine);
-        let shared = Arc::new(Shared {
-            exchange: Arc::new(Exchange::new(options.max_queued)),
-            max_queued: options.max_queued,
-            until: Mutex::new(None),
-            failure: OnceLock::new(),
-        });
-        let worker = Worker {
-            engine: Arc::clone(&engine),
-            shared: Arc::clone(&shared),
-            before_step: options.before_step,
-        };
-        let thread = std::thread::Builder::new().name("sidereal-service".into());
-        let thread = thread.spawn(move || worker.run()).map_err(|error| Error::Device {
-            device: "cpu".into(),
-            reason: format!("a thread for the service could not be started: {error}"),
-        })?;
-        Ok(Service { engine, shared, thread: Some(thread) })
-    }
-
-    /// The engine.
-    pub fn engine(&self) -> &Engine<B> {
-        &self.engine
-    }
-
-    /// Hands over a request. It is checked here, on the caller's thread, and sees the catalog as it
-    /// is now.
-    ///
-    /// # Errors
-    /// The request's; [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`].
-    pub fn submit(&self, request: Request) -> Result<Handle> {
-        let job = self.engine.prepare(request)?;
-        let shared = &*self.shared;
-        Exchange::submit(&shared.exchange, job).map(Handle).map_err(|refusal| match refusal {
-            Refusal::Full { queued } => Error::Overloaded { queued, limit: shared.max_queued },
-            Refusal::Closed => shared.end(),
-        })
-    }
-
-    /// Requests that wait for room.
-    pub fn num_queued(&self) -> usize {
-        self.shared.exchange.queued()
-    }
-
-    /// Takes no more requests, and waits until those that were accepted are answered. What takes
-    /// longer than `within` is answered with [`Error::ShuttingDown`].
-    pub fn shutdown(mut self, within: Duration) {
-        self.end(within);
-    }
-
-    fn end(&mut self, within: Duration) {
-        let Some(thread) = self.thread.take() else { return };
-        let until = Instant::now().checked_add(within);
-        *self.shared.until.lock().expect("no holder panics") = until;
-        self.shared.exchange.close();
-        let _ = thread.join(); // a panic was told to all callers
-    }
-}
-
-impl<B: Backend> Drop for Service<B> {
-    /// Shuts down at once.
-    fn drop(&mut self) {
-        self.end(Duration::ZERO);
-    }
+    /// The engine's own thread.
+    thread: OnceLock<ThreadId>,
+    /// The process of that thread.
+    process: u32,
 }
 
 impl Shared {
-    /// What callers are told once the thread is at its end.
-    fn end(&self) -> Error {
+    /// The error of a child that was forked: the engine's thread does not exist there, and locks
+    /// may be held for ever.
+    pub fn check_process(&self) -> Result<()> {
+        match self.process == std::process::id() {
+            true => Ok(()),
+            false => Err(Error::Forked),
+        }
+    }
+
+    /// The error of a call that waits for the engine where that would never end.
+    pub fn check_waiting(&self) -> Result<()> {
+        self.check_process()?;
+        match self.thread.get() == Some(&std::thread::current().id()) {
+            true => Err(Error::CalledFromCallback),
+            false => Ok(()),
+        }
+    }
+
+    /// The error for requests once the thread is at its end.
+    pub fn end(&self) -> Error {
         match self.failure.get() {
             Some(reason) => Error::EngineFailed { reason: reason.clone() },
             None => Error::ShuttingDown,
         }
+    }
+
+    pub fn published(&self) -> Published {
+        *self.published.lock().expect("no holder panics")
     }
 
     fn is_over_time(&self) -> bool {
@@ -185,18 +103,92 @@ impl Shared {
     }
 }
 
-struct Worker<B: Backend> {
-    engine: Arc<Engine<B>>,
+/// A thread that owns an engine. Dropped, it is shut down at once.
+pub(crate) struct Service {
     shared: Arc<Shared>,
-    before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-type Tickets = HashMap<RequestId, Arc<Ticket<Result<Answer>>>>;
+impl Service {
+    /// Starts a thread for an engine.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn start<B: Backend>(
+        engine: Engine<B>,
+        max_queued: usize,
+        before_step: Option<BeforeStep>,
+    ) -> Result<Service> {
+        let shared = Arc::new(Shared {
+            queue: Queue::new(max_queued),
+            max_queued,
+            published: Mutex::new(publish(&engine, 0)),
+            until: Mutex::new(None),
+            failure: OnceLock::new(),
+            thread: OnceLock::new(),
+            process: std::process::id(),
+        });
+        let mut worker = Worker {
+            engine,
+            shared: Arc::clone(&shared),
+            before_step,
+            feeds: Vec::new(),
+            num_steps: 0,
+        };
+        let thread = std::thread::Builder::new().name("sidereal-engine".into());
+        let thread = thread.spawn(move || worker.run()).map_err(|error| Error::Device {
+            device: "cpu".into(),
+            reason: format!("a thread for the engine could not be started: {error}"),
+        })?;
+        let _ = shared.thread.set(thread.thread().id()); // the thread may have been faster
+        Ok(Service { shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Takes no more messages, and waits until accepted requests are answered; those that take
+    /// longer than `within` are answered with [`Error::ShuttingDown`]. On the engine's own thread
+    /// this does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn shutdown(&self, within: Duration) -> Result<()> {
+        self.shared.check_process()?;
+        let until = Instant::now().checked_add(within);
+        *self.shared.until.lock().expect("no holder panics") = until;
+        self.shared.queue.close();
+        if self.shared.check_waiting().is_err() {
+            return Ok(());
+        }
+        // Others who shut down wait here until the thread is at its end.
+        let mut thread = self.thread.lock().expect("no holder panics");
+        if let Some(thread) = thread.take() {
+            let _ = thread.join(); // a panic was told to all callers
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.shutdown(Duration::ZERO); // in a forked child there is nothing to end
+    }
+}
+
+struct Worker<B: Backend> {
+    engine: Engine<B>,
+    shared: Arc<Shared>,
+    before_step: Option<BeforeStep>,
+    feeds: Vec<Feed<std::vec::IntoIter<Request>>>,
+    num_steps: u64,
+}
 
 impl<B: Backend> Worker<B> {
-    fn run(&self) {
-        let mut tickets = Tickets::new();
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.serve(&mut tickets)));
+    fn run(&mut self) {
+        let _ = self.shared.thread.set(std::thread::current().id());
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
         let failure = match outcome {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error.to_string()),
@@ -205,42 +197,86 @@ impl<B: Backend> Worker<B> {
         if let Some(failure) = failure {
             let _ = self.shared.failure.set(failure); // there is one thread, and one end
         }
-        // Whoever waits is told, those first whose requests have not even been looked at.
-        self.shared.exchange.close();
-        let jobs = self.shared.exchange.take(0, false).jobs;
-        jobs.iter().for_each(|(_, ticket)| ticket.answer(Err(self.shared.end())));
-        tickets.values().for_each(|ticket| ticket.answer(Err(self.shared.end())));
+        // All who wait are told, those first whose requests have not even been looked at.
+        self.shared.queue.close();
+        for message in self.shared.queue.take(0, false).entries {
+            if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {
+                reply.send(Err(self.shared.end()));
+            }
+        }
+        self.feeds.clear();
+        let shared = Arc::clone(&self.shared);
+        self.engine.end_all(|| shared.end());
+        *shared.published.lock().expect("no holder panics") = publish(&self.engine, self.num_steps);
     }
 
     /// Until nothing comes any more and all is answered, or time is over.
-    fn serve(&self, tickets: &mut Tickets) -> Result<()> {
-        let engine = &*self.engine;
-        let mut waiting = 0;
-        for step in 0.. {
-            let intake = self.shared.exchange.take(waiting, tickets.is_empty());
-            let Intake { jobs, has_cancelled, is_closed } = intake;
-            for (job, ticket) in jobs {
-                tickets.insert(engine.enqueue(job)?, ticket);
+    fn serve(&mut self) -> Result<()> {
+        loop {
+            let is_idle = self.engine.is_idle() && self.feeds.is_empty();
+            let waiting = self.engine.status().waiting;
+            let Taken { entries, cancelled, is_closed } = self.shared.queue.take(waiting, is_idle);
+            for message in entries {
+                self.handle(message);
             }
-            if has_cancelled {
-                let cancelled = tickets.extract_if(|_, ticket| ticket.is_cancelled());
-                cancelled.map(|(id, _)| id).try_for_each(|id| engine.cancel(id))?;
+            for id in cancelled {
+                self.engine.cancel(id);
             }
-            if is_closed && (tickets.is_empty() || self.shared.is_over_time()) {
-                tickets.keys().try_for_each(|&id| engine.cancel(id))?;
+            let engine = &mut self.engine;
+            self.feeds.retain_mut(|feed| feed.refill(engine));
+            if is_closed && (self.engine.is_idle() || self.shared.is_over_time()) {
                 return Ok(());
             }
-            if let Some(before_step) = &self.before_step {
-                before_step(step);
+            if self.engine.is_idle() {
+                self.publish();
+                continue;
             }
-            for (id, answer) in engine.step()? {
-                if let Some(ticket) = tickets.remove(&id) {
-                    ticket.answer(answer);
+            if let Some(before_step) = &self.before_step {
+                before_step(self.num_steps);
+            }
+            self.engine.compute()?;
+            self.num_steps += 1;
+            // Before callers are told: whoever has an answer finds it counted.
+            self.publish();
+            self.engine.deliver();
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Enqueue(prepared, reply) => self.engine.enqueue(prepared, reply),
+            Message::Submit(request, arrival, reply) => {
+                match self.engine.preparer().prepare_at(arrival, request) {
+                    Ok(prepared) => self.engine.enqueue(prepared, reply),
+                    Err(error) => reply.send(Err(error)),
                 }
             }
-            waiting = engine.status()?.waiting;
+            Message::Feed(requests, answers) => {
+                self.feeds.push(Feed::new(requests.into_iter(), answers));
+            }
+            Message::InstallWeights(sender) => {
+                let version = self.engine.install_weights();
+                self.publish();
+                self.engine.deliver();
+                sender.send(version);
+            }
+            Message::CheckIntegrity(sender) => sender.send(self.engine.check_integrity()),
         }
-        Ok(())
+    }
+
+    fn publish(&self) {
+        *self.shared.published.lock().expect("no holder panics") =
+            publish(&self.engine, self.num_steps);
+    }
+}
+
+fn publish<B: Backend>(engine: &Engine<B>, num_steps: u64) -> Published {
+    Published {
+        engine: engine.status(),
+        phases: engine.phases(),
+        matrix_flops: engine.backend().matrix_flops(),
+        weights_version: engine.weights_version(),
+        num_steps,
     }
 }
 

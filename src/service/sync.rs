@@ -1,3 +1,3 @@
-//! What the exchange waits with; its model test puts others in their place.
+//! What queues wait with; their model test puts others in their place.
 
 pub use std::sync::{Arc, Condvar, Mutex};

@@ -151,7 +151,7 @@ impl Folder {
     }
 
     pub fn open_with(&self, catalog: &Arc<Catalog>) -> Result<Engine, Error> {
-        let options = EngineOptions { threads: 1, ..EngineOptions::default() };
+        let options = EngineOptions::default().with_threads(1);
         Engine::open(self.path(), Arc::clone(catalog), &options)
     }
 }

@@ -77,7 +77,7 @@ impl Tiny {
 
     /// The same model over another catalog of the same levels.
     pub fn open_with(&self, catalog: Arc<Catalog>, threads: usize) -> Engine {
-        self.open_as(catalog, &EngineOptions { threads, ..EngineOptions::default() })
+        self.open_as(catalog, &EngineOptions::default().with_threads(threads))
     }
 
     pub fn open_as(&self, catalog: Arc<Catalog>, options: &EngineOptions) -> Engine {
@@ -205,7 +205,7 @@ pub fn random_request(
     }
     request.filter = rng.bool().then(|| format!("tag:{}", TAGS[rng.usize(0..3)]));
     if rng.u8(0..5) == 0 {
-        request.each = (0..rng.usize(1..4)).map(|tag| format!("tag:{}", TAGS[tag])).collect();
+        request.groups = (0..rng.usize(1..4)).map(|tag| format!("tag:{}", TAGS[tag])).collect();
     }
     request.user = rng.bool().then(|| rng.u8(0..4).to_string());
     request.priority = [Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)];

@@ -27,7 +27,7 @@ use crate::backend::level_columns::LevelColumns;
 use crate::backend::{
     AdvanceBeams, Continuations, LogProb, Normalizer, SearchRule, StepChoice, noise,
 };
-use crate::catalog::snapshot::Cursor;
+use crate::catalog::cursor::Cursor;
 
 impl AdvanceBeams for CpuBackend {
     fn advance_beams(
@@ -253,7 +253,7 @@ impl Search<'_> {
         let mut allowed = allowed_set.below(snapshot, cursor, self.rule.depth);
         for run in snapshot.children(cursor) {
             let mut bar = self.bar(best.threshold, score, normalizer);
-            for (chunk, codes) in run.codes.chunks(LANES).enumerate() {
+            for (chunk, codes) in run.labels.chunks(LANES).enumerate() {
                 if !self.may_pass(logits, codes, bar) {
                     continue;
                 }
@@ -291,7 +291,7 @@ impl Search<'_> {
         let (cursor, logits) = (beams.cursors[beam], self.level_logits(beam));
         let mut allowed = allowed_set.below(snapshot, cursor, self.rule.depth);
         for run in snapshot.children(cursor) {
-            for (at, &code) in run.codes.iter().enumerate() {
+            for (at, &code) in run.labels.iter().enumerate() {
                 if allowed.is_match(run.child(at)) {
                     each(code, self.logit(logits, code));
                 }

@@ -1,7 +1,7 @@
 //! A search on the CPU: its lease, its tails and its beams.
 
 use crate::backend::{Beam, LogProb, SlotSpec};
-use crate::catalog::snapshot::Cursor;
+use crate::catalog::cursor::Cursor;
 use crate::error::{Error, Result};
 use crate::pages::TAIL_PAGE_LEN;
 

@@ -1,63 +1,100 @@
-//! A request on its way: what it was found to need, and the answer from its beams.
+//! A request is checked and becomes work.
+//!
+//! Checking needs the catalog, the layout of semantic IDs and the engine's limits, none of which
+//! changes: a [`Preparer`] is shared, and callers prepare on their own threads while the engine
+//! steps.
 
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use super::Engine;
-use crate::answer::{Answer, Recommendation};
-use crate::backend::{Backend, Beam, NO_TOKEN, SearchRule};
-use crate::catalog::Snapshot;
+use crate::backend::{NO_TOKEN, SearchRule};
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
 use crate::catalog::filter::Filter;
-use crate::catalog::snapshot::Cursor;
+use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
 use crate::models::config::SidLayout;
 use crate::pages;
-use crate::request::{Constraint, Input, MAX_BEAMS, Normalization, Request, SharedSid};
-use crate::schedule::{Micros, Needs};
+use crate::request::{Input, MAX_BEAMS, Request, SharedSid};
+use crate::schedule::{Micros, Needs, RequestId, Waiting};
+use crate::search::{Constraint, Normalization};
 
 /// Groups that one request may ask for.
 const MAX_GROUPS: usize = 256;
 /// Logits that a search without a constraint may hold: beams times vocabulary.
 const MAX_UNCONSTRAINED_LOGITS: usize = 1 << 28;
 
-/// A request that was found possible.
-pub(crate) struct Job {
-    pub request: Request,
-    /// The state of the catalog that the request sees from start to end.
-    pub snapshot: Arc<Snapshot>,
-    pub tokens: Vec<u32>,
+/// A request that was checked: its input as tokens, its filters compiled, its needs known.
+///
+/// It sees the catalog as it was when it was prepared, from start to end.
+pub struct Prepared {
+    pub(super) id: RequestId,
+    pub(super) request: Request,
+    pub(super) snapshot: Arc<Snapshot>,
+    pub(super) tokens: Vec<u32>,
     /// What may come back, search by search: one, or one for each of the request's groups.
-    pub searches: Vec<AllowedSet>,
-    /// What is scored instead.
-    candidates: Option<Candidates>,
+    pub(super) searches: Vec<AllowedSet>,
+    /// Items to score instead of searching.
+    pub(super) candidates: Option<Candidates>,
     normalization: Normalization,
-    /// The beam width by step.
+    /// The beam width by step; as many steps as the request takes.
     widths: Vec<usize>,
-    pub needs: Needs,
+    pub(super) needs: Needs,
+    /// Items of the history that were left out, the oldest ones.
+    pub(super) skipped_items: usize,
     /// When it was handed over.
-    pub arrived_us: Micros,
+    pub(super) arrived_us: Micros,
 }
 
-impl Job {
+impl Prepared {
+    /// Names the request.
+    pub fn id(&self) -> RequestId {
+        self.id
+    }
+
+    /// Steps that each search of the request takes.
+    pub(super) fn num_steps(&self) -> usize {
+        self.widths.len()
+    }
+
     /// Pages that the tails of each search take.
-    pub fn tail_pages_per_search(&self) -> usize {
+    pub(super) fn tail_pages_per_search(&self) -> usize {
         self.needs.tail_pages / self.searches.len()
     }
 
-    pub fn deadline(&self) -> Option<Duration> {
-        self.request.deadline
+    /// The request as the scheduler's pure functions see it.
+    pub(super) fn waiting(&self) -> Waiting {
+        let deadline = |within| self.arrived_us.saturating_add(micros(within));
+        Waiting {
+            id: self.id,
+            class: self.request.priority as u8,
+            arrived_us: self.arrived_us,
+            deadline_us: self.request.deadline.map(deadline),
+            needs: self.needs,
+        }
     }
 
-    pub fn deadline_exceeded(&self) -> Error {
-        let deadline = self.deadline().unwrap_or_default();
+    pub(super) fn deadline_exceeded(&self) -> Error {
+        let deadline = self.request.deadline.unwrap_or_default();
         Error::DeadlineExceeded { deadline_ms: deadline.as_millis() as u64 }
     }
 
-    /// How a search's step is done.
-    pub fn rule<'a>(&'a self, search: usize, step: usize, layout: &'a SidLayout) -> SearchRule<'a> {
+    /// Items of one semantic ID that an answer lists at most.
+    pub(super) fn max_items_per_sid(&self) -> usize {
+        match self.request.shared_sid {
+            SharedSid::First if self.candidates.is_none() => 1,
+            _ => usize::MAX,
+        }
+    }
+
+    /// How a step of a search is done.
+    pub(super) fn rule<'a>(
+        &'a self,
+        search: usize,
+        step: usize,
+        layout: &'a SidLayout,
+    ) -> SearchRule<'a> {
         let (choice, depth) = layout.choice(step);
         SearchRule {
             choice,
@@ -69,20 +106,75 @@ impl Job {
             constraint: self.request.constraint,
             temperature: self.request.temperature,
             candidates: self.candidates.as_ref(),
-            seed: self.request.sample,
+            seed: self.request.seed,
             log_probs: self.request.log_probs,
         }
     }
 }
 
-impl<B: Backend> Engine<B> {
-    /// Checks a request and works out what it needs.
+/// A request's name and when it was handed over.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrival {
+    pub id: RequestId,
+    pub arrived_us: Micros,
+}
+
+/// What requests are checked against. Cheap to share: nothing in it changes but the catalog's
+/// current snapshot, which is read without waiting.
+pub struct Preparer {
+    pub(super) catalog: Arc<Catalog>,
+    pub(super) layout: SidLayout,
+    pub(super) vocab_size: usize,
+    pub(super) max_context: usize,
+    pub(super) context_pages: usize,
+    pub(super) tail_pages: usize,
+    pub(super) opened: Instant,
+    pub(super) last_id: AtomicU64,
+}
+
+impl Preparer {
+    /// The catalog that is searched.
+    pub fn catalog(&self) -> &Arc<Catalog> {
+        &self.catalog
+    }
+
+    /// The most tokens that an input may have.
+    pub fn max_context(&self) -> usize {
+        self.max_context
+    }
+
+    /// Time since the engine was opened.
+    pub(super) fn now_us(&self) -> Micros {
+        micros(self.opened.elapsed())
+    }
+
+    /// Checks a request and works out what it needs. Takes time where filters are compiled: in
+    /// proportion to the catalog for a filter that was not asked for lately.
     ///
     /// # Errors
     /// The request's.
-    pub(crate) fn prepare(&self, request: Request) -> Result<Job> {
-        let arrived_us = self.now_us();
+    pub fn prepare(&self, request: Request) -> Result<Prepared> {
+        self.prepare_at(self.arrival(), request)
+    }
+
+    /// Names a request that is handed over now.
+    pub(crate) fn arrival(&self) -> Arrival {
+        let id = 1 + self.last_id.fetch_add(1, Ordering::Relaxed);
+        Arrival { id, arrived_us: self.now_us() }
+    }
+
+    /// Checks a request that was handed over before.
+    ///
+    /// # Errors
+    /// The request's.
+    pub(crate) fn prepare_at(&self, arrival: Arrival, request: Request) -> Result<Prepared> {
         let Request { top_k, temperature, constraint, .. } = request;
+        // Stages that no program runs yet.
+        let stages = [("forced", request.forced.is_some()), ("read", !request.read.is_empty())];
+        if let Some((stage, _)) = stages.into_iter().find(|(_, is_asked)| *is_asked) {
+            let way_out = "leave the field out".into();
+            return Err(Error::Unsupported { what: format!("{stage:?} in a request"), way_out });
+        }
         let snapshot = self.catalog.snapshot();
         let candidates = self.candidates(&request, &snapshot)?;
         let widths = self.widths(&request, candidates.as_ref())?;
@@ -100,24 +192,26 @@ impl<B: Backend> Engine<B> {
                 let reason = "\"level\" needs a constraint to the level or the trie".into();
                 return Err(Error::InvalidField { field: "normalize", reason });
             }
-            let vocab_size = self.spec.vocab_size;
-            if most * request.each.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
+            let vocab_size = self.vocab_size;
+            if most * request.groups.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
                 let max = MAX_UNCONSTRAINED_LOGITS / vocab_size;
                 return Err(Error::BeamWidth { width: most as i64, max });
             }
         }
-        if request.each.len() > MAX_GROUPS {
-            let reason = format!("has {} filters, at most {MAX_GROUPS} go", request.each.len());
-            return Err(Error::InvalidField { field: "each", reason });
+        let len = request.groups.len();
+        if len > MAX_GROUPS {
+            return Err(Error::LimitExceeded { what: "groups", len, max: MAX_GROUPS });
         }
-        if constraint != Constraint::Trie && (request.sample.is_some() || request.log_probs) {
+        if constraint != Constraint::Trie && (request.seed.is_some() || request.log_probs) {
             let reason = "samples and log-probabilities need the trie".into();
             return Err(Error::InvalidField { field: "constraint", reason });
         }
         let tokens = self.tokens(&request.input, &snapshot)?;
         let searches = searches(&request, &snapshot)?;
         let needs = self.needs(tokens.len(), &widths, searches.len())?;
-        Ok(Job {
+        Ok(Prepared {
+            id: arrival.id,
+            skipped_items: self.skipped_items(&request.input),
             request,
             snapshot,
             tokens,
@@ -126,7 +220,7 @@ impl<B: Backend> Engine<B> {
             normalization,
             widths,
             needs,
-            arrived_us,
+            arrived_us: arrival.arrived_us,
         })
     }
 
@@ -138,8 +232,8 @@ impl<B: Backend> Engine<B> {
         let conflicts = [
             ("filter", request.filter.is_some()),
             ("exclude", !request.exclude.is_empty()),
-            ("each", !request.each.is_empty()),
-            ("sample", request.sample.is_some()),
+            ("groups", !request.groups.is_empty()),
+            ("seed", request.seed.is_some()),
             ("constraint", request.constraint != Constraint::Trie),
         ];
         if let Some((field, _)) = conflicts.into_iter().find(|(_, is_given)| *is_given) {
@@ -150,9 +244,9 @@ impl<B: Backend> Engine<B> {
             let unknown = || Error::UnknownItem { item: item.clone() };
             snapshot.find(item).ok_or_else(unknown)
         };
-        if request.candidates.len() > MAX_BEAMS {
-            let reason = format!("{} items, at most {MAX_BEAMS} go", request.candidates.len());
-            return Err(Error::InvalidField { field: "candidates", reason });
+        let len = request.candidates.len();
+        if len > MAX_BEAMS {
+            return Err(Error::LimitExceeded { what: "candidates", len, max: MAX_BEAMS });
         }
         let items = request.candidates.iter().map(find).collect::<Result<Vec<u32>>>()?;
         Ok(Some(Candidates::new(snapshot, &items)))
@@ -176,7 +270,7 @@ impl<B: Backend> Engine<B> {
         if let Some(&width) = widths.iter().find(|&&width| width == 0 || width > MAX_BEAMS) {
             return Err(Error::BeamWidth { width: width as i64, max: MAX_BEAMS });
         }
-        widths.resize(self.num_steps(), widths[num_levels - 1]);
+        widths.resize(num_levels + self.layout.suffix.len(), widths[num_levels - 1]);
         Ok(widths)
     }
 
@@ -227,11 +321,9 @@ impl<B: Backend> Engine<B> {
             snapshot.find(item).ok_or_else(unknown)
         };
         let items = items.iter().map(find).collect::<Result<Vec<u32>>>()?;
-        if items.is_empty() {
-            return Err(Error::EmptyInput);
-        }
+        // A user without a history is asked for with what stands around every history.
         let prompt = &self.layout.prompt;
-        let newest = prompt.max_items.map_or(0, |max| items.len().saturating_sub(max));
+        let newest = self.num_skipped(items.len());
         let mut tokens = prompt.prefix.clone();
         for (position, &item) in items[newest..].iter().enumerate() {
             if position > 0 {
@@ -249,6 +341,18 @@ impl<B: Backend> Engine<B> {
         Ok(tokens)
     }
 
+    /// Items of a history that are left out, the oldest ones.
+    fn num_skipped(&self, items: usize) -> usize {
+        self.layout.prompt.max_items.map_or(0, |max| items.saturating_sub(max))
+    }
+
+    fn skipped_items(&self, input: &Input) -> usize {
+        match input {
+            Input::History(items) => self.num_skipped(items.len()),
+            _ => 0,
+        }
+    }
+
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         if tokens.is_empty() {
             return Err(Error::EmptyInput);
@@ -256,7 +360,7 @@ impl<B: Backend> Engine<B> {
         if tokens.len() > self.max_context {
             return Err(Error::HistoryTooLong { len: tokens.len(), max: self.max_context });
         }
-        let vocab_size = self.spec.vocab_size;
+        let vocab_size = self.vocab_size;
         match tokens.iter().position(|&token| token as usize >= vocab_size) {
             Some(position) => {
                 let token = u64::from(tokens[position]);
@@ -264,75 +368,6 @@ impl<B: Backend> Engine<B> {
             }
             None => Ok(()),
         }
-    }
-
-    /// The answer to a request from the beams of its searches.
-    pub(super) fn answer(
-        &self,
-        job: &Job,
-        cached_tokens: usize,
-        weights_version: u64,
-        beams: impl Iterator<Item = Result<Vec<Beam>>>,
-    ) -> Result<Answer> {
-        let of_search = |(allowed_set, beams): (&AllowedSet, Result<Vec<Beam>>)| {
-            Ok(self.items(job, allowed_set, &beams?))
-        };
-        let mut groups =
-            job.searches.iter().zip(beams).map(of_search).collect::<Result<Vec<_>>>()?;
-        let items = match job.request.each.is_empty() {
-            true => groups.pop().expect("a request without groups is one search"),
-            false => Vec::new(),
-        };
-        let snapshot = Arc::clone(&job.snapshot);
-        Ok(Answer {
-            items,
-            groups,
-            snapshot,
-            tokens: job.tokens.len(),
-            cached_tokens,
-            weights_version,
-        })
-    }
-
-    /// The items that the beams name.
-    fn items<'a>(
-        &self,
-        job: &'a Job,
-        allowed_set: &'a AllowedSet,
-        beams: &'a [Beam],
-    ) -> Vec<Recommendation> {
-        let snapshot = &*job.snapshot;
-        let most = match job.request.shared_sid {
-            SharedSid::First if job.candidates.is_none() => 1,
-            _ => usize::MAX,
-        };
-        let of_beam = |beam: &'a Beam| {
-            let cursor = beam.cursor.or_else(|| self.cursor_of_tokens(snapshot, &beam.tokens));
-            let items =
-                cursor.into_iter().flat_map(|cursor| snapshot.items(cursor, snapshot.num_levels()));
-            let is_wanted = move |&item: &u32| match &job.candidates {
-                Some(candidates) => candidates.contains(item),
-                None => allowed_set.allows(snapshot, item),
-            };
-            items.filter(is_wanted).take(most).map(move |item| Recommendation {
-                item,
-                sid: snapshot.sid(item),
-                score: beam.score,
-                log_probs: beam.log_probs.clone(),
-            })
-        };
-        let most = match &job.candidates {
-            Some(_) => usize::MAX,
-            None => job.request.top_k,
-        };
-        beams.iter().flat_map(of_beam).take(most).collect()
-    }
-
-    /// The cursor that tokens of an unconstrained search name, if they name one.
-    fn cursor_of_tokens(&self, snapshot: &Snapshot, tokens: &[u32]) -> Option<Cursor> {
-        let code = |(codes, token): (&HashMap<u32, u16>, &u32)| codes.get(token).copied();
-        let codes = self.codes.iter().zip(tokens).map(code).collect::<Option<Vec<u16>>>()?;
-        snapshot.cursor(&codes)
     }
 }
 
@@ -343,15 +378,19 @@ fn searches(request: &Request, snapshot: &Snapshot) -> Result<Vec<AllowedSet>> {
     excluded.sort_unstable();
     excluded.dedup();
     let filter = request.filter.as_deref();
-    if request.each.is_empty() {
+    if request.groups.is_empty() {
         return Ok(vec![snapshot.allowed_set(&excluded, filter)?]);
     }
-    let allowed_set = |each: &String| {
+    let allowed_set = |group: &String| {
         let both = match filter {
-            Some(filter) => &Filter::both(filter, each)?,
-            None => each,
+            Some(filter) => &Filter::both(filter, group)?,
+            None => group,
         };
         snapshot.allowed_set(&excluded, Some(both))
     };
-    request.each.iter().map(allowed_set).collect()
+    request.groups.iter().map(allowed_set).collect()
+}
+
+pub(super) fn micros(duration: Duration) -> Micros {
+    duration.as_micros().try_into().unwrap_or(Micros::MAX)
 }

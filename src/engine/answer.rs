@@ -1,0 +1,143 @@
+//! The answer to a request, from the beams of its searches, and where it goes.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::prepare::Prepared;
+use crate::answer::{Answer, Group, Recommendation};
+use crate::backend::{Beam, NO_TOKEN};
+use crate::catalog::Snapshot;
+use crate::catalog::allowed::AllowedSet;
+use crate::catalog::cursor::Cursor;
+use crate::error::{Error, Result};
+use crate::models::config::SidLayout;
+
+type Callback = Box<dyn FnOnce(Result<Answer>) + Send>;
+
+/// The place that one request named for its answer. It is told exactly once: the answer, why there
+/// is none, or, where the engine is gone first, that.
+///
+/// A callback that panics harms its own request alone.
+pub struct Reply(
+    /// Never locked: the mutex makes what is only `Send` shareable with the threads that compute.
+    Mutex<Option<Callback>>,
+);
+
+impl Reply {
+    /// Calls `callback` with the answer, on the thread that steps the engine. The steps of all
+    /// requests wait meanwhile.
+    pub fn new(callback: impl FnOnce(Result<Answer>) + Send + 'static) -> Reply {
+        Reply(Mutex::new(Some(Box::new(callback))))
+    }
+
+    /// Gives the answer to its caller.
+    pub fn send(mut self, answer: Result<Answer>) {
+        self.call(answer);
+    }
+
+    /// Drops the callback without calling it: for a request that was never taken in.
+    pub(crate) fn disarm(mut self) {
+        self.0.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn call(&mut self, answer: Result<Answer>) {
+        let callback = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(callback) = callback
+            && let Err(panic) = catch_unwind(AssertUnwindSafe(|| callback(answer)))
+        {
+            std::mem::forget(panic); // what was thrown may panic again when it is dropped
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        let reason = "it ended before the request was answered".into();
+        self.call(Err(Error::EngineFailed { reason }));
+    }
+}
+
+/// By level: the code of each token.
+pub(super) struct Codes(Vec<HashMap<u32, u16>>);
+
+impl Codes {
+    pub fn new(layout: &SidLayout) -> Codes {
+        let codes = layout.levels.iter().map(|tokens| {
+            let tokens = tokens.iter().enumerate().filter(|&(_, &token)| token != NO_TOKEN);
+            tokens.map(|(code, &token)| (token, code as u16)).collect()
+        });
+        Codes(codes.collect())
+    }
+
+    /// The cursor that tokens of an unconstrained search name, if they name one.
+    fn cursor(&self, snapshot: &Snapshot, tokens: &[u32]) -> Option<Cursor> {
+        let code = |(codes, token): (&HashMap<u32, u16>, &u32)| codes.get(token).copied();
+        let codes = self.0.iter().zip(tokens).map(code).collect::<Option<Vec<u16>>>()?;
+        snapshot.cursor(&codes)
+    }
+
+    /// The answer to a request from the beams of its searches.
+    ///
+    /// # Errors
+    /// Those of the beams.
+    pub fn answer(
+        &self,
+        prepared: &Prepared,
+        cached_tokens: usize,
+        weights_version: u64,
+        beams: impl Iterator<Item = Result<Vec<Beam>>>,
+    ) -> Result<Answer> {
+        let of_search = |(allowed_set, beams): (&AllowedSet, Result<Vec<Beam>>)| {
+            Ok(self.items(prepared, allowed_set, &beams?))
+        };
+        let mut groups =
+            prepared.searches.iter().zip(beams).map(of_search).collect::<Result<Vec<_>>>()?;
+        let filters = &prepared.request.groups;
+        let items = match filters.is_empty() {
+            true => groups.pop().expect("a request without groups is one search"),
+            false => Vec::new(),
+        };
+        let group = |(filter, items): (&String, _)| Group { filter: filter.clone(), items };
+        Ok(Answer {
+            items,
+            groups: filters.iter().zip(groups).map(group).collect(),
+            read: Vec::new(),
+            snapshot: Arc::clone(&prepared.snapshot),
+            tokens: prepared.tokens.len(),
+            cached_tokens,
+            skipped_items: prepared.skipped_items,
+            weights_version,
+            timings: None,
+        })
+    }
+
+    /// The items that the beams name.
+    fn items<'a>(
+        &self,
+        prepared: &'a Prepared,
+        allowed_set: &'a AllowedSet,
+        beams: &'a [Beam],
+    ) -> Vec<Recommendation> {
+        let snapshot = &*prepared.snapshot;
+        let most = prepared.max_items_per_sid();
+        let of_beam = |beam: &'a Beam| {
+            let cursor = beam.cursor.or_else(|| self.cursor(snapshot, &beam.tokens));
+            let items =
+                cursor.into_iter().flat_map(|cursor| snapshot.items(cursor, snapshot.num_levels()));
+            let is_wanted = move |&item: &u32| match &prepared.candidates {
+                Some(candidates) => candidates.contains(item),
+                None => allowed_set.allows(snapshot, item),
+            };
+            items.filter(is_wanted).take(most).map(move |item| Recommendation {
+                log_probs: beam.log_probs.clone(),
+                ..Recommendation::new(snapshot, item, beam.score, prepared.request.titles)
+            })
+        };
+        let most = match &prepared.candidates {
+            Some(_) => usize::MAX,
+            None => prepared.request.top_k,
+        };
+        beams.iter().flat_map(of_beam).take(most).collect()
+    }
+}

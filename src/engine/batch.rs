@@ -1,0 +1,202 @@
+//! The rows of a step: which threads work on which of them, and the pass over them.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::scheduler::{Running, Scheduled, Scheduler};
+use super::{Engine, PhaseClocks};
+use crate::backend::{Backend, Batch, SearchRule};
+use crate::models::config::SidLayout;
+use crate::models::{ForwardPass, Model};
+
+/// Rows below which a step is not worth being split.
+const ROWS_PER_SUB_BATCH: usize = 16;
+
+/// Activations of one sub-batch, kept from step to step.
+pub(super) struct Workspace<B: Backend> {
+    forward: Box<dyn ForwardPass<B>>,
+    logits: B::Logits,
+}
+
+/// The rows of a step that one thread works on, or all threads together.
+pub(super) struct SubBatch<B: Backend> {
+    tokens: Vec<u32>,
+    chunks: Vec<Range<usize>>,
+    /// Slots whose prompt goes on, slots whose prompt ends, slots with beams.
+    slots: Vec<B::Slot>,
+    /// Of each slot: the request among those that run, and its search.
+    owners: Vec<(usize, usize)>,
+    num_unfinished: usize,
+}
+
+/// Splits a step into groups with about as many rows each, one a worker, where that pays.
+pub(super) fn split(scheduled: &[Scheduled], num_workers: usize) -> Vec<Vec<&Scheduled>> {
+    let rows: usize = scheduled.iter().map(|scheduled| scheduled.num_rows).sum();
+    let count = num_workers.min(rows / ROWS_PER_SUB_BATCH).min(scheduled.len()).max(1);
+    let mut groups: Vec<(usize, Vec<&Scheduled>)> = vec![(0, Vec::new()); count];
+    let mut largest_first: Vec<&Scheduled> = scheduled.iter().collect();
+    largest_first.sort_by_key(|scheduled| std::cmp::Reverse(scheduled.num_rows));
+    for scheduled in largest_first {
+        let least = groups.iter_mut().min_by_key(|(rows, _)| *rows);
+        let (rows, group) = least.expect("one group at least");
+        *rows += scheduled.num_rows;
+        group.push(scheduled);
+    }
+    groups.into_iter().map(|(_, group)| group).collect()
+}
+
+impl<B: Backend> SubBatch<B> {
+    /// The rows of some requests. Their slots are taken from the scheduler's requests until
+    /// [`return_slots`](SubBatch::return_slots).
+    pub fn new(
+        backend: &B,
+        scheduler: &mut Scheduler<B::Slot>,
+        group: &[&Scheduled],
+        has_encoder: bool,
+    ) -> SubBatch<B> {
+        let running = scheduler.running();
+        let (mut tokens, mut chunks, mut owners) = (Vec::new(), Vec::new(), Vec::new());
+        let mut beams = Vec::new();
+        let prompt_len = |scheduled: &Scheduled| running[scheduled.request].prepared.tokens.len();
+        let goes_on = |scheduled: &&&Scheduled| scheduled.chunk.end < prompt_len(scheduled);
+        let (unfinished, rest): (Vec<&Scheduled>, Vec<&Scheduled>) =
+            group.iter().partition(|scheduled| goes_on(scheduled));
+        for scheduled in unfinished.iter().chain(&rest) {
+            let Running { prepared, slots, .. } = &running[scheduled.request];
+            let len = prepared.tokens.len();
+            for search in 0..slots.len() {
+                let owner = (scheduled.request, search);
+                let chunk = match search {
+                    _ if scheduled.chunk.is_empty() => None,
+                    0 => Some(scheduled.chunk.clone()),
+                    // The searches of one request have its context in common; the first reads it.
+                    // Its last row scores the first step of all, unless a decoder does.
+                    _ if scheduled.chunk.end < len => continue,
+                    _ if has_encoder => None,
+                    _ => Some(len - 1..len),
+                };
+                match chunk {
+                    None => beams.push(owner),
+                    Some(chunk) => {
+                        tokens.extend_from_slice(&prepared.tokens[chunk.clone()]);
+                        chunks.push(chunk);
+                        owners.push(owner);
+                    }
+                }
+            }
+        }
+        // Searches at the same step stand together: one product gives the logits of all.
+        beams.sort_by_key(|&(request, search)| {
+            running[request].slots[search].as_ref().map(|slot| backend.num_steps(slot))
+        });
+        owners.extend(beams);
+        let slots = owners.iter().map(|&(request, search)| {
+            scheduler.slots_mut(request)[search].take().expect("a slot is in one sub-batch")
+        });
+        let (slots, num_unfinished) = (slots.collect(), unfinished.len());
+        SubBatch { tokens, chunks, slots, owners, num_unfinished }
+    }
+
+    /// Gives the slots back to their requests.
+    pub fn return_slots(self, scheduler: &mut Scheduler<B::Slot>) {
+        for (slot, (request, search)) in self.slots.into_iter().zip(self.owners) {
+            scheduler.slots_mut(request)[search] = Some(slot);
+        }
+    }
+
+    /// How the slots whose prompt has been read take their next step.
+    fn rules<'a>(
+        &self,
+        backend: &B,
+        layout: &'a SidLayout,
+        running: &'a [Running<B::Slot>],
+    ) -> Vec<SearchRule<'a>> {
+        let rule = |(&(request, search), slot): (&(usize, usize), &B::Slot)| {
+            running[request].prepared.rule(search, backend.num_steps(slot), layout)
+        };
+        self.owners.iter().zip(&self.slots).skip(self.num_unfinished).map(rule).collect()
+    }
+
+    /// The pass over the rows.
+    fn run(
+        &mut self,
+        pass: Pass<'_, B>,
+        running: &[Running<B::Slot>],
+        workspace: &mut Workspace<B>,
+    ) {
+        let Pass { backend, model, layout, memory, phases } = pass;
+        let rules = self.rules(backend, layout, running);
+        let SubBatch { tokens, chunks, slots, num_unfinished, .. } = self;
+        let Workspace { forward, logits } = workspace;
+        let clock = match chunks.is_empty() {
+            true => &phases.decode,
+            false => &phases.prefill,
+        };
+        let head = model.head();
+        let mut batch = Batch { memory, chunks, slots };
+        backend.step(&mut batch, head, &rules, logits, |batch, logits| {
+            timed(clock, || forward.run(backend, tokens, batch));
+            if rules.is_empty() {
+                return;
+            }
+            let slots = &mut batch.slots[*num_unfinished..];
+            timed(&phases.search, || {
+                backend.lm_head(forward.output(), head, &rules, slots, logits);
+                backend.advance_beams(logits, head, &rules, slots);
+            });
+        });
+    }
+}
+
+/// What the passes of a step have in common.
+struct Pass<'a, B: Backend> {
+    backend: &'a B,
+    model: &'a dyn Model<B>,
+    layout: &'a SidLayout,
+    memory: &'a B::Memory,
+    phases: &'a PhaseClocks,
+}
+
+impl<B: Backend> Clone for Pass<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Pass<'_, B> {}
+
+impl<B: Backend> Engine<B> {
+    /// Runs one sub-batch on all threads, or several on a thread each.
+    pub(super) fn run_sub_batches(&mut self, sub_batches: &mut [SubBatch<B>]) {
+        let backend = &*self.backend;
+        while self.workspaces.len() < sub_batches.len() {
+            let forward = Arc::clone(&self.model).new_pass(backend);
+            let workspace = Workspace { forward, logits: backend.logits() };
+            self.workspaces.push(workspace);
+        }
+        let (model, memory, phases) = (&*self.model, &self.memory, &self.phases);
+        let layout = &self.preparer.layout;
+        let pass = Pass { backend, model, layout, memory, phases };
+        let (running, workspaces) = (self.scheduler.running(), &mut self.workspaces);
+        match sub_batches {
+            [sub_batch] => self.pool.install(|| sub_batch.run(pass, running, &mut workspaces[0])),
+            sub_batches => self.pool.in_place_scope(|scope| {
+                for ((sub_batch, workspace), worker) in
+                    sub_batches.iter_mut().zip(workspaces).zip(&self.workers)
+                {
+                    scope.spawn(move |_| {
+                        worker.install(|| sub_batch.run(pass, running, workspace));
+                    });
+                }
+            }),
+        }
+    }
+}
+
+fn timed(clock: &AtomicU64, work: impl FnOnce()) {
+    let start = Instant::now();
+    work();
+    clock.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+}

@@ -1,0 +1,369 @@
+//! Which requests wait and run, and the pages that they hold.
+//!
+//! Host state alone: no weights, no device, no clock. Time comes in as an argument, and a slot of a
+//! device is an opaque `S` that goes with the request whose search it is. The decisions themselves
+//! are pure functions ([`schedule`](crate::schedule)).
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use super::EngineStatus;
+use super::answer::Reply;
+use super::prepare::Prepared;
+use crate::answer::{Answer, Timings};
+use crate::error::{Error, Result};
+use crate::pages::{Page, Pool};
+use crate::prefix_cache::{CacheStats, Found, PrefixCache};
+use crate::schedule::{self, Limits, Micros, Reading, RequestId, Room, RunTime, Waiting};
+
+/// How a scheduler is made.
+pub(super) struct SchedulerSpec {
+    pub limits: Limits,
+    pub context_pages: usize,
+    pub tail_pages: usize,
+    pub has_cache: bool,
+    /// Whether a prompt is read as a whole, by an encoder, and cached as a whole.
+    pub is_prompt_whole: bool,
+}
+
+/// The requests of an engine, and the memory that they share.
+pub(super) struct Scheduler<S> {
+    limits: Limits,
+    is_prompt_whole: bool,
+    context_pages: Pool,
+    tail_pages: Pool,
+    cache: Option<PrefixCache>,
+    waiting: Vec<(Waiting, Prepared, Reply)>,
+    /// In the order of their admission.
+    running: Vec<Running<S>>,
+    /// Requests that ended, whose callers are not told yet.
+    ended: Vec<(Reply, Result<Answer>)>,
+    run_time: RunTime,
+}
+
+/// A request that was admitted. Its pages are free when it is dropped.
+pub(super) struct Running<S> {
+    pub prepared: Prepared,
+    pub reply: Reply,
+    deadline_us: Option<Micros>,
+    pub context: Vec<Page>,
+    pub tails: Vec<Page>,
+    /// One for each search; lent to the sub-batch that works on it.
+    pub slots: Vec<Option<S>>,
+    /// Tokens of the context that are there.
+    num_read: usize,
+    pub cached_tokens: usize,
+    admitted_us: Micros,
+    /// When the last step ended that the request had a part in.
+    stepped_us: Micros,
+    timings: Timings,
+}
+
+impl<S> Running<S> {
+    /// Prompt tokens that are not read yet.
+    pub fn num_unread(&self) -> usize {
+        self.prepared.tokens.len() - self.num_read
+    }
+
+    pub fn is_late(&self, now_us: Micros) -> bool {
+        self.deadline_us.is_some_and(|deadline| deadline <= now_us)
+    }
+
+    /// Where the request's time went, now that it is answered.
+    pub fn timings(&mut self, now_us: Micros) -> Timings {
+        let total_us = now_us.saturating_sub(self.prepared.arrived_us);
+        Timings { total_us, ..std::mem::take(&mut self.timings) }
+    }
+}
+
+/// What a request does in a step: read a chunk of its prompt, or extend its beams.
+pub(super) struct Scheduled {
+    /// Its index among those that run.
+    pub request: usize,
+    /// Prompt tokens that are read.
+    pub chunk: Range<usize>,
+    pub num_rows: usize,
+}
+
+impl<S> Scheduler<S> {
+    pub fn new(spec: &SchedulerSpec) -> Scheduler<S> {
+        Scheduler {
+            limits: spec.limits,
+            is_prompt_whole: spec.is_prompt_whole,
+            context_pages: Pool::new(spec.context_pages),
+            tail_pages: Pool::new(spec.tail_pages),
+            cache: spec.has_cache.then(PrefixCache::default),
+            waiting: Vec::new(),
+            running: Vec::new(),
+            ended: Vec::new(),
+            run_time: RunTime::default(),
+        }
+    }
+
+    /// Takes in a request, which waits until there is room for it.
+    pub fn enqueue(&mut self, prepared: Prepared, reply: Reply) {
+        self.waiting.push((prepared.waiting(), prepared, reply));
+    }
+
+    /// Whether nothing waits and nothing runs.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Those that run, in the order of their admission.
+    pub fn running(&self) -> &[Running<S>] {
+        &self.running
+    }
+
+    /// The slots of one that runs.
+    pub fn slots_mut(&mut self, request: usize) -> &mut [Option<S>] {
+        &mut self.running[request].slots
+    }
+
+    /// Ends a request that waits or runs; what it held is free at once.
+    pub fn cancel(&mut self, id: RequestId) {
+        self.end_if(|own, _| (own == id).then_some(Error::Cancelled));
+    }
+
+    /// Ends all requests.
+    pub fn end_all(&mut self, error: impl Fn() -> Error) {
+        self.end_if(|_, _| Some(error()));
+    }
+
+    /// Ends those whose deadline went by, or would.
+    pub fn expire(&mut self, now_us: Micros) {
+        let (run_time, is_busy) = (self.run_time, !self.running.is_empty());
+        let waiting = self.waiting.extract_if(.., |(waiting, _, _)| {
+            schedule::is_hopeless(waiting, &run_time, is_busy, now_us)
+        });
+        let late = |(_, prepared, reply): (_, Prepared, _)| {
+            let error = prepared.deadline_exceeded();
+            (reply, Err(error))
+        };
+        self.ended.extend(waiting.map(late));
+        let running = self.running.extract_if(.., |running| running.is_late(now_us));
+        self.ended.extend(running.map(|Running { prepared, reply, .. }| {
+            let error = prepared.deadline_exceeded();
+            (reply, Err(error))
+        }));
+    }
+
+    /// Tells all that runs of a step that went wrong, and forgets the KV that steps have kept.
+    pub fn fail_running(&mut self, device: &str, reason: &str) {
+        let error = || Error::Device { device: device.into(), reason: reason.into() };
+        self.end_if(|_, is_running| is_running.then(error));
+        self.clear_cache();
+    }
+
+    /// Ends the requests for which there is an error; `error` gets the ID and whether it runs.
+    fn end_if(&mut self, error: impl Fn(RequestId, bool) -> Option<Error>) {
+        let mut at = 0;
+        while let Some((waiting, _, _)) = self.waiting.get(at) {
+            match error(waiting.id, false) {
+                Some(error) => self.ended.push((self.waiting.remove(at).2, Err(error))),
+                None => at += 1,
+            }
+        }
+        at = 0;
+        while let Some(running) = self.running.get(at) {
+            match error(running.prepared.id, true) {
+                Some(error) => self.ended.push((self.running.remove(at).reply, Err(error))),
+                None => at += 1,
+            }
+        }
+    }
+
+    /// Requests that ended since the last call, for their callers to be told.
+    pub fn take_ended(&mut self) -> Vec<(Reply, Result<Answer>)> {
+        std::mem::take(&mut self.ended)
+    }
+
+    /// Drops all contexts that are kept for requests to come.
+    pub fn clear_cache(&mut self) {
+        self.cache.iter_mut().for_each(PrefixCache::clear);
+    }
+
+    /// Forgets what was computed and measured.
+    pub fn forget(&mut self) {
+        self.cache = self.cache.as_ref().map(|_| PrefixCache::default());
+        self.run_time = RunTime::default();
+    }
+
+    /// Admits the requests for which there is room. `open` opens the slot of a search (by its
+    /// number) on the pages of its context and of its tails.
+    pub fn admit(
+        &mut self,
+        now_us: Micros,
+        mut open: impl FnMut(&Prepared, &[Page], &[Page]) -> S,
+    ) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let waiting: Vec<Waiting> = self.waiting.iter().map(|(waiting, ..)| *waiting).collect();
+        let rows = self.running.iter().map(|running| running.prepared.needs.beam_rows).sum();
+        let room = Room {
+            context_pages: self.free_context_pages(),
+            tail_pages: self.tail_pages.num_free(),
+        };
+        for id in schedule::admit(&waiting, rows, room, &self.limits, now_us) {
+            let at = self.waiting.iter().position(|(waiting, ..)| waiting.id == id);
+            let (waiting, prepared, reply) = self.waiting.remove(at.expect("one that waits"));
+            let found = self.lease_context(&prepared);
+            let tails = self.tail_pages.take(prepared.needs.tail_pages);
+            let tails = tails.expect("admitted with room");
+            let slots = tails
+                .chunks(prepared.tail_pages_per_search())
+                .map(|tails| Some(open(&prepared, &found.pages, tails)));
+            self.running.push(Running {
+                reply,
+                deadline_us: waiting.deadline_us,
+                slots: slots.collect(),
+                context: found.pages,
+                tails,
+                num_read: found.tokens,
+                cached_tokens: found.tokens,
+                admitted_us: now_us,
+                stepped_us: now_us,
+                timings: Timings {
+                    queued_us: now_us.saturating_sub(prepared.arrived_us),
+                    levels_us: Vec::with_capacity(prepared.num_steps()),
+                    ..Timings::default()
+                },
+                prepared,
+            });
+        }
+    }
+
+    /// What each request does in the next step. `num_beams` says how many rows a slot has.
+    pub fn schedule(&self, num_beams: impl Fn(&S) -> usize) -> Vec<Scheduled> {
+        let reading = self.running.iter().filter(|running| running.num_unread() > 0);
+        let reading: Vec<Reading> = reading
+            .map(|running| Reading {
+                left: running.num_unread(),
+                is_divisible: !self.is_prompt_whole,
+            })
+            .collect();
+        let mut tokens = schedule::share_tokens(&reading, &self.limits).into_iter();
+        let scheduled = |(request, running): (usize, &Running<S>)| match running.num_unread() {
+            0 => {
+                let num_rows = running.slots.iter().flatten().map(&num_beams).sum();
+                Some(Scheduled { request, chunk: running.num_read..running.num_read, num_rows })
+            }
+            _ => {
+                let num_rows = tokens.next().expect("tokens for each prompt");
+                let chunk = running.num_read..running.num_read + num_rows;
+                (num_rows > 0).then_some(Scheduled { request, chunk, num_rows })
+            }
+        };
+        self.running.iter().enumerate().filter_map(scheduled).collect()
+    }
+
+    /// Takes note of a step that was done: prompts are read so far, whole contexts are kept for
+    /// requests to come.
+    pub fn complete(&mut self, scheduled: &[Scheduled], now_us: Micros) {
+        for Scheduled { request, chunk, .. } in scheduled {
+            let running = &mut self.running[*request];
+            let step_us = now_us.saturating_sub(running.stepped_us);
+            running.stepped_us = now_us;
+            if chunk.is_empty() {
+                running.timings.levels_us.push(step_us);
+                continue;
+            }
+            running.timings.prefill_us += step_us;
+            running.num_read = chunk.end;
+            if running.num_unread() == 0 {
+                self.keep_context(*request);
+            }
+        }
+    }
+
+    /// Takes out the requests that have taken all their steps.
+    pub fn take_finished(&mut self, is_finished: impl Fn(&Running<S>) -> bool) -> Vec<Running<S>> {
+        self.running.extract_if(.., |running| is_finished(running)).collect()
+    }
+
+    /// Ends a request that was taken out with its answer.
+    pub fn end(&mut self, finished: Running<S>, answer: Result<Answer>, now_us: Micros) {
+        self.run_time.note(now_us.saturating_sub(finished.admitted_us));
+        self.ended.push((finished.reply, answer));
+    }
+
+    /// What waits, what runs and what is free.
+    pub fn status(&self) -> EngineStatus {
+        EngineStatus {
+            waiting: self.waiting.len(),
+            running: self.running.len(),
+            context_pages: self.context_pages.num_pages(),
+            free_context_pages: self.context_pages.num_free(),
+            cached_context_pages: self.cache.as_ref().map_or(0, PrefixCache::num_pages),
+            tail_pages: self.tail_pages.num_pages(),
+            free_tail_pages: self.tail_pages.num_free(),
+            cache: self.cache.as_ref().map_or(CacheStats::default(), PrefixCache::stats),
+        }
+    }
+
+    /// Whether every page is in exactly one place; if not, what is wrong.
+    pub fn check_integrity(&self) -> std::result::Result<(), String> {
+        let of_requests = self.running.iter().flat_map(|running| &running.context);
+        let cached = self.cache.iter().flat_map(PrefixCache::pages);
+        let held: HashSet<u32> = of_requests.chain(cached).map(Page::index).collect();
+        check_pages("context", &self.context_pages, held)?;
+        let tails = self.running.iter().flat_map(|running| &running.tails).map(Page::index);
+        let held: HashSet<u32> = tails.clone().collect();
+        if held.len() < tails.count() {
+            return Err("two requests hold the same page of tails".into());
+        }
+        check_pages("tail", &self.tail_pages, held)
+    }
+
+    /// Pages for contexts that are free, or that the cache would give back if they are wanted.
+    fn free_context_pages(&self) -> usize {
+        let wanted: usize =
+            self.waiting.iter().map(|(waiting, ..)| waiting.needs.context_pages).sum();
+        let free = self.context_pages.num_free();
+        match &self.cache {
+            Some(cache) if free < wanted => free + cache.num_unshared(),
+            _ => free,
+        }
+    }
+
+    /// The pages of a request's context, with the tokens that the cache has already.
+    fn lease_context(&mut self, prepared: &Prepared) -> Found {
+        let mut found = match &mut self.cache {
+            None => Found::default(),
+            Some(cache) if self.is_prompt_whole => cache.match_whole(&prepared.tokens),
+            Some(cache) => cache.match_prefix(&prepared.tokens, prepared.request.user.as_deref()),
+        };
+        let rest = prepared.needs.context_pages - found.pages.len();
+        while self.context_pages.num_free() < rest {
+            let evicted = self.cache.as_mut().is_some_and(PrefixCache::evict);
+            assert!(evicted, "what is admitted has room");
+        }
+        found.pages.extend(self.context_pages.take(rest).expect("as many are free"));
+        found
+    }
+
+    fn keep_context(&mut self, request: usize) {
+        let Running { prepared, context, .. } = &self.running[request];
+        match &mut self.cache {
+            None => {}
+            Some(cache) if self.is_prompt_whole => cache.insert_whole(&prepared.tokens, context),
+            Some(cache) => {
+                let user = prepared.request.user.as_deref();
+                cache.insert_prefix(&prepared.tokens, context, user);
+            }
+        }
+    }
+}
+
+fn check_pages(what: &str, pool: &Pool, held: HashSet<u32>) -> std::result::Result<(), String> {
+    let free = pool.free_pages();
+    let distinct: HashSet<u32> = free.iter().copied().collect();
+    if distinct.len() < free.len() || !distinct.is_disjoint(&held) {
+        return Err(format!("a {what} page is in two places"));
+    }
+    match free.len() + held.len() {
+        all if all == pool.num_pages() => Ok(()),
+        found => Err(format!("{found} of {} {what} pages are left", pool.num_pages())),
+    }
+}

@@ -1,0 +1,105 @@
+//! One step of all requests: admit, plan, batch, run, complete.
+
+use super::Engine;
+use super::batch::{self, SubBatch};
+use super::scheduler::{Running, Scheduled};
+use crate::answer::Answer;
+use crate::backend::{Backend, SlotSpec};
+use crate::error::Error;
+use crate::pages::Page;
+
+impl<B: Backend> Engine<B> {
+    /// One step. Callers are told afterwards, by [`deliver`](Engine::deliver).
+    pub(super) fn advance(&mut self) {
+        let now_us = self.preparer.now_us();
+        self.scheduler.expire(now_us);
+        self.admit(now_us);
+        self.step_running();
+    }
+
+    /// Steps until nothing runs any more; nothing is admitted meanwhile.
+    pub(super) fn finish_running(&mut self) {
+        while !self.scheduler.running().is_empty() {
+            self.step_running();
+        }
+    }
+
+    fn admit(&mut self, now_us: u64) {
+        let (backend, start_token) = (&self.backend, self.spec.prompt.start_token());
+        let indices = |pages: &[Page]| pages.iter().map(Page::index).collect();
+        self.scheduler.admit(now_us, |prepared, context, tails| {
+            let slot = backend.open_slot(SlotSpec {
+                context_pages: indices(context),
+                context_len: prepared.tokens.len(),
+                tail_pages: indices(tails),
+                num_steps: prepared.num_steps(),
+                start_token,
+            });
+            slot.expect("an engine is opened for as many steps as its device takes")
+        });
+    }
+
+    fn step_running(&mut self) {
+        let backend = &self.backend;
+        let scheduled = self.scheduler.schedule(|slot| backend.num_beams(slot));
+        if scheduled.is_empty() {
+            return;
+        }
+        let mut sub_batches = self.sub_batches(&scheduled);
+        self.run_sub_batches(&mut sub_batches);
+        self.complete(&scheduled, sub_batches);
+    }
+
+    fn sub_batches(&mut self, scheduled: &[Scheduled]) -> Vec<SubBatch<B>> {
+        let has_encoder = self.spec.prompt.is_whole();
+        let groups = batch::split(scheduled, self.workers.len());
+        let sub_batch = |group: Vec<&Scheduled>| {
+            SubBatch::new(&*self.backend, &mut self.scheduler, &group, has_encoder)
+        };
+        groups.into_iter().map(sub_batch).collect()
+    }
+
+    /// Takes note of what was done, and answers the requests that have taken all their steps.
+    fn complete(&mut self, scheduled: &[Scheduled], sub_batches: Vec<SubBatch<B>>) {
+        for sub_batch in sub_batches {
+            sub_batch.return_slots(&mut self.scheduler);
+        }
+        let backend = &*self.backend;
+        let is_finished = |running: &Running<B::Slot>| {
+            running.slots.iter().flatten().all(|slot| {
+                backend.num_steps(slot) == running.prepared.num_steps()
+                    || backend.num_beams(slot) == 0
+            })
+        };
+        self.scheduler.complete(scheduled, self.preparer.now_us());
+        let finished = self.scheduler.take_finished(is_finished);
+        if !finished.is_empty() {
+            self.answer(finished);
+        }
+        if let Err(Error::Device { device, reason }) = self.backend.take_failure() {
+            self.scheduler.fail_running(&device, &reason);
+        }
+    }
+
+    /// Reads the beams of all that are finished at once: where a device computes, this waits for it.
+    fn answer(&mut self, finished: Vec<Running<B::Slot>>) {
+        let slots = finished.iter().flat_map(|running| running.slots.iter().flatten());
+        let mut beams = self.backend.read_beams(&slots.collect::<Vec<_>>()).into_iter();
+        let now_us = self.preparer.now_us();
+        for mut running in finished {
+            let timings = running.timings(now_us);
+            let Running { prepared, slots, cached_tokens, .. } = &running;
+            let beams: Vec<_> = beams.by_ref().take(slots.len()).collect();
+            let version = self.weights_version;
+            let answer = self.codes.answer(prepared, *cached_tokens, version, beams.into_iter());
+            let answer = match running.is_late(now_us) {
+                true => Err(prepared.deadline_exceeded()),
+                false => answer.map(|answer| Answer {
+                    timings: prepared.request.timings.then_some(timings),
+                    ..answer
+                }),
+            };
+            self.scheduler.end(running, answer, now_us);
+        }
+    }
+}

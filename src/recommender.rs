@@ -1,0 +1,558 @@
+//! A model and a catalog on a device, for any number of callers: the one door for applications.
+//!
+//! A [`Recommender`] is opened by names (a folder, a catalog, a device) and owns its engine on a
+//! thread of its own. It is cheap to clone and works from any thread.
+//!
+//! # Which calls wait
+//!
+//! | call | waits for |
+//! | --- | --- |
+//! | [`submit`](Recommender::submit), [`submit_with`](Recommender::submit_with), [`submit_all`](Recommender::submit_all) | nothing; checks the request, which takes time in proportion to the catalog where a filter is new |
+//! | [`submit_deferred`](Recommender::submit_deferred) | nothing; the request is checked on the engine's thread |
+//! | [`cancel`](Recommender::cancel), [`status`](Recommender::status), [`close`](Recommender::close) | nothing |
+//! | [`Handle::wait`], [`recommend`](Recommender::recommend), [`recommend_all`](Recommender::recommend_all), [`rank`](Recommender::rank) | the answer, and before it room in the queue |
+//! | [`replace_weights`](Recommender::replace_weights) | the new network, and the requests that run |
+//! | [`check_integrity`](Recommender::check_integrity) | the step under way |
+//! | [`shutdown`](Recommender::shutdown) | accepted requests, as long as it is told |
+//!
+//! On async workers, use the calls that do not wait and await the [`Handle`]. Changes of the
+//! catalog go through a [`CatalogWriter`](crate::CatalogWriter), whose `apply` may wait for a
+//! compaction.
+//!
+//! Callbacks run on the engine's own thread, and all requests wait for them. They may call
+//! everything that does not wait; a call that waits returns [`Error::CalledFromCallback`] there.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use crate::answer::Answer;
+use crate::backend::Backend;
+use crate::catalog::Catalog;
+use crate::device::{Device, WithBackend};
+use crate::engine::{
+    Engine, EngineOptions, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply,
+};
+use crate::error::{Error, Result};
+use crate::models::config::{Config, SidLayout};
+use crate::models::weights::Weights;
+use crate::request::{Input, Request};
+use crate::schedule::RequestId;
+use crate::service::queue::PushError;
+use crate::service::{BeforeStep, Handle, Message, Service, Shared, oneshot};
+use crate::tensor::{Dtype, Tensor};
+
+/// The most requests that a queue may be asked to hold.
+const MAX_QUEUED: usize = 1 << 24;
+
+/// How a [`Recommender`] is opened.
+///
+/// ```
+/// use sidereal::{EngineOptions, RecommenderOptions};
+///
+/// let options = RecommenderOptions::new("cpu").with_threads(2).with_max_queued(256);
+/// ```
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct RecommenderOptions {
+    /// The device by its name: `cpu`, `cuda` (the first GPU) or `cuda:1`.
+    pub device: String,
+    /// Number type of activations; `None` for f32 on the CPU, which has no other, and bf16 on GPUs.
+    pub dtype: Option<Dtype>,
+    /// How the engine is opened.
+    pub engine: EngineOptions,
+    /// Requests that may wait; more are refused with [`Error::Overloaded`].
+    pub max_queued: usize,
+    /// Called on the engine's thread before each step with the number of steps before it: for
+    /// metrics, and for tests of what happens when that thread fails.
+    pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
+}
+
+impl Default for RecommenderOptions {
+    fn default() -> RecommenderOptions {
+        RecommenderOptions::new("cpu")
+    }
+}
+
+impl RecommenderOptions {
+    /// The defaults for a device, by its name. A name that no device has is refused when the
+    /// recommender is opened.
+    pub fn new(device: impl Into<String>) -> RecommenderOptions {
+        let device = device.into();
+        RecommenderOptions {
+            engine: EngineOptions::for_device(device.parse().unwrap_or_default()),
+            device,
+            dtype: None,
+            max_queued: 1024,
+            before_step: None,
+        }
+    }
+
+    /// Sets [`dtype`](RecommenderOptions::dtype).
+    pub fn with_dtype(mut self, dtype: Dtype) -> RecommenderOptions {
+        self.dtype = Some(dtype);
+        self
+    }
+
+    /// Sets the engine's [`threads`](EngineOptions::threads).
+    pub fn with_threads(mut self, threads: usize) -> RecommenderOptions {
+        self.engine.threads = threads;
+        self
+    }
+
+    /// Sets [`engine`](RecommenderOptions::engine).
+    pub fn with_engine(mut self, engine: EngineOptions) -> RecommenderOptions {
+        self.engine = engine;
+        self
+    }
+
+    /// Sets [`max_queued`](RecommenderOptions::max_queued).
+    pub fn with_max_queued(mut self, requests: usize) -> RecommenderOptions {
+        self.max_queued = requests;
+        self
+    }
+
+    /// Sets [`before_step`](RecommenderOptions::before_step).
+    pub fn with_before_step(
+        mut self,
+        before_step: impl Fn(u64) + Send + Sync + 'static,
+    ) -> RecommenderOptions {
+        self.before_step = Some(Arc::new(before_step) as BeforeStep);
+        self
+    }
+}
+
+impl fmt::Debug for RecommenderOptions {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("RecommenderOptions")
+            .field("device", &self.device)
+            .field("dtype", &self.dtype)
+            .field("engine", &self.engine)
+            .field("max_queued", &self.max_queued)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a recommender holds, as of the end of its last step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Status {
+    /// Requests that wait, in the queue or for room in the engine.
+    pub queued: usize,
+    /// The engine.
+    pub engine: EngineStatus,
+    /// Where the time went; `None` on a device, whose phases follow one another unseen.
+    pub phases: Option<Phases>,
+    /// Floating-point operations of all matrix products so far.
+    pub matrix_flops: u64,
+    /// The version of the weights.
+    pub weights_version: u64,
+    /// Steps so far.
+    pub num_steps: u64,
+}
+
+/// A model and a catalog on a device. Clones share one engine.
+///
+/// ```no_run
+/// use std::{path::Path, sync::Arc, time::Duration};
+/// use sidereal::{Recommender, RecommenderOptions, Request, catalog::Catalog};
+///
+/// # fn main() -> sidereal::Result<()> {
+/// let catalog = Arc::new(Catalog::open(Path::new("models/industrial/items.jsonl"))?);
+/// let options = RecommenderOptions::new("cpu");
+/// let recommender = Recommender::open(Path::new("models/industrial"), catalog, &options)?;
+/// let mut request = Request::from_history(["168", "278"]);
+/// request.deadline = Some(Duration::from_millis(100));
+/// let handle = recommender.submit(request)?; // from any thread; `handle.await` works as well
+/// println!("{:?}", handle.wait()?);
+/// recommender.shutdown(Duration::from_secs(1))?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Recommender {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    service: Service,
+    preparer: Arc<Preparer>,
+    loader: Arc<dyn ReplaceWeights>,
+    description: String,
+    num_threads: usize,
+    has_phases: bool,
+}
+
+/// Opens an engine on whatever backend a device has.
+struct Open<'a> {
+    config: &'a Config,
+    weights: Weights,
+    layout: SidLayout,
+    catalog: Arc<Catalog>,
+    options: &'a RecommenderOptions,
+}
+
+impl WithBackend for Open<'_> {
+    type Output = Recommender;
+
+    fn run<B: Backend>(self, backend: B) -> Result<Recommender> {
+        let Open { config, weights, layout, catalog, options } = self;
+        let engine =
+            Engine::from_parts(backend, config, weights, layout, catalog, &options.engine)?;
+        Recommender::from_engine(engine, options)
+    }
+}
+
+impl Recommender {
+    /// Opens a model folder (`config.json`, `sidereal.json`, safetensors) on the device that the
+    /// options name.
+    ///
+    /// # Errors
+    /// The files': see [`models::load`](crate::models::load), [`SidLayout`];
+    /// [`Error::LevelsMismatch`] where the catalog has codes that the model cannot write;
+    /// [`Error::Device`] where this build or machine does not have the device;
+    /// [`Error::InvalidOption`].
+    pub fn open(
+        folder: &Path,
+        catalog: Arc<Catalog>,
+        options: &RecommenderOptions,
+    ) -> Result<Recommender> {
+        let config = Config::read(&folder.join("config.json"))?;
+        let layout = SidLayout::read(folder, crate::models::vocab_size(&config)?)?;
+        Recommender::from_parts(&config, Weights::open(folder)?, layout, catalog, options)
+    }
+
+    /// Opens a network from its parts, wherever they come from.
+    ///
+    /// # Errors
+    /// Those of [`Recommender::open`].
+    pub fn from_parts(
+        config: &Config,
+        weights: Weights,
+        layout: SidLayout,
+        catalog: Arc<Catalog>,
+        options: &RecommenderOptions,
+    ) -> Result<Recommender> {
+        let device: Device = options.device.parse()?;
+        check_max_queued(options)?;
+        let work = Open { config, weights, layout, catalog, options };
+        device.with_backend(options.dtype, work)
+    }
+
+    /// Takes over an engine, on whatever backend; of the options, `max_queued` and `before_step`
+    /// count.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`]; [`Error::Device`] where no thread can be started.
+    pub fn from_engine<B: Backend>(
+        engine: Engine<B>,
+        options: &RecommenderOptions,
+    ) -> Result<Recommender> {
+        check_max_queued(options)?;
+        let inner = Inner {
+            preparer: Arc::clone(engine.preparer()),
+            loader: engine.loader(),
+            description: engine.backend().description(),
+            num_threads: engine.num_threads(),
+            has_phases: B::COMPUTES_ON_CALLERS,
+            service: Service::start(engine, options.max_queued, options.before_step.clone())?,
+        };
+        Ok(Recommender { inner: Arc::new(inner) })
+    }
+
+    /// The catalog that is searched.
+    pub fn catalog(&self) -> &Arc<Catalog> {
+        self.inner.preparer.catalog()
+    }
+
+    /// What computes, as `x86_64 f32x16`.
+    pub fn description(&self) -> &str {
+        &self.inner.description
+    }
+
+    /// Threads that compute.
+    pub fn num_threads(&self) -> usize {
+        self.inner.num_threads
+    }
+
+    /// The most tokens that an input may have.
+    pub fn max_context(&self) -> usize {
+        self.inner.preparer.max_context()
+    }
+
+    /// The tokens that the model reads for an input, with the catalog as it is now.
+    ///
+    /// # Errors
+    /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
+    pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
+        self.inner.preparer.input_tokens(input)
+    }
+
+    /// Hands over a request. It is checked here, on the caller's thread, and sees the catalog as it
+    /// is now.
+    ///
+    /// # Errors
+    /// The request's; [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`],
+    /// [`Error::Forked`].
+    pub fn submit(&self, request: Request) -> Result<Handle> {
+        let prepared = self.prepare(request)?;
+        let (handle, reply) = self.handle(prepared.id());
+        self.push(Message::Enqueue(prepared, reply))?;
+        Ok(handle)
+    }
+
+    /// Hands over a request whose answer goes to `callback`, on the engine's thread. The ID
+    /// [cancels](Recommender::cancel) it. `callback` is called exactly once, unless this returns an
+    /// error; if it panics, its own request alone is harmed.
+    ///
+    /// # Errors
+    /// Those of [`submit`](Recommender::submit).
+    pub fn submit_with(
+        &self,
+        request: Request,
+        callback: impl FnOnce(Result<Answer>) + Send + 'static,
+    ) -> Result<RequestId> {
+        let prepared = self.prepare(request)?;
+        let id = prepared.id();
+        self.push(Message::Enqueue(prepared, Reply::new(callback)))?;
+        Ok(id)
+    }
+
+    /// Hands over several requests at once: those for which there is room, in their order.
+    pub fn submit_all(&self, requests: Vec<Request>) -> Vec<Result<Handle>> {
+        let mut messages = Vec::with_capacity(requests.len());
+        let submit = |request| {
+            let prepared = self.prepare(request)?;
+            let (handle, reply) = self.handle(prepared.id());
+            messages.push(Message::Enqueue(prepared, reply));
+            Ok(handle)
+        };
+        let mut handles: Vec<Result<Handle>> = requests.into_iter().map(submit).collect();
+        if messages.is_empty() {
+            return handles;
+        }
+        let shared = self.shared();
+        let (num_refused, error): (usize, &dyn Fn() -> Error) =
+            match shared.queue.push_all(messages) {
+                Ok((rest, queued)) => {
+                    let limit = shared.max_queued;
+                    (rest.len(), &move || Error::Overloaded { queued, limit })
+                }
+                Err(all) => (all.len(), &|| shared.end()),
+            };
+        let refused = handles.iter_mut().rev().filter(|handle| handle.is_ok());
+        refused.take(num_refused).for_each(|handle| *handle = Err(error()));
+        handles
+    }
+
+    /// Hands over a request that is checked on the engine's thread, between two steps: this call
+    /// never takes long. The request sees the catalog as it is when it is checked.
+    ///
+    /// # Errors
+    /// [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`];
+    /// the request's own come as the answer.
+    pub fn submit_deferred(&self, request: Request) -> Result<Handle> {
+        self.shared().check_process()?;
+        let arrival = self.inner.preparer.arrival();
+        let (handle, reply) = self.handle(arrival.id);
+        self.push(Message::Submit(request, arrival, reply))?;
+        Ok(handle)
+    }
+
+    /// Ends a request with [`Error::Cancelled`]; what it held is free at the next step. The ID of a
+    /// request that was answered does nothing.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn cancel(&self, id: RequestId) -> Result<()> {
+        self.shared().check_process()?;
+        self.shared().queue.cancel(id);
+        Ok(())
+    }
+
+    /// Answers one request; waits for room in the queue and for the answer.
+    ///
+    /// # Errors
+    /// The request's; [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`],
+    /// [`Error::CalledFromCallback`].
+    pub fn recommend(&self, request: &Request) -> Result<Answer> {
+        self.shared().check_waiting()?;
+        let prepared = self.prepare(request.clone())?;
+        let (handle, reply) = self.handle(prepared.id());
+        let message = Message::Enqueue(prepared, reply);
+        self.shared().queue.push_wait(message).map_err(|_| self.shared().end())?;
+        handle.wait()
+    }
+
+    /// Answers many requests and hands each answer to `deliver` with the request's index, on this
+    /// thread, in the order in which they finish. The engine takes them a few at a time, beside the
+    /// requests of others; each sees the catalog as it is when the engine takes it.
+    ///
+    /// Every request is answered: where the engine ends first, with that.
+    pub fn recommend_all(
+        &self,
+        requests: &[Request],
+        mut deliver: impl FnMut(usize, Result<Answer>),
+    ) {
+        let (sender, answers) = mpsc::channel();
+        let mut is_answered = vec![false; requests.len()];
+        let shared = self.shared();
+        let pushed = shared.check_waiting().and_then(|()| {
+            let message = Message::Feed(requests.to_vec(), sender);
+            shared.queue.push_uncounted(message).map_err(|_| shared.end())
+        });
+        if pushed.is_ok() {
+            for (index, answer) in answers {
+                is_answered[index] = true;
+                deliver(index, answer);
+            }
+        }
+        for index in (0..requests.len()).filter(|&index| !is_answered[index]) {
+            let error = match shared.check_waiting() {
+                Err(error) => error,
+                Ok(()) => shared.end(),
+            };
+            deliver(index, Err(error));
+        }
+    }
+
+    /// Scores given items for an input: the answer lists those that are available, best first, each
+    /// with the score that a search would give it.
+    ///
+    /// # Errors
+    /// Those of [`recommend`](Recommender::recommend); [`Error::InvalidField`] where `candidates`
+    /// is empty.
+    pub fn rank<S: Into<String>>(
+        &self,
+        input: Input,
+        candidates: impl IntoIterator<Item = S>,
+    ) -> Result<Answer> {
+        let mut request = Request::new(input);
+        request.candidates = candidates.into_iter().map(Into::into).collect();
+        if request.candidates.is_empty() {
+            let reason = "name the items to score".into();
+            return Err(Error::InvalidField { field: "candidates", reason });
+        }
+        self.recommend(&request)
+    }
+
+    /// Puts other tensors in the place of those of the same names, and returns the version of the
+    /// weights, which the answers from now on carry. The network is laid out on this thread, beside
+    /// the old one, while requests are answered: it takes as much memory again meanwhile. Requests
+    /// that run are then finished with the weights that they began with; contexts that were kept
+    /// are dropped.
+    ///
+    /// # Errors
+    /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
+    /// [`Error::Unsupported`] where the weights are random; [`Error::ShuttingDown`],
+    /// [`Error::EngineFailed`], [`Error::Forked`], [`Error::CalledFromCallback`]. The old weights
+    /// stay then.
+    pub fn replace_weights(
+        &self,
+        tensors: impl IntoIterator<Item = (String, Tensor)>,
+    ) -> Result<u64> {
+        self.shared().check_waiting()?;
+        let tensors = tensors.into_iter().collect();
+        self.inner.loader.replace(tensors, &mut || self.ask(Message::InstallWeights)?)
+    }
+
+    /// What waits, what runs and what is free, as the engine's thread last said: this does not wait
+    /// for the step under way.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn status(&self) -> Result<Status> {
+        self.shared().check_process()?;
+        let published = self.shared().published();
+        Ok(Status {
+            queued: self.shared().queue.queued(),
+            engine: published.engine,
+            phases: self.inner.has_phases.then_some(published.phases),
+            matrix_flops: published.matrix_flops,
+            weights_version: published.weights_version,
+            num_steps: published.num_steps,
+        })
+    }
+
+    /// Checks that every page of memory is in exactly one place: free, or held by those who share
+    /// it. For tests and for operators who suspect a leak; it takes time in proportion to the pages.
+    ///
+    /// # Errors
+    /// [`Error::EngineFailed`] with what is wrong; [`Error::ShuttingDown`], [`Error::Forked`],
+    /// [`Error::CalledFromCallback`].
+    pub fn check_integrity(&self) -> Result<()> {
+        self.shared().check_waiting()?;
+        self.ask(Message::CheckIntegrity)?
+    }
+
+    /// Takes no more requests; those that were accepted are answered.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn close(&self) -> Result<()> {
+        self.shared().check_process()?;
+        self.shared().queue.close();
+        Ok(())
+    }
+
+    /// Takes no more requests, and waits until those that were accepted are answered; those that
+    /// take longer than `within` are answered with [`Error::ShuttingDown`]. Called by a callback it
+    /// does not wait. Dropping the last clone shuts down at once.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn shutdown(&self, within: Duration) -> Result<()> {
+        self.inner.service.shutdown(within)
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        self.inner.service.shared()
+    }
+
+    fn prepare(&self, request: Request) -> Result<Prepared> {
+        self.shared().check_process()?;
+        self.inner.preparer.prepare(request)
+    }
+
+    /// A handle, and the reply that answers it.
+    fn handle(&self, id: RequestId) -> (Handle, Reply) {
+        let (sender, receiver) = oneshot::channel();
+        let shared = Arc::clone(self.shared());
+        (Handle::new(id, receiver, shared), Reply::new(|answer| sender.send(answer)))
+    }
+
+    fn push(&self, message: Message) -> Result<()> {
+        let shared = self.shared();
+        let (message, error) = match shared.queue.push(message) {
+            Ok(()) => return Ok(()),
+            Err(PushError::Full { entry, queued }) => {
+                (entry, Error::Overloaded { queued, limit: shared.max_queued })
+            }
+            Err(PushError::Closed(entry)) => (entry, shared.end()),
+        };
+        if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {
+            reply.disarm();
+        }
+        Err(error)
+    }
+
+    /// Asks the engine's thread for something and waits for it.
+    fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Result<T> {
+        let (sender, receiver) = oneshot::channel();
+        let shared = self.shared();
+        shared.queue.push_uncounted(message(sender)).map_err(|_| shared.end())?;
+        receiver.wait().ok_or_else(|| shared.end())
+    }
+}
+
+fn check_max_queued(options: &RecommenderOptions) -> Result<()> {
+    match options.max_queued {
+        1..=MAX_QUEUED => Ok(()),
+        other => {
+            let reason = format!("{other} is not between 1 and {MAX_QUEUED}");
+            Err(Error::InvalidOption { option: "max_queued", reason })
+        }
+    }
+}
