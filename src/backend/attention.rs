@@ -1,7 +1,5 @@
 //! What an attention is: heads, score rule, what a query attends to, scale and bias.
 
-use crate::error::{Error, Result};
-
 /// How the columns of a projection are shared out: `num_heads` query heads, then `num_kv_heads`
 /// key heads, then as many value heads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,10 +112,6 @@ pub struct AttentionSpec<Scope, Bias> {
 /// position, where `longest` is the longest context and the middle column stands for distance zero.
 pub type PrefillAttention<'a> = AttentionSpec<Mask, &'a [f32]>;
 
-/// An attention of beams. The bias is `[num_heads, distances]` over the distance back from the
-/// newest position; `distances` is at least the positions of the longest tail.
-pub type BeamAttention<'a, B> = AttentionSpec<KvScope, &'a <B as super::DeviceOps>::Vector>;
-
 impl<Scope, Bias> AttentionSpec<Scope, Bias> {
     /// Softmax attention without a bias.
     pub fn softmax(heads: Heads, scope: Scope, scale: f32) -> AttentionSpec<Scope, Bias> {
@@ -127,75 +121,5 @@ impl<Scope, Bias> AttentionSpec<Scope, Bias> {
     /// Adds a bias to the scores.
     pub fn with_bias(self, bias: Bias) -> AttentionSpec<Scope, Bias> {
         AttentionSpec { bias: Some(bias), ..self }
-    }
-}
-
-/// The keys and values of a network, as memory holds them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KvLayout {
-    /// Sets of keys and values that a context holds: one for each layer that attends to it.
-    pub context_sets: usize,
-    /// Layers whose beams keep keys and values in tails.
-    pub tail_layers: usize,
-    /// The heads of keys and values, and the queries that share them.
-    pub heads: Heads,
-    /// Whether the keys are the values, kept once. No kernel serves that yet:
-    /// [`DeviceOps::memory`](super::DeviceOps::memory) refuses it.
-    pub values_are_keys: bool,
-}
-
-impl KvLayout {
-    /// A context set and a tail in each of `num_layers` layers.
-    pub fn new(num_layers: usize, heads: Heads) -> KvLayout {
-        KvLayout {
-            context_sets: num_layers,
-            tail_layers: num_layers,
-            heads,
-            values_are_keys: false,
-        }
-    }
-
-    /// Numbers that a token of a context takes.
-    pub fn numbers_per_token(&self) -> usize {
-        self.context_sets * (self.heads.keys_dim() + self.heads.values_dim())
-    }
-
-    /// Numbers that a row of a tail takes.
-    pub fn numbers_per_tail_row(&self) -> usize {
-        self.tail_layers * (self.heads.keys_dim() + self.heads.values_dim())
-    }
-
-    /// # Errors
-    /// [`Error::Unsupported`] where no kernel serves such keys and values.
-    pub(super) fn check(&self) -> Result<()> {
-        let Heads { key_dim, value_dim, .. } = self.heads;
-        if key_dim != value_dim {
-            return Err(Error::Unsupported {
-                what: format!("keys of {key_dim} columns with values of {value_dim}"),
-                way_out: "keys and values of one width are".into(),
-            });
-        }
-        if self.values_are_keys {
-            return Err(Error::Unsupported {
-                what: "attention whose values are its keys".into(),
-                way_out: "keys and values apart are".into(),
-            });
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn layouts_that_no_kernel_serves_are_refused() {
-        let layout = KvLayout::new(2, Heads::new(4, 2, 8));
-        assert!(layout.check().is_ok());
-        let wide = KvLayout { heads: Heads { value_dim: 16, ..layout.heads }, ..layout };
-        assert!(wide.check().unwrap_err().to_string().contains("values of 16"));
-        let shared = KvLayout { values_are_keys: true, ..layout };
-        assert!(matches!(shared.check(), Err(Error::Unsupported { .. })));
     }
 }

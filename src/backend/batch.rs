@@ -1,40 +1,8 @@
-//! What a pass works on, and what is leased for it: memory, slots, batches.
+//! What a pass works on.
 
 use std::ops::Range;
 
-use super::{DeviceOps, KvLayout};
-
-/// The memory for all contexts and tails and for steps, taken once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemorySpec {
-    /// What a token of a context and a row of a tail hold.
-    pub kv: KvLayout,
-    /// Pages of contexts, [`PAGE_LEN`](crate::pages::PAGE_LEN) tokens each.
-    pub context_pages: usize,
-    /// Pages of tails, [`TAIL_PAGE_LEN`](crate::pages::TAIL_PAGE_LEN) rows each.
-    pub tail_pages: usize,
-    /// Beams in a step, for which a device takes memory at once; a single search may have more.
-    pub rows_per_step: usize,
-    /// Tokens of prompts in a step, for which a device takes memory at once; a prompt that is read
-    /// as a whole may have more.
-    pub tokens_per_step: usize,
-}
-
-/// The lease of one search: what it needs is fixed when its request is admitted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SlotSpec {
-    /// The pages of the context, in order; searches may have them in common.
-    pub context_pages: Vec<u32>,
-    /// Tokens of the context.
-    pub context_len: usize,
-    /// The pages for tails: at each position as many as its beams fill, one position after the
-    /// other.
-    pub tail_pages: Vec<u32>,
-    /// The steps that the search takes; [`DeviceOps::max_steps`] is the limit.
-    pub num_steps: usize,
-    /// The token of the one beam that a search starts with, where the decoder reads one.
-    pub start_token: u32,
-}
+use super::DeviceOps;
 
 /// What one pass works on: rows of prompts, slot after slot, then rows of beams, slot after slot.
 pub struct Batch<'a, B: DeviceOps> {

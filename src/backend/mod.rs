@@ -18,6 +18,7 @@ mod batch;
 pub mod cpu;
 pub mod cuda;
 mod device;
+mod kv_layout;
 mod level_columns;
 mod network;
 mod noise;
@@ -25,14 +26,13 @@ mod search;
 #[doc(hidden)]
 pub mod testing;
 
-pub use attention::{
-    AttentionSpec, BeamAttention, Heads, KvLayout, KvScope, Mask, PrefillAttention, ScoreRule,
-};
-pub use batch::{Batch, MemorySpec, SlotSpec};
+pub use attention::{AttentionSpec, Heads, KvScope, Mask, PrefillAttention, ScoreRule};
+pub use batch::Batch;
 pub use device::DeviceOps;
+pub use kv_layout::{KvLayout, MemorySpec, SlotSpec};
 pub use network::{
-    Activation, AppendTail, ApplyRope, AttendBeams, AttendPrefill, Embed, Epilogue, GatherLast,
-    Glu, HeadNorms, Matmul, NetworkOps, RmsNorm, RopeTables, StoreContext,
+    Activation, AppendTail, ApplyRope, AttendBeams, AttendPrefill, BeamAttention, Embed, Epilogue,
+    GatherLast, Glu, HeadNorms, Matmul, NetworkOps, RmsNorm, RopeTables, StoreContext,
 };
 use search::Continuations;
 pub use search::{

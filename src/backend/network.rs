@@ -4,7 +4,7 @@
 //! number of prompt tokens in the batch, then of its beams. `out` buffers take the shape of what is
 //! written to them. Each operation is a trait of one method, so that its implementation is one file.
 
-use super::{Batch, BeamAttention, DeviceOps, Heads, PrefillAttention};
+use super::{AttentionSpec, Batch, DeviceOps, Heads, KvScope, PrefillAttention};
 
 /// The nonlinearities of feed-forward layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +47,10 @@ impl<B: DeviceOps> Clone for HeadNorms<'_, B> {
 }
 
 impl<B: DeviceOps> Copy for HeadNorms<'_, B> {}
+
+/// An attention of beams. The bias is `[num_heads, distances]` over the distance back from the
+/// newest position; `distances` is at least the positions of the longest tail.
+pub type BeamAttention<'a, B> = AttentionSpec<KvScope, &'a <B as DeviceOps>::Vector>;
 
 /// Looks up embeddings.
 pub trait Embed: DeviceOps {
