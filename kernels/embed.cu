@@ -4,14 +4,6 @@
 
 namespace embed {
 
-struct Params {
-  void* out;
-  const void* table;
-  const uint32_t* tokens;  // of the rows of prompts
-  Batch batch;             // of the beams alone
-  Beams beams;
-  uint32_t columns, num_tokens;
-};
 constexpr uint32_t kThreads = 128;
 
 template <class T> __device__ __forceinline__ void run(const Params& params) {

@@ -7,7 +7,7 @@ mod common;
 use std::ops::Range;
 use std::slice;
 
-use common::emulator::Emulator;
+use common::emulator::{Emulator, Faults};
 use common::kernels::{Build, Kernels};
 use common::operations::Subject;
 use common::truth::{self, Matrix, relative_error};
@@ -276,10 +276,111 @@ fn attention_takes_tiles_that_the_device_has_shared_memory_for() {
     assert!(error.to_string().contains("heads of 1024"), "{error}");
 }
 
+/// Attention of the beams of some of ten slots, all in one pass: by slot, its rows.
+fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec<Vec<f32>> {
+    const CODES: usize = 200;
+    let sizes = [
+        (700, 20),
+        (1, 1),
+        (64, 100),
+        (2000, 7),
+        (300, 100),
+        (65, 3),
+        (900, 1),
+        (520, 64),
+        (3000, 2),
+        (1100, 30),
+    ];
+    let backend = Emulator::backend(Build::Plain, dtype);
+    let catalog = catalog(&mut Cases::new(9), 4 * CODES, 1, CODES as u32);
+    let snapshot = catalog.snapshot();
+    let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
+    let steps = [StepTokens::Level { tokens: (0..CODES as u32).collect() }];
+    let head = Tensor::new(&[CODES, 8], Cases::new(10).numbers(CODES * 8));
+    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
+    let mut world = World::on(&backend, heads).expect("memory");
+    let mut cases: Vec<Cases> =
+        slots_of_pass.iter().map(|&slot| Cases::new(20 + slot as u64)).collect();
+    let mut slots: Vec<_> = slots_of_pass.iter().map(|&slot| world.slot(sizes[slot].0)).collect();
+    for (index, &slot) in slots_of_pass.iter().enumerate() {
+        let (context_len, slots) = (sizes[slot].0, &mut slots[index..=index]);
+        let kv = cases[index].numbers(context_len * 2 * heads.kv_dim());
+        let (kv, whole) = (backend.upload(&kv, 2 * heads.kv_dim()), 0..context_len);
+        let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots };
+        backend.store_context(0, &kv, 0, heads, &batch);
+    }
+    let hidden: Vec<f32> = cases.iter_mut().flat_map(|cases| cases.numbers(8)).collect();
+    let rules: Vec<SearchRule<'_>> = slots_of_pass
+        .iter()
+        .map(|&slot| SearchRule::new(&snapshot, &allowed_set, sizes[slot].1))
+        .collect();
+    backend.lm_head(&backend.upload(&hidden, 8), &head, &rules, &slots, &mut logits);
+    backend.advance_beams(&logits, &head, &rules, &mut slots);
+    let rows: Vec<usize> = slots.iter().map(|slot| backend.num_beams(slot)).collect();
+    let qkv =
+        cases.iter_mut().zip(&rows).flat_map(|(cases, rows)| cases.numbers(rows * heads.qkv_dim()));
+    let qkv = backend.upload(&qkv.collect::<Vec<f32>>(), heads.qkv_dim());
+    let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+    backend.append_tail(0, &qkv, heads, &mut batch);
+    let mut out = backend.buffer();
+    backend.attend_beams(0, &qkv, heads, KvScope::Both, 0.3, None, &batch, &mut out);
+    let out = backend.download(&out).expect("the device works");
+    let mut rest = &out[..];
+    let of_slot = rows.iter().map(|rows| {
+        let (of_slot, others) = rest.split_at(rows * heads.query_dim());
+        rest = others;
+        of_slot.to_vec()
+    });
+    of_slot.collect()
+}
+
+/// The contexts of all are split differently, and tiles take the widest slot's size.
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
-fn a_step_that_panics_while_it_is_recorded_ends_its_recording() {
-    let backend = Emulator::backend(Build::Plain, Dtype::F32);
+fn attention_of_a_slot_has_the_same_bits_alone_and_beside_nine_others() {
+    let heads = |num_heads, head_dim| Heads { num_heads, num_kv_heads: 1, head_dim };
+    for (dtype, heads) in [
+        (Dtype::F32, heads(1, 8)),
+        (Dtype::F32, heads(2, 24)),
+        (Dtype::Bf16, heads(2, 64)),
+        (Dtype::Bf16, heads(1, 128)),
+        (Dtype::Bf16, heads(2, 16)),
+    ] {
+        let together = attend_in_company(dtype, heads, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        assert!(together.iter().flatten().any(|&x| x != 0.0));
+        for (slot, expected) in together.iter().enumerate() {
+            let alone = attend_in_company(dtype, heads, &[slot]).remove(0);
+            assert!(alone == *expected, "{dtype:?} {heads:?}: slot {slot} depends on the others");
+        }
+        let reversed = attend_in_company(dtype, heads, &[9, 8, 7, 0]);
+        assert!(reversed[3] == together[0] && reversed[0] == together[9], "{dtype:?} {heads:?}");
+    }
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn a_step_that_panics_while_it_is_captured_ends_its_capture() {
+    let device = Emulator::new(Kernels::load(Build::Plain));
+    with_steps(device, |backend, step| {
+        step(false);
+        step(false);
+        let replays = backend.traffic().replays;
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| step(true)));
+        assert!(panicked.is_err());
+        assert_eq!(backend.traffic().replays, replays, "nothing of it was done");
+        // Memory can be taken, written, read and given back.
+        let buffer = backend.upload(&[1.0, 2.0], 1);
+        assert_eq!(backend.download(&buffer).expect("the device works"), [1.0, 2.0]);
+    });
+}
+
+/// Calls `test` with a function that runs one step of one shape, which may panic, and returns the
+/// beams.
+fn with_steps(
+    device: Emulator,
+    test: impl FnOnce(&CudaBackend<Emulator>, &mut dyn FnMut(bool) -> Vec<Beam>),
+) {
+    let backend = CudaBackend::new(device, Dtype::F32);
     let mut cases = Cases::new(8);
     let catalog = catalog(&mut cases, 50, 2, 10);
     let snapshot = catalog.snapshot();
@@ -290,7 +391,7 @@ fn a_step_that_panics_while_it_is_recorded_ends_its_recording() {
     let hidden = backend.upload(&cases.numbers(8), 8);
     let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
     let mut world = World::on(&backend, heads).expect("memory");
-    let mut step = |panics: bool| {
+    test(&backend, &mut |panics: bool| {
         let mut slots = [world.slot(1)];
         let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
         let rules = [SearchRule::new(&snapshot, &allowed_set, 5)];
@@ -299,14 +400,88 @@ fn a_step_that_panics_while_it_is_recorded_ends_its_recording() {
             backend.advance_beams(logits, &head, &rules, batch.slots);
             assert!(!panics, "as it should");
         });
+        assert_eq!(backend.num_steps(&slots[0]), 1, "a step counts once");
+        backend.read_beams(&[&slots[0]]).remove(0).expect("finite scores")
+    });
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn a_step_that_cannot_be_captured_is_run_eagerly_from_then_on() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    type Fault = fn(&Faults) -> &AtomicBool;
+    let faults: [Fault; 3] = [
+        |faults| &faults.refuses_begin,
+        |faults| &faults.refuses_end,
+        |faults| &faults.refuses_captured_launches,
+    ];
+    for fault in faults {
+        let device = Emulator::new(Kernels::load(Build::Plain));
+        let faults = device.faults();
+        fault(&faults).store(true, Ordering::Relaxed);
+        with_steps(device, |backend, step| {
+            let expected = step(false);
+            assert_eq!(expected.len(), 5);
+            for _ in 0..6 {
+                assert_eq!(step(false), expected);
+            }
+            let traffic = backend.traffic();
+            assert_eq!((traffic.captures, traffic.abandoned_captures, traffic.replays), (0, 1, 0));
+            // It stays so where the fault is gone.
+            fault(&faults).store(false, Ordering::Relaxed);
+            assert_eq!(step(false), expected);
+            assert_eq!(backend.traffic().captures, 0);
+        });
+    }
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn a_capture_without_the_plan_of_a_product_ends_and_is_made_up_for_later() {
+    use std::sync::atomic::Ordering;
+    let device = Emulator::new(Kernels::load(Build::Plain));
+    let faults = device.faults();
+    with_steps(device, |backend, step| {
+        let expected = step(false);
+        step(false);
+        faults.forgets_plans.store(true, Ordering::Relaxed);
+        assert_eq!(step(false), expected, "it is run eagerly");
+        let traffic = backend.traffic();
+        assert_eq!((traffic.captures, traffic.abandoned_captures), (0, 1));
+        for _ in 0..4 {
+            assert_eq!(step(false), expected);
+        }
+        let traffic = backend.traffic();
+        assert_eq!((traffic.captures, traffic.abandoned_captures), (1, 1));
+        assert!(traffic.replays > 0);
+    });
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn products_that_the_library_refuses_are_done_by_a_kernel_and_counted() {
+    use std::sync::atomic::Ordering;
+    let expected = {
+        let mut beams = Vec::new();
+        let device = Emulator::new(Kernels::load(Build::Plain));
+        with_steps(device, |backend, step| {
+            beams = step(false);
+            assert_eq!(backend.traffic().refused_products, 0);
+        });
+        beams
     };
-    step(false);
-    step(false);
-    let replays = backend.traffic().replays;
-    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| step(true)));
-    assert!(panicked.is_err());
-    assert_eq!(backend.traffic().replays, replays, "nothing of it was done");
-    // Memory can be taken, written, read and given back.
-    let buffer = backend.upload(&[1.0, 2.0], 1);
-    assert_eq!(backend.download(&buffer).expect("the device works"), [1.0, 2.0]);
+    let device = Emulator::new(Kernels::load(Build::Plain));
+    device.faults().refuses_products.store(true, Ordering::Relaxed);
+    with_steps(device, |backend, step| {
+        for _ in 0..4 {
+            let found = step(false);
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_eq!(found.tokens, expected.tokens);
+                assert!((found.score - expected.score).abs() < 1e-5);
+            }
+        }
+        let traffic = backend.traffic();
+        assert!(traffic.refused_products > 0 && traffic.replays > 0, "{traffic:?}");
+    });
 }

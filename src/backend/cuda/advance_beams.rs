@@ -1,32 +1,43 @@
-use bytemuck::{Pod, Zeroable};
-
 use super::driver::Driver;
 use super::memory::Beams;
+use super::metadata::BatchParams;
 use super::rules::CHUNK;
-use super::tables::BatchParams;
-use super::{CudaBackend, Head, Logits, SearchRule, Slot, rules, shared_bytes};
+use super::shared::shared_struct;
+use super::tiling::shared_bytes;
+use super::{CudaBackend, Head, Logits, SearchRule, Slot, rules};
 
-/// Keys that a block of `advance_beams_select` reads at a time: `kSelectChunk` there.
-const SELECT_CHUNK: usize = 4096;
+/// Keys that a block of `advance_beams_select` reads at a time.
+pub(super) const SELECT_CHUNK: usize = 4096;
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    rules: u64,
-    vocabulary_sums: u64,
-    level_sums: u64,
-    child_sums: u64,
-    greatest: u64,
-    offsets: u64,
-    failures: u64,
-    keys: u64,
-    num_keys_of_part: u64,
-    batch: BatchParams,
-    beams: Beams,
-    num_parts: u32,
-    num_keys: u32,
-    capacity: u32,
-    padding: u32,
+shared_struct! {
+    /// The choice of beams.
+    struct Params = "advance_beams::Params" {
+        /// By slot.
+        rules: u64 = "const Rule*",
+        /// By row.
+        vocabulary_sums: u64 = "const float2*",
+        /// By row.
+        level_sums: u64 = "const float2*",
+        /// By row: the log of the sum and, for a sample, its greatest noise.
+        child_sums: u64 = "float2*",
+        /// By row.
+        greatest: u64 = "double*",
+        /// By row and slot: where a beam's continuations begin, and the end.
+        offsets: u64 = "uint32_t*",
+        /// By slot.
+        failures: u64 = "uint32_t*",
+        /// `[parts, num_keys]`
+        keys: u64 = "uint64_t*",
+        /// `[parts, slots]`
+        num_keys_of_part: u64 = "uint32_t*",
+        batch: BatchParams,
+        beams: Beams,
+        num_parts: u32,
+        num_keys: u32,
+        /// Of a block's keys.
+        capacity: u32,
+        padding: u32,
+    }
 }
 
 impl<D: Driver> CudaBackend<D> {
@@ -45,7 +56,7 @@ impl<D: Driver> CudaBackend<D> {
         if !is_prepared {
             rules::begin_step(head, rules, slots);
         }
-        let tables = self.tables(state, &[], slots);
+        let metadata = self.metadata(state, &[], slots);
         let plan = logits.plan.as_ref().expect("the head comes first");
         let params = Params {
             rules: state.rule_memory.at(0),
@@ -57,14 +68,15 @@ impl<D: Driver> CudaBackend<D> {
             failures: logits.failures.at(0),
             keys: logits.keys.at(0),
             num_keys_of_part: logits.num_keys.at(0),
-            batch: tables.batch,
+            batch: metadata.batch,
             beams,
             num_parts: plan.num_parts as u32,
             num_keys: plan.num_keys as u32,
             capacity: 0,
             padding: 0,
         };
-        let (rows, searches) = (tables.batch.num_rows as usize, tables.batch.num_searches as usize);
+        let (rows, searches) =
+            (metadata.batch.num_rows as usize, metadata.batch.num_searches as usize);
         let bytes = |keys: usize| shared_bytes(&[keys * size_of::<u64>(), size_of::<u32>()]);
         self.device.launch("advance_beams_count", [searches, 1, 1], 256, 0, &params);
         if plan.needs_children {

@@ -1,24 +1,28 @@
-use bytemuck::{Pod, Zeroable};
-
 use super::driver::Driver;
 use super::memory::Pages;
-use super::tables::BatchParams;
+use super::metadata::BatchParams;
+use super::shared::shared_struct;
 use super::{Buffer, CudaBackend, Heads, Vector};
 use crate::backend::Batch;
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    qkv: u64,
-    rope: u64,
-    query_norm: u64,
-    key_norm: u64,
-    batch: BatchParams,
-    pages: Pages,
-    num_heads: u32,
-    layer: u32,
-    epsilon: f32,
-    padding: u32,
+shared_struct! {
+    /// Rotation of queries and keys.
+    struct Params = "apply_rope::Params" {
+        /// `[rows, (num_heads + 2 * num_kv_heads) * head_dim]`
+        qkv: u64 = "void*",
+        /// `[rows, head_dim]`: cosines, then sines.
+        rope: u64 = "const float*",
+        /// `[head_dim]`, or null.
+        query_norm: u64 = "const float*",
+        /// `[head_dim]`, or null.
+        key_norm: u64 = "const float*",
+        batch: BatchParams,
+        pages: Pages,
+        num_heads: u32,
+        layer: u32,
+        epsilon: f32,
+        padding: u32,
+    }
 }
 
 impl<D: Driver> CudaBackend<D> {
@@ -32,13 +36,13 @@ impl<D: Driver> CudaBackend<D> {
         batch: &mut Batch<'_, CudaBackend<D>>,
     ) {
         self.begin_tails(batch);
-        let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
+        let metadata = self.metadata(&mut self.state(), batch.chunks, batch.slots);
         let params = Params {
             qkv: qkv.memory.at(0),
             rope: rope.memory.at(0),
             query_norm: norms.map_or(0, |(query, _, _)| query.values.at(0)),
             key_norm: norms.map_or(0, |(_, key, _)| key.values.at(0)),
-            batch: tables.batch,
+            batch: metadata.batch,
             pages: batch.memory.0.pages(),
             num_heads: heads.num_heads as u32,
             layer: layer as u32,

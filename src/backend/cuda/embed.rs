@@ -1,20 +1,23 @@
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 
 use super::driver::Driver;
 use super::memory::Beams;
-use super::tables::BatchParams;
+use super::metadata::BatchParams;
+use super::shared::shared_struct;
 use super::{Buffer, CudaBackend, Slot, Weights};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    table: u64,
-    tokens: u64,
-    batch: BatchParams,
-    beams: Beams,
-    columns: u32,
-    num_tokens: u32,
+shared_struct! {
+    /// A lookup of embeddings.
+    struct Params = "embed::Params" {
+        out: u64 = "void*",
+        table: u64 = "const void*",
+        /// Of the rows of prompts.
+        tokens: u64 = "const uint32_t*",
+        batch: BatchParams,
+        beams: Beams,
+        columns: u32,
+        num_tokens: u32,
+    }
 }
 
 impl<D: Driver> CudaBackend<D> {
@@ -26,7 +29,7 @@ impl<D: Driver> CudaBackend<D> {
         out: &mut Buffer<D>,
     ) {
         let state = &mut *self.state();
-        let batch = self.tables(state, &[], beams).batch;
+        let batch = self.metadata(state, &[], beams).batch;
         state.tokens.write_often(tokens);
         let rows = tokens.len() + batch.num_rows as usize;
         out.reshape(rows, table.columns, self.dtype);

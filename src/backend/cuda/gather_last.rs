@@ -1,17 +1,17 @@
-use bytemuck::{Pod, Zeroable};
-
 use super::driver::Driver;
+use super::shared::shared_struct;
 use super::{Buffer, CudaBackend};
 use crate::backend::Batch;
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    x: u64,
-    rows: u64,
-    columns: u32,
-    padding: u32,
+shared_struct! {
+    /// A copy of some rows.
+    struct Params = "gather_last::Params" {
+        out: u64 = "void*",
+        x: u64 = "const void*",
+        rows: u64 = "const uint32_t*",
+        columns: u32,
+        padding: u32,
+    }
 }
 
 impl<D: Driver> CudaBackend<D> {
@@ -25,7 +25,7 @@ impl<D: Driver> CudaBackend<D> {
         let state = &mut *self.state();
         let (rows, list) = match batch.chunks {
             // All rows of beams are wanted, in their order.
-            [] => (x.rows, self.tables(state, &[], batch.slots).rows),
+            [] => (x.rows, self.metadata(state, &[], batch.slots).row_numbers),
             chunks => {
                 let ends = chunks.iter().scan(0, |end, chunk| {
                     *end += chunk.len() as u32;

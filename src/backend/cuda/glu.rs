@@ -1,16 +1,16 @@
-use bytemuck::{Pod, Zeroable};
-
 use super::driver::Driver;
 use super::matmul::activation_number;
+use super::shared::shared_struct;
 use super::{Activation, Buffer, CudaBackend};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    x: u64,
-    columns: u32,
-    activation: u32,
+shared_struct! {
+    /// A gated linear unit.
+    struct Params = "glu::Params" {
+        out: u64 = "void*",
+        x: u64 = "const void*",
+        columns: u32,
+        activation: u32,
+    }
 }
 
 impl<D: Driver> CudaBackend<D> {

@@ -2,9 +2,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::buffer::Weights;
+use super::device::Device;
+use super::device_memory::DeviceMemory;
 use super::driver::Driver;
-use super::handle::{Device, DeviceMemory};
-use super::tables::MAX_POSITIONS;
+use super::tiling::MAX_POSITIONS;
 use crate::backend::{StepTokens, step_columns};
 use crate::error::{Error, Result};
 use crate::request::Constraint;

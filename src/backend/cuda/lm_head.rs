@@ -1,11 +1,11 @@
 use std::sync::Arc;
 
-use bytemuck::{Pod, Zeroable};
-
+use super::device::Device;
+use super::device_memory::DeviceMemory;
 use super::driver::{Driver, Product};
-use super::handle::{Device, DeviceMemory};
+use super::metadata::BatchParams;
 use super::rules::{self, Layout, MAX_PARTS, Plan};
-use super::tables::BatchParams;
+use super::shared::shared_struct;
 use super::{Buffer, CudaBackend, Head, SearchRule, Slot};
 use crate::tensor::Dtype;
 
@@ -65,17 +65,23 @@ impl<D: Driver> Logits<D> {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    logits: u64,
-    sums: u64,
-    rules: u64,
-    batch: BatchParams,
-    width: u32,
-    stride: u32,
-    is_level: u32,
-    is_first: u32,
+shared_struct! {
+    /// Sums of exponentials of logits.
+    struct Params = "lm_head::Params" {
+        /// `[rows, stride]`, where no level's are wanted.
+        logits: u64 = "const float*",
+        /// By row: what `log_sum` makes the log of.
+        sums: u64 = "float2*",
+        /// By slot.
+        rules: u64 = "const Rule*",
+        batch: BatchParams,
+        /// Columns.
+        width: u32,
+        stride: u32,
+        is_level: u32,
+        /// Zero where earlier columns were summed already.
+        is_first: u32,
+    }
 }
 
 impl<D: Driver> CudaBackend<D> {
@@ -89,8 +95,8 @@ impl<D: Driver> CudaBackend<D> {
     ) {
         assert_eq!(rules.len(), slots.len(), "a rule for each slot");
         let state = &mut *self.state();
-        let tables = self.tables(state, &[], slots);
-        assert_eq!(hidden.rows, tables.batch.num_rows as usize, "a row for each beam");
+        let metadata = self.metadata(state, &[], slots);
+        assert_eq!(hidden.rows, metadata.batch.num_rows as usize, "a row for each beam");
         let plan = match &state.prepared {
             Some((_, plan)) => plan.clone(),
             None => {
@@ -132,7 +138,7 @@ impl<D: Driver> CudaBackend<D> {
             logits: out.chunk.at(0),
             sums: out.vocabulary_sums.at(0),
             rules: state.rule_memory.at(0),
-            batch: tables.batch,
+            batch: metadata.batch,
             width: 0,
             stride: 0,
             is_level: 0,

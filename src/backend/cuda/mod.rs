@@ -2,17 +2,14 @@
 //!
 //! Nothing that a step needs is read back: beams are kept, chosen and put in order on the device,
 //! and the host only enqueues. So the steps of a search follow one another without a gap, and a
-//! step whose shape was seen before is one replay of what was recorded then. What the host must
-//! know is what may be at most: rows for beams, not their number.
+//! step whose shape came up before is one replay of the graph that was captured then. The host knows
+//! how many rows there are for beams, not how many beams there are.
 //!
-//! A [`Driver`] stands between the backend and the device. `device.rs` is that of an NVIDIA GPU;
+//! A [`Driver`] stands between the backend and the device. `nvidia.rs` has that of an NVIDIA GPU;
 //! the tests have one that runs the same kernels on the CPU.
 
-use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
-
-use lru::LruCache;
 
 use super::{
     Activation, Backend, Batch, Beam, Epilogue, Heads, KvScope, Mask, MemorySpec, SearchRule,
@@ -30,44 +27,52 @@ mod attend_prefill;
 #[cfg(feature = "cuda")]
 mod blas;
 mod buffer;
-#[cfg(feature = "cuda")]
 mod device;
+mod device_memory;
 mod driver;
 mod embed;
 mod gather_last;
+#[cfg(test)]
+mod generated;
 mod glu;
-mod handle;
+mod graphs;
 mod head;
 mod lm_head;
 mod matmul;
 mod memory;
+mod metadata;
+#[cfg(feature = "cuda")]
+mod nvidia;
+#[cfg(any(feature = "cuda", test))]
+mod plans;
 mod read_beams;
 mod rms_norm;
 mod rope_tables;
 mod rules;
+mod shared;
 mod slot;
 #[cfg(any(feature = "cuda", test))]
 mod staging;
 mod store_context;
-mod tables;
+mod tiling;
 
 pub use buffer::{Buffer, Vector, Weights};
-#[cfg(feature = "cuda")]
-pub use device::{CudaDevice, num_devices};
-pub use driver::{Address, Driver, FusedActivation, Launch, Product, Traffic};
+pub use driver::{Address, Driver, FusedActivation, Launch, Outcome, Product, Traffic};
 pub use head::Head;
 pub use lm_head::Logits;
 pub use memory::Memory;
+#[cfg(feature = "cuda")]
+pub use nvidia::{CudaDevice, num_devices};
 pub use slot::Slot;
 
-use handle::{Device, DeviceMemory, Recording};
+use device::Device;
+use device_memory::DeviceMemory;
+use graphs::Graphs;
 use memory::Arrays;
+use metadata::{Metadata, Shape};
 use read_beams::MOST_BYTES_OF_BEAM;
 use rules::{Layout, Plan, Uploads};
-use tables::{Attention, Shape, Tables, padded};
-
-/// Recorded steps that are kept: the latest used.
-const MAX_RECORDINGS: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
+use tiling::{Tiling, padded};
 
 /// The operations on a device.
 pub struct CudaBackend<D: Driver> {
@@ -77,21 +82,19 @@ pub struct CudaBackend<D: Driver> {
     /// The memory that slots are opened in.
     arrays: Mutex<Option<Arc<Arrays<D>>>>,
     state: Mutex<State<D>>,
+    /// Steps of one plan and shape are one graph.
+    graphs: Graphs<(Shape, Plan), D>,
 }
 
-/// What passes use on their way. A step of beams is prepared (`Layout`: which rows are whose; `Plan`:
-/// what of its products and kernels depends on its rules; `Shape`: what on its rows), and steps of
-/// the same plan and shape are one recording.
+/// What passes use on their way.
 struct State<D: Driver> {
-    /// The first to go, before the memory that they refer to.
-    recordings: LruCache<(Shape, Plan), Recorded<D>>,
     uploads: Uploads<D>,
-    /// Of recorded steps, and of beams that are read.
-    table_memory: DeviceMemory<D>,
+    /// Of captured steps, and of beams that are read.
+    step_metadata: DeviceMemory<D>,
     /// Of other passes: those of all rows and those of the beams alone, which take turns in a pass.
-    pass_tables: [PassTables<D>; 2],
-    /// Set while the operations of a step are called whose tables and rules are there already.
-    prepared: Option<(Tables, Plan)>,
+    pass_metadata: [PassMetadata<D>; 2],
+    /// Set while the operations of a step are called whose metadata and rules are there already.
+    prepared: Option<(Metadata, Plan)>,
     rule_memory: DeviceMemory<D>,
     tokens: DeviceMemory<D>,
     list: DeviceMemory<D>,
@@ -102,24 +105,13 @@ struct State<D: Driver> {
     parts: DeviceMemory<D>,
     part_sums: DeviceMemory<D>,
     results: DeviceMemory<D>,
-    /// Releases of memory up to which the recordings are good.
-    num_releases: u64,
 }
 
-/// Tables, and what they were written for.
-struct PassTables<D: Driver> {
+/// Metadata, and what it was written for.
+struct PassMetadata<D: Driver> {
     memory: DeviceMemory<D>,
-    written: Option<(Vec<u64>, Tables)>,
+    written: Option<(Vec<u64>, Metadata)>,
 }
-
-/// A step of a shape: seen so often, so that all memory has its size, or recorded.
-enum Recorded<D: Driver> {
-    Seen(u32),
-    As(Recording<D>),
-}
-
-/// Sights of a shape after which it is recorded: what comes rarely does not pay for it.
-const SIGHTS: u32 = 2;
 
 impl<D: Driver> CudaBackend<D> {
     /// A backend on a device, with activations of `dtype`: [`Dtype::F32`] or [`Dtype::Bf16`].
@@ -132,9 +124,9 @@ impl<D: Driver> CudaBackend<D> {
         let none = |name| DeviceMemory::none(&device, name);
         let state = State {
             uploads: Uploads::default(),
-            table_memory: none("tables"),
-            pass_tables: ["tables of a pass", "tables of a pass"]
-                .map(|name| PassTables { memory: none(name), written: None }),
+            step_metadata: none("metadata of a step"),
+            pass_metadata: ["metadata of a pass", "metadata of a pass"]
+                .map(|name| PassMetadata { memory: none(name), written: None }),
             prepared: None,
             rule_memory: none("rules"),
             tokens: none("tokens"),
@@ -145,10 +137,9 @@ impl<D: Driver> CudaBackend<D> {
             parts: none("parts of attention"),
             part_sums: none("sums of parts"),
             results: none("results"),
-            recordings: LruCache::new(MAX_RECORDINGS),
-            num_releases: 0,
         };
-        CudaBackend { state: Mutex::new(state), arrays: Mutex::new(None), device, dtype }
+        let (state, graphs) = (Mutex::new(state), Graphs::new());
+        CudaBackend { state, graphs, arrays: Mutex::new(None), device, dtype }
     }
 
     /// What the device was asked for so far.
@@ -173,8 +164,8 @@ impl<D: Driver> CudaBackend<D> {
         if self.dtype == Dtype::Bf16 { bf16 } else { f32 }
     }
 
-    fn attention(&self, heads: Heads) -> Attention {
-        Attention {
+    fn tiling(&self, heads: Heads) -> Tiling {
+        Tiling {
             heads,
             dtype: self.dtype,
             num_processors: self.device.driver.num_processors(),
@@ -182,27 +173,32 @@ impl<D: Driver> CudaBackend<D> {
         }
     }
 
-    /// The tables of a pass: those that are there already, or new ones.
-    fn tables(&self, state: &mut State<D>, chunks: &[Range<usize>], slots: &[Slot<D>]) -> Tables {
-        if let Some((tables, _)) = &state.prepared {
-            return *tables;
+    /// The metadata of a pass: that which is there already, or new.
+    fn metadata(
+        &self,
+        state: &mut State<D>,
+        chunks: &[Range<usize>],
+        slots: &[Slot<D>],
+    ) -> Metadata {
+        if let Some((metadata, _)) = &state.prepared {
+            return *metadata;
         }
-        let key = tables::key(chunks, slots);
-        let mut written = state.pass_tables.iter().flat_map(|tables| &tables.written);
-        if let Some((_, tables)) = written.find(|(known, _)| *known == key) {
-            return *tables;
+        let key = metadata::key(chunks, slots);
+        let mut written = state.pass_metadata.iter().flat_map(|pass| &pass.written);
+        if let Some((_, metadata)) = written.find(|(known, _)| *known == key) {
+            return *metadata;
         }
         let heads = slots.first().map_or(NO_HEADS, |slot| slot.arrays.spec.heads);
-        let attention = self.attention(heads);
         // The older of the two makes room.
-        state.pass_tables.swap(0, 1);
-        let PassTables { memory, written } = &mut state.pass_tables[0];
-        let tables = tables::write(memory, chunks, slots, attention, None);
-        *written = Some((key, tables));
-        tables
+        state.pass_metadata.swap(0, 1);
+        let PassMetadata { memory, written } = &mut state.pass_metadata[0];
+        let metadata = metadata::write(memory, chunks, slots, self.tiling(heads), None);
+        *written = Some((key, metadata));
+        state.reserve_parts(&metadata, heads);
+        metadata
     }
 
-    /// Puts the tables and rules of a step of beams where kernels find them.
+    /// Puts the metadata and rules of a step of beams where kernels find them.
     fn prepare(
         &self,
         slots: &mut [Slot<D>],
@@ -219,39 +215,33 @@ impl<D: Driver> CudaBackend<D> {
         let uploads = &mut state.uploads;
         let plan = rules::plan(&self.device, uploads, head, rules, slots, &layout, true);
         rules::begin_step(head, rules, slots);
-        let attention = self.attention(slots[0].arrays.spec.heads);
-        let shape = tables::padded_shape(slots, layout.num_rows(), attention);
-        let (memory, recorded) = (&mut state.table_memory, Some((shape, &layout.first_rows[..])));
-        let tables = tables::write(memory, &[], slots, attention, recorded);
+        let heads = slots[0].arrays.spec.heads;
+        let tiling = self.tiling(heads);
+        let shape = metadata::padded_shape(slots, layout.num_rows(), tiling);
+        let padding = Some((shape, &layout.first_rows[..]));
+        let metadata = metadata::write(&mut state.step_metadata, &[], slots, tiling, padding);
+        state.reserve_parts(&metadata, heads);
         let least = state.rows_of_a_step;
-        logits.reserve(&plan, shape.num_rows.max(least), shape.num_searches.max(least));
+        logits.reserve(&plan, shape.num_rows.max(least), shape.num_slots.max(least));
         let (memory, address) = (&mut state.rule_memory, logits.address());
         let rows = &layout.first_rows;
-        rules::write(memory, head, rules, slots, rows, &plan, address, shape.num_searches);
-        state.prepared = Some((tables, plan.clone()));
+        rules::write(memory, head, rules, slots, rows, &plan, address, shape.num_slots);
+        state.prepared = Some((metadata, plan.clone()));
         (shape, plan)
     }
 }
 
 impl<D: Driver> State<D> {
-    /// Forgets recordings that may refer to memory that was given back.
-    fn forget_released(&mut self, device: &Device<D>) {
-        let releases = device.num_releases();
-        if self.num_releases != releases {
-            self.recordings.clear();
-            self.num_releases = releases;
-        }
+    /// Makes room for the parts of split contexts.
+    fn reserve_parts(&mut self, metadata: &Metadata, heads: Heads) {
+        let rows = metadata.num_part_rows * heads.num_heads;
+        self.parts.reserve_often(rows * heads.head_dim * size_of::<f32>());
+        self.part_sums.reserve_often(rows * size_of::<[f32; 2]>());
     }
 }
 
 /// Stands for the heads of a pass without slots.
 const NO_HEADS: Heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 1 };
-
-/// Bytes of dynamic shared memory for arrays of these sizes, as `SharedMemory` in
-/// kernels/common/device.cuh puts them.
-fn shared_bytes(arrays: &[usize]) -> usize {
-    arrays.iter().fold(0, |used: usize, bytes| used.next_multiple_of(128) + bytes)
-}
 
 impl<D: Driver> Backend for CudaBackend<D> {
     const COMPUTES_ON_CALLERS: bool = false;
@@ -266,7 +256,8 @@ impl<D: Driver> Backend for CudaBackend<D> {
     type Slot = Slot<D>;
 
     fn description(&self) -> String {
-        format!("{}, {}", self.device.driver.name(), self.dtype.name())
+        let Device { driver, .. } = &*self.device;
+        format!("{}, {}, {}", driver.name(), driver.product_library(), self.dtype.name())
     }
 
     fn matrix_flops(&self) -> u64 {
@@ -321,7 +312,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
     }
 
     fn memory(&self, spec: &MemorySpec) -> Result<Memory<D>> {
-        if !self.attention(spec.heads).has_room(tables::PLAIN_ROWS) {
+        if !self.tiling(spec.heads).has_room(tiling::PLAIN_ROWS) {
             return Err(Error::Unsupported {
                 what: format!("attention with heads of {} on this GPU", spec.heads.head_dim),
                 way_out: "use the CPU".into(),
@@ -333,6 +324,10 @@ impl<D: Driver> Backend for CudaBackend<D> {
         state.results.allocate(spec.tail_pages * TAIL_PAGE_LEN * MOST_BYTES_OF_BEAM)?;
         state.rows_of_a_step = padded(spec.rows_per_step);
         state.rows_of_a_pass = state.rows_of_a_step + spec.tokens_per_step;
+        let part_rows = self.tiling(spec.heads).most_part_rows(spec.rows_per_step);
+        let part_rows = part_rows * spec.heads.num_heads;
+        state.parts.allocate(part_rows * spec.heads.head_dim * size_of::<f32>())?;
+        state.part_sums.allocate(part_rows * size_of::<[f32; 2]>())?;
         *self.arrays.lock().expect("no holder panics") = Some(Arc::clone(&arrays));
         Ok(Memory(arrays))
     }
@@ -366,42 +361,8 @@ impl<D: Driver> Backend for CudaBackend<D> {
             return work(batch, logits);
         }
         let key = self.prepare(batch.slots, head, rules, logits);
-        let recorded = {
-            let mut state = self.state();
-            state.forget_released(&self.device);
-            state.recordings.pop(&key)
-        };
-        let recorded = match recorded {
-            Some(Recorded::Seen(SIGHTS)) => self.device.record(|| work(batch, logits)).map_or_else(
-                || {
-                    // There is no memory to keep it: it is done as it comes, and the older ones go.
-                    self.state().recordings.clear();
-                    work(batch, logits);
-                    Recorded::Seen(0)
-                },
-                Recorded::As,
-            ),
-            Some(Recorded::As(recording)) => Recorded::As(recording),
-            // The first time everything gets the size that it needs.
-            seen => {
-                work(batch, logits);
-                match seen {
-                    Some(Recorded::Seen(sights)) => Recorded::Seen(sights + 1),
-                    _ => Recorded::Seen(1),
-                }
-            }
-        };
-        if let Recorded::As(recording) = &recorded {
-            self.device.replay(recording);
-        }
-        let mut state = self.state();
-        // What this step grew, others may have recorded; what it recorded is still there.
-        state.forget_released(&self.device);
-        // A step that failed has not taken all memory that it needs.
-        if self.device.check().is_ok() {
-            state.recordings.put(key, recorded);
-        }
-        state.prepared = None;
+        self.graphs.run(&self.device, key, || work(batch, logits));
+        self.state().prepared = None;
         batch.slots.iter_mut().for_each(|slot| slot.num_steps += 1);
     }
 

@@ -1,16 +1,16 @@
-use bytemuck::{Pod, Zeroable};
-
 use super::driver::Driver;
+use super::shared::shared_struct;
 use super::{Buffer, CudaBackend, Vector};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    x: u64,
-    weight: u64,
-    columns: u32,
-    epsilon: f32,
+shared_struct! {
+    /// An RMS norm of rows.
+    struct Params = "rms_norm::Params" {
+        out: u64 = "void*",
+        x: u64 = "const void*",
+        weight: u64 = "const float*",
+        columns: u32,
+        epsilon: f32,
+    }
 }
 
 impl<D: Driver> CudaBackend<D> {

@@ -4,79 +4,111 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 
+use super::device::Device;
+use super::device_memory::DeviceMemory;
 use super::driver::Driver;
-use super::handle::{Device, DeviceMemory};
 use super::head::Head;
+use super::shared::shared_struct;
 use super::slot::Slot;
-use super::tables::padded;
+use super::tiling::padded;
 use crate::backend::{Normalizer, SearchRule};
 use crate::catalog::arrays::{AllowedArrays, Identity, TrieArrays};
 use crate::catalog::sid::MAX_LEVELS;
 use crate::error::Result;
 use crate::request::Constraint;
 
-/// Continuations that a block of kernels/advance_beams.cu takes at a time.
+/// Continuations that a block of `advance_beams_expand` takes at a time.
 pub(super) const CHUNK: usize = 1024;
-/// Parts that the continuations of a search are dealt out to, at most: `kMaxParts` there.
+/// Parts that the continuations of a slot are dealt out to, at most.
 pub(super) const MAX_PARTS: usize = 64;
 
-/// `Trie` in kernels/common/search.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct TrieEntry {
-    first_edge: u64,
-    codes: u64,
-    first_item: u64,
-    leaf_item: u64,
-    num_levels: u32,
-    depth_start: [u32; MAX_LEVELS + 2],
-    padding: u32,
+shared_struct! {
+    /// A rank trie: edge e leads to node e + 1, and the items below a node are one run.
+    struct TrieEntry = "Trie" {
+        /// By inner node, and the end.
+        first_edge: u64 = "const uint32_t*",
+        /// By edge.
+        codes: u64 = "const uint16_t*",
+        /// Of node n at depth d: at n + d, but for parents of leaves.
+        first_item: u64 = "const uint32_t*",
+        /// By leaf, and the end; null where leaf l is item l.
+        leaf_item: u64 = "const uint32_t*",
+        num_levels: u32,
+        depth_start: [u32; MAX_LEVELS + 2],
+        padding: u32,
+    }
 }
 
-/// `Allowed` in kernels/common/search.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct AllowedEntry {
-    words: u64,
-    counts: u64,
-    nodes: u64,
-    excluded: u64,
-    candidates: u64,
-    num_excluded: u32,
-    num_candidates: u32,
+shared_struct! {
+    /// Of a trie's items, those that may be answered with.
+    struct AllowedEntry = "Allowed" {
+        /// A bit an item; null where all are.
+        words: u64 = "const uint64_t*",
+        /// Members before each eight words.
+        counts: u64 = "const uint32_t*",
+        /// A bit a node: whether a filter passes anything below; or null.
+        nodes: u64 = "const uint64_t*",
+        /// Sorted members that are not allowed after all.
+        excluded: u64 = "const uint32_t*",
+        /// Sorted: the items that are scored, where no search is made.
+        candidates: u64 = "const uint32_t*",
+        num_excluded: u32,
+        num_candidates: u32,
+    }
 }
 
-/// `Rule` in kernels/common/search.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct RuleEntry {
-    base: TrieEntry,
-    added: TrieEntry,
-    base_allowed: AllowedEntry,
-    added_allowed: AllowedEntry,
-    seed: u64,
-    logits: u64,
-    columns: u64,
-    logits_stride: u32,
-    first_token: u32,
-    num_codes: u32,
-    normalizer: u32,
-    choices: u32,
-    flags: u32,
-    inverse_temperature: f32,
-    width: u32,
-    room: u32,
-    first_key: u32,
-    num_choices: u32,
-    padding: u32,
+shared_struct! {
+    /// How one slot takes its step.
+    struct RuleEntry = "Rule" {
+        base: TrieEntry,
+        added: TrieEntry,
+        base_allowed: AllowedEntry,
+        added_allowed: AllowedEntry,
+        seed: u64,
+        /// Of the slot's first beam.
+        logits: u64 = "const float*",
+        /// By code: its column, or kNone; null where code c is column c.
+        columns: u64 = "const uint32_t*",
+        logits_stride: u32,
+        /// Of the first column of the step.
+        first_token: u32,
+        /// That a level has, or tokens that a vocabulary has.
+        num_codes: u32,
+        normalizer: u32,
+        choices: u32,
+        flags: u32,
+        inverse_temperature: f32,
+        /// Beams to keep.
+        width: u32,
+        /// Rows that the next position has.
+        room: u32,
+        /// Of the slot's keys among those of a part.
+        first_key: u32,
+        /// A candidate's place is its beam's rank times this, plus its choice.
+        num_choices: u32,
+        padding: u32,
+    }
 }
 
-const HAS_ADDED: u32 = 1;
-const HAS_SEED: u32 = 2;
-const KEEPS_LOG_PROBS: u32 = 4;
-const HAS_CANDIDATES: u32 = 8;
+/// `RuleEntry::flags`
+pub(super) const HAS_ADDED: u32 = 1;
+pub(super) const HAS_SEED: u32 = 2;
+pub(super) const KEEPS_LOG_PROBS: u32 = 4;
+pub(super) const HAS_CANDIDATES: u32 = 8;
+
+/// `RuleEntry::normalizer`
+pub(super) const BY_VOCABULARY: u32 = 0;
+pub(super) const BY_LEVEL: u32 = 1;
+pub(super) const BY_CHILDREN: u32 = 2;
+pub(super) const CERTAIN: u32 = 3;
+
+/// `RuleEntry::choices`
+pub(super) const OF_TRIE: u32 = 0;
+pub(super) const OF_LEVEL: u32 = 1;
+pub(super) const OF_VOCABULARY: u32 = 2;
+pub(super) const FORCED: u32 = 3;
 
 /// The arrays of catalogs and filters that are on the device, each there once.
 pub(super) struct Uploads<D: Driver> {
@@ -146,10 +178,14 @@ struct Allowed<D: Driver> {
 impl<D: Driver> Trie<D> {
     fn new(device: &Arc<Device<D>>, arrays: &TrieArrays<'_>) -> Result<Trie<D>> {
         let memory = vec![
-            DeviceMemory::of_tables(device, arrays.first_edge, "trie's first edges")?,
-            DeviceMemory::of_tables(device, arrays.codes, "trie's codes")?,
-            DeviceMemory::of_tables(device, arrays.first_item, "trie's first items")?,
-            DeviceMemory::of_tables(device, arrays.leaf_item.unwrap_or(&[]), "trie's leaf items")?,
+            DeviceMemory::outside_graphs(device, arrays.first_edge, "trie's first edges")?,
+            DeviceMemory::outside_graphs(device, arrays.codes, "trie's codes")?,
+            DeviceMemory::outside_graphs(device, arrays.first_item, "trie's first items")?,
+            DeviceMemory::outside_graphs(
+                device,
+                arrays.leaf_item.unwrap_or(&[]),
+                "trie's leaf items",
+            )?,
         ];
         let mut depth_start = [0; MAX_LEVELS + 2];
         depth_start[..arrays.depth_start.len()].copy_from_slice(arrays.depth_start);
@@ -179,9 +215,9 @@ impl<D: Driver> Trie<D> {
 impl<D: Driver> Allowed<D> {
     fn new(device: &Arc<Device<D>>, arrays: &AllowedArrays<'_>) -> Result<Allowed<D>> {
         let memory = vec![
-            DeviceMemory::of_tables(device, arrays.items.words(), "allowed items")?,
-            DeviceMemory::of_tables(device, arrays.items.counts(), "counts of allowed items")?,
-            DeviceMemory::of_tables(
+            DeviceMemory::outside_graphs(device, arrays.items.words(), "allowed items")?,
+            DeviceMemory::outside_graphs(device, arrays.items.counts(), "counts of allowed items")?,
+            DeviceMemory::outside_graphs(
                 device,
                 arrays.nodes.unwrap_or(&[]),
                 "nodes that a filter passes",
@@ -443,7 +479,7 @@ pub(super) fn write<D: Driver>(
             put(bytemuck::cast_slice(added)),
         ]);
     }
-    memory.make_room(entries_bytes + extra.len());
+    memory.reserve_often(entries_bytes + extra.len());
     let mut first_key = 0;
     let mut entries = Vec::new();
     for (((slot, rule), places), &row) in slots.iter().zip(rules).zip(places).zip(first_rows) {
@@ -491,16 +527,16 @@ pub(super) fn write<D: Driver>(
             _ => step.num_codes as u32,
         };
         entry.normalizer = match rule.normalizer(step.is_forced) {
-            Normalizer::Vocabulary => 0,
-            Normalizer::Level => 1,
-            Normalizer::Children => 2,
-            Normalizer::Certain => 3,
+            Normalizer::Vocabulary => BY_VOCABULARY,
+            Normalizer::Level => BY_LEVEL,
+            Normalizer::Children => BY_CHILDREN,
+            Normalizer::Certain => CERTAIN,
         };
         (entry.choices, entry.num_choices) = match rule.constraint {
-            _ if step.is_forced => (3, 1),
-            Constraint::Trie => (0, 1 << u16::BITS),
-            Constraint::Level => (1, 1 << u16::BITS),
-            Constraint::None => (2, head.vocab_size() as u32),
+            _ if step.is_forced => (FORCED, 1),
+            Constraint::Trie => (OF_TRIE, 1 << u16::BITS),
+            Constraint::Level => (OF_LEVEL, 1 << u16::BITS),
+            Constraint::None => (OF_VOCABULARY, head.vocab_size() as u32),
         };
         entry.inverse_temperature = 1.0 / rule.temperature;
         entry.width = rule.beams.max(1) as u32;
