@@ -12,7 +12,8 @@ use criterion::{
     BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main,
 };
 use sidereal::backend::cpu::{CpuBackend, Head, Logits, Slot};
-use sidereal::backend::{Backend, SearchRule, SlotSpec, StepTokens};
+use sidereal::backend::prelude::*;
+use sidereal::backend::{SearchRule, SlotSpec, StepChoice};
 use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, SidTable, Snapshot};
@@ -99,9 +100,9 @@ struct Search {
 impl Search {
     fn new() -> Search {
         let backend = CpuBackend::default();
-        let level = StepTokens::Level { tokens: (0..CODES as u32).collect() };
+        let level: Vec<u32> = (0..CODES as u32).collect();
         let head = backend
-            .head(Tensor::new(&[CODES, 1], vec![0.0; CODES]), &vec![level; LEVELS])
+            .head(Tensor::new(&[CODES, 1], vec![0.0; CODES]), &vec![level; LEVELS], &[])
             .expect("memory");
         let mut rng = fastrand::Rng::with_seed(9);
         // Normal numbers of spread two: the best codes have some percent each.
@@ -116,7 +117,7 @@ impl Search {
     fn rule<'a>(&self, snapshot: &'a Snapshot, allowed_set: &'a AllowedSet) -> [SearchRule<'a>; 1] {
         [SearchRule {
             normalization: Normalization::Level,
-            ..SearchRule::new(snapshot, allowed_set, BEAMS)
+            ..SearchRule::new(snapshot, allowed_set, 0, BEAMS)
         }]
     }
 
@@ -126,15 +127,18 @@ impl Search {
             context_pages: Vec::new(),
             context_len: 0,
             tail_pages: Vec::new(),
+            num_steps: LEVELS,
             start_token: 0,
         };
-        let mut slots = vec![self.backend.open_slot(spec)];
+        let mut slots = vec![self.backend.open_slot(spec).expect("few steps")];
         (0..step).for_each(|step| self.advance(step, rule, &mut slots));
         slots
     }
 
     fn advance(&self, step: usize, rule: &[SearchRule<'_>], slots: &mut [Slot]) {
-        self.backend.advance_beams(&self.logits[step], &self.head, rule, slots);
+        let mut rules = [rule[0]];
+        (rules[0].choice, rules[0].depth) = (StepChoice::Level(step), step);
+        self.backend.advance_beams(&self.logits[step], &self.head, &rules, slots);
     }
 
     fn log_probs(&self, step: usize) -> Vec<f32> {

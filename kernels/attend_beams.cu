@@ -82,7 +82,7 @@ struct Tail {
 };
 
 __device__ __forceinline__ float tail_bias(const Params& params, uint32_t head, uint32_t back) {
-  return params.tail_bias ? params.tail_bias[head * params.num_biases + back] : 0.0f;
+  return params.tail_bias ? params.tail_bias[head * params.num_biases + min(back, params.num_biases - 1)] : 0.0f;
 }
 
 template <class T> __device__ __forceinline__ void run_plain(const Params& params) {

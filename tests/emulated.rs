@@ -11,10 +11,11 @@ use common::emulator::{Emulator, Faults};
 use common::kernels::{Build, Kernels};
 use common::operations::Subject;
 use common::truth::{self, Matrix, relative_error};
-use sidereal::backend::cases::{self, Cases, OPERATIONS, World};
 use sidereal::backend::cpu::CpuBackend;
 use sidereal::backend::cuda::CudaBackend;
-use sidereal::backend::{Backend, Batch, Beam, Heads, KvScope, SearchRule, StepTokens};
+use sidereal::backend::prelude::*;
+use sidereal::backend::testing::{self, Cases, Fixture, OPERATIONS};
+use sidereal::backend::{AttentionSpec, Batch, Beam, Heads, KvScope, SearchRule};
 use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
@@ -75,8 +76,8 @@ fn every_operation_agrees_with_the_cpu_on_the_cases_of_the_selftest() {
         let backend = Emulator::backend(Build::Checked, dtype);
         for operation in OPERATIONS {
             for seed in 0..6 {
-                let expected = cases::run(&cpu, operation, seed).expect("the CPU works");
-                let found = cases::run(&backend, operation, seed).expect("the device works");
+                let expected = testing::run(&cpu, operation, seed).expect("the CPU works");
+                let found = testing::run(&backend, operation, seed).expect("the device works");
                 let expected: Vec<f64> = expected.iter().map(|&x| f64::from(x)).collect();
                 let what = format!("{operation} {dtype:?} case {seed}");
                 let error = relative_error(&found, &expected, &what);
@@ -111,19 +112,16 @@ fn search<B: Backend>(
     const HIDDEN: usize = 16;
     let mut cases = Cases::new(5);
     let num_levels = snapshot.num_levels();
-    let steps: Vec<StepTokens> = (0..num_levels as u32)
-        .map(|level| StepTokens::Level {
-            tokens: (3 + level * num_codes..3 + (level + 1) * num_codes).collect(),
-        })
+    let levels: Vec<Vec<u32>> = (0..num_levels as u32)
+        .map(|level| (3 + level * num_codes..3 + (level + 1) * num_codes).collect())
         .collect();
     let vocab = 3 + num_levels * num_codes as usize;
     let head = Tensor::new(&[vocab, HIDDEN], cases.numbers(vocab * HIDDEN));
-    let head = backend.head(head, &steps).expect("memory");
+    let head = backend.head(head, &levels, &[]).expect("memory");
     let hidden: Vec<Vec<f32>> =
         legalities.iter().map(|_| cases.numbers(num_levels * 512 * HIDDEN)).collect();
-    let mut world =
-        World::on(backend, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 }).expect("memory");
-    let mut slots: Vec<B::Slot> = legalities.iter().map(|_| world.slot(1)).collect();
+    let mut fixture = Fixture::new(backend, Heads::new(1, 1, 2)).expect("memory");
+    let mut slots: Vec<B::Slot> = legalities.iter().map(|_| fixture.slot(1)).collect();
     let mut logits = backend.logits();
     for level in 0..num_levels {
         let rows = slots.iter().zip(&hidden).flat_map(|(slot, hidden)| {
@@ -134,7 +132,7 @@ fn search<B: Backend>(
         let rules: Vec<SearchRule<'_>> = legalities
             .iter()
             .zip(widths)
-            .map(|(allowed_set, &width)| SearchRule::new(snapshot, allowed_set, width))
+            .map(|(allowed_set, &width)| SearchRule::new(snapshot, allowed_set, level, width))
             .collect();
         backend.lm_head(&rows, &head, &rules, &slots, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut slots);
@@ -199,18 +197,19 @@ fn attend_on(
     let catalog = catalog(&mut cases, 4 * width, 1, 16 * width as u32);
     let snapshot = catalog.snapshot();
     let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
-    let mut world = World::on(backend, heads).expect("memory");
-    let mut slots = vec![world.slot(context_len)];
+    let mut fixture = Fixture::new(backend, heads).expect("memory");
+    let mut slots = vec![fixture.slot(context_len)];
     let kv = cases.numbers(context_len * 2 * heads.kv_dim());
     let whole = 0..context_len;
-    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch =
+        Batch { memory: &fixture.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
     let rows = backend.upload(&kv, 2 * heads.kv_dim());
     backend.store_context(0, &rows, 0, heads, &batch);
 
-    let steps = [StepTokens::Level { tokens: (0..16 * width as u32).collect() }];
+    let levels = [(0..16 * width as u32).collect()];
     let head = Tensor::new(&[16 * width, 8], cases.numbers(16 * width * 8));
-    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
-    let rules = [SearchRule::new(&snapshot, &allowed_set, width)];
+    let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
+    let rules = [SearchRule::new(&snapshot, &allowed_set, 0, width)];
     let hidden = backend.upload(&cases.numbers(8), 8);
     backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
     backend.advance_beams(&logits, &head, &rules, &mut slots);
@@ -219,21 +218,22 @@ fn attend_on(
 
     let qkv = cases.numbers(width * heads.qkv_dim());
     let rows = backend.upload(&qkv, heads.qkv_dim());
-    let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+    let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
     backend.append_tail(0, &rows, heads, &mut batch);
-    let (mut out, reach) = (backend.buffer(), KvScope::Both);
-    backend.attend_beams(0, &rows, heads, reach, 0.3, None, &batch, &mut out);
+    let mut out = backend.buffer();
+    let attention = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
+    backend.attend_beams(0, &rows, &attention, &batch, &mut out);
     let found = backend.download(&out).expect("the device works");
 
     let (kv, qkv) = (Matrix::new(&kv, 2 * heads.kv_dim()), Matrix::new(&qkv, heads.qkv_dim()));
     let mut expected = Vec::new();
     for row in qkv.rows() {
         let (queries, own) = row.split_at(heads.query_dim());
-        for (head, query) in queries.chunks(heads.head_dim).enumerate() {
-            let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim;
+        for (head, query) in queries.chunks(heads.head_dim()).enumerate() {
+            let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim();
             let parts = |kv| {
                 let (keys, values): (&[f64], &[f64]) = <[f64]>::split_at(kv, heads.kv_dim());
-                (&keys[at..at + heads.head_dim], &values[at..at + heads.head_dim], 0.0)
+                (&keys[at..at + heads.head_dim()], &values[at..at + heads.head_dim()], 0.0)
             };
             let seen: Vec<_> = kv.rows().chain([own]).map(parts).collect();
             expected.extend(truth::attend(query, &seen, f64::from(0.3f32)));
@@ -245,7 +245,7 @@ fn attend_on(
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn attention_holds_for_contexts_of_one_and_of_5000_and_widths_of_one_and_of_512() {
-    let heads = |num_heads, num_kv_heads, head_dim| Heads { num_heads, num_kv_heads, head_dim };
+    let heads = |num_heads, num_kv_heads, head_dim| Heads::new(num_heads, num_kv_heads, head_dim);
     for (context_len, width) in [(1, 1), (5000, 1), (5000, 3), (65, 512), (64, 40)] {
         for head_dim in [64, 128] {
             let error = attend(Dtype::Bf16, heads(2, 1, head_dim), context_len, width);
@@ -266,13 +266,13 @@ fn attention_takes_tiles_that_the_device_has_shared_memory_for() {
         let device = Emulator::new(Kernels::load(Build::Checked)).with_shared_bytes(99 << 10);
         CudaBackend::new(device, dtype)
     };
-    let heads = |head_dim| Heads { num_heads: 2, num_kv_heads: 1, head_dim };
+    let heads = |head_dim| Heads::new(2, 1, head_dim);
     for head_dim in [64, 128] {
         assert!(attend_on(&backend(Dtype::Bf16), heads(head_dim), 130, 100) < 2e-2);
     }
     let backend = backend(Dtype::F32);
     assert!(attend_on(&backend, heads(128), 130, 20) < 1e-5);
-    let error = World::on(&backend, heads(1024)).err().expect("it does not fit");
+    let error = Fixture::new(&backend, heads(1024)).err().expect("it does not fit");
     assert!(error.to_string().contains("heads of 1024"), "{error}");
 }
 
@@ -295,24 +295,24 @@ fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec
     let catalog = catalog(&mut Cases::new(9), 4 * CODES, 1, CODES as u32);
     let snapshot = catalog.snapshot();
     let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
-    let steps = [StepTokens::Level { tokens: (0..CODES as u32).collect() }];
+    let levels = [(0..CODES as u32).collect::<Vec<u32>>()];
     let head = Tensor::new(&[CODES, 8], Cases::new(10).numbers(CODES * 8));
-    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
-    let mut world = World::on(&backend, heads).expect("memory");
+    let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
+    let mut fixture = Fixture::new(&backend, heads).expect("memory");
     let mut cases: Vec<Cases> =
         slots_of_pass.iter().map(|&slot| Cases::new(20 + slot as u64)).collect();
-    let mut slots: Vec<_> = slots_of_pass.iter().map(|&slot| world.slot(sizes[slot].0)).collect();
+    let mut slots: Vec<_> = slots_of_pass.iter().map(|&slot| fixture.slot(sizes[slot].0)).collect();
     for (index, &slot) in slots_of_pass.iter().enumerate() {
         let (context_len, slots) = (sizes[slot].0, &mut slots[index..=index]);
         let kv = cases[index].numbers(context_len * 2 * heads.kv_dim());
         let (kv, whole) = (backend.upload(&kv, 2 * heads.kv_dim()), 0..context_len);
-        let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots };
+        let batch = Batch { memory: &fixture.memory, chunks: slice::from_ref(&whole), slots };
         backend.store_context(0, &kv, 0, heads, &batch);
     }
     let hidden: Vec<f32> = cases.iter_mut().flat_map(|cases| cases.numbers(8)).collect();
     let rules: Vec<SearchRule<'_>> = slots_of_pass
         .iter()
-        .map(|&slot| SearchRule::new(&snapshot, &allowed_set, sizes[slot].1))
+        .map(|&slot| SearchRule::new(&snapshot, &allowed_set, 0, sizes[slot].1))
         .collect();
     backend.lm_head(&backend.upload(&hidden, 8), &head, &rules, &slots, &mut logits);
     backend.advance_beams(&logits, &head, &rules, &mut slots);
@@ -320,10 +320,11 @@ fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec
     let qkv =
         cases.iter_mut().zip(&rows).flat_map(|(cases, rows)| cases.numbers(rows * heads.qkv_dim()));
     let qkv = backend.upload(&qkv.collect::<Vec<f32>>(), heads.qkv_dim());
-    let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+    let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
     backend.append_tail(0, &qkv, heads, &mut batch);
     let mut out = backend.buffer();
-    backend.attend_beams(0, &qkv, heads, KvScope::Both, 0.3, None, &batch, &mut out);
+    let attention = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
+    backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
     let out = backend.download(&out).expect("the device works");
     let mut rest = &out[..];
     let of_slot = rows.iter().map(|rows| {
@@ -338,7 +339,7 @@ fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn attention_of_a_slot_has_the_same_bits_alone_and_beside_nine_others() {
-    let heads = |num_heads, head_dim| Heads { num_heads, num_kv_heads: 1, head_dim };
+    let heads = |num_heads, head_dim| Heads::new(num_heads, 1, head_dim);
     for (dtype, heads) in [
         (Dtype::F32, heads(1, 8)),
         (Dtype::F32, heads(2, 24)),
@@ -385,16 +386,16 @@ fn with_steps(
     let catalog = catalog(&mut cases, 50, 2, 10);
     let snapshot = catalog.snapshot();
     let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
-    let steps = [0, 10].map(|first| StepTokens::Level { tokens: (first..first + 10).collect() });
+    let levels = [0, 10].map(|first| (first..first + 10).collect());
     let head = Tensor::new(&[20, 8], cases.numbers(20 * 8));
-    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
+    let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
     let hidden = backend.upload(&cases.numbers(8), 8);
-    let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
-    let mut world = World::on(&backend, heads).expect("memory");
+    let heads = Heads::new(1, 1, 2);
+    let mut fixture = Fixture::new(&backend, heads).expect("memory");
     test(&backend, &mut |panics: bool| {
-        let mut slots = [world.slot(1)];
-        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
-        let rules = [SearchRule::new(&snapshot, &allowed_set, 5)];
+        let mut slots = [fixture.slot(1)];
+        let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
+        let rules = [SearchRule::new(&snapshot, &allowed_set, 0, 5)];
         backend.step(&mut batch, &head, &rules, &mut logits, |batch, logits| {
             backend.lm_head(&hidden, &head, &rules, batch.slots, logits);
             backend.advance_beams(logits, &head, &rules, batch.slots);

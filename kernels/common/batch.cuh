@@ -50,7 +50,7 @@ __device__ __forceinline__ uint32_t num_beams(const Batch& batch, const Beams& b
 template <class T>
 __device__ __forceinline__ T* context_keys(const Pages& pages, uint32_t page, uint32_t layer,
                                            uint32_t head) {
-  const size_t at = (size_t(page) * pages.num_layers + layer) * pages.num_kv_heads + head;
+  const size_t at = (size_t(page) * pages.context_sets + layer) * pages.num_kv_heads + head;
   return static_cast<T*>(pages.contexts) + at * 2 * kPageLen * pages.head_dim;
 }
 template <class T> __device__ __forceinline__ T* values_behind(const Pages& pages, T* keys) {
@@ -60,7 +60,7 @@ template <class T> __device__ __forceinline__ T* values_behind(const Pages& page
 // `row` counts the rows of all pages. The keys of all heads, then the values.
 template <class T>
 __device__ __forceinline__ T* tail_keys(const Pages& pages, uint32_t row, uint32_t layer) {
-  const size_t at = (size_t(row / kTailPageLen) * pages.num_layers + layer) * kTailPageLen +
+  const size_t at = (size_t(row / kTailPageLen) * pages.tail_layers + layer) * kTailPageLen +
                     row % kTailPageLen;
   return static_cast<T*>(pages.tails) + at * 2 * pages.num_kv_heads * pages.head_dim;
 }

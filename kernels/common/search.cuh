@@ -169,7 +169,16 @@ __device__ __forceinline__ bool is_offered(const Rule& rule, const uint2& place,
 __device__ __forceinline__ uint32_t column_of(const Rule& rule, uint32_t choice) {
   if (rule.choices == kOfVocabulary || rule.choices == kForced || !rule.columns)
     return choice < rule.num_codes ? choice : kNone;
-  return choice < rule.num_codes ? rule.columns[choice] : kNone;
+  if (choice >= rule.num_codes) return kNone;
+  const uint32_t column = rule.columns[choice];
+  return rule.choices == kNamed && column != kNone ? choice : column;
+}
+
+// The token of a choice that the model can write.
+__device__ __forceinline__ uint32_t token_of(const Rule& rule, uint32_t choice) {
+  if (rule.choices == kNamed) return rule.columns[choice];
+  const uint32_t column = column_of(rule, choice);
+  return rule.first_token + (column == kNone ? 0 : column);
 }
 
 __device__ __forceinline__ float logit_of(const Rule& rule, uint32_t beam, uint32_t column) {

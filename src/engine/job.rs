@@ -13,6 +13,7 @@ use crate::catalog::candidates::Candidates;
 use crate::catalog::filter::Filter;
 use crate::catalog::snapshot::Cursor;
 use crate::error::{Error, Result};
+use crate::models::config::SidLayout;
 use crate::pages;
 use crate::request::{Constraint, Input, MAX_BEAMS, Normalization, Request, SharedSid};
 use crate::schedule::{Micros, Needs};
@@ -56,8 +57,11 @@ impl Job {
     }
 
     /// How a search's step is done.
-    pub fn rule(&self, search: usize, step: usize) -> SearchRule<'_> {
+    pub fn rule<'a>(&'a self, search: usize, step: usize, layout: &'a SidLayout) -> SearchRule<'a> {
+        let (choice, depth) = layout.choice(step);
         SearchRule {
+            choice,
+            depth,
             snapshot: &self.snapshot,
             allowed_set: &self.searches[search],
             beams: self.widths[step],

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::job::Job;
@@ -9,7 +10,7 @@ use super::{Engine, EngineStatus, timed};
 use crate::answer::Answer;
 use crate::backend::{Backend, Batch, MemorySpec, SearchRule, SlotSpec};
 use crate::error::{Error, Result};
-use crate::models::{Model, Scratch};
+use crate::models::{ForwardPass, Model};
 use crate::pages::{Page, Pool};
 use crate::prefix_cache::{CacheStats, Found, PrefixCache};
 use crate::schedule::{self, Micros, Reading, RequestId, Room, RunTime, Waiting};
@@ -19,7 +20,7 @@ const ROWS_PER_PART: usize = 16;
 
 /// All requests of an engine, and the memory that they share.
 pub(super) struct Load<B: Backend> {
-    model: Box<dyn Model<B>>,
+    model: Arc<dyn Model<B>>,
     weights_version: u64,
     memory: B::Memory,
     context_pages: Pool,
@@ -62,7 +63,7 @@ impl<B: Backend> Running<B> {
 
 /// Activations of one part of a step, kept from step to step.
 struct Lane<B: Backend> {
-    scratch: Scratch<B>,
+    pass: Box<dyn ForwardPass<B>>,
     logits: B::Logits,
 }
 
@@ -88,7 +89,7 @@ struct Share {
 impl<B: Backend> Load<B> {
     pub fn new(
         backend: &B,
-        model: Box<dyn Model<B>>,
+        model: Arc<dyn Model<B>>,
         spec: &MemorySpec,
         has_cache: bool,
     ) -> Result<Load<B>> {
@@ -123,9 +124,10 @@ impl<B: Backend> Load<B> {
     }
 
     /// Takes a network with other weights, and returns their version. Nothing may be running.
-    pub fn replace_model(&mut self, model: Box<dyn Model<B>>) -> u64 {
+    pub fn replace_model(&mut self, model: Arc<dyn Model<B>>) -> u64 {
         assert!(self.running.is_empty(), "no request sees two weights");
         self.model = model;
+        self.lanes.clear();
         self.cache.iter_mut().for_each(PrefixCache::clear);
         self.weights_version += 1;
         self.weights_version
@@ -272,8 +274,8 @@ impl<B: Backend> Engine<B> {
         }
         let mut parts = self.parts(load, &shares);
         while load.lanes.len() < parts.len() {
-            let scratch = Scratch::new(&self.backend);
-            load.lanes.push(Lane { scratch, logits: self.backend.logits() });
+            let pass = Arc::clone(&load.model).new_pass(&self.backend);
+            load.lanes.push(Lane { pass, logits: self.backend.logits() });
         }
         let (model, memory, running) = (&*load.model, &load.memory, &load.running);
         match &mut parts[..] {
@@ -299,7 +301,7 @@ impl<B: Backend> Engine<B> {
         for share in shares.iter().filter(|share| !share.chunk.is_empty()) {
             load.running[share.request].read = share.chunk.end;
             if load.running[share.request].left() == 0 {
-                load.keep_context(share.request, self.spec.has_encoder);
+                load.keep_context(share.request, self.spec.prompt.is_whole());
             }
         }
         self.finish(load);
@@ -322,17 +324,19 @@ impl<B: Backend> Engine<B> {
         for id in schedule::admit(&waiting, rows, room, &self.limits, now_us) {
             let at = load.waiting.iter().position(|(waiting, _)| waiting.id == id);
             let (waiting, job) = load.waiting.remove(at.expect("one that waits"));
-            let found = load.lease_context(&job, spec.has_encoder);
+            let found = load.lease_context(&job, spec.prompt.is_whole());
             let tails = load.tail_pages.take(job.needs.tail_pages).expect("admitted with room");
             let pages = |pages: &[Page]| -> Vec<u32> { pages.iter().map(Page::index).collect() };
             let slot = |search: usize| {
                 let tail_pages = job.tail_pages_per_search();
-                self.backend.open_slot(SlotSpec {
+                let slot = self.backend.open_slot(SlotSpec {
                     context_pages: pages(&found.pages),
                     context_len: job.tokens.len(),
                     tail_pages: pages(&tails[search * tail_pages..(search + 1) * tail_pages]),
-                    start_token: spec.start_token,
-                })
+                    num_steps: self.num_steps(),
+                    start_token: spec.prompt.start_token(),
+                });
+                slot.expect("an engine is opened for as many steps as the device takes")
             };
             load.running.push(Running {
                 id,
@@ -350,7 +354,7 @@ impl<B: Backend> Engine<B> {
 
     /// What each request does in this step: read a chunk of its prompt, or extend its beams.
     fn shares(&self, load: &Load<B>) -> Vec<Share> {
-        let has_encoder = self.spec.has_encoder;
+        let has_encoder = self.spec.prompt.is_whole();
         let is_reading = |running: &&Running<B>| running.left() > 0;
         let reading = load.running.iter().filter(is_reading);
         let reading: Vec<Reading> = reading
@@ -393,7 +397,7 @@ impl<B: Backend> Engine<B> {
     }
 
     fn part(&self, load: &mut Load<B>, members: &[&Share]) -> Part<B> {
-        let has_encoder = self.spec.has_encoder;
+        let has_encoder = self.spec.prompt.is_whole();
         let mut part = Part {
             tokens: Vec::new(),
             chunks: Vec::new(),
@@ -453,26 +457,26 @@ impl<B: Backend> Engine<B> {
     ) {
         let backend = &self.backend;
         let Part { tokens, chunks, slots, owners, num_unfinished } = part;
-        let Lane { scratch, logits } = lane;
+        let Lane { pass, logits } = lane;
         let clock = match chunks.is_empty() {
             true => &self.phases.decode,
             false => &self.phases.prefill,
         };
         let rule = |(&(request, search), slot): (&(usize, usize), &B::Slot)| -> SearchRule<'_> {
-            running[request].job.rule(search, backend.num_steps(slot))
+            running[request].job.rule(search, backend.num_steps(slot), &self.layout)
         };
         let rules: Vec<SearchRule<'_>> =
             owners.iter().zip(&*slots).skip(*num_unfinished).map(rule).collect();
         let head = model.head();
         let mut batch = Batch { memory, chunks, slots };
         backend.step(&mut batch, head, &rules, logits, |batch, logits| {
-            timed(clock, || model.forward(backend, tokens, batch, scratch));
+            timed(clock, || pass.run(backend, tokens, batch));
             if rules.is_empty() {
                 return;
             }
             let slots = &mut batch.slots[*num_unfinished..];
             timed(&self.phases.search, || {
-                backend.lm_head(&scratch.hidden, head, &rules, slots, logits);
+                backend.lm_head(pass.output(), head, &rules, slots, logits);
                 backend.advance_beams(logits, head, &rules, slots);
             });
         });

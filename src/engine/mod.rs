@@ -91,7 +91,7 @@ impl EngineOptions {
         max_context: usize,
         num_steps: usize,
     ) -> Result<MemorySpec> {
-        let token_bytes = spec.num_layers * 2 * spec.heads.kv_dim() * backend.dtype().size();
+        let token_bytes = spec.kv.numbers_per_token() * backend.dtype().size();
         let most_of_one = max_context.min(self.max_context);
         let tokens = match self.context_tokens {
             0 => (backend.context_bytes()? / token_bytes.max(1))
@@ -112,12 +112,11 @@ impl EngineOptions {
             }
         }
         Ok(MemorySpec {
-            num_layers: spec.num_layers,
-            heads: spec.heads,
+            kv: spec.kv,
             context_pages,
             tail_pages,
             rows_per_step: self.rows_per_step.min(self.max_beam_rows),
-            tokens_per_step: match spec.has_encoder {
+            tokens_per_step: match spec.prompt.is_whole() {
                 true => self.tokens_per_step.max(most_of_one),
                 false => self.tokens_per_step,
             },
@@ -239,13 +238,19 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Engine<B>> {
         layout.check(&catalog)?;
         let pool = thread_pool(options.threads)?;
-        let steps = layout.steps();
-        let model = pool.install(|| models::load(&backend, config, weights.clone(), &steps))?;
+        let num_steps = layout.num_steps();
+        if num_steps > backend.max_steps() {
+            return Err(Error::Unsupported {
+                what: format!("a search of {num_steps} steps on this device"),
+                way_out: format!("at most {} are; use the CPU", backend.max_steps()),
+            });
+        }
+        let model = pool.install(|| models::load(&backend, config, weights.clone(), &layout))?;
         // What the decoder writes takes positions as well: all steps but the last are read again.
-        let (spec, written) = (*model.spec(), steps.len() - 1);
+        let (spec, written) = (*model.spec(), num_steps - 1);
         let max_positions = spec.max_positions.map(|max| max.saturating_sub(written));
         let max_context = options.max_context.min(max_positions.unwrap_or(usize::MAX));
-        let memory = options.memory(&backend, &spec, max_context, steps.len())?;
+        let memory = options.memory(&backend, &spec, max_context, num_steps)?;
         let workers = match pool.current_num_threads() {
             threads
                 if B::COMPUTES_ON_CALLERS
@@ -450,8 +455,7 @@ impl<B: Backend> Engine<B> {
         let mut own = self.weights.lock().map_err(|_| failed())?;
         let mut weights = own.clone();
         weights.replace(tensors.into_iter().collect())?;
-        let steps = self.layout.steps();
-        let load = || models::load(&self.backend, &self.config, weights.clone(), &steps);
+        let load = || models::load(&self.backend, &self.config, weights.clone(), &self.layout);
         let model = self.pool.install(load)?;
         let mut load = self.lock()?;
         self.finish_running(&mut load);
@@ -485,7 +489,7 @@ impl<B: Backend> Engine<B> {
     }
 
     fn num_steps(&self) -> usize {
-        self.layout.levels.len() + self.layout.suffix.len()
+        self.layout.num_steps()
     }
 }
 

@@ -1,10 +1,13 @@
+//! Launches `advance_beams.cu`: one step of all searches of a pass.
+
 use super::driver::Driver;
 use super::memory::Beams;
 use super::metadata::BatchParams;
 use super::rules::CHUNK;
 use super::shared::shared_struct;
 use super::tiling::shared_bytes;
-use super::{CudaBackend, Head, Logits, SearchRule, Slot, rules};
+use super::{CudaBackend, Head, Logits, Slot, rules};
+use crate::backend::{AdvanceBeams, SearchRule};
 
 /// Keys that a block of `advance_beams_select` reads at a time.
 pub(super) const SELECT_CHUNK: usize = 4096;
@@ -40,8 +43,8 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn advance_beams(
+impl<D: Driver> AdvanceBeams for CudaBackend<D> {
+    fn advance_beams(
         &self,
         logits: &Logits<D>,
         head: &Head<D>,

@@ -1,10 +1,12 @@
+//! Launches `append_tail.cu`: keys and values of beams.
+
 use super::driver::Driver;
 use super::store_context::Params;
-use super::{Buffer, CudaBackend, Heads};
-use crate::backend::Batch;
+use super::{Buffer, CudaBackend};
+use crate::backend::{AppendTail, Batch, Heads};
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn append_tail(
+impl<D: Driver> AppendTail for CudaBackend<D> {
+    fn append_tail(
         &self,
         layer: usize,
         qkv: &Buffer<D>,

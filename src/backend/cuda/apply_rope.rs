@@ -1,9 +1,11 @@
+//! Launches `apply_rope.cu`: queries and keys turned to their positions, keys and values stored.
+
 use super::driver::Driver;
 use super::memory::Pages;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
-use super::{Buffer, CudaBackend, Heads, Vector};
-use crate::backend::Batch;
+use super::{Buffer, CudaBackend};
+use crate::backend::{ApplyRope, Batch, HeadNorms, Heads};
 
 shared_struct! {
     /// Rotation of queries and keys.
@@ -25,34 +27,36 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn apply_rope(
+impl<D: Driver> ApplyRope for CudaBackend<D> {
+    fn apply_rope(
         &self,
         layer: usize,
         qkv: &mut Buffer<D>,
         heads: Heads,
-        norms: Option<(&Vector<D>, &Vector<D>, f32)>,
-        rope: &Buffer<D>,
+        norms: Option<HeadNorms<'_, CudaBackend<D>>>,
+        rope_tables: &Buffer<D>,
         batch: &mut Batch<'_, CudaBackend<D>>,
     ) {
         self.begin_tails(batch);
         let metadata = self.metadata(&mut self.state(), batch.chunks, batch.slots);
         let params = Params {
             qkv: qkv.memory.at(0),
-            rope: rope.memory.at(0),
-            query_norm: norms.map_or(0, |(query, _, _)| query.values.at(0)),
-            key_norm: norms.map_or(0, |(_, key, _)| key.values.at(0)),
+            rope: rope_tables.memory.at(0),
+            query_norm: norms.map_or(0, |norms| norms.query.values.at(0)),
+            key_norm: norms.map_or(0, |norms| norms.key.values.at(0)),
             batch: metadata.batch,
             pages: batch.memory.0.pages(),
             num_heads: heads.num_heads as u32,
             layer: layer as u32,
-            epsilon: norms.map_or(0.0, |(_, _, epsilon)| epsilon),
+            epsilon: norms.map_or(0.0, |norms| norms.epsilon),
             padding: 0,
         };
         let kernel = self.kernel("apply_rope_f32", "apply_rope_bf16");
         self.device.launch(kernel, [qkv.rows, 1, 1], 256, 0, &params);
     }
+}
 
+impl<D: Driver> CudaBackend<D> {
     /// The beams' newest position has keys and values from now on.
     pub(super) fn begin_tails(&self, batch: &mut Batch<'_, CudaBackend<D>>) {
         for slot in &mut batch.slots[batch.chunks.len()..] {

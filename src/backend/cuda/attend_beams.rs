@@ -1,10 +1,12 @@
+//! Launches `attend_beams.cu`: attention of beams over contexts, split where that pays, and tails.
+
 use super::driver::Driver;
 use super::memory::{Beams, Pages};
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
 use super::tiling::{MAX_POSITIONS, NARROW_ROWS, WIDE_ROWS, attention_bytes, attention_threads};
-use super::{Buffer, CudaBackend, Heads, KvScope, Vector};
-use crate::backend::Batch;
+use super::{Buffer, CudaBackend};
+use crate::backend::{AttendBeams, AttentionSpec, Batch, BeamAttention, KvScope, ScoreRule};
 
 shared_struct! {
     /// Attention of beams.
@@ -50,21 +52,20 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn attend_beams(
+impl<D: Driver> AttendBeams for CudaBackend<D> {
+    fn attend_beams(
         &self,
         layer: usize,
         queries: &Buffer<D>,
-        heads: Heads,
-        scope: KvScope,
-        scale: f32,
-        tail_bias: Option<&Vector<D>>,
+        attention: &BeamAttention<'_, CudaBackend<D>>,
         batch: &Batch<'_, CudaBackend<D>>,
         out: &mut Buffer<D>,
     ) {
+        let AttentionSpec { heads, score_rule: ScoreRule::Softmax, scope, scale, bias } =
+            *attention;
         let state = &mut *self.state();
         let metadata = self.metadata(state, batch.chunks, batch.slots);
-        out.reshape(queries.rows, heads.query_dim(), self.dtype);
+        out.reshape(queries.rows, heads.out_dim(), self.dtype);
         let num_splits = if scope == KvScope::Tail { 1 } else { metadata.num_splits };
         let tile_rows = metadata.beam_tile_rows;
         let num_rows = (metadata.batch.num_rows - metadata.batch.num_prompt_rows) as usize;
@@ -75,20 +76,20 @@ impl<D: Driver> CudaBackend<D> {
             parts,
             part_sums,
             tiles: metadata.beam_tiles,
-            tail_bias: tail_bias.map_or(0, |bias| bias.values.at(0)),
+            tail_bias: bias.map_or(0, |bias| bias.values.at(0)),
             batch: metadata.batch,
             pages: batch.memory.0.pages(),
             beams: batch.memory.0.beams(),
             query_columns: queries.columns as u32,
             num_heads: heads.num_heads as u32,
             layer: layer as u32,
-            num_biases: tail_bias.map_or(0, |bias| bias.len / heads.num_heads) as u32,
+            num_biases: bias.map_or(0, |bias| bias.len / heads.num_heads) as u32,
             reaches_context: u32::from(scope != KvScope::Tail),
             reaches_tail: u32::from(scope != KvScope::Context),
             scale,
             padding: 0,
         };
-        let kernel = match (tile_rows, heads.head_dim) {
+        let kernel = match (tile_rows, heads.head_dim()) {
             (NARROW_ROWS, 64) => "attend_beams_bf16_64",
             (NARROW_ROWS, _) => "attend_beams_bf16_128",
             (WIDE_ROWS, 64) => "attend_beams_bf16_64_wide",
@@ -96,7 +97,7 @@ impl<D: Driver> CudaBackend<D> {
             _ => self.kernel("attend_beams_f32", "attend_beams_bf16"),
         };
         let grid = [metadata.num_beam_tiles, heads.num_kv_heads, num_splits];
-        let shared = attention_bytes(tile_rows, heads.head_dim, MAX_POSITIONS);
+        let shared = attention_bytes(tile_rows, heads.head_dim(), MAX_POSITIONS);
         self.device.launch(kernel, grid, attention_threads(tile_rows), shared, &params);
         if num_splits > 1 {
             let params = CombineParams {
@@ -105,7 +106,7 @@ impl<D: Driver> CudaBackend<D> {
                 part_sums,
                 batch: metadata.batch,
                 num_heads: heads.num_heads as u32,
-                head_dim: heads.head_dim as u32,
+                head_dim: heads.head_dim() as u32,
             };
             let kernel = self.kernel("attend_beams_combine_f32", "attend_beams_combine_bf16");
             self.device.launch(kernel, [num_rows, heads.num_heads, 1], 64, 0, &params);

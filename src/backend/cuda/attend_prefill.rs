@@ -1,10 +1,12 @@
+//! Launches `attend_prefill.cu`: attention of prompts.
+
 use super::driver::Driver;
 use super::memory::Pages;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
 use super::tiling::{NARROW_ROWS, WIDE_ROWS, attention_bytes, attention_threads};
-use super::{Buffer, CudaBackend, Heads, Mask};
-use crate::backend::Batch;
+use super::{Buffer, CudaBackend};
+use crate::backend::{AttendPrefill, AttentionSpec, Batch, Mask, PrefillAttention, ScoreRule};
 
 shared_struct! {
     /// Attention of prompts.
@@ -28,45 +30,44 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn attend_prefill(
+impl<D: Driver> AttendPrefill for CudaBackend<D> {
+    fn attend_prefill(
         &self,
-        layer: usize,
+        set: usize,
         queries: &Buffer<D>,
-        heads: Heads,
-        mask: Mask,
-        scale: f32,
-        relative_bias: Option<&[f32]>,
+        attention: &PrefillAttention<'_>,
         batch: &Batch<'_, CudaBackend<D>>,
         out: &mut Buffer<D>,
     ) {
+        let AttentionSpec { heads, score_rule: ScoreRule::Softmax, scope: mask, scale, bias } =
+            *attention;
         let state = &mut *self.state();
         let metadata = self.metadata(state, batch.chunks, batch.slots);
-        out.reshape(queries.rows, heads.query_dim(), self.dtype);
-        if let Some(bias) = relative_bias
+        out.reshape(queries.rows, heads.out_dim(), self.dtype);
+        if let Some(bias) = bias
             && state.bias.0 != bias
         {
             state.bias.1.write_often(bias);
             // Without memory for it, it is not there.
             state.bias.0 = self.device.check().map_or(Vec::new(), |()| bias.to_vec());
         }
-        let num_biases = relative_bias.map_or(0, |bias| bias.len() / heads.num_heads);
+        let num_biases = bias.map_or(0, |bias| bias.len() / heads.num_heads);
         let params = Params {
             out: out.memory.at(0),
             queries: queries.memory.at(0),
             tiles: metadata.prompt_tiles,
-            bias: relative_bias.map_or(0, |_| state.bias.1.at(0)),
+            bias: bias.map_or(0, |_| state.bias.1.at(0)),
             batch: metadata.batch,
             pages: batch.memory.0.pages(),
             query_columns: queries.columns as u32,
             num_heads: heads.num_heads as u32,
-            layer: layer as u32,
+            layer: set as u32,
             longest: num_biases.div_ceil(2) as u32,
             is_causal: u32::from(mask == Mask::Causal),
             scale,
         };
         let tile_rows = metadata.prompt_tile_rows;
-        let kernel = match (tile_rows, heads.head_dim) {
+        let kernel = match (tile_rows, heads.head_dim()) {
             (NARROW_ROWS, 64) => "attend_prefill_bf16_64",
             (NARROW_ROWS, _) => "attend_prefill_bf16_128",
             (WIDE_ROWS, 64) => "attend_prefill_bf16_64_wide",
@@ -74,7 +75,7 @@ impl<D: Driver> CudaBackend<D> {
             _ => self.kernel("attend_prefill_f32", "attend_prefill_bf16"),
         };
         let grid = [metadata.num_prompt_tiles, heads.num_kv_heads, 1];
-        let shared = attention_bytes(tile_rows, heads.head_dim, 0);
+        let shared = attention_bytes(tile_rows, heads.head_dim(), 0);
         self.device.launch(kernel, grid, attention_threads(tile_rows), shared, &params);
     }
 }

@@ -1,3 +1,5 @@
+//! Activations and weights in the memory of a device.
+
 use std::sync::Arc;
 
 use half::bf16;

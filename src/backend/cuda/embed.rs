@@ -1,3 +1,5 @@
+//! Launches `embed.cu`: rows of an embedding table.
+
 use bytemuck::Zeroable;
 
 use super::driver::Driver;
@@ -5,6 +7,7 @@ use super::memory::Beams;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
 use super::{Buffer, CudaBackend, Slot, Weights};
+use crate::backend::Embed;
 
 shared_struct! {
     /// A lookup of embeddings.
@@ -20,14 +23,8 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn embed(
-        &self,
-        table: &Weights<D>,
-        tokens: &[u32],
-        beams: &[Slot<D>],
-        out: &mut Buffer<D>,
-    ) {
+impl<D: Driver> Embed for CudaBackend<D> {
+    fn embed(&self, table: &Weights<D>, tokens: &[u32], beams: &[Slot<D>], out: &mut Buffer<D>) {
         let state = &mut *self.state();
         let batch = self.metadata(state, &[], beams).batch;
         state.tokens.write_often(tokens);

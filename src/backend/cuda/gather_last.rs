@@ -1,7 +1,9 @@
+//! Launches `gather_last.cu`: the rows that a step is scored by.
+
 use super::driver::Driver;
 use super::shared::shared_struct;
 use super::{Buffer, CudaBackend};
-use crate::backend::Batch;
+use crate::backend::{Batch, GatherLast};
 
 shared_struct! {
     /// A copy of some rows.
@@ -14,8 +16,8 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn gather_last(
+impl<D: Driver> GatherLast for CudaBackend<D> {
+    fn gather_last(
         &self,
         x: &Buffer<D>,
         first: usize,

@@ -41,6 +41,7 @@ fn constants() -> Vec<(&'static str, usize, &'static str)> {
         ("kOfLevel", rules::OF_LEVEL as usize, "Rule::choices"),
         ("kOfVocabulary", rules::OF_VOCABULARY as usize, "Rule::choices"),
         ("kForced", rules::FORCED as usize, "Rule::choices"),
+        ("kNamed", rules::NAMED as usize, "Rule::choices"),
         ("kHasAdded", rules::HAS_ADDED as usize, "Rule::flags"),
         ("kHasSeed", rules::HAS_SEED as usize, "Rule::flags"),
         ("kKeepsLogProbs", rules::KEEPS_LOG_PROBS as usize, "Rule::flags"),

@@ -1,7 +1,10 @@
+//! Launches `glu.cu`: gated columns.
+
 use super::driver::Driver;
 use super::matmul::activation_number;
 use super::shared::shared_struct;
-use super::{Activation, Buffer, CudaBackend};
+use super::{Buffer, CudaBackend};
+use crate::backend::{Activation, Glu};
 
 shared_struct! {
     /// A gated linear unit.
@@ -13,8 +16,8 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn glu(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
+impl<D: Driver> Glu for CudaBackend<D> {
+    fn glu(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
         let columns = x.columns / 2;
         out.reshape(x.rows, columns, self.dtype);
         let params = Params {

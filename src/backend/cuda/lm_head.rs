@@ -1,3 +1,5 @@
+//! The output head: products, and `lm_head.cu` for the normalisers of its rows.
+
 use std::sync::Arc;
 
 use super::device::Device;
@@ -6,7 +8,8 @@ use super::driver::{Driver, Product};
 use super::metadata::BatchParams;
 use super::rules::{self, Layout, MAX_PARTS, Plan};
 use super::shared::shared_struct;
-use super::{Buffer, CudaBackend, Head, SearchRule, Slot};
+use super::{Buffer, CudaBackend, Head, Slot};
+use crate::backend::{LmHead, SearchRule};
 use crate::tensor::Dtype;
 
 /// Tokens of the vocabulary that are evaluated together where scores are normalised over all.
@@ -68,7 +71,7 @@ impl<D: Driver> Logits<D> {
 shared_struct! {
     /// Sums of exponentials of logits.
     struct Params = "lm_head::Params" {
-        /// `[rows, stride]`, where no level's are wanted.
+        /// `[rows, stride]`, of a stretch of the vocabulary; those of levels are the rules' own.
         logits: u64 = "const float*",
         /// By row: what `log_sum` makes the log of.
         sums: u64 = "float2*",
@@ -81,11 +84,14 @@ shared_struct! {
         is_level: u32,
         /// Zero where earlier columns were summed already.
         is_first: u32,
+        /// Of a stretch of the vocabulary.
+        first_token: u32,
+        padding: u32,
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn lm_head(
+impl<D: Driver> LmHead for CudaBackend<D> {
+    fn lm_head(
         &self,
         hidden: &Buffer<D>,
         head: &Head<D>,
@@ -143,13 +149,12 @@ impl<D: Driver> CudaBackend<D> {
             stride: 0,
             is_level: 0,
             is_first: 1,
+            first_token: 0,
+            padding: 0,
         };
         let launch = |params: &Params| {
             self.device.launch("lm_head_sums", [hidden.rows, 1, 1], 256, 0, params);
         };
-        if plan.needs_level {
-            launch(&Params { sums: out.level_sums.at(0), is_level: 1, ..params });
-        }
         if plan.needs_vocabulary {
             for first in (0..head.vocab_size()).step_by(VOCABULARY_CHUNK) {
                 let columns = VOCABULARY_CHUNK.min(head.vocab_size() - first);
@@ -158,8 +163,13 @@ impl<D: Driver> CudaBackend<D> {
                     ..product(0, hidden.rows, first, columns)
                 });
                 let (width, is_first) = (columns as u32, u32::from(first == 0));
-                launch(&Params { width, stride: width, is_first, ..params });
+                let first_token = first as u32;
+                launch(&Params { width, stride: width, is_first, first_token, ..params });
             }
+        }
+        // Logits of named tokens are there only now.
+        if plan.needs_level {
+            launch(&Params { sums: out.level_sums.at(0), is_level: 1, ..params });
         }
         out.plan = Some(plan);
     }

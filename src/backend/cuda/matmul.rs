@@ -1,6 +1,9 @@
+//! Products with weights, by the device's library or by `matmul.cu`.
+
 use super::driver::{Driver, FusedActivation, Product};
 use super::shared::shared_struct;
-use super::{Activation, Buffer, CudaBackend, Epilogue, Vector, Weights};
+use super::{Buffer, CudaBackend, Vector, Weights};
+use crate::backend::{Activation, Epilogue, Matmul};
 use crate::tensor::Dtype;
 
 shared_struct! {
@@ -78,8 +81,10 @@ impl<D: Driver> CudaBackend<D> {
         let grid = [product.columns.div_ceil(TILE), product.rows.div_ceil(TILE), 1];
         self.device.launch(kernel, grid, (TILE * TILE) as u32, 0, &params);
     }
+}
 
-    pub(super) fn matmul(
+impl<D: Driver> Matmul for CudaBackend<D> {
+    fn matmul(
         &self,
         x: &Buffer<D>,
         weight: &Weights<D>,

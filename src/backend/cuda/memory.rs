@@ -1,3 +1,5 @@
+//! The pages of contexts and tails, and the beams.
+
 use std::sync::Arc;
 
 use super::device::Device;
@@ -39,15 +41,15 @@ const BEAM_NAMES: [&str; NUM_BEAM_ARRAYS] = [
 const NUM_BEAM_ARRAYS: usize = 11;
 
 shared_struct! {
-    /// Keys and values. A context's page: `[layers][kv heads][keys, values][kPageLen][head_dim]`; a
-    /// tail's: `[layers][kTailPageLen][keys, values][kv heads][head_dim]`.
+    /// Keys and values. A context's page: `[context sets][kv heads][keys, values][kPageLen][head_dim]`; a
+    /// tail's: `[tail layers][kTailPageLen][keys, values][kv heads][head_dim]`.
     struct Pages = "Pages" {
         contexts: u64 = "void*",
         tails: u64 = "void*",
-        num_layers: u32,
+        context_sets: u32,
+        tail_layers: u32,
         num_kv_heads: u32,
         head_dim: u32,
-        padding: u32,
     }
 }
 
@@ -82,7 +84,8 @@ shared_struct! {
 
 impl<D: Driver> Arrays<D> {
     pub fn new(device: &Arc<Device<D>>, spec: &MemorySpec, dtype: Dtype) -> Result<Arrays<D>> {
-        let of_token = spec.num_layers * 2 * spec.heads.kv_dim() * dtype.size();
+        let of_token = spec.kv.numbers_per_token() * dtype.size();
+        let of_tail_row = spec.kv.numbers_per_tail_row() * dtype.size();
         let rows = spec.tail_pages * TAIL_PAGE_LEN;
         let mut arrays = Arrays {
             spec: *spec,
@@ -91,7 +94,7 @@ impl<D: Driver> Arrays<D> {
             beams: BEAM_NAMES.map(|name| DeviceMemory::none(device, name)),
         };
         arrays.contexts.allocate(spec.context_pages * PAGE_LEN * of_token)?;
-        arrays.tails.allocate(rows * of_token)?;
+        arrays.tails.allocate(rows * of_tail_row)?;
         for (index, array) in arrays.beams.iter_mut().enumerate() {
             let count = if index + 2 < NUM_BEAM_ARRAYS { rows } else { spec.tail_pages };
             array.allocate(count * BEAM_BYTES[index])?;
@@ -103,10 +106,10 @@ impl<D: Driver> Arrays<D> {
         Pages {
             contexts: self.contexts.at(0),
             tails: self.tails.at(0),
-            num_layers: self.spec.num_layers as u32,
-            num_kv_heads: self.spec.heads.num_kv_heads as u32,
-            head_dim: self.spec.heads.head_dim as u32,
-            padding: 0,
+            context_sets: self.spec.kv.context_sets as u32,
+            tail_layers: self.spec.kv.tail_layers as u32,
+            num_kv_heads: self.spec.kv.heads.num_kv_heads as u32,
+            head_dim: self.spec.kv.heads.head_dim() as u32,
         }
     }
 

@@ -11,10 +11,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{
-    Activation, Backend, Batch, Beam, Epilogue, Heads, KvScope, Mask, MemorySpec, SearchRule,
-    SlotSpec, StepTokens,
-};
+use super::{DeviceOps, Heads, MemorySpec, SearchRule, SlotSpec};
 use crate::error::{Error, Result};
 use crate::pages::TAIL_PAGE_LEN;
 use crate::tensor::{Dtype, Tensor};
@@ -53,6 +50,7 @@ mod shared;
 mod slot;
 #[cfg(any(feature = "cuda", test))]
 mod staging;
+mod step;
 mod store_context;
 mod tiling;
 
@@ -72,7 +70,7 @@ use memory::Arrays;
 use metadata::{Metadata, Shape};
 use read_beams::MOST_BYTES_OF_BEAM;
 use rules::{Layout, Plan, Uploads};
-use tiling::{Tiling, padded};
+use tiling::{MAX_POSITIONS, Tiling, padded};
 
 /// The operations on a device.
 pub struct CudaBackend<D: Driver> {
@@ -188,7 +186,7 @@ impl<D: Driver> CudaBackend<D> {
         if let Some((_, metadata)) = written.find(|(known, _)| *known == key) {
             return *metadata;
         }
-        let heads = slots.first().map_or(NO_HEADS, |slot| slot.arrays.spec.heads);
+        let heads = slots.first().map_or(NO_HEADS, |slot| slot.arrays.spec.kv.heads);
         // The older of the two makes room.
         state.pass_metadata.swap(0, 1);
         let PassMetadata { memory, written } = &mut state.pass_metadata[0];
@@ -215,7 +213,7 @@ impl<D: Driver> CudaBackend<D> {
         let uploads = &mut state.uploads;
         let plan = rules::plan(&self.device, uploads, head, rules, slots, &layout, true);
         rules::begin_step(head, rules, slots);
-        let heads = slots[0].arrays.spec.heads;
+        let heads = slots[0].arrays.spec.kv.heads;
         let tiling = self.tiling(heads);
         let shape = metadata::padded_shape(slots, layout.num_rows(), tiling);
         let padding = Some((shape, &layout.first_rows[..]));
@@ -235,15 +233,15 @@ impl<D: Driver> State<D> {
     /// Makes room for the parts of split contexts.
     fn reserve_parts(&mut self, metadata: &Metadata, heads: Heads) {
         let rows = metadata.num_part_rows * heads.num_heads;
-        self.parts.reserve_often(rows * heads.head_dim * size_of::<f32>());
+        self.parts.reserve_often(rows * heads.head_dim() * size_of::<f32>());
         self.part_sums.reserve_often(rows * size_of::<[f32; 2]>());
     }
 }
 
 /// Stands for the heads of a pass without slots.
-const NO_HEADS: Heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 1 };
+const NO_HEADS: Heads = Heads::new(1, 1, 1);
 
-impl<D: Driver> Backend for CudaBackend<D> {
+impl<D: Driver> DeviceOps for CudaBackend<D> {
     const COMPUTES_ON_CALLERS: bool = false;
 
     type Buffer = Buffer<D>;
@@ -284,8 +282,8 @@ impl<D: Driver> Backend for CudaBackend<D> {
         Weights::stack(&self.device, &[weight], self.dtype)
     }
 
-    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Result<Head<D>> {
-        Head::new(&self.device, weight, steps, self.dtype)
+    fn head(&self, weight: Tensor, levels: &[Vec<u32>], _known: &[u32]) -> Result<Head<D>> {
+        Head::new(&self.device, weight, levels, self.dtype)
     }
 
     fn buffer(&self) -> Buffer<D> {
@@ -312,9 +310,11 @@ impl<D: Driver> Backend for CudaBackend<D> {
     }
 
     fn memory(&self, spec: &MemorySpec) -> Result<Memory<D>> {
-        if !self.tiling(spec.heads).has_room(tiling::PLAIN_ROWS) {
+        spec.kv.check()?;
+        if !self.tiling(spec.kv.heads).has_room(tiling::PLAIN_ROWS) {
+            let head_dim = spec.kv.heads.head_dim();
             return Err(Error::Unsupported {
-                what: format!("attention with heads of {} on this GPU", spec.heads.head_dim),
+                what: format!("attention with heads of {head_dim} on this GPU"),
                 way_out: "use the CPU".into(),
             });
         }
@@ -324,17 +324,27 @@ impl<D: Driver> Backend for CudaBackend<D> {
         state.results.allocate(spec.tail_pages * TAIL_PAGE_LEN * MOST_BYTES_OF_BEAM)?;
         state.rows_of_a_step = padded(spec.rows_per_step);
         state.rows_of_a_pass = state.rows_of_a_step + spec.tokens_per_step;
-        let part_rows = self.tiling(spec.heads).most_part_rows(spec.rows_per_step);
-        let part_rows = part_rows * spec.heads.num_heads;
-        state.parts.allocate(part_rows * spec.heads.head_dim * size_of::<f32>())?;
+        let part_rows = self.tiling(spec.kv.heads).most_part_rows(spec.rows_per_step);
+        let part_rows = part_rows * spec.kv.heads.num_heads;
+        state.parts.allocate(part_rows * spec.kv.heads.head_dim() * size_of::<f32>())?;
         state.part_sums.allocate(part_rows * size_of::<[f32; 2]>())?;
         *self.arrays.lock().expect("no holder panics") = Some(Arc::clone(&arrays));
         Ok(Memory(arrays))
     }
 
-    fn open_slot(&self, spec: SlotSpec) -> Slot<D> {
+    fn max_steps(&self) -> usize {
+        MAX_POSITIONS - 1
+    }
+
+    fn open_slot(&self, spec: SlotSpec) -> Result<Slot<D>> {
+        if spec.num_steps > self.max_steps() {
+            return Err(Error::Unsupported {
+                what: format!("a search of {} steps on a GPU", spec.num_steps),
+                way_out: format!("at most {} are; use the CPU", self.max_steps()),
+            });
+        }
         let arrays = self.arrays.lock().expect("no holder panics");
-        Slot::new(spec, Arc::clone(arrays.as_ref().expect("memory is made before slots are")))
+        Ok(Slot::new(spec, Arc::clone(arrays.as_ref().expect("memory is made before slots are"))))
     }
 
     fn num_beams(&self, slot: &Slot<D>) -> usize {
@@ -347,145 +357,5 @@ impl<D: Driver> Backend for CudaBackend<D> {
 
     fn context_len(&self, slot: &Slot<D>) -> usize {
         slot.spec.context_len
-    }
-
-    fn step(
-        &self,
-        batch: &mut Batch<'_, Self>,
-        head: &Head<D>,
-        rules: &[SearchRule<'_>],
-        logits: &mut Logits<D>,
-        mut work: impl FnMut(&mut Batch<'_, Self>, &mut Logits<D>),
-    ) {
-        if !batch.chunks.is_empty() || batch.slots.is_empty() {
-            return work(batch, logits);
-        }
-        let key = self.prepare(batch.slots, head, rules, logits);
-        self.graphs.run(&self.device, key, || work(batch, logits));
-        self.state().prepared = None;
-        batch.slots.iter_mut().for_each(|slot| slot.num_steps += 1);
-    }
-
-    fn embed(&self, table: &Weights<D>, tokens: &[u32], beams: &[Slot<D>], out: &mut Buffer<D>) {
-        self.embed(table, tokens, beams, out);
-    }
-
-    fn rms_norm(&self, x: &Buffer<D>, weight: &Vector<D>, epsilon: f32, out: &mut Buffer<D>) {
-        self.rms_norm(x, weight, epsilon, out);
-    }
-
-    fn matmul(
-        &self,
-        x: &Buffer<D>,
-        weight: &Weights<D>,
-        bias: Option<&Vector<D>>,
-        epilogue: Epilogue,
-        out: &mut Buffer<D>,
-    ) {
-        self.matmul(x, weight, bias, epilogue, out);
-    }
-
-    fn glu(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
-        self.glu(x, activation, out);
-    }
-
-    fn rope_tables(&self, frequencies: &Vector<D>, batch: &Batch<'_, Self>, out: &mut Buffer<D>) {
-        self.rope_tables(frequencies, batch, out);
-    }
-
-    fn apply_rope(
-        &self,
-        layer: usize,
-        qkv: &mut Buffer<D>,
-        heads: Heads,
-        norms: Option<(&Vector<D>, &Vector<D>, f32)>,
-        rope_tables: &Buffer<D>,
-        batch: &mut Batch<'_, Self>,
-    ) {
-        self.apply_rope(layer, qkv, heads, norms, rope_tables, batch);
-    }
-
-    fn store_context(
-        &self,
-        layer: usize,
-        kv: &Buffer<D>,
-        offset: usize,
-        _heads: Heads,
-        batch: &Batch<'_, Self>,
-    ) {
-        self.store_context(layer, kv, offset, batch);
-    }
-
-    fn attend_prefill(
-        &self,
-        layer: usize,
-        queries: &Buffer<D>,
-        heads: Heads,
-        mask: Mask,
-        scale: f32,
-        relative_bias: Option<&[f32]>,
-        batch: &Batch<'_, Self>,
-        out: &mut Buffer<D>,
-    ) {
-        self.attend_prefill(layer, queries, heads, mask, scale, relative_bias, batch, out);
-    }
-
-    fn gather_last(
-        &self,
-        x: &Buffer<D>,
-        first: usize,
-        batch: &Batch<'_, Self>,
-        out: &mut Buffer<D>,
-    ) {
-        self.gather_last(x, first, batch, out);
-    }
-
-    fn append_tail(
-        &self,
-        layer: usize,
-        qkv: &Buffer<D>,
-        heads: Heads,
-        batch: &mut Batch<'_, Self>,
-    ) {
-        self.append_tail(layer, qkv, heads, batch);
-    }
-
-    fn attend_beams(
-        &self,
-        layer: usize,
-        queries: &Buffer<D>,
-        heads: Heads,
-        scope: KvScope,
-        scale: f32,
-        tail_bias: Option<&Vector<D>>,
-        batch: &Batch<'_, Self>,
-        out: &mut Buffer<D>,
-    ) {
-        self.attend_beams(layer, queries, heads, scope, scale, tail_bias, batch, out);
-    }
-
-    fn lm_head(
-        &self,
-        hidden: &Buffer<D>,
-        head: &Head<D>,
-        rules: &[SearchRule<'_>],
-        slots: &[Slot<D>],
-        out: &mut Logits<D>,
-    ) {
-        self.lm_head(hidden, head, rules, slots, out);
-    }
-
-    fn advance_beams(
-        &self,
-        logits: &Logits<D>,
-        head: &Head<D>,
-        rules: &[SearchRule<'_>],
-        slots: &mut [Slot<D>],
-    ) {
-        self.advance_beams(logits, head, rules, slots);
-    }
-
-    fn read_beams(&self, slots: &[&Slot<D>]) -> Vec<Result<Vec<Beam>>> {
-        self.read_beams(slots)
     }
 }

@@ -1,3 +1,5 @@
+//! Launches `read_beams.cu`, and reads what it gathered: the one copy back to the host.
+
 use super::device::reason_of;
 use super::driver::Driver;
 use super::memory::Beams;
@@ -5,7 +7,7 @@ use super::metadata::{self, BatchParams};
 use super::shared::shared_struct;
 use super::tiling::MAX_POSITIONS;
 use super::{CudaBackend, Slot};
-use crate::backend::{Beam, LogProb};
+use crate::backend::{Beam, LogProb, ReadBeams};
 use crate::catalog::snapshot::{Cursor, Node};
 use crate::error::{Error, Result};
 
@@ -29,8 +31,8 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn read_beams(&self, slots: &[&Slot<D>]) -> Vec<Result<Vec<Beam>>> {
+impl<D: Driver> ReadBeams for CudaBackend<D> {
+    fn read_beams(&self, slots: &[&Slot<D>]) -> Vec<Result<Vec<Beam>>> {
         match self.read_words(slots) {
             Ok((words, parts)) => slots
                 .iter()
@@ -43,12 +45,14 @@ impl<D: Driver> CudaBackend<D> {
             }
         }
     }
+}
 
+impl<D: Driver> CudaBackend<D> {
     /// What the kernel put together, and where each slot's part is.
     fn read_words(&self, slots: &[&Slot<D>]) -> Result<(Vec<u32>, Vec<Part>)> {
         self.device.check()?;
         let Some(first) = slots.first() else { return Ok((Vec::new(), Vec::new())) };
-        let (heads, beams) = (first.arrays.spec.heads, first.arrays.beams());
+        let (heads, beams) = (first.arrays.spec.kv.heads, first.arrays.beams());
         let mut num_words = 0;
         let mut parts: Vec<Part> = Vec::new();
         for slot in slots {
@@ -92,10 +96,11 @@ fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32]) -> Result<Vec<Beam>> {
         let start = Beam { tokens: Vec::new(), cursor: None, score: 0.0, log_probs: Vec::new() };
         return Ok(vec![start]);
     }
-    let is_leaf = slot.follows_trie && steps >= slot.num_levels;
     let beam = |words: &[u32]| Beam {
         score: f32::from_bits(words[0]),
-        cursor: is_leaf.then(|| Cursor { base: Node::new(words[1]), added: Node::new(words[2]) }),
+        cursor: slot
+            .reached_leaves
+            .then(|| Cursor { base: Node::new(words[1]), added: Node::new(words[2]) }),
         tokens: words[3..3 + steps].to_vec(),
         log_probs: match slot.keeps_log_probs {
             false => Vec::new(),

@@ -1,6 +1,9 @@
+//! Launches `rms_norm.cu`: rows divided by their root mean square.
+
 use super::driver::Driver;
 use super::shared::shared_struct;
 use super::{Buffer, CudaBackend, Vector};
+use crate::backend::RmsNorm;
 
 shared_struct! {
     /// An RMS norm of rows.
@@ -13,14 +16,8 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn rms_norm(
-        &self,
-        x: &Buffer<D>,
-        weight: &Vector<D>,
-        epsilon: f32,
-        out: &mut Buffer<D>,
-    ) {
+impl<D: Driver> RmsNorm for CudaBackend<D> {
+    fn rms_norm(&self, x: &Buffer<D>, weight: &Vector<D>, epsilon: f32, out: &mut Buffer<D>) {
         assert_eq!(x.columns, weight.len, "a weight for each column");
         out.reshape(x.rows, x.columns, self.dtype);
         let params = Params {

@@ -1,8 +1,10 @@
+//! Launches `rope_tables.cu`: cosines and sines of positions.
+
 use super::driver::Driver;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
 use super::{Buffer, CudaBackend, Vector};
-use crate::backend::Batch;
+use crate::backend::{Batch, RopeTables};
 use crate::tensor::Dtype;
 
 shared_struct! {
@@ -18,8 +20,8 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn rope_tables(
+impl<D: Driver> RopeTables for CudaBackend<D> {
+    fn rope_tables(
         &self,
         frequencies: &Vector<D>,
         batch: &Batch<'_, CudaBackend<D>>,

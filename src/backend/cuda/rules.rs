@@ -1,4 +1,4 @@
-//! What each search of a step may choose from, as kernels read it.
+//! The rules of a step as kernels read them, and the plan of its head and choice.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -13,11 +13,10 @@ use super::head::Head;
 use super::shared::shared_struct;
 use super::slot::Slot;
 use super::tiling::padded;
-use crate::backend::{Normalizer, SearchRule};
+use crate::backend::{Continuations, Normalizer, SearchRule, StepChoice};
 use crate::catalog::arrays::{AllowedArrays, Identity, TrieArrays};
 use crate::catalog::sid::MAX_LEVELS;
 use crate::error::Result;
-use crate::request::Constraint;
 
 /// Continuations that a block of `advance_beams_expand` takes at a time.
 pub(super) const CHUNK: usize = 1024;
@@ -69,12 +68,13 @@ shared_struct! {
         seed: u64,
         /// Of the slot's first beam.
         logits: u64 = "const float*",
-        /// By code: its column, or kNone; null where code c is column c.
+        /// By code: its column, or kNone; null where code c is column c. Of named tokens, which are
+        /// columns in their order: the tokens.
         columns: u64 = "const uint32_t*",
         logits_stride: u32,
         /// Of the first column of the step.
         first_token: u32,
-        /// That a level has, or tokens that a vocabulary has.
+        /// That a level has, or tokens that are named or that a vocabulary has.
         num_codes: u32,
         normalizer: u32,
         choices: u32,
@@ -88,7 +88,8 @@ shared_struct! {
         first_key: u32,
         /// A candidate's place is its beam's rank times this, plus its choice.
         num_choices: u32,
-        padding: u32,
+        /// Codes that lead to the beams' places.
+        depth: u32,
     }
 }
 
@@ -109,6 +110,7 @@ pub(super) const OF_TRIE: u32 = 0;
 pub(super) const OF_LEVEL: u32 = 1;
 pub(super) const OF_VOCABULARY: u32 = 2;
 pub(super) const FORCED: u32 = 3;
+pub(super) const NAMED: u32 = 4;
 
 /// The arrays of catalogs and filters that are on the device, each there once.
 pub(super) struct Uploads<D: Driver> {
@@ -322,7 +324,7 @@ impl Layout {
         };
         let (mut first_rows, mut runs): (Vec<usize>, Vec<Run>) = (Vec::new(), Vec::new());
         for (slot, rule) in slots.iter().zip(rules) {
-            let (_, span) = head.choices(slot.num_steps, rule.constraint);
+            let span = head.span(rule);
             if runs.last().is_none_or(|run| run.span != span) {
                 let start = runs.last_mut().map_or(0, |run| {
                     pad(&mut run.rows);
@@ -375,12 +377,9 @@ fn num_continuations<D: Driver>(
     rule: &SearchRule<'_>,
     head: &Head<D>,
 ) -> usize {
-    let step = &head.steps[slot.num_steps];
-    match rule.constraint {
-        _ if step.is_forced => slot.num_rows(),
-        Constraint::Trie => search.num_prefixes(slot.num_steps + 1),
-        Constraint::Level => slot.num_rows().saturating_mul(step.num_codes),
-        Constraint::None => slot.num_rows().saturating_mul(head.vocab_size()),
+    match rule.continuations() {
+        Continuations::Children => search.num_prefixes(rule.depth + 1),
+        _ => slot.num_rows().saturating_mul(head.num_codes(rule)),
     }
 }
 
@@ -393,8 +392,7 @@ pub(super) fn begin_step<D: Driver>(
     for (slot, rule) in slots.iter_mut().zip(rules) {
         let room = room(slot, rule, head);
         slot.keeps_log_probs = rule.log_probs;
-        slot.follows_trie = rule.constraint == Constraint::Trie;
-        slot.num_levels = rule.snapshot.num_levels();
+        slot.reached_leaves = rule.reaches_leaves();
         slot.begin_position(room);
     }
 }
@@ -411,6 +409,7 @@ pub(super) fn plan<D: Driver>(
 ) -> Plan {
     let pad = |size: usize| if is_padded { padded(size) } else { size };
     let (mut num_keys, mut width, mut most) = (0, 1, 1);
+    let mut longest = layout.runs.iter().map(|run| run.span.len()).max().unwrap_or(0);
     let (mut needs_vocabulary, mut needs_level, mut needs_children) = (false, false, false);
     for (slot, rule) in slots.iter().zip(rules) {
         let search = slot.search.get_or_init(|| {
@@ -419,19 +418,23 @@ pub(super) fn plan<D: Driver>(
                 SearchArrays::nothing()
             })
         });
-        let step = &head.steps[slot.num_steps];
-        let normalizer = rule.normalizer(step.is_forced);
-        needs_vocabulary |= normalizer == Normalizer::Vocabulary || rule.log_probs;
-        needs_level |= normalizer == Normalizer::Level;
-        let is_search = rule.constraint == Constraint::Trie && !step.is_forced;
-        needs_children |= is_search
+        let (normalizer, continuations) = (rule.normalizer(), rule.continuations());
+        needs_vocabulary |= normalizer == Normalizer::Vocabulary
+            || continuations == Continuations::Tokens
+            || rule.log_probs;
+        needs_level |= normalizer == Normalizer::Level
+            || (rule.log_probs
+                && matches!(continuations, Continuations::Level | Continuations::Tokens));
+        needs_children |= continuations == Continuations::Children
             && (normalizer == Normalizer::Children || rule.seed.is_some() || rule.log_probs);
+        if let StepChoice::Tokens(tokens) = rule.choice {
+            longest = longest.max(tokens.len());
+        }
         most = most.max(num_continuations(slot, search, rule, head));
         width = width.max(rule.beams);
         num_keys += rule.beams.max(1);
     }
     let for_each = (2 * device.driver.num_processors()).div_ceil(slots.len().max(1));
-    let longest = layout.runs.iter().map(|run| run.span.len()).max().unwrap_or(0);
     Plan {
         stride: longest.max(head.longest_span()).next_multiple_of(8),
         runs: layout.runs.clone(),
@@ -459,8 +462,12 @@ pub(super) fn write<D: Driver>(
         (num_searches.max(slots.len()) * size_of::<RuleEntry>()).next_multiple_of(16);
     let mut extra: Vec<u8> = Vec::new();
     let mut places = Vec::new();
-    for slot in slots {
+    for (slot, rule) in slots.iter().zip(rules) {
         let search = slot.search.get().expect("planned before");
+        let named = match rule.choice {
+            StepChoice::Tokens(tokens) => tokens,
+            _ => &[],
+        };
         let mut put = |part: &[u8]| {
             extra.resize(extra.len().next_multiple_of(16), 0);
             let offset = entries_bytes + extra.len();
@@ -477,16 +484,16 @@ pub(super) fn write<D: Driver>(
             put(bytemuck::cast_slice(&search.added_counts)),
             put(bytemuck::cast_slice(base)),
             put(bytemuck::cast_slice(added)),
+            put(bytemuck::cast_slice(named)),
         ]);
     }
     memory.reserve_often(entries_bytes + extra.len());
     let mut first_key = 0;
     let mut entries = Vec::new();
     for (((slot, rule), places), &row) in slots.iter().zip(rules).zip(places).zip(first_rows) {
-        let [excluded, added_words, added_counts, base, added] = places.map(|at| memory.at(at));
+        let [excluded, added_words, added_counts, base, added, named] =
+            places.map(|at| memory.at(at));
         let search = slot.search.get().expect("planned before");
-        let step = &head.steps[slot.num_steps];
-        let (is_free, span) = head.choices(slot.num_steps, rule.constraint);
         let mut entry = RuleEntry::zeroed();
         entry.base = search.base.entry;
         if let Some(allowed) = &search.base_allowed {
@@ -507,7 +514,7 @@ pub(super) fn write<D: Driver>(
             entry.added_allowed.num_candidates = in_added.len() as u32;
             entry.flags |= HAS_CANDIDATES;
         }
-        if let Some(seed) = rule.seed {
+        if let Some(seed) = rule.sampling_seed() {
             entry.seed = seed;
             entry.flags |= HAS_SEED;
         }
@@ -516,28 +523,23 @@ pub(super) fn write<D: Driver>(
         }
         entry.logits = logits + (row * plan.stride * size_of::<f32>()) as u64;
         entry.logits_stride = plan.stride as u32;
-        entry.columns = match &step.columns {
-            Some(columns) if !is_free && !step.is_forced => columns.at(0),
-            _ => 0,
-        };
-        entry.first_token = span.start as u32;
-        entry.num_codes = match (is_free, step.is_forced) {
-            (_, true) => 1,
-            (true, _) => head.vocab_size() as u32,
-            _ => step.num_codes as u32,
-        };
-        entry.normalizer = match rule.normalizer(step.is_forced) {
+        entry.columns = columns(head, rule, named);
+        entry.first_token = head.span(rule).start as u32;
+        entry.num_codes = head.num_codes(rule) as u32;
+        entry.normalizer = match rule.normalizer() {
             Normalizer::Vocabulary => BY_VOCABULARY,
             Normalizer::Level => BY_LEVEL,
             Normalizer::Children => BY_CHILDREN,
             Normalizer::Certain => CERTAIN,
         };
-        (entry.choices, entry.num_choices) = match rule.constraint {
-            _ if step.is_forced => (FORCED, 1),
-            Constraint::Trie => (OF_TRIE, 1 << u16::BITS),
-            Constraint::Level => (OF_LEVEL, 1 << u16::BITS),
-            Constraint::None => (OF_VOCABULARY, head.vocab_size() as u32),
+        (entry.choices, entry.num_choices) = match rule.continuations() {
+            Continuations::Children => (OF_TRIE, 1 << u16::BITS),
+            Continuations::Level => (OF_LEVEL, 1 << u16::BITS),
+            Continuations::Vocabulary => (OF_VOCABULARY, entry.num_codes),
+            Continuations::Forced => (FORCED, 1),
+            Continuations::Tokens => (NAMED, entry.num_codes),
         };
+        entry.depth = rule.depth as u32;
         entry.inverse_temperature = 1.0 / rule.temperature;
         entry.width = rule.beams.max(1) as u32;
         entry.room = room(slot, rule, head) as u32;
@@ -550,4 +552,15 @@ pub(super) fn write<D: Driver>(
     bytes.resize(entries_bytes, 0);
     bytes.extend_from_slice(&extra);
     memory.write(&bytes);
+}
+
+/// By code of the step, where that says something: the column, or the named token itself.
+fn columns<D: Driver>(head: &Head<D>, rule: &SearchRule<'_>, named: u64) -> u64 {
+    match (rule.choice, rule.continuations()) {
+        (StepChoice::Tokens(_), _) => named,
+        (StepChoice::Level(level), Continuations::Children | Continuations::Level) => {
+            head.levels[level].columns.as_ref().map_or(0, |columns| columns.at(0))
+        }
+        _ => 0,
+    }
 }

@@ -1,3 +1,5 @@
+//! A search as the host knows it.
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -24,9 +26,8 @@ pub struct Slot<D: Driver> {
     /// What the search may be answered with, from its first step on.
     pub(super) search: OnceLock<SearchArrays<D>>,
     pub(super) keeps_log_probs: bool,
-    /// Whether places that all codes lead to are whole semantic IDs.
-    pub(super) follows_trie: bool,
-    pub(super) num_levels: usize,
+    /// Whether cursors are whole semantic IDs.
+    pub(super) reached_leaves: bool,
 }
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(0);
@@ -43,8 +44,7 @@ impl<D: Driver> Slot<D> {
             tail_from: None,
             search: OnceLock::new(),
             keeps_log_probs: false,
-            follows_trie: false,
-            num_levels: 0,
+            reached_leaves: false,
         }
     }
 

@@ -1,9 +1,11 @@
+//! Launches `store_context.cu`: keys and values of prompts.
+
 use super::driver::Driver;
 use super::memory::Pages;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
 use super::{Buffer, CudaBackend};
-use crate::backend::Batch;
+use crate::backend::{Batch, Heads, StoreContext};
 
 shared_struct! {
     /// Keys and values on their way into contexts or tails.
@@ -19,12 +21,13 @@ shared_struct! {
     }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn store_context(
+impl<D: Driver> StoreContext for CudaBackend<D> {
+    fn store_context(
         &self,
-        layer: usize,
+        set: usize,
         kv: &Buffer<D>,
         offset: usize,
+        _heads: Heads,
         batch: &Batch<'_, CudaBackend<D>>,
     ) {
         let metadata = self.metadata(&mut self.state(), batch.chunks, batch.slots);
@@ -34,7 +37,7 @@ impl<D: Driver> CudaBackend<D> {
             pages: batch.memory.0.pages(),
             columns: kv.columns as u32,
             offset: offset as u32,
-            layer: layer as u32,
+            layer: set as u32,
             padding: 0,
         };
         let kernel = self.kernel("store_context_f32", "store_context_bf16");

@@ -40,7 +40,7 @@ pub(super) struct Splits {
 impl Tiling {
     /// Whether the device has the shared memory for a tile of `tile_rows`.
     pub fn has_room(self, tile_rows: usize) -> bool {
-        attention_bytes(tile_rows, self.heads.head_dim, MAX_POSITIONS) <= self.max_shared_bytes
+        attention_bytes(tile_rows, self.heads.head_dim(), MAX_POSITIONS) <= self.max_shared_bytes
     }
 
     /// Query heads that share a KV head: rows of a tile for each prompt token or beam.
@@ -52,7 +52,7 @@ impl Tiling {
     /// kernels for tensor cores take more.
     pub fn tile_rows(self, most: usize) -> usize {
         let has_tensor_kernel =
-            self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim, 64 | 128);
+            self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim(), 64 | 128);
         match has_tensor_kernel {
             true if most * self.group() > NARROW_ROWS && self.has_room(WIDE_ROWS) => WIDE_ROWS,
             true if self.has_room(NARROW_ROWS) => NARROW_ROWS,
@@ -69,7 +69,7 @@ impl Tiling {
             NARROW_ROWS => 2,
             _ => 4,
         };
-        let bytes = attention_bytes(tile_rows, self.heads.head_dim, MAX_POSITIONS) + 1024;
+        let bytes = attention_bytes(tile_rows, self.heads.head_dim(), MAX_POSITIONS) + 1024;
         let by_shared = (self.max_shared_bytes + 1024) / bytes;
         self.num_processors * by_shared.clamp(1, by_registers)
     }
@@ -147,7 +147,7 @@ mod tests {
                 for (num_heads, num_kv_heads, head_dim) in
                     [(1, 1, 8), (16, 8, 128), (8, 8, 64), (24, 2, 64), (6, 3, 24)]
                 {
-                    let heads = Heads { num_heads, num_kv_heads, head_dim };
+                    let heads = Heads::new(num_heads, num_kv_heads, head_dim);
                     found.push(Tiling { heads, dtype, num_processors, max_shared_bytes });
                 }
             }
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn a_slot_alone_gives_an_h200_work_for_all_its_processors() {
-        let heads = Heads { num_heads: 16, num_kv_heads: 8, head_dim: 128 };
+        let heads = Heads::new(16, 8, 128);
         let (dtype, num_processors, max_shared_bytes) = (Dtype::Bf16, 132, 227 << 10);
         let tiling = Tiling { heads, dtype, num_processors, max_shared_bytes };
         // Four tiles for each of eight KV heads, in four parts: 128 blocks.
