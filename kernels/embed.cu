@@ -12,8 +12,8 @@ template <class T> __device__ __forceinline__ void run(const Params& params) {
   uint32_t token = 0;  // of a row that nobody has
   if (row < params.num_tokens) {
     token = params.tokens[row];
-  } else if (const Search* search = search_of_row(batch, row - params.num_tokens)) {
-    const uint32_t beam = row - params.num_tokens - search->first_row;
+  } else if (const Search* search = search_of_row(batch, row)) {
+    const uint32_t beam = row - search->first_row;
     token = search->num_steps == 0
                 ? search->start_token
                 : params.beams.tokens[beam_row(batch, *search, search->num_steps, beam)];

@@ -134,8 +134,9 @@ fn search<B: Backend>(
             .zip(widths)
             .map(|(allowed_set, &width)| SearchRule::new(snapshot, allowed_set, level, width))
             .collect();
-        backend.lm_head(&rows, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&rows, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
     }
     let slots: Vec<&B::Slot> = slots.iter().collect();
     let beams = backend.read_beams(&slots).into_iter();
@@ -201,8 +202,7 @@ fn attend_on(
     let mut slots = vec![fixture.slot(context_len)];
     let kv = cases.numbers(context_len * 2 * heads.kv_dim());
     let whole = 0..context_len;
-    let batch =
-        Batch { memory: &fixture.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     let rows = backend.upload(&kv, 2 * heads.kv_dim());
     backend.store_context(0, &rows, 0, heads, &batch);
 
@@ -211,14 +211,15 @@ fn attend_on(
     let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
     let rules = [SearchRule::new(&snapshot, &allowed_set, 0, width)];
     let hidden = backend.upload(&cases.numbers(8), 8);
-    backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-    backend.advance_beams(&logits, &head, &rules, &mut slots);
+    let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+    backend.advance_beams(&logits, &head, &rules, &mut pass);
     let beams = backend.read_beams(&[&slots[0]]).remove(0).expect("finite scores");
     assert_eq!(beams.len(), width);
 
     let qkv = cases.numbers(width * heads.qkv_dim());
     let rows = backend.upload(&qkv, heads.qkv_dim());
-    let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
+    let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
     backend.append_tail(0, &rows, heads, &mut batch);
     let mut out = backend.buffer();
     let attention = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
@@ -306,7 +307,7 @@ fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec
         let (context_len, slots) = (sizes[slot].0, &mut slots[index..=index]);
         let kv = cases[index].numbers(context_len * 2 * heads.kv_dim());
         let (kv, whole) = (backend.upload(&kv, 2 * heads.kv_dim()), 0..context_len);
-        let batch = Batch { memory: &fixture.memory, chunks: slice::from_ref(&whole), slots };
+        let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), slots);
         backend.store_context(0, &kv, 0, heads, &batch);
     }
     let hidden: Vec<f32> = cases.iter_mut().flat_map(|cases| cases.numbers(8)).collect();
@@ -314,13 +315,14 @@ fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec
         .iter()
         .map(|&slot| SearchRule::new(&snapshot, &allowed_set, 0, sizes[slot].1))
         .collect();
-    backend.lm_head(&backend.upload(&hidden, 8), &head, &rules, &slots, &mut logits);
-    backend.advance_beams(&logits, &head, &rules, &mut slots);
+    let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.lm_head(&backend.upload(&hidden, 8), &head, &rules, &mut pass, &mut logits);
+    backend.advance_beams(&logits, &head, &rules, &mut pass);
     let rows: Vec<usize> = slots.iter().map(|slot| backend.num_beams(slot)).collect();
     let qkv =
         cases.iter_mut().zip(&rows).flat_map(|(cases, rows)| cases.numbers(rows * heads.qkv_dim()));
     let qkv = backend.upload(&qkv.collect::<Vec<f32>>(), heads.qkv_dim());
-    let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
+    let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
     backend.append_tail(0, &qkv, heads, &mut batch);
     let mut out = backend.buffer();
     let attention = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
@@ -363,10 +365,12 @@ fn attention_of_a_slot_has_the_same_bits_alone_and_beside_nine_others() {
 fn a_step_that_panics_while_it_is_captured_ends_its_capture() {
     let device = Emulator::new(Kernels::load(Build::Plain));
     with_steps(device, |backend, step| {
-        step(false);
-        step(false);
+        step(&mut || {});
+        step(&mut || {});
         let replays = backend.traffic().replays;
-        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| step(true)));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            step(&mut || panic!("as it should"))
+        }));
         assert!(panicked.is_err());
         assert_eq!(backend.traffic().replays, replays, "nothing of it was done");
         // Memory can be taken, written, read and given back.
@@ -375,12 +379,11 @@ fn a_step_that_panics_while_it_is_captured_ends_its_capture() {
     });
 }
 
-/// Calls `test` with a function that runs one step of one shape, which may panic, and returns the
-/// beams.
-fn with_steps(
-    device: Emulator,
-    test: impl FnOnce(&CudaBackend<Emulator>, &mut dyn FnMut(bool) -> Vec<Beam>),
-) {
+/// Runs one step of one shape, which does something more at its end, and returns the beams.
+type StepFn<'a> = &'a mut dyn FnMut(&mut dyn FnMut()) -> Vec<Beam>;
+
+/// Calls `test` with a backend on a device, and with steps on it.
+fn with_steps(device: Emulator, test: impl FnOnce(&CudaBackend<Emulator>, StepFn<'_>)) {
     let backend = CudaBackend::new(device, Dtype::F32);
     let mut cases = Cases::new(8);
     let catalog = catalog(&mut cases, 50, 2, 10);
@@ -392,14 +395,14 @@ fn with_steps(
     let hidden = backend.upload(&cases.numbers(8), 8);
     let heads = Heads::new(1, 1, 2);
     let mut fixture = Fixture::new(&backend, heads).expect("memory");
-    test(&backend, &mut |panics: bool| {
+    test(&backend, &mut |more: &mut dyn FnMut()| {
         let mut slots = [fixture.slot(1)];
-        let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
         let rules = [SearchRule::new(&snapshot, &allowed_set, 0, 5)];
         backend.step(&mut batch, &head, &rules, &mut logits, |batch, logits| {
-            backend.lm_head(&hidden, &head, &rules, batch.slots, logits);
-            backend.advance_beams(logits, &head, &rules, batch.slots);
-            assert!(!panics, "as it should");
+            backend.lm_head(&hidden, &head, &rules, batch, logits);
+            backend.advance_beams(logits, &head, &rules, batch);
+            more();
         });
         assert_eq!(backend.num_steps(&slots[0]), 1, "a step counts once");
         backend.read_beams(&[&slots[0]]).remove(0).expect("finite scores")
@@ -421,16 +424,16 @@ fn a_step_that_cannot_be_captured_is_run_eagerly_from_then_on() {
         let faults = device.faults();
         fault(&faults).store(true, Ordering::Relaxed);
         with_steps(device, |backend, step| {
-            let expected = step(false);
+            let expected = step(&mut || {});
             assert_eq!(expected.len(), 5);
             for _ in 0..6 {
-                assert_eq!(step(false), expected);
+                assert_eq!(step(&mut || {}), expected);
             }
             let traffic = backend.traffic();
             assert_eq!((traffic.captures, traffic.abandoned_captures, traffic.replays), (0, 1, 0));
             // It stays so where the fault is gone.
             fault(&faults).store(false, Ordering::Relaxed);
-            assert_eq!(step(false), expected);
+            assert_eq!(step(&mut || {}), expected);
             assert_eq!(backend.traffic().captures, 0);
         });
     }
@@ -443,14 +446,14 @@ fn a_capture_without_the_plan_of_a_product_ends_and_is_made_up_for_later() {
     let device = Emulator::new(Kernels::load(Build::Plain));
     let faults = device.faults();
     with_steps(device, |backend, step| {
-        let expected = step(false);
-        step(false);
+        let expected = step(&mut || {});
+        step(&mut || {});
         faults.forgets_plans.store(true, Ordering::Relaxed);
-        assert_eq!(step(false), expected, "it is run eagerly");
+        assert_eq!(step(&mut || {}), expected, "it is run eagerly");
         let traffic = backend.traffic();
         assert_eq!((traffic.captures, traffic.abandoned_captures), (0, 1));
         for _ in 0..4 {
-            assert_eq!(step(false), expected);
+            assert_eq!(step(&mut || {}), expected);
         }
         let traffic = backend.traffic();
         assert_eq!((traffic.captures, traffic.abandoned_captures), (1, 1));
@@ -466,7 +469,7 @@ fn products_that_the_library_refuses_are_done_by_a_kernel_and_counted() {
         let mut beams = Vec::new();
         let device = Emulator::new(Kernels::load(Build::Plain));
         with_steps(device, |backend, step| {
-            beams = step(false);
+            beams = step(&mut || {});
             assert_eq!(backend.traffic().refused_products, 0);
         });
         beams
@@ -475,7 +478,7 @@ fn products_that_the_library_refuses_are_done_by_a_kernel_and_counted() {
     device.faults().refuses_products.store(true, Ordering::Relaxed);
     with_steps(device, |backend, step| {
         for _ in 0..4 {
-            let found = step(false);
+            let found = step(&mut || {});
             assert_eq!(found.len(), expected.len());
             for (found, expected) in found.iter().zip(&expected) {
                 assert_eq!(found.tokens, expected.tokens);
@@ -485,4 +488,46 @@ fn products_that_the_library_refuses_are_done_by_a_kernel_and_counted() {
         let traffic = backend.traffic();
         assert!(traffic.refused_products > 0 && traffic.replays > 0, "{traffic:?}");
     });
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn memory_that_grows_or_goes_in_a_capture_ends_it_and_is_freed_afterwards() {
+    for drops in [false, true] {
+        let device = Emulator::new(Kernels::load(Build::Plain));
+        let memory = device.memory();
+        let free = || memory.load(std::sync::atomic::Ordering::Relaxed);
+        with_steps(device, |backend, step| {
+            let (small, large) =
+                (backend.upload(&[1.0; 8], 4), backend.upload(&vec![1.0; 40_000], 4));
+            let weight = backend.vector(&[Tensor::new(&[4], vec![1.0; 4])]).expect("memory");
+            let mut out = Some(backend.buffer());
+            let mut calls = 0;
+            let mut expected = None;
+            let mut free_before = 0;
+            for round in 0..7 {
+                let beams = step(&mut || {
+                    calls += 1;
+                    match (calls, drops) {
+                        (3, true) => out = None,
+                        _ => {
+                            let x = if calls < 3 { &small } else { &large };
+                            let out = out.get_or_insert_with(|| backend.buffer());
+                            backend.rms_norm(x, &weight, 1e-6, out);
+                        }
+                    }
+                });
+                assert_eq!(beams, *expected.get_or_insert_with(|| beams.clone()), "{round}");
+                if round == 1 {
+                    free_before = free();
+                }
+            }
+            let traffic = backend.traffic();
+            assert_eq!((traffic.captures, traffic.abandoned_captures), (1, 1), "{traffic:?}");
+            let out = out.expect("the last calls need it");
+            let norms = backend.download(&out).expect("the device works");
+            assert!(norms.iter().all(|norm| (norm - 1.0).abs() < 1e-3));
+            assert_eq!(free_before - free(), 40_000 * 4 - 8 * 4, "the smaller one was freed");
+        });
+    }
 }

@@ -45,9 +45,35 @@ pub struct Batch<'a, B: DeviceOps> {
     pub chunks: &'a [Range<usize>],
     /// The slots with chunks, then those whose beams are rows.
     pub slots: &'a mut [B::Slot],
+    /// What the device has planned for these rows.
+    pub pass: B::Pass,
+}
+
+/// What a device plans for the rows of a batch before it works on them: nothing by default.
+pub trait PassPlan: Default + Clone + Send {
+    /// The pass over a batch's prompts alone, which is not planned yet.
+    fn of_prompts(&self) -> Self;
+    /// The pass over some of a batch's slots, with rows of beams alone, which is not planned yet.
+    fn of_beams(&self) -> Self;
+}
+
+/// A device that plans nothing.
+impl PassPlan for () {
+    fn of_prompts(&self) {}
+
+    fn of_beams(&self) {}
 }
 
 impl<'a, B: DeviceOps> Batch<'a, B> {
+    /// A batch for which nothing is planned yet.
+    pub fn new(
+        memory: &'a B::Memory,
+        chunks: &'a [Range<usize>],
+        slots: &'a mut [B::Slot],
+    ) -> Batch<'a, B> {
+        Batch { memory, chunks, slots, pass: B::Pass::default() }
+    }
+
     /// Rows of prompts; rows of beams begin there.
     pub fn num_prompt_rows(&self) -> usize {
         self.chunks.iter().map(Range::len).sum()
@@ -73,6 +99,16 @@ impl<'a, B: DeviceOps> Batch<'a, B> {
     /// The slots from `first` on, with rows of beams alone: a search has one beam when its prompt
     /// has been read.
     pub fn beams_from(&mut self, first: usize) -> Batch<'_, B> {
-        Batch { memory: self.memory, chunks: &[], slots: &mut self.slots[first..] }
+        let pass = match self.chunks.is_empty() && first == 0 {
+            true => self.pass.clone(),
+            false => self.pass.of_beams(),
+        };
+        Batch { memory: self.memory, chunks: &[], slots: &mut self.slots[first..], pass }
+    }
+
+    /// The slots with rows of prompts, without those whose beams are rows.
+    pub fn prompts_alone(&mut self) -> Batch<'_, B> {
+        let slots = &mut self.slots[..self.chunks.len()];
+        Batch { memory: self.memory, chunks: self.chunks, slots, pass: self.pass.of_prompts() }
     }
 }

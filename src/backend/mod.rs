@@ -28,7 +28,7 @@ pub mod testing;
 pub use attention::{
     AttentionSpec, BeamAttention, Heads, KvLayout, KvScope, Mask, PrefillAttention, ScoreRule,
 };
-pub use batch::{Batch, MemorySpec, SlotSpec};
+pub use batch::{Batch, MemorySpec, PassPlan, SlotSpec};
 pub use device::DeviceOps;
 pub use network::{
     Activation, AppendTail, ApplyRope, AttendBeams, AttendPrefill, Embed, Epilogue, GatherLast,

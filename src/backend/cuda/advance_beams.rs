@@ -1,13 +1,15 @@
 //! Launches `advance_beams.cu`: one step of all searches of a pass.
 
+use super::backend::CudaBackend;
 use super::driver::Driver;
+use super::head::Head;
+use super::logits::Logits;
 use super::memory::Beams;
 use super::metadata::BatchParams;
-use super::rules::CHUNK;
+use super::plan::CHUNK;
 use super::shared::shared_struct;
 use super::tiling::shared_bytes;
-use super::{CudaBackend, Head, Logits, Slot, rules};
-use crate::backend::{AdvanceBeams, SearchRule};
+use crate::backend::{AdvanceBeams, Batch, SearchRule};
 
 /// Keys that a block of `advance_beams_select` reads at a time.
 pub(super) const SELECT_CHUNK: usize = 4096;
@@ -47,22 +49,19 @@ impl<D: Driver> AdvanceBeams for CudaBackend<D> {
     fn advance_beams(
         &self,
         logits: &Logits<D>,
-        head: &Head<D>,
+        _head: &Head<D>,
         rules: &[SearchRule<'_>],
-        slots: &mut [Slot<D>],
+        batch: &mut Batch<'_, CudaBackend<D>>,
     ) {
-        assert_eq!(rules.len(), slots.len(), "a rule for each slot");
-        let Some(first) = slots.first() else { return };
-        let beams = first.arrays.beams();
-        let state = &mut *self.state();
-        let is_prepared = state.prepared.is_some();
-        if !is_prepared {
-            rules::begin_step(head, rules, slots);
+        assert_eq!(rules.len(), batch.slots.len(), "a rule for each slot");
+        if batch.slots.is_empty() {
+            return;
         }
-        let metadata = self.metadata(state, &[], slots);
-        let plan = logits.plan.as_ref().expect("the head comes first");
+        let step = batch.pass.step().expect("the head comes first");
+        let plan = &step.plan;
+        let (metadata, mut scratch) = self.enter(batch);
         let params = Params {
-            rules: state.rule_memory.at(0),
+            rules: scratch.rules.at(0),
             vocabulary_sums: logits.vocabulary_sums.at(0),
             level_sums: logits.level_sums.at(0),
             child_sums: logits.child_sums.at(0),
@@ -72,7 +71,7 @@ impl<D: Driver> AdvanceBeams for CudaBackend<D> {
             keys: logits.keys.at(0),
             num_keys_of_part: logits.num_keys.at(0),
             batch: metadata.batch,
-            beams,
+            beams: batch.memory.0.beams(),
             num_parts: plan.num_parts as u32,
             num_keys: plan.num_keys as u32,
             capacity: 0,
@@ -93,8 +92,8 @@ impl<D: Driver> AdvanceBeams for CudaBackend<D> {
         let params = Params { capacity: keys as u32, ..params };
         let grid = [searches, 1, 1];
         self.device.launch("advance_beams_select", grid, 1024, bytes(keys), &params);
-        if !is_prepared {
-            slots.iter_mut().for_each(|slot| slot.num_steps += 1);
-        }
+        batch.pass.reset(&mut scratch);
+        drop(scratch);
+        step.complete(batch.slots);
     }
 }

@@ -1,8 +1,9 @@
 //! Launches `append_tail.cu`: keys and values of beams.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::store_context::Params;
-use super::{Buffer, CudaBackend};
 use crate::backend::{AppendTail, Batch, Heads};
 
 impl<D: Driver> AppendTail for CudaBackend<D> {
@@ -14,7 +15,7 @@ impl<D: Driver> AppendTail for CudaBackend<D> {
         batch: &mut Batch<'_, CudaBackend<D>>,
     ) {
         self.begin_tails(batch);
-        let metadata = self.metadata(&mut self.state(), batch.chunks, batch.slots);
+        let (metadata, _scratch) = self.enter(batch);
         let params = Params {
             kv: qkv.memory.at(0),
             batch: metadata.batch,

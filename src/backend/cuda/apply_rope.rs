@@ -1,10 +1,11 @@
 //! Launches `apply_rope.cu`: queries and keys turned to their positions, keys and values stored.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::memory::Pages;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
-use super::{Buffer, CudaBackend};
 use crate::backend::{ApplyRope, Batch, HeadNorms, Heads};
 
 shared_struct! {
@@ -38,7 +39,7 @@ impl<D: Driver> ApplyRope for CudaBackend<D> {
         batch: &mut Batch<'_, CudaBackend<D>>,
     ) {
         self.begin_tails(batch);
-        let metadata = self.metadata(&mut self.state(), batch.chunks, batch.slots);
+        let (metadata, _scratch) = self.enter(batch);
         let params = Params {
             qkv: qkv.memory.at(0),
             rope: rope_tables.memory.at(0),
@@ -53,14 +54,5 @@ impl<D: Driver> ApplyRope for CudaBackend<D> {
         };
         let kernel = self.kernel("apply_rope_f32", "apply_rope_bf16");
         self.device.launch(kernel, [qkv.rows, 1, 1], 256, 0, &params);
-    }
-}
-
-impl<D: Driver> CudaBackend<D> {
-    /// The beams' newest position has keys and values from now on.
-    pub(super) fn begin_tails(&self, batch: &mut Batch<'_, CudaBackend<D>>) {
-        for slot in &mut batch.slots[batch.chunks.len()..] {
-            slot.tail_from.get_or_insert(slot.num_steps);
-        }
     }
 }

@@ -1,11 +1,12 @@
 //! Launches `attend_beams.cu`: attention of beams over contexts, split where that pays, and tails.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::memory::{Beams, Pages};
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
 use super::tiling::{MAX_POSITIONS, NARROW_ROWS, WIDE_ROWS, attention_bytes, attention_threads};
-use super::{Buffer, CudaBackend};
 use crate::backend::{AttendBeams, AttentionSpec, Batch, BeamAttention, KvScope, ScoreRule};
 
 shared_struct! {
@@ -63,13 +64,12 @@ impl<D: Driver> AttendBeams for CudaBackend<D> {
     ) {
         let AttentionSpec { heads, score_rule: ScoreRule::Softmax, scope, scale, bias } =
             *attention;
-        let state = &mut *self.state();
-        let metadata = self.metadata(state, batch.chunks, batch.slots);
+        let (metadata, scratch) = self.enter(batch);
         out.reshape(queries.rows, heads.out_dim(), self.dtype);
         let num_splits = if scope == KvScope::Tail { 1 } else { metadata.num_splits };
         let tile_rows = metadata.beam_tile_rows;
         let num_rows = (metadata.batch.num_rows - metadata.batch.num_prompt_rows) as usize;
-        let (parts, part_sums) = (state.parts.at(0), state.part_sums.at(0));
+        let (parts, part_sums) = (scratch.parts.at(0), scratch.part_sums.at(0));
         let params = Params {
             out: out.memory.at(0),
             queries: queries.memory.at(0),

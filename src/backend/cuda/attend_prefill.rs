@@ -1,11 +1,12 @@
 //! Launches `attend_prefill.cu`: attention of prompts.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::memory::Pages;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
 use super::tiling::{NARROW_ROWS, WIDE_ROWS, attention_bytes, attention_threads};
-use super::{Buffer, CudaBackend};
 use crate::backend::{AttendPrefill, AttentionSpec, Batch, Mask, PrefillAttention, ScoreRule};
 
 shared_struct! {
@@ -41,22 +42,21 @@ impl<D: Driver> AttendPrefill for CudaBackend<D> {
     ) {
         let AttentionSpec { heads, score_rule: ScoreRule::Softmax, scope: mask, scale, bias } =
             *attention;
-        let state = &mut *self.state();
-        let metadata = self.metadata(state, batch.chunks, batch.slots);
+        let (metadata, mut scratch) = self.enter(batch);
         out.reshape(queries.rows, heads.out_dim(), self.dtype);
         if let Some(bias) = bias
-            && state.bias.0 != bias
+            && scratch.bias.0 != bias
         {
-            state.bias.1.write_often(bias);
+            scratch.bias.1.write_often(bias);
             // Without memory for it, it is not there.
-            state.bias.0 = self.device.check().map_or(Vec::new(), |()| bias.to_vec());
+            scratch.bias.0 = self.device.check().map_or(Vec::new(), |()| bias.to_vec());
         }
         let num_biases = bias.map_or(0, |bias| bias.len() / heads.num_heads);
         let params = Params {
             out: out.memory.at(0),
             queries: queries.memory.at(0),
             tiles: metadata.prompt_tiles,
-            bias: bias.map_or(0, |_| state.bias.1.at(0)),
+            bias: bias.map_or(0, |_| scratch.bias.1.at(0)),
             batch: metadata.batch,
             pages: batch.memory.0.pages(),
             query_columns: queries.columns as u32,

@@ -1,8 +1,9 @@
 //! Launches `gather_last.cu`: the rows that a step is scored by.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::shared::shared_struct;
-use super::{Buffer, CudaBackend};
 use crate::backend::{Batch, GatherLast};
 
 shared_struct! {
@@ -24,10 +25,10 @@ impl<D: Driver> GatherLast for CudaBackend<D> {
         batch: &Batch<'_, CudaBackend<D>>,
         out: &mut Buffer<D>,
     ) {
-        let state = &mut *self.state();
+        let (metadata, mut scratch) = self.enter(batch);
         let (rows, list) = match batch.chunks {
             // All rows of beams are wanted, in their order.
-            [] => (x.rows, self.metadata(state, &[], batch.slots).row_numbers),
+            [] => (x.rows, metadata.row_numbers),
             chunks => {
                 let ends = chunks.iter().scan(0, |end, chunk| {
                     *end += chunk.len() as u32;
@@ -36,8 +37,8 @@ impl<D: Driver> GatherLast for CudaBackend<D> {
                 let last = ends.skip(first).map(|end| end - 1);
                 let beams = batch.num_prompt_rows() as u32..x.rows as u32;
                 let rows: Vec<u32> = last.chain(beams).collect();
-                state.list.write_often(&rows);
-                (rows.len(), state.list.at(0))
+                scratch.row_list.write_often(&rows);
+                (rows.len(), scratch.row_list.at(0))
             }
         };
         out.reshape(rows, x.columns, self.dtype);

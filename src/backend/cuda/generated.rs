@@ -6,8 +6,9 @@ use std::path::Path;
 
 use super::shared::{Declaration, Shared};
 use super::{
-    advance_beams, apply_rope, attend_beams, attend_prefill, embed, gather_last, glu, lm_head,
-    matmul, memory, metadata, read_beams, rms_norm, rope_tables, rules, store_context, tiling,
+    advance_beams, apply_rope, attend_beams, attend_prefill, catalog, embed, gather_last, glu,
+    lm_head, matmul, memory, metadata, plan, read_beams, rms_norm, rope_tables, rules,
+    store_context, tiling,
 };
 use crate::backend::Activation;
 use crate::catalog::sid::MAX_LEVELS;
@@ -29,8 +30,8 @@ fn constants() -> Vec<(&'static str, usize, &'static str)> {
         ("kPlainRows", tiling::PLAIN_ROWS, "of a tile of attention without tensor cores"),
         ("kNarrowRows", tiling::NARROW_ROWS, "of a tile of attention, four warps"),
         ("kWideRows", tiling::WIDE_ROWS, "of a tile of attention, eight warps"),
-        ("kContinuationsChunk", rules::CHUNK, "that a block of advance_beams_expand takes"),
-        ("kMaxParts", rules::MAX_PARTS, "that continuations are dealt out to"),
+        ("kContinuationsChunk", plan::CHUNK, "that a block of advance_beams_expand takes"),
+        ("kMaxParts", plan::MAX_PARTS, "that continuations are dealt out to"),
         ("kSelectChunk", advance_beams::SELECT_CHUNK, "keys that advance_beams_select takes"),
         ("kProductTile", matmul::TILE, "rows and columns of a block's product"),
         ("kVocabulary", rules::BY_VOCABULARY as usize, "Rule::normalizer"),
@@ -61,8 +62,8 @@ fn structs() -> Vec<Declaration> {
         metadata::BatchParams::declaration(),
         memory::Pages::declaration(),
         memory::Beams::declaration(),
-        rules::TrieEntry::declaration(),
-        rules::AllowedEntry::declaration(),
+        catalog::TrieEntry::declaration(),
+        catalog::AllowedEntry::declaration(),
         rules::RuleEntry::declaration(),
         embed::Params::declaration(),
         rms_norm::Params::declaration(),

@@ -1,9 +1,10 @@
 //! Launches `glu.cu`: gated columns.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::matmul::activation_number;
 use super::shared::shared_struct;
-use super::{Buffer, CudaBackend};
 use crate::backend::{Activation, Glu};
 
 shared_struct! {

@@ -1,8 +1,9 @@
 //! Products with weights, by the device's library or by `matmul.cu`.
 
+use super::backend::CudaBackend;
+use super::buffer::{Buffer, Vector, Weights};
 use super::driver::{Driver, FusedActivation, Product};
 use super::shared::shared_struct;
-use super::{Buffer, CudaBackend, Vector, Weights};
 use crate::backend::{Activation, Epilogue, Matmul};
 use crate::tensor::Dtype;
 

@@ -282,13 +282,3 @@ fn is_kept_before<D: Driver>(
         other.contains(&chunk.start) && page_of(of).is_some() && page_of(of) == page_of(slot)
     })
 }
-
-/// What the metadata of a pass depends on.
-pub(super) fn key<D: Driver>(chunks: &[Range<usize>], slots: &[Slot<D>]) -> Vec<u64> {
-    let of_chunks = chunks.iter().flat_map(|chunk| [chunk.start as u64, chunk.end as u64]);
-    let of_slots = slots.iter().flat_map(|slot| {
-        let tail_from = slot.tail_from.map_or(u64::MAX, |from| from as u64);
-        [slot.id, slot.num_steps as u64, slot.room.len() as u64, tail_from]
-    });
-    std::iter::once(chunks.len() as u64).chain(of_chunks).chain(of_slots).collect()
-}

@@ -25,7 +25,7 @@ static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin
 const KERNELS_VARIABLE: &str = "SIDEREAL_KERNELS";
 /// The version of CUDA that the kernels are compiled for, as drivers count.
 const CUDA_VERSION: i32 = 13_000;
-/// Memory of the host for copies on their way: of tables and rules of steps, and of weights,
+/// Memory of the host for copies on their way: of metadata and rules of steps, and of weights,
 /// catalogs and filters.
 const STAGED_BYTES: usize = 4 << 20;
 const STAGED_BYTES_BESIDE: usize = 32 << 20;

@@ -1,12 +1,13 @@
 //! Launches `read_beams.cu`, and reads what it gathered: the one copy back to the host.
 
+use super::backend::CudaBackend;
 use super::device::reason_of;
 use super::driver::Driver;
 use super::memory::Beams;
 use super::metadata::{self, BatchParams};
 use super::shared::shared_struct;
+use super::slot::Slot;
 use super::tiling::MAX_POSITIONS;
-use super::{CudaBackend, Slot};
 use crate::backend::{Beam, LogProb, ReadBeams};
 use crate::catalog::snapshot::{Cursor, Node};
 use crate::error::{Error, Result};
@@ -60,20 +61,20 @@ impl<D: Driver> CudaBackend<D> {
             parts.push(Part { first_word: num_words as u32, keeps_log_probs });
             num_words += 2 + slot.num_rows() * words_of_beam(slot.num_steps, slot.keeps_log_probs);
         }
-        let state = &mut *self.state();
+        let reader = &mut *self.reader.lock().expect("no holder panics");
         let tiling = self.tiling(heads);
-        let metadata = metadata::write(&mut state.step_metadata, &[], slots, tiling, None);
-        state.list.write_often(&parts);
-        state.results.reserve(num_words * size_of::<u32>());
+        let metadata = metadata::write(&mut reader.metadata, &[], slots, tiling, None);
+        reader.parts.write_often(&parts);
+        reader.words.reserve(num_words * size_of::<u32>());
         let params = Params {
-            out: state.results.at(0),
-            parts: state.list.at(0),
+            out: reader.words.at(0),
+            parts: reader.parts.at(0),
             batch: metadata.batch,
             beams,
         };
         self.device.launch("read_beams_u32", [slots.len(), 1, 1], 128, 0, &params);
         let mut words = vec![0; num_words];
-        state.results.read(&mut words)?;
+        reader.words.read(&mut words)?;
         Ok((words, parts))
     }
 }

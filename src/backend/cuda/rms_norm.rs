@@ -1,8 +1,9 @@
 //! Launches `rms_norm.cu`: rows divided by their root mean square.
 
+use super::backend::CudaBackend;
+use super::buffer::{Buffer, Vector};
 use super::driver::Driver;
 use super::shared::shared_struct;
-use super::{Buffer, CudaBackend, Vector};
 use crate::backend::RmsNorm;
 
 shared_struct! {

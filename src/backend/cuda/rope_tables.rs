@@ -1,9 +1,10 @@
 //! Launches `rope_tables.cu`: cosines and sines of positions.
 
+use super::backend::CudaBackend;
+use super::buffer::{Buffer, Vector};
 use super::driver::Driver;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
-use super::{Buffer, CudaBackend, Vector};
 use crate::backend::{Batch, RopeTables};
 use crate::tensor::Dtype;
 
@@ -27,7 +28,7 @@ impl<D: Driver> RopeTables for CudaBackend<D> {
         batch: &Batch<'_, CudaBackend<D>>,
         out: &mut Buffer<D>,
     ) {
-        let metadata = self.metadata(&mut self.state(), batch.chunks, batch.slots);
+        let (metadata, _scratch) = self.enter(batch);
         let rows = metadata.batch.num_rows as usize;
         out.reshape(rows, 2 * frequencies.len, Dtype::F32);
         let params = Params {

@@ -1,7 +1,9 @@
-//! A step of beams: planned, then run eagerly, captured or replayed as its shape wants it.
+//! A step of beams: planned, then run as its shape wants it.
 
+use super::backend::CudaBackend;
 use super::driver::Driver;
-use super::{CudaBackend, Head, Logits};
+use super::head::Head;
+use super::logits::Logits;
 use crate::backend::{Batch, SearchRule, Step};
 
 impl<D: Driver> Step for CudaBackend<D> {
@@ -13,12 +15,20 @@ impl<D: Driver> Step for CudaBackend<D> {
         logits: &mut Logits<D>,
         mut work: impl FnMut(&mut Batch<'_, Self>, &mut Logits<D>),
     ) {
+        // A step appends its beams' newest tokens before anything attends to them.
+        self.begin_tails(batch);
         if !batch.chunks.is_empty() || batch.slots.is_empty() {
             return work(batch, logits);
         }
-        let key = self.prepare(batch.slots, head, rules, logits);
-        self.graphs.run(&self.device, key, || work(batch, logits));
-        self.state().prepared = None;
-        batch.slots.iter_mut().for_each(|slot| slot.num_steps += 1);
+        batch.pass = batch.pass.of_step();
+        let (shape, plan) = self.plan_step(batch, head, rules, logits, true);
+        let (pass, saved) = (batch.pass.clone(), batch.pass.save());
+        let key = (shape.expect("the step is padded"), plan);
+        pass.graphs(&self.workspaces).run(&self.device, key, || {
+            pass.restore(&mut pass.scratch(&self.workspaces), &saved);
+            work(batch, logits);
+        });
+        saved.step().complete(batch.slots);
+        pass.reset(&mut pass.scratch(&self.workspaces));
     }
 }

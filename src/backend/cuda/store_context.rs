@@ -1,10 +1,11 @@
 //! Launches `store_context.cu`: keys and values of prompts.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::memory::Pages;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
-use super::{Buffer, CudaBackend};
 use crate::backend::{Batch, Heads, StoreContext};
 
 shared_struct! {
@@ -30,7 +31,7 @@ impl<D: Driver> StoreContext for CudaBackend<D> {
         _heads: Heads,
         batch: &Batch<'_, CudaBackend<D>>,
     ) {
-        let metadata = self.metadata(&mut self.state(), batch.chunks, batch.slots);
+        let (metadata, _scratch) = self.enter(batch);
         let params = Params {
             kv: kv.memory.at(0),
             batch: metadata.batch,
