@@ -289,7 +289,7 @@ fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec
         (65, 3),
         (900, 1),
         (520, 64),
-        (3000, 2),
+        (1500, 2),
         (1100, 30),
     ];
     let backend = Emulator::backend(Build::Plain, dtype);
