@@ -12,7 +12,7 @@ use super::memory::Arrays;
 use super::metadata::{self, Metadata, Shape};
 use super::pass::{Scratch, StepPlan, Workspaces};
 use super::plan::{self, Layout, Plan};
-use super::rules;
+use super::rules::{self, SlotRows};
 use super::slot::Slot;
 use super::tiling::Tiling;
 use crate::backend::{Batch, Heads, SearchRule};
@@ -157,8 +157,8 @@ impl<D: Driver> CudaBackend<D> {
             (metadata.batch.num_rows as usize, metadata.batch.num_searches as usize);
         let least = self.sizes().rows_per_step;
         logits.reserve(&plan, num_rows.max(least), num_slots.max(least));
-        let (memory, address) = (&mut scratch.rules, logits.address());
-        rules::write(memory, head, rules, batch.slots, first_rows, &plan, address, num_slots);
+        let rows = SlotRows { first_rows, num_slots, logits: logits.address() };
+        rules::write(&mut scratch.rules, head, rules, batch.slots, &plan, &rows);
         let steps_after = batch.slots.iter().map(|slot| slot.num_steps + 1).collect();
         batch.pass.plan_step(StepPlan { plan: plan.clone(), steps_after });
         (shape, plan)

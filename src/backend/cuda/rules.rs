@@ -108,17 +108,26 @@ impl ArrayBytes {
     }
 }
 
-/// Writes the rules of a step, padded to `num_slots`; `logits`: the address of the step's logits.
+/// Where the slots of a step have their rows.
+pub(super) struct SlotRows<'a> {
+    /// By slot.
+    pub first_rows: &'a [usize],
+    /// With those that pad the step.
+    pub num_slots: usize,
+    /// The address of the step's logits.
+    pub logits: u64,
+}
+
+/// Writes the rules of a step, padded.
 pub(super) fn write<D: Driver>(
     memory: &mut DeviceMemory<D>,
     head: &Head<D>,
     rules: &[SearchRule<'_>],
     slots: &[Slot<D>],
-    first_rows: &[usize],
     plan: &Plan,
-    logits: u64,
-    num_slots: usize,
+    rows: &SlotRows<'_>,
 ) {
+    let &SlotRows { first_rows, num_slots, logits } = rows;
     let num_entries = num_slots.max(slots.len());
     let entries_bytes = (num_entries * size_of::<RuleEntry>()).next_multiple_of(16);
     let mut arrays = ArrayBytes::default();
