@@ -15,9 +15,6 @@ namespace attend_beams {
 
 constexpr uint32_t kThreads = 128;
 constexpr uint32_t kWideThreads = 256;
-static_assert(PlainAttention<float>::kRows == kPlainRows);
-static_assert(TensorAttention<64, 4>::kRows == kNarrowRows);
-static_assert(TensorAttention<64, 8>::kRows == kWideRows);
 
 __device__ __forceinline__ Tile tile_of(const Params& params, const uint2& place) {
   const Search& search = params.batch.searches[place.x];

@@ -103,7 +103,7 @@ pub(super) struct Metadata {
 
 /// The shape of a step in which `slots` read their beams, in `num_rows` padded rows.
 pub(super) fn padded_shape<D: Driver>(slots: &[Slot<D>], num_rows: usize, tiling: Tiling) -> Shape {
-    let tile_rows = tiling.tile_rows(slots.iter().map(Slot::num_rows).max().unwrap_or(0));
+    let tile_rows = tiling.tile_rows(slots.iter().map(Slot::num_rows));
     let tiles = |slot: &Slot<D>| (slot.num_rows() * tiling.group()).div_ceil(tile_rows);
     let splits = |slot: &Slot<D>| tiling.splits(slot.spec.context_len, slot.num_rows()).count;
     Shape {
@@ -213,9 +213,8 @@ pub(super) fn write<D: Driver>(
     padding: Option<(Shape, &[usize])>,
 ) -> Metadata {
     let slots: Vec<&Slot<D>> = slots.iter().map(Borrow::borrow).collect();
-    let longest = chunks.iter().map(Range::len).max().unwrap_or(0);
-    let widest = slots[chunks.len()..].iter().map(|slot| slot.num_rows()).max().unwrap_or(0);
-    let (prompt_tile_rows, beam_tile_rows) = (tiling.tile_rows(longest), tiling.tile_rows(widest));
+    let prompt_tile_rows = tiling.tile_rows(chunks.iter().map(Range::len));
+    let beam_tile_rows = tiling.tile_rows(slots[chunks.len()..].iter().map(|slot| slot.num_rows()));
     let mut entries = Entries { num_splits: 1, ..Entries::default() };
     entries.add_prompts(chunks, &slots, tiling.group(), prompt_tile_rows);
     let num_prompt_rows = entries.num_rows;

@@ -48,9 +48,10 @@ impl Tiling {
         self.heads.num_heads / self.heads.num_kv_heads
     }
 
-    /// Rows of a tile where the longest chunk or the widest slot has `most` prompt tokens or beams:
-    /// kernels for tensor cores take more.
-    pub fn tile_rows(self, most: usize) -> usize {
+    /// Rows of a tile in a pass over prompts or slots with `counts` tokens or beams: kernels for
+    /// tensor cores take more. A row's result does not depend on it.
+    pub fn tile_rows(self, counts: impl IntoIterator<Item = usize>) -> usize {
+        let most = counts.into_iter().max().unwrap_or(0);
         let has_tensor_kernel =
             self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim(), 64 | 128);
         match has_tensor_kernel {
@@ -85,7 +86,7 @@ impl Tiling {
 
     /// The most parts of any context of a slot with `num_beams` rows.
     fn most_splits(self, num_beams: usize) -> usize {
-        let tile_rows = self.tile_rows(num_beams);
+        let tile_rows = self.tile_rows([num_beams]);
         let num_tiles = (num_beams * self.group()).div_ceil(tile_rows);
         let num_blocks = num_tiles * self.heads.num_kv_heads;
         (self.blocks_at_once(tile_rows) / num_blocks.max(1)).clamp(1, MAX_SPLITS)
