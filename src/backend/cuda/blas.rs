@@ -129,7 +129,8 @@ impl Blas {
         let Some(of_shape) = &*plan else { return Outcome::Refused };
         if self.enqueue(of_shape, product, stream).is_err() {
             plans.insert(shape, None);
-            return Outcome::Refused;
+            // The capture may be void: the step is run eagerly, where a kernel does the product.
+            return if captured.is_some() { Outcome::Unplanned } else { Outcome::Refused };
         }
         if let Some(captured) = &mut *captured {
             captured.push(plan);

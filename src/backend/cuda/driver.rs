@@ -173,7 +173,7 @@ pub enum Outcome {
     Done,
     /// The library has nothing for it: a kernel must do it.
     Refused,
-    /// It was asked for in a capture, and has no plan yet: plans are made outside captures alone.
+    /// It was asked for in a capture, and has no plan or failed: plans are made outside captures alone.
     Unplanned,
 }
 
