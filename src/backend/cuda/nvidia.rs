@@ -354,8 +354,14 @@ fn memory_pool(ordinal: usize) -> std::result::Result<sys::CUmemoryPool, DriverE
 /// The fat binary, aligned.
 fn image() -> std::result::Result<Vec<u64>, String> {
     let bytes = match std::env::var_os(KERNELS_VARIABLE) {
-        Some(path) => std::fs::read(&path)
-            .map_err(|error| format!("{KERNELS_VARIABLE}={}: {error}", path.display()))?,
+        Some(path) => {
+            let wrong = |reason: &dyn ToString| {
+                format!("{KERNELS_VARIABLE}={}: {}", path.display(), reason.to_string())
+            };
+            let bytes = std::fs::read(&path).map_err(|error| wrong(&error))?;
+            check_fat_binary(&bytes).map_err(|reason| wrong(&reason))?;
+            bytes
+        }
         None => KERNELS.to_vec(),
     };
     if bytes.is_empty() {
@@ -366,6 +372,23 @@ fn image() -> std::result::Result<Vec<u64>, String> {
     let mut image = vec![0u64; bytes.len().div_ceil(8) + 1];
     bytemuck::cast_slice_mut(&mut image)[..bytes.len()].copy_from_slice(&bytes);
     Ok(image)
+}
+
+/// Whether bytes are a whole fat binary: its magic number, and as many bytes as its header says. The
+/// driver would read beyond the end of a file that was cut short.
+fn check_fat_binary(bytes: &[u8]) -> std::result::Result<(), &'static str> {
+    const MAGIC: u32 = 0xba55_ed50;
+    // Magic number, version (16 bits), bytes of the header (16 bits), bytes behind it.
+    let header = bytes.first_chunk::<16>().ok_or("it is too short for a fat binary")?;
+    let [m0, m1, m2, m3, _, _, h0, h1, behind @ ..] = *header;
+    if u32::from_le_bytes([m0, m1, m2, m3]) != MAGIC {
+        return Err("it is no fat binary; compile it with nvcc -fatbin");
+    }
+    let len = u64::from_le_bytes(behind).checked_add(u16::from_le_bytes([h0, h1]).into());
+    match len.is_some_and(|len| len <= bytes.len() as u64) {
+        true => Ok(()),
+        false => Err("the fat binary is cut short"),
+    }
 }
 
 impl Driver for CudaDevice {
@@ -535,6 +558,28 @@ impl Drop for CudaDevice {
             }
             let _ = sys::cuMemPoolDestroy(self.pool);
             let _ = driver::module::unload(self.module);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fat_binary_that_is_cut_short_or_none_is_refused() {
+        let mut whole = 0xba55_ed50u32.to_le_bytes().to_vec();
+        whole.extend([1, 0, 16, 0]);
+        whole.extend(40u64.to_le_bytes());
+        whole.extend([7; 40]);
+        assert_eq!(check_fat_binary(&whole), Ok(()));
+        for len in 0..whole.len() {
+            assert!(check_fat_binary(&whole[..len]).is_err(), "{len} bytes");
+        }
+        whole[0] ^= 1;
+        assert!(check_fat_binary(&whole).is_err());
+        if !KERNELS.is_empty() {
+            assert_eq!(check_fat_binary(KERNELS), Ok(()));
         }
     }
 }
