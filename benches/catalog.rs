@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use criterion::{
     BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main,
 };
-use sidereal::backend::cpu::{CpuBackend, Head, Logits, Slot};
+use sidereal::backend::cpu::{CpuBackend, Head, Logits, Memory, Slot};
 use sidereal::backend::prelude::*;
-use sidereal::backend::{SearchRule, SlotSpec, StepChoice};
+use sidereal::backend::{Batch, Heads, KvLayout, MemorySpec, SearchRule, SlotSpec, StepChoice};
 use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, SidTable, Snapshot};
@@ -91,6 +91,7 @@ fn catalog(sids: &[[u16; LEVELS]]) -> Catalog {
 /// One search that is timed step by step.
 struct Search {
     backend: CpuBackend,
+    memory: Memory,
     head: Head,
     /// By step.
     logits: Vec<Logits>,
@@ -100,6 +101,14 @@ struct Search {
 impl Search {
     fn new() -> Search {
         let backend = CpuBackend::default();
+        let memory = backend.memory(&MemorySpec {
+            kv: KvLayout::new(1, Heads::new(1, 1, 1)),
+            context_pages: 0,
+            tail_pages: 0,
+            rows_per_step: BEAMS,
+            tokens_per_step: 0,
+        });
+        let memory = memory.expect("it needs none");
         let level: Vec<u32> = (0..CODES as u32).collect();
         let head = backend
             .head(Tensor::new(&[CODES, 1], vec![0.0; CODES]), &vec![level; LEVELS], &[])
@@ -111,7 +120,7 @@ impl Search {
         let mut raw = |step: usize| (0..rows(step) * CODES).map(|_| normal()).collect();
         let raw: Vec<Vec<f32>> = (0..LEVELS).map(&mut raw).collect();
         let logits = raw.iter().map(|values| Logits::of_level(values.clone(), CODES)).collect();
-        Search { backend, head, logits, raw }
+        Search { backend, memory, head, logits, raw }
     }
 
     fn rule<'a>(&self, snapshot: &'a Snapshot, allowed_set: &'a AllowedSet) -> [SearchRule<'a>; 1] {
@@ -138,7 +147,8 @@ impl Search {
     fn advance(&self, step: usize, rule: &[SearchRule<'_>], slots: &mut [Slot]) {
         let mut rules = [rule[0]];
         (rules[0].choice, rules[0].depth) = (StepChoice::Level(step), step);
-        self.backend.advance_beams(&self.logits[step], &self.head, &rules, slots);
+        let batch = &mut Batch::new(&self.memory, &[], slots);
+        self.backend.advance_beams(&self.logits[step], &self.head, &rules, batch);
     }
 
     fn log_probs(&self, step: usize) -> Vec<f32> {

@@ -46,8 +46,7 @@ fn attention(criterion: &mut Criterion) {
         let qkv = Buffer::new(cases.numbers(tokens * TIGER.qkv_dim()), TIGER.qkv_dim());
         let mut fixture = Fixture::new(&backend, TIGER).expect("memory");
         let (chunk, mut slots) = (0..tokens, [fixture.slot(tokens)]);
-        let batch =
-            Batch { memory: &fixture.memory, chunks: slice::from_ref(&chunk), slots: &mut slots };
+        let batch = Batch::new(&fixture.memory, slice::from_ref(&chunk), &mut slots);
         let mut out = backend.buffer();
         group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
             bencher.iter(|| {
@@ -108,8 +107,9 @@ fn search(criterion: &mut Criterion) {
                         let rows = backend.num_beams(&slots[0]);
                         let hidden = Buffer::new(vec![0.5; rows * 128], 128);
                         let rules = [rule(&catalog, &allowed_set, level, beams)];
-                        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-                        backend.advance_beams(&logits, &head, &rules, &mut slots);
+                        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+                        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+                        backend.advance_beams(&logits, &head, &rules, &mut pass);
                     }
                     backend.read_beams(&[&slots[0]])
                 });
@@ -123,17 +123,17 @@ fn search(criterion: &mut Criterion) {
         let mut slots = vec![fixture.slot(context)];
         let kv = Buffer::new(cases.numbers(context * 2 * TIGER.kv_dim()), 2 * TIGER.kv_dim());
         let whole = 0..context;
-        let batch =
-            Batch { memory: &fixture.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+        let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
         backend.store_context(0, &kv, 0, TIGER, &batch);
         let allowed_set = catalog.allowed_set(&[], None).expect("no filter");
         let hidden = Buffer::new(cases.numbers(128), 128);
         let rules = [rule(&catalog, &allowed_set, 0, beams)];
-        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
         let rows = backend.num_beams(&slots[0]);
         let qkv = Buffer::new(cases.numbers(rows * TIGER.qkv_dim()), TIGER.qkv_dim());
-        let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
         backend.append_tail(0, &qkv, TIGER, &mut batch);
         let mut out = backend.buffer();
         group.bench_function(

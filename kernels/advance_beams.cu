@@ -15,28 +15,10 @@
 
 namespace advance_beams {
 
-struct Params {
-  const Rule* rules;
-  const float2* vocabulary_sums;  // by row
-  const float2* level_sums;
-  float2* child_sums;         // by row; the log of the sum and, for a sample, its greatest noise
-  double* greatest;           // by row
-  uint32_t* offsets;          // by row and search: where a beam's continuations begin, and the end
-  uint32_t* failures;         // by search
-  uint64_t* keys;             // [parts, num_keys]
-  uint32_t* num_keys_of_part; // [parts, searches]
-  Batch batch;
-  Beams beams;
-  uint32_t num_parts, num_keys;
-  uint32_t capacity;  // of a block's keys
-  uint32_t padding;
-};
 constexpr uint32_t kThreads = 256;
-constexpr uint32_t kChunk = 1024;
-constexpr uint32_t kMaxParts = 64;
+constexpr uint32_t kChunk = kContinuationsChunk;
 // One block has all keys of a search to read: many at a time.
 constexpr uint32_t kSelectThreads = 1024;
-constexpr uint32_t kSelectChunk = 4096;
 
 // One search, as all kernels see it.
 struct Own {

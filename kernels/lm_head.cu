@@ -8,16 +8,6 @@
 
 namespace lm_head {
 
-struct Params {
-  const float* logits;  // of a stretch of the vocabulary; those of a level are the rules' own
-  float2* sums;         // by row
-  const Rule* rules;
-  Batch batch;
-  uint32_t width, stride;
-  uint32_t is_level, is_first;  // a first stretch forgets what the sums were
-  uint32_t first_token;         // of a stretch of the vocabulary
-  uint32_t padding;
-};
 constexpr uint32_t kThreads = 256;
 
 }  // namespace lm_head

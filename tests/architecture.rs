@@ -178,7 +178,7 @@ fn unsafe_code_lives_where_memory_is_mapped_and_where_the_driver_is_called() {
         }
     }
     let homes: Vec<String> = homes.into_iter().collect();
-    let driver = ["src/backend/cuda/blas.rs", "src/backend/cuda/device.rs"];
+    let driver = ["src/backend/cuda/blas.rs", "src/backend/cuda/nvidia.rs"];
     assert_eq!(homes, [&driver[..], &["src/mapping.rs"]].concat());
 }
 

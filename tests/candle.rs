@@ -168,7 +168,7 @@ impl Checkpoint {
                 0 => (prompts.concat(), &whole[..]),
                 _ => (Vec::new(), &[][..]),
             };
-            let mut batch = Batch { memory: &fixture.memory, chunks, slots: &mut slots };
+            let mut batch = Batch::new(&fixture.memory, chunks, &mut slots);
             pass.run(&backend, &tokens, &mut batch);
             let hidden = pass.output();
             let mut rows = hidden.values().chunks_exact(hidden.num_columns());
@@ -183,8 +183,9 @@ impl Checkpoint {
             let rule =
                 SearchRule { choice, depth, ..SearchRule::new(&catalog, &allowed_set, 0, BEAMS) };
             let rules = vec![rule; prompts.len()];
-            backend.lm_head(hidden, model.head(), &rules, &slots, &mut scores);
-            backend.advance_beams(&scores, model.head(), &rules, &mut slots);
+            let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+            backend.lm_head(hidden, model.head(), &rules, &mut pass, &mut scores);
+            backend.advance_beams(&scores, model.head(), &rules, &mut pass);
             for (prompt, slot) in prompts.iter().zip(&slots) {
                 let beams = backend.read_beams(&[slot]).remove(0).expect("scores are finite");
                 assert_eq!(beams.len(), BEAMS);

@@ -56,8 +56,7 @@ fn check_prefill(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     let qkv = cases.numbers(200 * HEADS.qkv_dim());
     let (whole, mut slots) = (0..200, [fixture.slot(200)]);
     let x = backend.upload(&qkv, HEADS.qkv_dim());
-    let batch =
-        Batch { memory: &fixture.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     let mut out = backend.buffer();
     backend.store_context(0, &x, HEADS.query_dim(), HEADS, &batch);
     let attention = AttentionSpec::softmax(HEADS, Mask::Causal, 0.3);
@@ -76,11 +75,10 @@ fn check_beams(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     let (prompt, beam) = qkv.split_at(100 * HEADS.qkv_dim());
     let (whole, mut slots) = (0..100, [fixture.slot(100)]);
     let x = backend.upload(prompt, HEADS.qkv_dim());
-    let batch =
-        Batch { memory: &fixture.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     backend.store_context(0, &x, HEADS.query_dim(), HEADS, &batch);
     let x = backend.upload(beam, HEADS.qkv_dim());
-    let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
+    let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
     backend.append_tail(0, &x, HEADS, &mut batch);
     let mut out = backend.buffer();
     let attention = AttentionSpec::softmax(HEADS, KvScope::Both, 0.3);

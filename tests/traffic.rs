@@ -45,8 +45,7 @@ fn bytes_of_a_step() {
     let mut slots = vec![fixture.slot(context_len)];
     let kv = backend.upload(&cases.numbers(context_len * 2 * HEADS.kv_dim()), 2 * HEADS.kv_dim());
     let whole = 0..context_len;
-    let batch =
-        Batch { memory: &fixture.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     backend.store_context(0, &kv, 0, HEADS, &batch);
     let levels = [0, 20].map(|first| (first..first + 20).collect());
     let head = Tensor::new(&[40, 8], cases.numbers(40 * 8));
@@ -57,14 +56,15 @@ fn bytes_of_a_step() {
         let rules = [SearchRule::new(&snapshot, &allowed_set, level, 20)];
         let rows = backend.num_beams(&slots[0]);
         let hidden = backend.upload(&cases.numbers(rows * 8), 8);
-        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
         let moved = kernels.bytes_written("contexts") + kernels.bytes_written("tails") - written;
         assert_eq!(moved, 0, "beams in another order move no keys or values");
 
         let rows = backend.num_beams(&slots[0]);
         let qkv = backend.upload(&cases.numbers(rows * HEADS.qkv_dim()), HEADS.qkv_dim());
-        let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
         let written = kernels.bytes_written("tails");
         backend.append_tail(0, &qkv, HEADS, &mut batch);
         let appended = kernels.bytes_written("tails") - written;

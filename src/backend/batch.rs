@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::DeviceOps;
+use super::{DeviceOps, PassPlan};
 
 /// What one pass works on: rows of prompts, slot after slot, then rows of beams, slot after slot.
 pub struct Batch<'a, B: DeviceOps> {
@@ -13,9 +13,20 @@ pub struct Batch<'a, B: DeviceOps> {
     pub chunks: &'a [Range<usize>],
     /// The slots with chunks, then those whose beams are rows.
     pub slots: &'a mut [B::Slot],
+    /// What the device has planned for these rows.
+    pub pass: B::Pass,
 }
 
 impl<'a, B: DeviceOps> Batch<'a, B> {
+    /// A batch for which nothing is planned yet.
+    pub fn new(
+        memory: &'a B::Memory,
+        chunks: &'a [Range<usize>],
+        slots: &'a mut [B::Slot],
+    ) -> Batch<'a, B> {
+        Batch { memory, chunks, slots, pass: B::Pass::default() }
+    }
+
     /// Rows of prompts; rows of beams begin there.
     pub fn num_prompt_rows(&self) -> usize {
         self.chunks.iter().map(Range::len).sum()
@@ -41,6 +52,16 @@ impl<'a, B: DeviceOps> Batch<'a, B> {
     /// The slots from `first` on, with rows of beams alone: a search has one beam when its prompt
     /// has been read.
     pub fn beams_from(&mut self, first: usize) -> Batch<'_, B> {
-        Batch { memory: self.memory, chunks: &[], slots: &mut self.slots[first..] }
+        let pass = match self.chunks.is_empty() && first == 0 {
+            true => self.pass.clone(),
+            false => self.pass.of_beams(),
+        };
+        Batch { memory: self.memory, chunks: &[], slots: &mut self.slots[first..], pass }
+    }
+
+    /// The slots with rows of prompts, without those whose beams are rows.
+    pub fn prompts_alone(&mut self) -> Batch<'_, B> {
+        let slots = &mut self.slots[..self.chunks.len()];
+        Batch { memory: self.memory, chunks: self.chunks, slots, pass: self.pass.of_prompts() }
     }
 }

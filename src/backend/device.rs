@@ -1,6 +1,6 @@
 //! A device: its numbers and failures, weights, buffers, memory and slots.
 
-use super::{MemorySpec, SlotSpec};
+use super::{MemorySpec, PassPlan, SlotSpec};
 use crate::error::Result;
 use crate::tensor::{Dtype, Tensor};
 
@@ -26,6 +26,8 @@ pub trait DeviceOps: Send + Sync + Sized + 'static {
     type Memory: Send + Sync;
     /// The group of beams of one search.
     type Slot: Send + Sync;
+    /// What is planned for the rows of a batch.
+    type Pass: PassPlan;
 
     /// What computes, as `x86_64 f32x16`.
     fn description(&self) -> String;

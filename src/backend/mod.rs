@@ -22,6 +22,7 @@ mod kv_layout;
 mod level_columns;
 mod network;
 mod noise;
+mod pass_plan;
 mod search;
 #[doc(hidden)]
 pub mod testing;
@@ -34,6 +35,7 @@ pub use network::{
     Activation, AppendTail, ApplyRope, AttendBeams, AttendPrefill, BeamAttention, Embed, Epilogue,
     GatherLast, Glu, HeadNorms, Matmul, NetworkOps, RmsNorm, RopeTables, StoreContext,
 };
+pub use pass_plan::PassPlan;
 use search::Continuations;
 pub use search::{
     AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, ReadBeams, SearchOps, SearchRule,

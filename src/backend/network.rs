@@ -54,12 +54,13 @@ pub type BeamAttention<'a, B> = AttentionSpec<KvScope, &'a <B as DeviceOps>::Vec
 
 /// Looks up embeddings.
 pub trait Embed: DeviceOps {
-    /// The rows of `table` for prompt tokens, then for the newest token of each beam.
+    /// The rows of `table` for `tokens`, those of the batch's prompts, then for the newest token of
+    /// each beam.
     fn embed(
         &self,
         table: &Self::Table,
         tokens: &[u32],
-        beams: &[Self::Slot],
+        batch: &Batch<'_, Self>,
         out: &mut Self::Buffer,
     );
 }

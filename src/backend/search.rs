@@ -198,13 +198,14 @@ pub trait Step: DeviceOps {
 pub trait LmHead: DeviceOps {
     /// The output head over the slice of the vocabulary that each slot's rule can choose from:
     /// `hidden`'s product (one row a beam) with those tokens, and the normaliser of each row that
-    /// its rule wants.
+    /// its rule wants. The batch has rows of beams alone; its pass keeps the plan of the step for
+    /// [`advance_beams`](AdvanceBeams::advance_beams).
     fn lm_head(
         &self,
         hidden: &Self::Buffer,
         head: &Self::Head,
         rules: &[SearchRule<'_>],
-        slots: &[Self::Slot],
+        batch: &mut Batch<'_, Self>,
         out: &mut Self::Logits,
     );
 }
@@ -223,7 +224,7 @@ pub trait AdvanceBeams: DeviceOps {
         logits: &Self::Logits,
         head: &Self::Head,
         rules: &[SearchRule<'_>],
-        slots: &mut [Self::Slot],
+        batch: &mut Batch<'_, Self>,
     );
 }
 

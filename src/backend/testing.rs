@@ -184,9 +184,9 @@ fn embed_and_gather_last<B: Backend>(
     let mut fixture = Fixture::new(backend, Heads::new(1, 1, 2))?;
     let mut slots: Vec<B::Slot> = lens.iter().chain(&[1]).map(|&len| fixture.slot(len)).collect();
     let (mut rows, mut last) = (backend.buffer(), backend.buffer());
-    backend.embed(&table, &tokens, &slots[lens.len()..], &mut rows);
     let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
-    let batch = Batch { memory: &fixture.memory, chunks: &chunks, slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+    backend.embed(&table, &tokens, &batch, &mut rows);
     backend.gather_last(&rows, cases.rng.usize(0..=lens.len()), &batch, &mut last);
     backend.download(if operation == "embed" { &rows } else { &last })
 }
@@ -255,7 +255,7 @@ fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
         }
         let mut qkv = backend.upload(&cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
         let (mut rope_tables, mut out) = (backend.buffer(), backend.buffer());
-        let mut batch = Batch { memory: &fixture.memory, chunks: &chunks, slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &chunks, &mut slots);
         backend.rope_tables(&frequencies, &batch, &mut rope_tables);
         backend.apply_rope(0, &mut qkv, heads, norms, &rope_tables, &mut batch);
         backend.attend_prefill(0, &qkv, &causal, &batch, &mut out);
@@ -275,7 +275,7 @@ fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
     let rows: usize = lens.iter().sum();
     let qkv = backend.upload(&cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
-    let batch = Batch { memory: &fixture.memory, chunks: &chunks, slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
     let mut out = backend.buffer();
     let whole = AttentionSpec::softmax(heads, Mask::Bidirectional, 0.3).with_bias(&bias[..]);
     backend.store_context(0, &qkv, heads.query_dim(), heads, &batch);
@@ -310,8 +310,7 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     let mut slots = vec![fixture.slot(context_len)];
     let kv = backend.upload(&cases.numbers(context_len * 2 * heads.kv_dim()), 2 * heads.kv_dim());
     let whole = 0..context_len;
-    let batch =
-        Batch { memory: &fixture.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     backend.store_context(0, &kv, 0, heads, &batch);
     let width = cases.size(200);
     let bias = vector(backend, cases.numbers(heads.num_heads * 4))?;
@@ -333,8 +332,9 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
         let hidden = hidden_of(backend.num_beams(&slots[0]));
         let rule = SearchRule::new(&snapshot, &allowed_set, 0, width);
         let rules = [SearchRule { choice, depth, ..rule }];
-        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
         let beams: Vec<Beam> = backend.read_beams(&[&slots[0]]).remove(0)?;
         match operation {
             "lm_head" => found.extend(beams.iter().map(|beam| beam.score)),
@@ -348,7 +348,7 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
         let numbers = cases.numbers(width * heads.qkv_dim());
         let rows = backend.num_beams(&slots[0]);
         let qkv = backend.upload(&numbers[..rows * heads.qkv_dim()], heads.qkv_dim());
-        let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
         backend.append_tail(0, &qkv, heads, &mut batch);
         let reaches: &[KvScope] = match operation {
             "append_tail" => &[KvScope::Tail],
@@ -373,8 +373,9 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
         ..SearchRule::new(&snapshot, &allowed_set, 0, named.len())
     }];
     let mut slots = [fixture.slot(1)];
-    backend.lm_head(&hidden_of(1), &head, &rules, &slots, &mut logits);
-    backend.advance_beams(&logits, &head, &rules, &mut slots);
+    let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.lm_head(&hidden_of(1), &head, &rules, &mut pass, &mut logits);
+    backend.advance_beams(&logits, &head, &rules, &mut pass);
     let beams = backend.read_beams(&[&slots[0]]).remove(0)?;
     if matches!(operation, "lm_head" | "advance_beams") {
         found.extend(beams.iter().map(|beam| beam.score));

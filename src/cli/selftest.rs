@@ -251,7 +251,10 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
     let table = backend.table(Tensor::new(&[rows, columns], cases.numbers(rows * columns)))?;
     let tokens: Vec<u32> = (0..rows as u32).collect();
     let mut out = backend.buffer();
-    let time = seconds(backend, || backend.embed(&table, &tokens, &[], &mut out))?;
+    let mut fixture = Fixture::new(backend, HEADS)?;
+    let (chunks, mut slots) = ([0..rows], [fixture.slot(1)]);
+    let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+    let time = seconds(backend, || backend.embed(&table, &tokens, &batch, &mut out))?;
     let bandwidth = 2.0 * (rows * columns) as f64 * number_bytes / time / 1e9;
     say(&format!(
         "matrix products  {peak:.2} TFLOP/s; copies {bandwidth:.0} GB/s ({rows} rows of {columns})"
@@ -273,7 +276,7 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
         let qkv = backend.upload(&cases.numbers(tokens * HEADS.qkv_dim()), HEADS.qkv_dim());
         let (whole, mut out) = (0..tokens, backend.buffer());
         let chunks = slice::from_ref(&whole);
-        let batch = Batch { memory: &fixture.memory, chunks, slots: &mut slots };
+        let batch = Batch::new(&fixture.memory, chunks, &mut slots);
         backend.store_context(0, &qkv, HEADS.query_dim(), HEADS, &batch);
         let attention = AttentionSpec::softmax(HEADS, Mask::Causal, 0.1);
         let time = seconds(backend, || {
@@ -303,15 +306,16 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
         let mut slots = vec![backend.open_slot(spec.clone())?];
         let whole = 0..context;
         let chunks = slice::from_ref(&whole);
-        let batch = Batch { memory: &fixture.memory, chunks, slots: &mut slots };
+        let batch = Batch::new(&fixture.memory, chunks, &mut slots);
         backend.store_context(0, &kv, 0, HEADS, &batch);
         let rules = [0, 1].map(|level| [SearchRule::new(&snapshot, &allowed_set, level, width)]);
         let first = backend.upload(&cases.numbers(64), 64);
-        backend.lm_head(&first, &head, &rules[0], &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules[0], &mut slots);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&first, &head, &rules[0], &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules[0], &mut pass);
         let hidden = backend.upload(&cases.numbers(width * 64), 64);
         let qkv = backend.upload(&cases.numbers(width * HEADS.qkv_dim()), HEADS.qkv_dim());
-        let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
         backend.append_tail(0, &qkv, HEADS, &mut batch);
         let mut out = backend.buffer();
         let attention = AttentionSpec::softmax(HEADS, KvScope::Both, 0.1);
@@ -327,8 +331,9 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
             for _ in 0..count {
                 let mut again = [backend.open_slot(spec.clone())?];
                 for (hidden, rule) in [&first, &hidden].into_iter().zip(&rules) {
-                    backend.lm_head(hidden, &head, rule, &again, &mut logits);
-                    backend.advance_beams(&logits, &head, rule, &mut again);
+                    let mut pass = Batch::new(&fixture.memory, &[], &mut again);
+                    backend.lm_head(hidden, &head, rule, &mut pass, &mut logits);
+                    backend.advance_beams(&logits, &head, rule, &mut pass);
                 }
                 backend.read_beams(&[&again[0]]).remove(0)?;
             }

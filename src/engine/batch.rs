@@ -135,16 +135,16 @@ impl<B: Backend> SubBatch<B> {
             false => &phases.prefill,
         };
         let head = model.head();
-        let mut batch = Batch { memory, chunks, slots };
+        let mut batch = Batch::new(memory, chunks, slots);
         backend.step(&mut batch, head, &rules, logits, |batch, logits| {
             timed(clock, || forward.run(backend, tokens, batch));
             if rules.is_empty() {
                 return;
             }
-            let slots = &mut batch.slots[*num_unfinished..];
+            let beams = &mut batch.beams_from(*num_unfinished);
             timed(&phases.search, || {
-                backend.lm_head(forward.output(), head, &rules, slots, logits);
-                backend.advance_beams(logits, head, &rules, slots);
+                backend.lm_head(forward.output(), head, &rules, beams, logits);
+                backend.advance_beams(logits, head, &rules, beams);
             });
         });
     }

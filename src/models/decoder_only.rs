@@ -185,7 +185,7 @@ impl<B: Backend> Network<B> for DecoderOnly<B> {
     ) {
         let heads = self.spec.kv.heads;
         backend.rope_tables(&self.frequencies, batch, &mut s.rope);
-        backend.embed(&self.embedding, tokens, batch.beams(), &mut s.residual);
+        backend.embed(&self.embedding, tokens, batch, &mut s.residual);
         let over_prompt = AttentionSpec::softmax(heads, Mask::Causal, self.scale());
         let over_both = AttentionSpec::softmax(heads, KvScope::Both, self.scale());
         for (index, layer) in self.layers.iter().enumerate() {

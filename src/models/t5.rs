@@ -208,7 +208,7 @@ impl<B: Backend> T5<B> {
         let heads = self.spec.kv.heads;
         let over_prompt =
             AttentionSpec::softmax(heads, Mask::Bidirectional, 1.0).with_bias(&bias[..]);
-        backend.embed(&self.embedding, tokens, &[], &mut s.residual);
+        backend.embed(&self.embedding, tokens, batch, &mut s.residual);
         for EncoderLayer { attention, feed_forward } in &self.encoder {
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
             backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
@@ -230,7 +230,7 @@ impl<B: Backend> T5<B> {
         let over_tail =
             AttentionSpec::softmax(heads, KvScope::Tail, 1.0).with_bias(&self.decoder_bias);
         let over_context = AttentionSpec::softmax(heads, KvScope::Context, 1.0);
-        backend.embed(&self.embedding, &[], batch.beams(), &mut s.residual);
+        backend.embed(&self.embedding, &[], batch, &mut s.residual);
         for (index, layer) in self.decoder.iter().enumerate() {
             let attention = &layer.attention;
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
@@ -272,7 +272,7 @@ impl<B: Backend> Network<B> for T5<B> {
         s: &mut Activations<B>,
     ) {
         if !batch.chunks.is_empty() {
-            self.encode(backend, tokens, batch, s);
+            self.encode(backend, tokens, &batch.prompts_alone(), s);
         }
         self.decode(backend, &mut batch.beams_from(0), s);
     }

@@ -33,6 +33,7 @@ pub trait Subject {
 }
 
 type SlotOf<S> = <<S as Subject>::B as DeviceOps>::Slot;
+type MemoryOf<S> = <<S as Subject>::B as DeviceOps>::Memory;
 
 /// Makes tests of all operations on a backend.
 #[macro_export]
@@ -145,15 +146,15 @@ pub fn embed_and_last_rows_copy_rows<S: Subject>() {
         let mut slots: Vec<SlotOf<S>> =
             lens.iter().chain(&vec![1; num_beams]).map(|&len| fixture.slot(len)).collect();
         let (mut rows, mut last) = (backend.buffer(), backend.buffer());
-        backend.embed(&table, &tokens, &slots[lens.len()..], &mut rows);
+        let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+        let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+        backend.embed(&table, &tokens, &batch, &mut rows);
         // The beams of a search that has taken no step have the start token.
         let all: Vec<u32> = tokens.iter().copied().chain(vec![3; num_beams]).collect();
         let expected: Vec<f32> = all.iter().flat_map(|&token| row(token)).copied().collect();
         assert_eq!(values(&backend, &rows), expected, "seed {seed}");
 
-        let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
         let first = cases.rng.usize(0..=lens.len());
-        let batch = Batch { memory: &fixture.memory, chunks: &chunks, slots: &mut slots };
         backend.gather_last(&rows, first, &batch, &mut last);
         let ends = lens.iter().scan(0, |end, len| {
             *end += len;
@@ -298,7 +299,7 @@ pub fn rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values<S: 
             }
             let mut out = backend.upload(&x, heads.qkv_dim());
             let mut rope_tables = backend.buffer();
-            let mut batch = Batch { memory: &fixture.memory, chunks: &chunks, slots: &mut slots };
+            let mut batch = Batch::new(&fixture.memory, &chunks, &mut slots);
             backend.rope_tables(&vector(&frequencies), &batch, &mut rope_tables);
             backend.apply_rope(0, &mut out, heads, given, &rope_tables, &mut batch);
             let attention = AttentionSpec::softmax(heads, Mask::Causal, 0.3);
@@ -378,7 +379,7 @@ pub fn attend_prefill_is_the_formula_however_prompts_are_cut<S: Subject>() {
             let mut rows: Vec<Vec<f32>> = vec![Vec::new(); lens.len()];
             for chunks in batches {
                 let x = backend.upload(&rows_of(&qkv, columns, &lens, chunks), columns);
-                let batch = Batch { memory: &fixture.memory, chunks, slots: &mut slots };
+                let batch = Batch::new(&fixture.memory, chunks, &mut slots);
                 let mut out = backend.buffer();
                 backend.store_context(0, &x, heads.query_dim(), heads, &batch);
                 let bias = bias.as_deref();
@@ -474,7 +475,7 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
         for chunks in chunks(&mut cases, &lens) {
             let context = rows_of(&context, 2 * heads.kv_dim(), &lens, &chunks);
             let context = backend.upload(&context, 2 * heads.kv_dim());
-            let batch = Batch { memory: &fixture.memory, chunks: &chunks, slots: &mut slots };
+            let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
             backend.store_context(0, &context, 0, heads, &batch);
         }
         // Decoders behind an encoder write a position before the first step, others do not.
@@ -505,8 +506,9 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
                 .map(|(walk, allowed_set)| walk.rule(allowed_set, &steps, step))
                 .collect();
             let hidden = backend.upload(&hidden, hidden_dim);
-            backend.lm_head(&hidden, &head, &rules, &slots, &mut scores);
-            backend.advance_beams(&scores, &head, &rules, &mut slots);
+            let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+            backend.lm_head(&hidden, &head, &rules, &mut pass, &mut scores);
+            backend.advance_beams(&scores, &head, &rules, &mut pass);
             drop(rules);
 
             for ((walk, first), (slot, before)) in
@@ -557,7 +559,7 @@ fn check_tails<S: Subject>(
     let rows = first_rows[slots.len()];
     let qkv_values = cases.numbers(rows * heads.qkv_dim());
     let qkv = backend.upload(&qkv_values, heads.qkv_dim());
-    let mut batch = Batch { memory: &fixture.memory, chunks: &[], slots };
+    let mut batch = Batch::new(&fixture.memory, &[], slots);
     backend.append_tail(0, &qkv, heads, &mut batch);
     for ((walk, slot), &first) in walks.iter_mut().zip(&*slots).zip(&first_rows) {
         for (row, beam) in (first..).zip(beams_of(backend, slot)) {
@@ -571,7 +573,7 @@ fn check_tails<S: Subject>(
         let given = tail_bias.is_some().then_some(&vector);
         let attention = AttentionSpec { bias: given, ..AttentionSpec::softmax(heads, scope, 0.4) };
         let mut out = backend.buffer();
-        let batch = Batch { memory: &fixture.memory, chunks: &[], slots };
+        let batch = Batch::new(&fixture.memory, &[], slots);
         backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
         let all_found = backend.download(&out).expect("the device works");
         let (mut values, mut found) = (Vec::new(), Vec::new());
@@ -631,17 +633,19 @@ pub fn embed_reads_each_beams_newest_token<S: Subject>() {
         backend.head(tensor.clone(), &levels, &[]).expect("memory"),
         backend.table(tensor).expect("memory"),
     );
-    let mut slots = vec![fixture.slot(1)];
+    let mut slots = vec![fixture.slot(1), fixture.slot(1)];
     let (mut rows, mut logits) = (backend.buffer(), backend.logits());
     let allowed_set = catalog.allowed_set(&[], None).expect("no filter");
     for step in 0..2 {
         let rules = [SearchRule::new(&catalog, &allowed_set, step, 9)];
-        let beams = backend.num_beams(&slots[0]);
+        let beams = backend.num_beams(&slots[1]);
         let hidden = backend.upload(&cases.numbers(beams * 5), 5);
-        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
-        backend.embed(&table, &[7], &slots, &mut rows);
-        let beams = beams_of(&backend, &slots[0]);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots[1..]);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
+        let chunks = [0..1];
+        backend.embed(&table, &[7], &Batch::new(&fixture.memory, &chunks, &mut slots), &mut rows);
+        let beams = beams_of(&backend, &slots[1]);
         let newest = beams.iter().map(|beam| beam.tokens[step] as usize);
         let expected: Vec<f32> = std::iter::once(7)
             .chain(newest)
@@ -663,16 +667,12 @@ pub fn rows_of_prompts_and_of_beams_leave_each_other_alone<S: Subject>() {
         let context =
             backend.upload(&cases.numbers(context_len * 2 * heads.kv_dim()), 2 * heads.kv_dim());
         let whole = 0..context_len;
-        let batch = Batch {
-            memory: &fixture.memory,
-            chunks: slice::from_ref(&whole),
-            slots: &mut slots[1..],
-        };
+        let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots[1..]);
         backend.store_context(0, &context, 0, heads, &batch);
         let qkv = cases.numbers((prompt_len + 1) * heads.qkv_dim());
         let attend = |qkv: &[f32], chunks: &[Range<usize>], slots: &mut [SlotOf<S>]| {
             let qkv = backend.upload(qkv, heads.qkv_dim());
-            let mut batch = Batch { memory: &fixture.memory, chunks, slots };
+            let mut batch = Batch::new(&fixture.memory, chunks, slots);
             let mut out = backend.buffer();
             let over_prompt = AttentionSpec::softmax(heads, Mask::Causal, 0.3);
             let over_both = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
@@ -716,7 +716,7 @@ pub fn searches_at_different_steps_share_a_step<S: Subject>() {
             .iter()
             .map(|_| steps.choices.iter().map(|_| cases.numbers(most * hidden_dim)).collect())
             .collect();
-        let advance = |slots: &mut [SlotOf<S>], who: &[usize]| {
+        let advance = |memory: &MemoryOf<S>, slots: &mut [SlotOf<S>], who: &[usize]| {
             let rows = who.iter().zip(&*slots).flat_map(|(&walk, slot)| {
                 let hidden = &hidden[walk][backend.num_steps(slot)];
                 hidden[..backend.num_beams(slot) * hidden_dim].to_vec()
@@ -730,21 +730,22 @@ pub fn searches_at_different_steps_share_a_step<S: Subject>() {
                 })
                 .collect();
             let mut logits = backend.logits();
-            backend.lm_head(&rows, &head, &rules, slots, &mut logits);
-            backend.advance_beams(&logits, &head, &rules, slots);
+            let mut pass = Batch::new(memory, &[], slots);
+            backend.lm_head(&rows, &head, &rules, &mut pass, &mut logits);
+            backend.advance_beams(&logits, &head, &rules, &mut pass);
         };
         let mut fixture = Fixture::new(&backend, heads).expect("memory");
         let mut alone: Vec<SlotOf<S>> = walks.iter().map(|_| fixture.slot(1)).collect();
         for (walk, slot) in alone.iter_mut().enumerate() {
             for _ in 0..steps.len() {
-                advance(slice::from_mut(slot), &[walk]);
+                advance(&fixture.memory, slice::from_mut(slot), &[walk]);
             }
         }
         let mut together: Vec<SlotOf<S>> = walks.iter().map(|_| fixture.slot(1)).collect();
         for round in 0..steps.len() + 2 {
             let first = round.saturating_sub(steps.len() - 1);
             let who: Vec<usize> = (first..3.min(round + 1)).collect();
-            advance(&mut together[first..first + who.len()], &who);
+            advance(&fixture.memory, &mut together[first..first + who.len()], &who);
         }
         for (alone, together) in alone.iter().zip(&together) {
             assert_eq!(beams_of(&backend, alone), beams_of(&backend, together), "{seed}");
@@ -788,8 +789,9 @@ pub fn named_tokens_have_the_log_probabilities_of_a_plain_log_softmax<S: Subject
         let rows = truth::matmul(&Matrix::new(&hidden, hidden_dim), &weight, None);
         let hidden = backend.upload(&hidden, hidden_dim);
         let mut logits = backend.logits();
-        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
 
         for (index, is_over_named) in [(0, false), (2, true)] {
             let what = format!("seed {seed}, over the named alone: {is_over_named}");
@@ -824,8 +826,9 @@ pub fn named_tokens_have_the_log_probabilities_of_a_plain_log_softmax<S: Subject
             let mut slots = vec![fixture.slot(1)];
             let values = values(&backend, &hidden);
             let row = backend.upload(&values[hidden_dim..2 * hidden_dim], hidden_dim);
-            backend.lm_head(&row, &head, &rules[1..2], &slots, &mut logits);
-            backend.advance_beams(&logits, &head, &rules[1..2], &mut slots);
+            let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+            backend.lm_head(&row, &head, &rules[1..2], &mut pass, &mut logits);
+            backend.advance_beams(&logits, &head, &rules[1..2], &mut pass);
             beams_of(&backend, &slots[0])
         };
         assert_eq!(beams_of(&backend, &slots[1]), alone, "seed {seed}: the level's search");

@@ -25,7 +25,7 @@ use super::slot::{Beams, Sample};
 use super::{CpuBackend, Slot};
 use crate::backend::level_columns::LevelColumns;
 use crate::backend::{
-    AdvanceBeams, Continuations, LogProb, Normalizer, SearchRule, StepChoice, noise,
+    AdvanceBeams, Batch, Continuations, LogProb, Normalizer, SearchRule, StepChoice, noise,
 };
 use crate::catalog::cursor::Cursor;
 
@@ -35,10 +35,10 @@ impl AdvanceBeams for CpuBackend {
         logits: &Logits,
         head: &Head,
         rules: &[SearchRule<'_>],
-        slots: &mut [Slot],
+        batch: &mut Batch<'_, CpuBackend>,
     ) {
-        assert_eq!(rules.len(), slots.len(), "a rule for each slot");
-        slots.par_iter_mut().zip(rules).enumerate().for_each(|(index, (slot, rule))| {
+        assert_eq!(rules.len(), batch.slots.len(), "a rule for each slot");
+        batch.slots.par_iter_mut().zip(rules).enumerate().for_each(|(index, (slot, rule))| {
             advance(logits, head, rule, index, slot);
         });
     }

@@ -1,11 +1,19 @@
 //! Rows of an embedding table.
 
-use super::{Buffer, CpuBackend, Slot};
-use crate::backend::Embed;
+use super::{Buffer, CpuBackend};
+use crate::backend::{Batch, Embed};
 use crate::tensor::Tensor;
 
 impl Embed for CpuBackend {
-    fn embed(&self, table: &Tensor, tokens: &[u32], beams: &[Slot], out: &mut Buffer) {
+    fn embed(
+        &self,
+        table: &Tensor,
+        tokens: &[u32],
+        batch: &Batch<'_, CpuBackend>,
+        out: &mut Buffer,
+    ) {
+        assert_eq!(tokens.len(), batch.num_prompt_rows(), "a token for each row of a prompt");
+        let beams = batch.beams();
         let columns = table.shape()[1];
         let num_beams: usize = beams.iter().map(|slot| slot.beams.len()).sum();
         out.reshape(tokens.len() + num_beams, columns);

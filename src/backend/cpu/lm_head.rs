@@ -14,7 +14,7 @@ use super::softmax::LogSumExpParts;
 use super::{Buffer, CpuBackend, Slot};
 use crate::backend::level_columns::LevelColumns;
 use crate::backend::{
-    Continuations, Epilogue, LmHead, Matmul, NO_TOKEN, Normalizer, SearchRule, StepChoice,
+    Batch, Continuations, Epilogue, LmHead, Matmul, NO_TOKEN, Normalizer, SearchRule, StepChoice,
 };
 
 /// The logits of a step, one row a beam.
@@ -150,9 +150,10 @@ impl LmHead for CpuBackend {
         hidden: &Buffer,
         head: &Head,
         rules: &[SearchRule<'_>],
-        slots: &[Slot],
+        batch: &mut Batch<'_, CpuBackend>,
         out: &mut Logits,
     ) {
+        let slots = &*batch.slots;
         let num_rows = out.lay_out(head, rules, slots);
         assert_eq!(hidden.num_rows(), num_rows, "a row for each beam");
         let needs_vocabulary = |slot: usize| {

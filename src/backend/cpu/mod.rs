@@ -142,6 +142,7 @@ impl DeviceOps for CpuBackend {
     type Logits = Logits;
     type Memory = Memory;
     type Slot = Slot;
+    type Pass = ();
 
     fn description(&self) -> String {
         format!("{} f32x{}", std::env::consts::ARCH, Lanes.dispatch())

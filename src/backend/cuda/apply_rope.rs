@@ -1,26 +1,31 @@
 //! Launches `apply_rope.cu`: queries and keys turned to their positions, keys and values stored.
 
-use bytemuck::{Pod, Zeroable};
-
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::memory::Pages;
-use super::tables::BatchParams;
-use super::{Buffer, CudaBackend};
+use super::metadata::BatchParams;
+use super::shared::shared_struct;
 use crate::backend::{ApplyRope, Batch, HeadNorms, Heads};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    qkv: u64,
-    rope: u64,
-    query_norm: u64,
-    key_norm: u64,
-    batch: BatchParams,
-    pages: Pages,
-    num_heads: u32,
-    layer: u32,
-    epsilon: f32,
-    padding: u32,
+shared_struct! {
+    /// Rotation of queries and keys.
+    struct Params = "apply_rope::Params" {
+        /// `[rows, (num_heads + 2 * num_kv_heads) * head_dim]`
+        qkv: u64 = "void*",
+        /// `[rows, head_dim]`: cosines, then sines.
+        rope: u64 = "const float*",
+        /// `[head_dim]`, or null.
+        query_norm: u64 = "const float*",
+        /// `[head_dim]`, or null.
+        key_norm: u64 = "const float*",
+        batch: BatchParams,
+        pages: Pages,
+        num_heads: u32,
+        layer: u32,
+        epsilon: f32,
+        padding: u32,
+    }
 }
 
 impl<D: Driver> ApplyRope for CudaBackend<D> {
@@ -34,13 +39,13 @@ impl<D: Driver> ApplyRope for CudaBackend<D> {
         batch: &mut Batch<'_, CudaBackend<D>>,
     ) {
         self.begin_tails(batch);
-        let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
+        let (metadata, _scratch) = self.enter(batch);
         let params = Params {
             qkv: qkv.memory.at(0),
             rope: rope_tables.memory.at(0),
             query_norm: norms.map_or(0, |norms| norms.query.values.at(0)),
             key_norm: norms.map_or(0, |norms| norms.key.values.at(0)),
-            batch: tables.batch,
+            batch: metadata.batch,
             pages: batch.memory.0.pages(),
             num_heads: heads.num_heads as u32,
             layer: layer as u32,
@@ -49,14 +54,5 @@ impl<D: Driver> ApplyRope for CudaBackend<D> {
         };
         let kernel = self.kernel("apply_rope_f32", "apply_rope_bf16");
         self.device.launch(kernel, [qkv.rows, 1, 1], 256, 0, &params);
-    }
-}
-
-impl<D: Driver> CudaBackend<D> {
-    /// The beams' newest position has keys and values from now on.
-    pub(super) fn begin_tails(&self, batch: &mut Batch<'_, CudaBackend<D>>) {
-        for slot in &mut batch.slots[batch.chunks.len()..] {
-            slot.tail_from.get_or_insert(slot.num_steps);
-        }
     }
 }

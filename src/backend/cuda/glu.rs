@@ -1,19 +1,20 @@
 //! Launches `glu.cu`: gated columns.
 
-use bytemuck::{Pod, Zeroable};
-
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::matmul::activation_number;
-use super::{Buffer, CudaBackend};
+use super::shared::shared_struct;
 use crate::backend::{Activation, Glu};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    x: u64,
-    columns: u32,
-    activation: u32,
+shared_struct! {
+    /// A gated linear unit.
+    struct Params = "glu::Params" {
+        out: u64 = "void*",
+        x: u64 = "const void*",
+        columns: u32,
+        activation: u32,
+    }
 }
 
 impl<D: Driver> Glu for CudaBackend<D> {

@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::buffer::Weights;
+use super::device::Device;
+use super::device_memory::DeviceMemory;
 use super::driver::Driver;
-use super::handle::{Device, DeviceMemory};
 use crate::backend::{Continuations, SearchRule, StepChoice, level_columns};
 use crate::error::Result;
 use crate::tensor::{Dtype, Tensor};

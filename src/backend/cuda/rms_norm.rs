@@ -1,19 +1,20 @@
 //! Launches `rms_norm.cu`: rows divided by their root mean square.
 
-use bytemuck::{Pod, Zeroable};
-
+use super::backend::CudaBackend;
+use super::buffer::{Buffer, Vector};
 use super::driver::Driver;
-use super::{Buffer, CudaBackend, Vector};
+use super::shared::shared_struct;
 use crate::backend::RmsNorm;
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    x: u64,
-    weight: u64,
-    columns: u32,
-    epsilon: f32,
+shared_struct! {
+    /// An RMS norm of rows.
+    struct Params = "rms_norm::Params" {
+        out: u64 = "void*",
+        x: u64 = "const void*",
+        weight: u64 = "const float*",
+        columns: u32,
+        epsilon: f32,
+    }
 }
 
 impl<D: Driver> RmsNorm for CudaBackend<D> {

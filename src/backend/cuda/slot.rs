@@ -1,19 +1,16 @@
 //! A search as the host knows it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::catalog::SearchArrays;
 use super::driver::Driver;
 use super::memory::Arrays;
-use super::rules::SearchArrays;
 use crate::backend::SlotSpec;
 use crate::pages::TAIL_PAGE_LEN;
 
 /// One search: what the host knows of it. Its beams are on the device; here is how many there may
 /// be.
 pub struct Slot<D: Driver> {
-    /// No two slots have the same.
-    pub(super) id: u64,
     pub(super) spec: SlotSpec,
     pub(super) arrays: Arc<Arrays<D>>,
     pub(super) num_steps: usize,
@@ -30,12 +27,9 @@ pub struct Slot<D: Driver> {
     pub(super) reached_leaves: bool,
 }
 
-static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-
 impl<D: Driver> Slot<D> {
     pub(super) fn new(spec: SlotSpec, arrays: Arc<Arrays<D>>) -> Slot<D> {
         Slot {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             spec,
             arrays,
             num_steps: 0,

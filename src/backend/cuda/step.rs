@@ -1,7 +1,9 @@
-//! A step of beams: prepared, run, and from the third of its shape on replayed as a graph.
+//! A step of beams: planned, then run as its shape wants it.
 
+use super::backend::CudaBackend;
 use super::driver::Driver;
-use super::{CudaBackend, Head, Logits, Recorded, SIGHTS};
+use super::head::Head;
+use super::logits::Logits;
 use crate::backend::{Batch, SearchRule, Step};
 
 impl<D: Driver> Step for CudaBackend<D> {
@@ -13,46 +15,20 @@ impl<D: Driver> Step for CudaBackend<D> {
         logits: &mut Logits<D>,
         mut work: impl FnMut(&mut Batch<'_, Self>, &mut Logits<D>),
     ) {
+        // A step appends its beams' newest tokens before anything attends to them.
+        self.begin_tails(batch);
         if !batch.chunks.is_empty() || batch.slots.is_empty() {
             return work(batch, logits);
         }
-        let key = self.prepare(batch.slots, head, rules, logits);
-        let recorded = {
-            let mut state = self.state();
-            state.forget_released(&self.device);
-            state.recordings.pop(&key)
-        };
-        let recorded = match recorded {
-            Some(Recorded::Seen(SIGHTS)) => self.device.record(|| work(batch, logits)).map_or_else(
-                || {
-                    // There is no memory to keep it: it is done as it comes, and the older ones go.
-                    self.state().recordings.clear();
-                    work(batch, logits);
-                    Recorded::Seen(0)
-                },
-                Recorded::As,
-            ),
-            Some(Recorded::As(recording)) => Recorded::As(recording),
-            // The first time everything gets the size that it needs.
-            seen => {
-                work(batch, logits);
-                match seen {
-                    Some(Recorded::Seen(sights)) => Recorded::Seen(sights + 1),
-                    _ => Recorded::Seen(1),
-                }
-            }
-        };
-        if let Recorded::As(recording) = &recorded {
-            self.device.replay(recording);
-        }
-        let mut state = self.state();
-        // What this step grew, others may have recorded; what it recorded is still there.
-        state.forget_released(&self.device);
-        // A step that failed has not taken all memory that it needs.
-        if self.device.check().is_ok() {
-            state.recordings.put(key, recorded);
-        }
-        state.prepared = None;
-        batch.slots.iter_mut().for_each(|slot| slot.num_steps += 1);
+        batch.pass = batch.pass.of_step();
+        let (shape, plan) = self.plan_step(batch, head, rules, logits, true);
+        let (pass, saved) = (batch.pass.clone(), batch.pass.save());
+        let key = (shape.expect("the step is padded"), plan);
+        pass.graphs(&self.workspaces).run(&self.device, key, || {
+            pass.restore(&mut pass.scratch(&self.workspaces), &saved);
+            work(batch, logits);
+        });
+        saved.step().complete(batch.slots);
+        pass.reset(&mut pass.scratch(&self.workspaces));
     }
 }

@@ -1,23 +1,25 @@
 //! Launches `store_context.cu`: keys and values of prompts.
 
-use bytemuck::{Pod, Zeroable};
-
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::memory::Pages;
-use super::tables::BatchParams;
-use super::{Buffer, CudaBackend};
+use super::metadata::BatchParams;
+use super::shared::shared_struct;
 use crate::backend::{Batch, Heads, StoreContext};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(super) struct Params {
-    pub kv: u64,
-    pub batch: BatchParams,
-    pub pages: Pages,
-    pub columns: u32,
-    pub offset: u32,
-    pub layer: u32,
-    pub padding: u32,
+shared_struct! {
+    /// Keys and values on their way into contexts or tails.
+    struct Params = "StoreParams" {
+        /// `[rows, columns]`; from `offset` on the key heads, then the value heads.
+        pub kv: u64 = "const void*",
+        pub batch: BatchParams,
+        pub pages: Pages,
+        pub columns: u32,
+        pub offset: u32,
+        pub layer: u32,
+        pub padding: u32,
+    }
 }
 
 impl<D: Driver> StoreContext for CudaBackend<D> {
@@ -29,10 +31,10 @@ impl<D: Driver> StoreContext for CudaBackend<D> {
         _heads: Heads,
         batch: &Batch<'_, CudaBackend<D>>,
     ) {
-        let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
+        let (metadata, _scratch) = self.enter(batch);
         let params = Params {
             kv: kv.memory.at(0),
-            batch: tables.batch,
+            batch: metadata.batch,
             pages: batch.memory.0.pages(),
             columns: kv.columns as u32,
             offset: offset as u32,
@@ -40,7 +42,7 @@ impl<D: Driver> StoreContext for CudaBackend<D> {
             padding: 0,
         };
         let kernel = self.kernel("store_context_f32", "store_context_bf16");
-        let rows = tables.batch.num_prompt_rows as usize;
+        let rows = metadata.batch.num_prompt_rows as usize;
         self.device.launch(kernel, [rows, 1, 1], 128, 0, &params);
     }
 }
