@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use criterion::{
     BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main,
 };
-use sidereal::backend::cpu::{CpuBackend, Head, Logits, Slot};
-use sidereal::backend::{Backend, SearchRule, SlotSpec, StepTokens};
+use sidereal::backend::cpu::{CpuBackend, Head, Logits, Memory, Slot};
+use sidereal::backend::prelude::*;
+use sidereal::backend::{Batch, Heads, KvLayout, MemorySpec, SearchRule, SlotSpec, StepChoice};
 use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, SidTable, Snapshot};
@@ -90,6 +91,7 @@ fn catalog(sids: &[[u16; LEVELS]]) -> Catalog {
 /// One search that is timed step by step.
 struct Search {
     backend: CpuBackend,
+    memory: Memory,
     head: Head,
     /// By step.
     logits: Vec<Logits>,
@@ -99,9 +101,17 @@ struct Search {
 impl Search {
     fn new() -> Search {
         let backend = CpuBackend::default();
-        let level = StepTokens::Level { tokens: (0..CODES as u32).collect() };
+        let memory = backend.memory(&MemorySpec {
+            kv: KvLayout::new(1, Heads::new(1, 1, 1)),
+            context_pages: 0,
+            tail_pages: 0,
+            rows_per_step: BEAMS,
+            tokens_per_step: 0,
+        });
+        let memory = memory.expect("it needs none");
+        let level: Vec<u32> = (0..CODES as u32).collect();
         let head = backend
-            .head(Tensor::new(&[CODES, 1], vec![0.0; CODES]), &vec![level; LEVELS])
+            .head(Tensor::new(&[CODES, 1], vec![0.0; CODES]), &vec![level; LEVELS], &[])
             .expect("memory");
         let mut rng = fastrand::Rng::with_seed(9);
         // Normal numbers of spread two: the best codes have some percent each.
@@ -110,13 +120,13 @@ impl Search {
         let mut raw = |step: usize| (0..rows(step) * CODES).map(|_| normal()).collect();
         let raw: Vec<Vec<f32>> = (0..LEVELS).map(&mut raw).collect();
         let logits = raw.iter().map(|values| Logits::of_level(values.clone(), CODES)).collect();
-        Search { backend, head, logits, raw }
+        Search { backend, memory, head, logits, raw }
     }
 
     fn rule<'a>(&self, snapshot: &'a Snapshot, allowed_set: &'a AllowedSet) -> [SearchRule<'a>; 1] {
         [SearchRule {
             normalization: Normalization::Level,
-            ..SearchRule::new(snapshot, allowed_set, BEAMS)
+            ..SearchRule::new(snapshot, allowed_set, 0, BEAMS)
         }]
     }
 
@@ -126,15 +136,19 @@ impl Search {
             context_pages: Vec::new(),
             context_len: 0,
             tail_pages: Vec::new(),
+            num_steps: LEVELS,
             start_token: 0,
         };
-        let mut slots = vec![self.backend.open_slot(spec)];
+        let mut slots = vec![self.backend.open_slot(spec).expect("few steps")];
         (0..step).for_each(|step| self.advance(step, rule, &mut slots));
         slots
     }
 
     fn advance(&self, step: usize, rule: &[SearchRule<'_>], slots: &mut [Slot]) {
-        self.backend.advance_beams(&self.logits[step], &self.head, rule, slots);
+        let mut rules = [rule[0]];
+        (rules[0].choice, rules[0].depth) = (StepChoice::Level(step), step);
+        let batch = &mut Batch::new(&self.memory, &[], slots);
+        self.backend.advance_beams(&self.logits[step], &self.head, &rules, batch);
     }
 
     fn log_probs(&self, step: usize) -> Vec<f32> {

@@ -7,14 +7,15 @@ use std::slice;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sidereal::Normalization;
 use sidereal::Tensor;
-use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cpu::{Buffer, CpuBackend};
-use sidereal::backend::{Backend, Batch, Epilogue, Heads, KvScope, Mask, SearchRule, StepTokens};
+use sidereal::backend::prelude::*;
+use sidereal::backend::testing::{Cases, Fixture};
+use sidereal::backend::{AttentionSpec, Batch, Epilogue, Heads, KvScope, Mask, SearchRule};
 use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
 
-const TIGER: Heads = Heads { num_heads: 6, num_kv_heads: 6, head_dim: 64 };
+const TIGER: Heads = Heads::new(6, 6, 64);
 
 fn matmul(criterion: &mut Criterion) {
     let backend = CpuBackend::default();
@@ -43,16 +44,15 @@ fn attention(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("attend_prefill");
     for tokens in [81, 301] {
         let qkv = Buffer::new(cases.numbers(tokens * TIGER.qkv_dim()), TIGER.qkv_dim());
-        let mut world = World::on(&backend, TIGER).expect("memory");
-        let (chunk, mut slots) = (0..tokens, [world.slot(tokens)]);
-        let batch =
-            Batch { memory: &world.memory, chunks: slice::from_ref(&chunk), slots: &mut slots };
+        let mut fixture = Fixture::new(&backend, TIGER).expect("memory");
+        let (chunk, mut slots) = (0..tokens, [fixture.slot(tokens)]);
+        let batch = Batch::new(&fixture.memory, slice::from_ref(&chunk), &mut slots);
         let mut out = backend.buffer();
         group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
             bencher.iter(|| {
-                let mask = Mask::Bidirectional;
+                let attention = AttentionSpec::softmax(TIGER, Mask::Bidirectional, 1.0);
                 backend.store_context(0, &qkv, TIGER.query_dim(), TIGER, &batch);
-                backend.attend_prefill(0, &qkv, TIGER, mask, 1.0, None, &batch, &mut out);
+                backend.attend_prefill(0, &qkv, &attention, &batch, &mut out);
             });
         });
     }
@@ -71,10 +71,15 @@ fn random_catalog(cases: &mut Cases, items: usize) -> Catalog {
     builder.build().expect("names are unique")
 }
 
-fn rule<'a>(snapshot: &'a Snapshot, allowed_set: &'a AllowedSet, beams: usize) -> SearchRule<'a> {
+fn rule<'a>(
+    snapshot: &'a Snapshot,
+    allowed_set: &'a AllowedSet,
+    level: usize,
+    beams: usize,
+) -> SearchRule<'a> {
     SearchRule {
         normalization: Normalization::Level,
-        ..SearchRule::new(snapshot, allowed_set, beams)
+        ..SearchRule::new(snapshot, allowed_set, level, beams)
     }
 }
 
@@ -83,29 +88,28 @@ fn search(criterion: &mut Criterion) {
     let backend = CpuBackend::default();
     let mut cases = Cases::new(3);
     let catalog = random_catalog(&mut cases, 100_000).snapshot();
-    let steps: Vec<StepTokens> = [0, 256, 512]
-        .map(|first| StepTokens::Level { tokens: (first..first + 256).collect() })
-        .into();
+    let levels = [0, 256, 512].map(|first| (first..first + 256).collect());
     let head = Tensor::new(&[3026, 128], cases.numbers(3026 * 128));
-    let head = backend.head(head, &steps).expect("memory");
+    let head = backend.head(head, &levels, &[]).expect("memory");
     let mut logits = backend.logits();
     for beams in [50, 128, 512] {
-        let mut world = World::on(&backend, TIGER).expect("memory");
+        let mut fixture = Fixture::new(&backend, TIGER).expect("memory");
         let excluded: Vec<u32> = (0..catalog.num_items() as u32).step_by(50).collect();
         let mut group = criterion.benchmark_group("advance_beams, three levels");
         for (name, excluded) in [("all items", &[][..]), ("2000 excluded", &excluded[..])] {
             let name = BenchmarkId::new(name, beams);
-            let spec = world.spec(81);
+            let spec = fixture.spec(81);
             let allowed_set = catalog.allowed_set(excluded, None).expect("no filter");
             group.bench_function(name, |bencher| {
                 bencher.iter(|| {
-                    let mut slots = vec![backend.open_slot(spec.clone())];
-                    for _ in 0..3 {
+                    let mut slots = vec![backend.open_slot(spec.clone()).expect("few steps")];
+                    for level in 0..3 {
                         let rows = backend.num_beams(&slots[0]);
                         let hidden = Buffer::new(vec![0.5; rows * 128], 128);
-                        let rules = [rule(&catalog, &allowed_set, beams)];
-                        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-                        backend.advance_beams(&logits, &head, &rules, &mut slots);
+                        let rules = [rule(&catalog, &allowed_set, level, beams)];
+                        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+                        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+                        backend.advance_beams(&logits, &head, &rules, &mut pass);
                     }
                     backend.read_beams(&[&slots[0]])
                 });
@@ -115,29 +119,29 @@ fn search(criterion: &mut Criterion) {
     }
     let mut group = criterion.benchmark_group("attend_beams");
     for (beams, context) in [(50, 81), (128, 301)] {
-        let mut world = World::on(&backend, TIGER).expect("memory");
-        let mut slots = vec![world.slot(context)];
+        let mut fixture = Fixture::new(&backend, TIGER).expect("memory");
+        let mut slots = vec![fixture.slot(context)];
         let kv = Buffer::new(cases.numbers(context * 2 * TIGER.kv_dim()), 2 * TIGER.kv_dim());
         let whole = 0..context;
-        let batch =
-            Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+        let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
         backend.store_context(0, &kv, 0, TIGER, &batch);
         let allowed_set = catalog.allowed_set(&[], None).expect("no filter");
         let hidden = Buffer::new(cases.numbers(128), 128);
-        let rules = [rule(&catalog, &allowed_set, beams)];
-        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let rules = [rule(&catalog, &allowed_set, 0, beams)];
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
         let rows = backend.num_beams(&slots[0]);
         let qkv = Buffer::new(cases.numbers(rows * TIGER.qkv_dim()), TIGER.qkv_dim());
-        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
         backend.append_tail(0, &qkv, TIGER, &mut batch);
         let mut out = backend.buffer();
         group.bench_function(
             BenchmarkId::from_parameter(format!("{rows} beams, {context}")),
             |b| {
                 b.iter(|| {
-                    let reach = KvScope::Both;
-                    backend.attend_beams(0, &qkv, TIGER, reach, 0.1, None, &batch, &mut out);
+                    let attention = AttentionSpec::softmax(TIGER, KvScope::Both, 0.1);
+                    backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
                 });
             },
         );

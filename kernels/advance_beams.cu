@@ -15,28 +15,10 @@
 
 namespace advance_beams {
 
-struct Params {
-  const Rule* rules;
-  const float2* vocabulary_sums;  // by row
-  const float2* level_sums;
-  float2* child_sums;         // by row; the log of the sum and, for a sample, its greatest noise
-  double* greatest;           // by row
-  uint32_t* offsets;          // by row and search: where a beam's continuations begin, and the end
-  uint32_t* failures;         // by search
-  uint64_t* keys;             // [parts, num_keys]
-  uint32_t* num_keys_of_part; // [parts, searches]
-  Batch batch;
-  Beams beams;
-  uint32_t num_parts, num_keys;
-  uint32_t capacity;  // of a block's keys
-  uint32_t padding;
-};
 constexpr uint32_t kThreads = 256;
-constexpr uint32_t kChunk = 1024;
-constexpr uint32_t kMaxParts = 64;
+constexpr uint32_t kChunk = kContinuationsChunk;
 // One block has all keys of a search to read: many at a time.
 constexpr uint32_t kSelectThreads = 1024;
-constexpr uint32_t kSelectChunk = 4096;
 
 // One search, as all kernels see it.
 struct Own {
@@ -82,6 +64,16 @@ struct Own {
   // The gain of a choice; a forced token that is certain gains nothing.
   __device__ float gain(float logit, float normalizer) const {
     return rule.normalizer == kCertain ? 0.0f : logit * rule.inverse_temperature - normalizer;
+  }
+  // The log-probability of a scaled logit over all legal continuations of a beam.
+  __device__ float over_legal(const Params& params, uint32_t beam, float scaled) const {
+    const uint32_t row = search.first_row + beam;
+    switch (rule.choices) {
+      case kOfTrie: return scaled - params.child_sums[row].x;
+      case kOfVocabulary: return scaled - log_sum(params.vocabulary_sums[row]);
+      case kForced: return 0.0f;
+      default: return scaled - log_sum(params.level_sums[row]);
+    }
   }
   __device__ bool wants_children() const {
     return rule.choices == kOfTrie &&
@@ -137,7 +129,7 @@ KERNEL(advance_beams_children, advance_beams::Params, advance_beams::kThreads) {
   const uint32_t beam = blockIdx.x - search->first_row;
   if (beam >= own.count || !own.wants_children()) return;
   const uint2 place = own.place(params, beam);
-  const uint32_t number = num_continuations(own.rule, place), depth = search->num_steps + 1;
+  const uint32_t number = num_continuations(own.rule, place), depth = own.rule.depth + 1;
   const float scale = own.rule.inverse_temperature;
   // The scaled logit of a continuation that is legal; -infinity stands for none.
   auto scaled_logit = [&](uint32_t index, uint32_t& choice) {
@@ -190,7 +182,7 @@ KERNEL(advance_beams_expand, advance_beams::Params, advance_beams::kThreads) {
   BestKeys<kThreads, kChunk> best(shared, max(rule.width, 1u), params.capacity);
   const uint32_t* offsets = params.offsets + search.first_row + blockIdx.y;
   const uint32_t total = own.count == 0 ? 0 : offsets[own.count];
-  const uint32_t depth = search.num_steps + 1;
+  const uint32_t depth = rule.depth + 1;
   for (uint32_t first = blockIdx.x * kChunk; first < total; first += params.num_parts * kChunk) {
     for (uint32_t i = threadIdx.x; i < kChunk; i += kThreads) {
       const uint32_t index = first + i;
@@ -315,14 +307,13 @@ KERNEL(advance_beams_select, advance_beams::Params, advance_beams::kSelectThread
     const uint32_t parent =
         step == 0 ? 0 : beams.by_rank[beam_row(params.batch, search, step, rank)];
     const uint32_t column = column_of(rule, choice), parent_row = search.first_row + parent;
-    const uint32_t token = rule.first_token + (column == kNone ? 0 : column);
+    const uint32_t token = token_of(rule, choice);
     float score = score_of(key);
     is_broken = is_broken || !is_finite(score);
     if (rule.flags & (kHasSeed | kKeepsLogProbs)) {
       const float logit = column == kNone ? 0.0f : logit_of(rule, parent, column);
       const float scaled = logit * rule.inverse_temperature;
-      const float over_children =
-          rule.choices == kOfTrie ? scaled - params.child_sums[parent_row].x : 0.0f;
+      const float over_children = own.over_legal(params, parent, scaled);
       if (rule.flags & kKeepsLogProbs) {
         const float over_vocabulary = scaled - log_sum(params.vocabulary_sums[parent_row]);
         beams.log_probs[row] = make_float2(over_vocabulary, over_children);

@@ -6,25 +6,19 @@
 
 namespace append_tail {
 
-struct Params {
-  const void* qkv;  // [rows, columns]; from `offset` on the key heads, then the value heads
-  Batch batch;
-  Pages pages;
-  uint32_t columns, offset, layer, padding;
-};
 constexpr uint32_t kThreads = 128;
 
-template <class T> __device__ __forceinline__ void run(const Params& params) {
+template <class T> __device__ __forceinline__ void run(const StoreParams& params) {
   const uint32_t row = params.batch.num_prompt_rows + blockIdx.x;
-  const T* qkv = static_cast<const T*>(params.qkv) + size_t(row) * params.columns;
-  store_kv(params.batch, params.pages, params.layer, row, qkv + params.offset);
+  const T* kv = static_cast<const T*>(params.kv) + size_t(row) * params.columns;
+  store_kv(params.batch, params.pages, params.layer, row, kv + params.offset);
 }
 
 }  // namespace append_tail
 
-KERNEL(append_tail_f32, append_tail::Params, append_tail::kThreads) {
+KERNEL(append_tail_f32, StoreParams, append_tail::kThreads) {
   append_tail::run<float>(params);
 }
-KERNEL(append_tail_bf16, append_tail::Params, append_tail::kThreads) {
+KERNEL(append_tail_bf16, StoreParams, append_tail::kThreads) {
   append_tail::run<bf16>(params);
 }

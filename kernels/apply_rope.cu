@@ -7,17 +7,6 @@
 
 namespace apply_rope {
 
-struct Params {
-  void* qkv;  // [rows, (num_heads + 2 * num_kv_heads) * head_dim]
-  const float* rope;    // [rows, head_dim]: cosines, sines
-  const float* query_norm;  // [head_dim], or null
-  const float* key_norm;
-  Batch batch;
-  Pages pages;
-  uint32_t num_heads, layer;
-  float epsilon;
-  uint32_t padding;
-};
 constexpr uint32_t kThreads = 256;
 
 template <class T>

@@ -3,28 +3,16 @@
 // All beams of a search share its context: a tile of up to 128 (beam, query head) rows reads each
 // page once, on tensor cores (Hydragen, Juravsky et al. 2024). A beam's tail is found through its
 // ancestors: the row at each position that it descends from, so nothing is copied when beams are
-// put in another order. Where there are too few tiles to fill the device, the context is split
-// (Flash-Decoding, Dao et al. 2023) and attend_beams_combine puts the parts together.
-// Grid: (tiles, KV heads, splits). Block: 256 threads for tiles of 128 rows, else 128. Bound by
-// memory below about 150 rows a search and KV head, by tensor cores above.
+// put in another order. Where a slot alone has too few tiles to fill the device, its context is
+// split (Flash-Decoding, Dao et al. 2023) and attend_beams_combine merges the parts in order. The
+// parts follow from the slot alone, so its result does not depend on the other slots of the pass.
+// Grid: (tiles, KV heads, parts of the context that is split most). Block: 256 threads for tiles of
+// 128 rows, else 128. Bound by memory below about 150 rows a search and KV head, by tensor cores
+// above.
 #include "common/attention.cuh"
 
 namespace attend_beams {
 
-struct Params {
-  void* out;               // [rows, num_heads * head_dim]
-  const void* queries;     // [rows, query_columns]
-  float* parts;            // [splits, rows of beams, num_heads, head_dim]: unscaled sums
-  float2* part_sums;       // [splits, rows of beams, num_heads]: largest in powers of two, sum
-  const uint2* tiles;      // the search, or kNone, and the first of its rows
-  const float* tail_bias;  // [num_heads, num_biases] over the distance back, or null
-  Batch batch;
-  Pages pages;
-  Beams beams;
-  uint32_t query_columns, num_heads, layer, num_biases;
-  uint32_t num_splits, reaches_context, reaches_tail;
-  float scale;
-};
 constexpr uint32_t kThreads = 128;
 constexpr uint32_t kWideThreads = 256;
 
@@ -46,17 +34,22 @@ __device__ __forceinline__ Tile tile_of(const Params& params, const uint2& place
   tile.bias = nullptr;
   tile.longest = 0;
   const uint32_t pages = params.reaches_context ? (search.context_len + kPageLen - 1) / kPageLen : 0;
-  const uint32_t pages_per_split = (pages + params.num_splits - 1) / params.num_splits;
-  tile.page_from = min(blockIdx.z * pages_per_split, pages);
-  tile.page_to = min(tile.page_from + pages_per_split, pages);
+  tile.page_from = min(blockIdx.z * search.pages_per_split, pages);
+  tile.page_to = min(tile.page_from + search.pages_per_split, pages);
   return tile;
 }
 
-// The place of a row of beams and a query head among the parts of a split.
-__device__ __forceinline__ size_t part_of(const Batch& batch, uint32_t num_heads, uint32_t split,
+// The parts that a slot's context is read in.
+__device__ __forceinline__ uint32_t num_splits(const Params& params, const Search& search) {
+  return params.reaches_context ? search.num_splits : 1;
+}
+
+// The place of a part of a row of beams and a query head among all parts.
+__device__ __forceinline__ size_t part_of(const Search& search, uint32_t num_heads, uint32_t split,
                                           uint32_t row, uint32_t head) {
-  const size_t num_rows = batch.num_rows - batch.num_prompt_rows;
-  return (split * num_rows + row - batch.num_prompt_rows) * num_heads + head;
+  const size_t part_row =
+      search.first_part_row + size_t(split) * search.num_rows + (row - search.first_row);
+  return part_row * num_heads + head;
 }
 
 // The tail of a search's beams, as this block needs it.
@@ -86,19 +79,20 @@ struct Tail {
 };
 
 __device__ __forceinline__ float tail_bias(const Params& params, uint32_t head, uint32_t back) {
-  return params.tail_bias ? params.tail_bias[head * params.num_biases + back] : 0.0f;
+  return params.tail_bias ? params.tail_bias[head * params.num_biases + min(back, params.num_biases - 1)] : 0.0f;
 }
 
 template <class T> __device__ __forceinline__ void run_plain(const Params& params) {
   using Attention = PlainAttention<T>;
   const uint2 place = params.tiles[blockIdx.x];
   if (place.x == kNone) return;
+  const Search& search = params.batch.searches[place.x];
+  if (blockIdx.z >= num_splits(params, search)) return;
   SharedMemory shared;
   const uint32_t head_dim = params.pages.head_dim;
   Attention attention(shared, head_dim);
   uint32_t* ancestors = shared.take<uint32_t>(Attention::kRows * kMaxPositions, "ancestors");
   const Tile tile = tile_of(params, place);
-  const Search& search = params.batch.searches[place.x];
   const Tail tail(params, search);
   tail.find_ancestors(params, search, tile, Attention::kRows, ancestors);
   attention.attend(tile, params.batch, params.pages, static_cast<const T*>(params.queries),
@@ -125,14 +119,13 @@ template <class T> __device__ __forceinline__ void run_plain(const Params& param
       largest = most;
     }
     const size_t at = size_t(tile.row_of(row)) * params.num_heads + head;
-    if (params.num_splits == 1) {
+    if (num_splits(params, search) == 1) {
       T* out = static_cast<T*>(params.out) + at * head_dim;
       for (uint32_t d = lane; d < head_dim; d += kWarpSize)
         out[d] = narrowed<T>(sum > 0 ? accumulated[d] / sum : 0.0f);
       continue;
     }
-    const size_t part =
-        part_of(params.batch, params.num_heads, blockIdx.z, tile.row_of(row), head);
+    const size_t part = part_of(search, params.num_heads, blockIdx.z, tile.row_of(row), head);
     for (uint32_t d = lane; d < head_dim; d += kWarpSize)
       params.parts[part * head_dim + d] = accumulated[d];
     if (lane == 0) params.part_sums[part] = make_float2(largest * kLog2E, sum);
@@ -144,11 +137,12 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
   using Attention = TensorAttention<kHeadDim, kWarps>;
   const uint2 place = params.tiles[blockIdx.x];
   if (place.x == kNone) return;
+  const Search& search = params.batch.searches[place.x];
+  if (blockIdx.z >= num_splits(params, search)) return;
   SharedMemory shared;
   Attention attention(shared);
   uint32_t* ancestors = shared.take<uint32_t>(Attention::kRows * kMaxPositions, "ancestors");
   const Tile tile = tile_of(params, place);
-  const Search& search = params.batch.searches[place.x];
   const Tail tail(params, search);
   tail.find_ancestors(params, search, tile, Attention::kRows, ancestors);
   attention.attend(tile, params.batch, params.pages, static_cast<const bf16*>(params.queries),
@@ -215,7 +209,7 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
     if (!is_wanted[which]) continue;
     const uint32_t row = tile.row_of(Attention::row_in_tile(which));
     const float sum = attention.sums[which];
-    if (params.num_splits == 1) {
+    if (num_splits(params, search) == 1) {
       const size_t at = size_t(row) * params.num_heads + heads[which];
       bf16* out = static_cast<bf16*>(params.out) + at * kHeadDim;
       attention.for_each_pair(which, sum > 0 ? 1.0f / sum : 0.0f,
@@ -225,7 +219,7 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
                               });
       continue;
     }
-    const size_t part = part_of(params.batch, params.num_heads, blockIdx.z, row, heads[which]);
+    const size_t part = part_of(search, params.num_heads, blockIdx.z, row, heads[which]);
     float* out = params.parts + part * kHeadDim;
     attention.for_each_pair(which, 1.0f, [&](uint32_t column, float x, float y) {
       *reinterpret_cast<float2*>(out + column) = make_float2(x, y);
@@ -234,35 +228,29 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
   }
 }
 
-// Puts the splits of the context together.
+// Merges the parts of contexts that were split, in order.
 // Grid: (rows of beams, query heads). Block: 64 threads. Bound by memory: reads the parts once.
-struct CombineParams {
-  void* out;
-  const float* parts;
-  const float2* part_sums;
-  Batch batch;
-  uint32_t num_heads, head_dim, num_splits, padding;
-};
 constexpr uint32_t kCombineThreads = 64;
 
 template <class T> __device__ __forceinline__ void combine(const CombineParams& params) {
   const uint32_t row = params.batch.num_prompt_rows + blockIdx.x;
-  if (!search_of_row(params.batch, row)) return;
+  const Search* search = search_of_row(params.batch, row);
+  if (!search || search->num_splits == 1) return;
   const size_t at = size_t(row) * params.num_heads + blockIdx.y;
   auto part_in = [&](uint32_t split) {
-    return part_of(params.batch, params.num_heads, split, row, blockIdx.y);
+    return part_of(*search, params.num_heads, split, row, blockIdx.y);
   };
   float largest = -INFINITY_F, sum = 0;
-  for (uint32_t split = 0; split < params.num_splits; split++)
+  for (uint32_t split = 0; split < search->num_splits; split++)
     largest = fmaxf(largest, params.part_sums[part_in(split)].x);
   const float offset = largest == -INFINITY_F ? 0.0f : largest;
-  for (uint32_t split = 0; split < params.num_splits; split++) {
+  for (uint32_t split = 0; split < search->num_splits; split++) {
     const float2 part = params.part_sums[part_in(split)];
     sum += part.y * exp2f(part.x - offset);
   }
   for (uint32_t d = threadIdx.x; d < params.head_dim; d += kCombineThreads) {
     float value = 0;
-    for (uint32_t split = 0; split < params.num_splits; split++) {
+    for (uint32_t split = 0; split < search->num_splits; split++) {
       const size_t part = part_in(split);
       value += params.parts[part * params.head_dim + d] *
                exp2f(params.part_sums[part].x - offset);

@@ -8,18 +8,6 @@
 
 namespace attend_prefill {
 
-struct Params {
-  void* out;            // [rows, num_heads * head_dim]
-  const void* queries;  // [rows, query_columns]
-  const uint2* tiles;   // the prompt, and the first of its rows
-  const float* bias;    // [num_heads, 2 * longest - 1], or null
-  Batch batch;
-  Pages pages;
-  uint32_t query_columns, num_heads, layer, longest;
-  uint32_t is_causal;
-  float scale;
-};
-
 __device__ __forceinline__ Tile tile_of(const Params& params, uint32_t rows_per_tile) {
   const uint2 place = params.tiles[blockIdx.x];
   const Prompt& prompt = params.batch.prompts[place.x];

@@ -4,14 +4,6 @@
 
 namespace embed {
 
-struct Params {
-  void* out;
-  const void* table;
-  const uint32_t* tokens;  // of the rows of prompts
-  Batch batch;             // of the beams alone
-  Beams beams;
-  uint32_t columns, num_tokens;
-};
 constexpr uint32_t kThreads = 128;
 
 template <class T> __device__ __forceinline__ void run(const Params& params) {
@@ -20,8 +12,8 @@ template <class T> __device__ __forceinline__ void run(const Params& params) {
   uint32_t token = 0;  // of a row that nobody has
   if (row < params.num_tokens) {
     token = params.tokens[row];
-  } else if (const Search* search = search_of_row(batch, row - params.num_tokens)) {
-    const uint32_t beam = row - params.num_tokens - search->first_row;
+  } else if (const Search* search = search_of_row(batch, row)) {
+    const uint32_t beam = row - search->first_row;
     token = search->num_steps == 0
                 ? search->start_token
                 : params.beams.tokens[beam_row(batch, *search, search->num_steps, beam)];

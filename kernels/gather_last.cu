@@ -1,15 +1,9 @@
 // out[r] = x[rows[r]]: the last row of each prompt, then the rows of beams.
 // Grid: a block a row. Block: 128 threads. Bound by memory: reads and writes a row once.
-#include "common/device.cuh"
+#include "generated/shared.cuh"
 
 namespace gather_last {
 
-struct Params {
-  void* out;
-  const void* x;
-  const uint32_t* rows;
-  uint32_t columns, padding;
-};
 constexpr uint32_t kThreads = 128;
 
 template <class T> __device__ __forceinline__ void run(const Params& params) {

@@ -5,11 +5,6 @@
 
 namespace glu {
 
-struct Params {
-  void* out;
-  const void* x;
-  uint32_t columns, activation;
-};
 constexpr uint32_t kThreads = 256;
 
 template <class T> __device__ __forceinline__ void run(const Params& params) {

@@ -7,17 +7,7 @@
 
 namespace matmul {
 
-struct Params {
-  void* out;           // [rows, stride], of which the first `columns` are written
-  const void* x;       // [rows, inner]
-  const void* weight;  // [columns, inner]
-  const void* bias;    // [columns] in the type of `out`, or null
-  uint32_t rows, columns, inner, stride;
-  uint32_t adds;
-  uint32_t activation;  // one more than its number; zero for none
-};
-static_assert(sizeof(Params) == 56);
-constexpr uint32_t kTile = 16;
+constexpr uint32_t kTile = kProductTile;
 
 template <class T, class Out> __device__ __forceinline__ void run(const Params& params) {
   constexpr uint32_t kStride = kTile + 1;  // so that a column lies in distinct banks
@@ -57,10 +47,6 @@ KERNEL(matmul_bf16_f32, matmul::Params, 256) { matmul::run<bf16, float>(params);
 
 namespace matmul_activate {
 
-struct Params {
-  void* x;
-  uint32_t count, activation;
-};
 constexpr uint32_t kThreads = 256;
 
 template <class T> __device__ __forceinline__ void run(const Params& params) {

@@ -4,18 +4,6 @@
 
 namespace read_beams {
 
-// Of `out`, what belongs to a search.
-struct Part {
-  uint32_t first_word;
-  uint32_t keeps_log_probs;
-};
-
-struct Params {
-  uint32_t* out;
-  const Part* parts;  // by search
-  Batch batch;
-  Beams beams;
-};
 constexpr uint32_t kThreads = 128;
 
 }  // namespace read_beams

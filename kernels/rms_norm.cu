@@ -2,17 +2,10 @@
 // The sum in f32. The residual is added by the matrix product before it, in its epilogue, which
 // reads and writes the stream once less than a kernel that adds and normalises.
 // Grid: a block a row. Block: 256 threads. Bound by memory: reads x twice, the second time from L2.
-#include "common/device.cuh"
+#include "generated/shared.cuh"
 
 namespace rms_norm {
 
-struct Params {
-  void* out;
-  const void* x;
-  const float* weight;
-  uint32_t columns;
-  float epsilon;
-};
 constexpr uint32_t kThreads = 256;
 
 // A row, kCount numbers at a time.

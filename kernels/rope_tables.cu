@@ -6,12 +6,6 @@
 
 namespace rope_tables {
 
-struct Params {
-  float* out;                // [rows, 2 * num_frequencies]
-  const float* frequencies;  // [num_frequencies]
-  Batch batch;
-  uint32_t num_frequencies, padding;
-};
 constexpr uint32_t kThreads = 64;
 
 }  // namespace rope_tables

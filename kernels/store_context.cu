@@ -4,24 +4,18 @@
 
 namespace store_context {
 
-struct Params {
-  const void* kv;  // [rows, columns]; from `offset` on the key heads, then the value heads
-  Batch batch;
-  Pages pages;
-  uint32_t columns, offset, layer, padding;
-};
 constexpr uint32_t kThreads = 128;
 
-template <class T> __device__ __forceinline__ void run(const Params& params) {
+template <class T> __device__ __forceinline__ void run(const StoreParams& params) {
   const T* row = static_cast<const T*>(params.kv) + size_t(blockIdx.x) * params.columns;
   store_kv(params.batch, params.pages, params.layer, blockIdx.x, row + params.offset);
 }
 
 }  // namespace store_context
 
-KERNEL(store_context_f32, store_context::Params, store_context::kThreads) {
+KERNEL(store_context_f32, StoreParams, store_context::kThreads) {
   store_context::run<float>(params);
 }
-KERNEL(store_context_bf16, store_context::Params, store_context::kThreads) {
+KERNEL(store_context_bf16, StoreParams, store_context::kThreads) {
   store_context::run<bf16>(params);
 }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use safetensors::tensor::TensorView;
 
 use crate::backend::cpu::{Buffer, CpuBackend};
-use crate::backend::{Backend, Epilogue};
+use crate::backend::{DeviceOps, Epilogue, Matmul};
 use crate::catalog::Snapshot;
 use crate::catalog::sid::{MAX_LEVELS, Sid};
 use crate::error::{Error, Result};
@@ -471,7 +471,7 @@ fn nearest(points: &[f32], centers: &[f32], dim: usize) -> (Vec<u32>, Vec<f32>) 
     let of_stretch = |points: &[f32]| -> Vec<(u32, f32)> {
         let rows = Buffer::new(points.to_vec(), dim);
         let mut products = backend.buffer();
-        Backend::matmul(&backend, &rows, &matrix, None, Epilogue::Store, &mut products);
+        backend.matmul(&rows, &matrix, None, Epilogue::Store, &mut products);
         let products = products.values().chunks(num_centers).zip(points.chunks(dim));
         let nearest = products.map(|(products, point)| {
             let mut best = (0, f32::INFINITY);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use sidereal::backend::cases::OPERATIONS;
+use sidereal::backend::testing::OPERATIONS;
 
 #[path = "common/source.rs"]
 mod source;
@@ -292,28 +292,48 @@ fn the_command_line_uses_the_public_interface_alone() {
     }
 }
 
-/// The methods of the trait `Backend` after its part on opening.
-fn backend_operations() -> Vec<String> {
-    let text = std::fs::read_to_string(root().join("src/backend/mod.rs")).expect("the trait");
-    let (_, operations) = text.split_once("// Networks.").expect("the part on networks");
-    let names = operations.lines().filter_map(|line| line.trim().strip_prefix("fn "));
-    let name = |line: &str| line.split('(').next().unwrap_or_default().to_string();
-    names.map(name).filter(|name| name != "read_beams").collect()
+/// The traits of one operation each, in the order of their groups: trait and method.
+fn backend_operations() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for group in ["network", "search"] {
+        let file = root().join(format!("src/backend/{group}.rs"));
+        let text = std::fs::read_to_string(file).expect("the group's traits");
+        for part in code(&text).split("pub trait ").skip(1) {
+            let name = part.split(':').next().unwrap_or_default();
+            let body = part.split_once("\n}").map_or(part, |(body, _)| body);
+            let methods: Vec<&str> =
+                body.lines().filter_map(|line| line.trim().strip_prefix("fn ")).collect();
+            if let [method] = methods[..] {
+                let method = method.split(['(', '<']).next().unwrap_or_default();
+                found.push((name.to_string(), method.to_string()));
+            }
+        }
+    }
+    found
 }
+
+/// Operations that compute nothing: no kernel or no case could tell.
+const WITHOUT_CASES: [&str; 2] = ["step", "read_beams"];
 
 #[test]
 fn an_operation_has_one_name_everywhere() {
     let operations = backend_operations();
-    assert_eq!(operations, OPERATIONS, "src/backend/cases.rs names the trait's operations");
+    let names = operations.iter().map(|(_, operation)| operation.as_str());
+    let with_cases: Vec<&str> = names.filter(|name| !WITHOUT_CASES.contains(name)).collect();
+    assert_eq!(with_cases, OPERATIONS, "src/backend/testing.rs names the operations");
     let tests =
         std::fs::read_to_string(root().join("tests/common/operations.rs")).expect("the tests");
-    for operation in operations {
+    for (name, operation) in operations {
         for backend in ["cpu", "cuda"] {
             let file = format!("src/backend/{backend}/{operation}.rs");
             let text = std::fs::read_to_string(root().join(&file));
             let text = text.unwrap_or_else(|_| panic!("{operation} has no {file}"));
-            let defines = text.contains(&format!("fn {operation}"));
-            assert!(defines, "{file} does not define {operation}");
+            let is_implemented = text.contains(&format!("{name} for C"))
+                && text.contains(&format!("fn {operation}("));
+            assert!(is_implemented, "{file} does not implement {operation}");
+        }
+        if WITHOUT_CASES.contains(&operation.as_str()) {
+            continue;
         }
         let file = format!("kernels/{operation}.cu");
         let text = std::fs::read_to_string(root().join(&file));
@@ -350,7 +370,7 @@ fn unsafe_code_lives_where_memory_is_mapped_and_where_the_driver_is_called() {
         }
     }
     let homes: Vec<String> = homes.into_iter().collect();
-    let driver = ["src/backend/cuda/blas.rs", "src/backend/cuda/device.rs"];
+    let driver = ["src/backend/cuda/blas.rs", "src/backend/cuda/nvidia.rs"];
     assert_eq!(homes, [&driver[..], &["src/mapping.rs"]].concat());
 }
 

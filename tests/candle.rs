@@ -13,6 +13,7 @@ mod common;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -20,14 +21,14 @@ use candle_transformers::models::{llama, qwen2, qwen3, t5};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use sidereal::backend::cases::World;
 use sidereal::backend::cpu::CpuBackend;
-use sidereal::backend::{Backend, Batch, Beam, SearchRule};
+use sidereal::backend::prelude::*;
+use sidereal::backend::testing::Fixture;
+use sidereal::backend::{Batch, Beam, SearchRule};
 use sidereal::catalog::Catalog;
+use sidereal::models;
 use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::weights::Weights;
-use sidereal::models::{self, Scratch};
-use sidereal::{Constraint, Normalization};
 
 /// Beams that each search keeps.
 const BEAMS: usize = 12;
@@ -144,7 +145,6 @@ impl Checkpoint {
         let catalog = catalog.snapshot();
         let head = self.head();
         let layout = SidLayout::read(&self.folder, head.len()).expect("a layout");
-        let steps = layout.steps();
 
         // Ours reads weights from files only.
         let files = tempfile::tempdir().expect("a folder can be made");
@@ -153,36 +153,24 @@ impl Checkpoint {
         let weights = Weights::open(files.path()).expect("a checkpoint");
         let config = Config::new(&self.folder.join("config.json"), self.config.clone());
         let backend = CpuBackend::default();
-        let model = models::load(&backend, &config, weights, &steps).expect("a network");
+        let model = models::load(&backend, &config, weights, &layout).expect("a network");
 
         let spec = *model.spec();
-        let mut world =
-            World::of(&backend, spec.num_layers, spec.heads, spec.start_token).expect("memory");
+        let mut fixture =
+            Fixture::with_layout(&backend, spec.kv, spec.prompt.start_token()).expect("memory");
         let allowed_set = catalog.allowed_set(&[], None).expect("no filter");
-        let rule = |_| SearchRule {
-            snapshot: &catalog,
-            allowed_set: &allowed_set,
-            beams: BEAMS,
-            normalization: Normalization::Vocabulary,
-            constraint: Constraint::Trie,
-            temperature: 1.0,
-            candidates: None,
-            seed: None,
-            log_probs: false,
-        };
-        let mut slots: Vec<_> = prompts.iter().map(|prompt| world.slot(prompt.len())).collect();
-        let rules: Vec<SearchRule<'_>> = prompts.iter().map(rule).collect();
-        let (mut scratch, mut scores) = (Scratch::new(&backend), backend.logits());
+        let mut slots: Vec<_> = prompts.iter().map(|prompt| fixture.slot(prompt.len())).collect();
+        let (mut pass, mut scores) = (Arc::clone(&model).new_pass(&backend), backend.logits());
         let mut truth = Truth::new(network, tolerance);
         let whole: Vec<_> = prompts.iter().map(|prompt| 0..prompt.len()).collect();
-        for step in 0..steps.len() {
+        for step in 0..layout.num_steps() {
             let (tokens, chunks) = match step {
                 0 => (prompts.concat(), &whole[..]),
                 _ => (Vec::new(), &[][..]),
             };
-            let mut batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
-            model.forward(&backend, &tokens, &mut batch, &mut scratch);
-            let hidden = &scratch.hidden;
+            let mut batch = Batch::new(&fixture.memory, chunks, &mut slots);
+            pass.run(&backend, &tokens, &mut batch);
+            let hidden = pass.output();
             let mut rows = hidden.values().chunks_exact(hidden.num_columns());
             for (prompt, slot) in prompts.iter().zip(&slots) {
                 for beam in backend.read_beams(&[slot]).remove(0).expect("scores are finite") {
@@ -191,8 +179,13 @@ impl Checkpoint {
                 }
             }
             assert!(rows.next().is_none(), "every row is a beam's");
-            backend.lm_head(hidden, model.head(), &rules, &slots, &mut scores);
-            backend.advance_beams(&scores, model.head(), &rules, &mut slots);
+            let (choice, depth) = layout.choice(step);
+            let rule =
+                SearchRule { choice, depth, ..SearchRule::new(&catalog, &allowed_set, 0, BEAMS) };
+            let rules = vec![rule; prompts.len()];
+            let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+            backend.lm_head(hidden, model.head(), &rules, &mut pass, &mut scores);
+            backend.advance_beams(&scores, model.head(), &rules, &mut pass);
             for (prompt, slot) in prompts.iter().zip(&slots) {
                 let beams = backend.read_beams(&[slot]).remove(0).expect("scores are finite");
                 assert_eq!(beams.len(), BEAMS);

@@ -1064,7 +1064,7 @@ fn selftest_checks_every_operation_and_a_model() {
     let output = run(&["selftest", "--cases", "2", "--no-bench"]);
     assert_eq!(code(&output), 0, "{}", errors(&output));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    for operation in sidereal::backend::cases::OPERATIONS {
+    for operation in sidereal::backend::testing::OPERATIONS {
         let line = text.lines().find(|line| line.starts_with(operation));
         assert!(line.is_some_and(|line| line.contains(" ok ")), "{operation}: {text}");
     }

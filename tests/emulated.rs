@@ -7,14 +7,15 @@ mod common;
 use std::ops::Range;
 use std::slice;
 
-use common::emulator::Emulator;
+use common::emulator::{Emulator, Faults};
 use common::kernels::{Build, Kernels};
 use common::operations::Subject;
 use common::truth::{self, Matrix, relative_error};
-use sidereal::backend::cases::{self, Cases, OPERATIONS, World};
 use sidereal::backend::cpu::CpuBackend;
 use sidereal::backend::cuda::CudaBackend;
-use sidereal::backend::{Backend, Batch, Beam, Heads, KvScope, SearchRule, StepTokens};
+use sidereal::backend::prelude::*;
+use sidereal::backend::testing::{self, Cases, Fixture, OPERATIONS};
+use sidereal::backend::{AttentionSpec, Batch, Beam, Heads, KvScope, SearchRule};
 use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
@@ -75,8 +76,8 @@ fn every_operation_agrees_with_the_cpu_on_the_cases_of_the_selftest() {
         let backend = Emulator::backend(Build::Checked, dtype);
         for operation in OPERATIONS {
             for seed in 0..6 {
-                let expected = cases::run(&cpu, operation, seed).expect("the CPU works");
-                let found = cases::run(&backend, operation, seed).expect("the device works");
+                let expected = testing::run(&cpu, operation, seed).expect("the CPU works");
+                let found = testing::run(&backend, operation, seed).expect("the device works");
                 let expected: Vec<f64> = expected.iter().map(|&x| f64::from(x)).collect();
                 let what = format!("{operation} {dtype:?} case {seed}");
                 let error = relative_error(&found, &expected, &what);
@@ -111,19 +112,16 @@ fn search<B: Backend>(
     const HIDDEN: usize = 16;
     let mut cases = Cases::new(5);
     let num_levels = snapshot.num_levels();
-    let steps: Vec<StepTokens> = (0..num_levels as u32)
-        .map(|level| StepTokens::Level {
-            tokens: (3 + level * num_codes..3 + (level + 1) * num_codes).collect(),
-        })
+    let levels: Vec<Vec<u32>> = (0..num_levels as u32)
+        .map(|level| (3 + level * num_codes..3 + (level + 1) * num_codes).collect())
         .collect();
     let vocab = 3 + num_levels * num_codes as usize;
     let head = Tensor::new(&[vocab, HIDDEN], cases.numbers(vocab * HIDDEN));
-    let head = backend.head(head, &steps).expect("memory");
+    let head = backend.head(head, &levels, &[]).expect("memory");
     let hidden: Vec<Vec<f32>> =
         legalities.iter().map(|_| cases.numbers(num_levels * 512 * HIDDEN)).collect();
-    let mut world =
-        World::on(backend, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 }).expect("memory");
-    let mut slots: Vec<B::Slot> = legalities.iter().map(|_| world.slot(1)).collect();
+    let mut fixture = Fixture::new(backend, Heads::new(1, 1, 2)).expect("memory");
+    let mut slots: Vec<B::Slot> = legalities.iter().map(|_| fixture.slot(1)).collect();
     let mut logits = backend.logits();
     for level in 0..num_levels {
         let rows = slots.iter().zip(&hidden).flat_map(|(slot, hidden)| {
@@ -134,10 +132,11 @@ fn search<B: Backend>(
         let rules: Vec<SearchRule<'_>> = legalities
             .iter()
             .zip(widths)
-            .map(|(allowed_set, &width)| SearchRule::new(snapshot, allowed_set, width))
+            .map(|(allowed_set, &width)| SearchRule::new(snapshot, allowed_set, level, width))
             .collect();
-        backend.lm_head(&rows, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&rows, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
     }
     let slots: Vec<&B::Slot> = slots.iter().collect();
     let beams = backend.read_beams(&slots).into_iter();
@@ -199,41 +198,43 @@ fn attend_on(
     let catalog = catalog(&mut cases, 4 * width, 1, 16 * width as u32);
     let snapshot = catalog.snapshot();
     let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
-    let mut world = World::on(backend, heads).expect("memory");
-    let mut slots = vec![world.slot(context_len)];
+    let mut fixture = Fixture::new(backend, heads).expect("memory");
+    let mut slots = vec![fixture.slot(context_len)];
     let kv = cases.numbers(context_len * 2 * heads.kv_dim());
     let whole = 0..context_len;
-    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     let rows = backend.upload(&kv, 2 * heads.kv_dim());
     backend.store_context(0, &rows, 0, heads, &batch);
 
-    let steps = [StepTokens::Level { tokens: (0..16 * width as u32).collect() }];
+    let levels = [(0..16 * width as u32).collect()];
     let head = Tensor::new(&[16 * width, 8], cases.numbers(16 * width * 8));
-    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
-    let rules = [SearchRule::new(&snapshot, &allowed_set, width)];
+    let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
+    let rules = [SearchRule::new(&snapshot, &allowed_set, 0, width)];
     let hidden = backend.upload(&cases.numbers(8), 8);
-    backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-    backend.advance_beams(&logits, &head, &rules, &mut slots);
+    let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+    backend.advance_beams(&logits, &head, &rules, &mut pass);
     let beams = backend.read_beams(&[&slots[0]]).remove(0).expect("finite scores");
     assert_eq!(beams.len(), width);
 
     let qkv = cases.numbers(width * heads.qkv_dim());
     let rows = backend.upload(&qkv, heads.qkv_dim());
-    let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+    let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
     backend.append_tail(0, &rows, heads, &mut batch);
-    let (mut out, reach) = (backend.buffer(), KvScope::Both);
-    backend.attend_beams(0, &rows, heads, reach, 0.3, None, &batch, &mut out);
+    let mut out = backend.buffer();
+    let attention = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
+    backend.attend_beams(0, &rows, &attention, &batch, &mut out);
     let found = backend.download(&out).expect("the device works");
 
     let (kv, qkv) = (Matrix::new(&kv, 2 * heads.kv_dim()), Matrix::new(&qkv, heads.qkv_dim()));
     let mut expected = Vec::new();
     for row in qkv.rows() {
         let (queries, own) = row.split_at(heads.query_dim());
-        for (head, query) in queries.chunks(heads.head_dim).enumerate() {
-            let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim;
+        for (head, query) in queries.chunks(heads.head_dim()).enumerate() {
+            let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim();
             let parts = |kv| {
                 let (keys, values): (&[f64], &[f64]) = <[f64]>::split_at(kv, heads.kv_dim());
-                (&keys[at..at + heads.head_dim], &values[at..at + heads.head_dim], 0.0)
+                (&keys[at..at + heads.head_dim()], &values[at..at + heads.head_dim()], 0.0)
             };
             let seen: Vec<_> = kv.rows().chain([own]).map(parts).collect();
             expected.extend(truth::attend(query, &seen, f64::from(0.3f32)));
@@ -245,7 +246,7 @@ fn attend_on(
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn attention_holds_for_contexts_of_one_and_of_5000_and_widths_of_one_and_of_512() {
-    let heads = |num_heads, num_kv_heads, head_dim| Heads { num_heads, num_kv_heads, head_dim };
+    let heads = |num_heads, num_kv_heads, head_dim| Heads::new(num_heads, num_kv_heads, head_dim);
     for (context_len, width) in [(1, 1), (5000, 1), (5000, 3), (65, 512), (64, 40)] {
         for head_dim in [64, 128] {
             let error = attend(Dtype::Bf16, heads(2, 1, head_dim), context_len, width);
@@ -266,47 +267,267 @@ fn attention_takes_tiles_that_the_device_has_shared_memory_for() {
         let device = Emulator::new(Kernels::load(Build::Checked)).with_shared_bytes(99 << 10);
         CudaBackend::new(device, dtype)
     };
-    let heads = |head_dim| Heads { num_heads: 2, num_kv_heads: 1, head_dim };
+    let heads = |head_dim| Heads::new(2, 1, head_dim);
     for head_dim in [64, 128] {
         assert!(attend_on(&backend(Dtype::Bf16), heads(head_dim), 130, 100) < 2e-2);
     }
     let backend = backend(Dtype::F32);
     assert!(attend_on(&backend, heads(128), 130, 20) < 1e-5);
-    let error = World::on(&backend, heads(1024)).err().expect("it does not fit");
+    let error = Fixture::new(&backend, heads(1024)).err().expect("it does not fit");
     assert!(error.to_string().contains("heads of 1024"), "{error}");
+}
+
+/// Attention of the beams of some of ten slots, all in one pass: by slot, its rows.
+fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec<Vec<f32>> {
+    const CODES: usize = 200;
+    let sizes = [
+        (700, 20),
+        (1, 1),
+        (64, 100),
+        (2000, 7),
+        (300, 100),
+        (65, 3),
+        (900, 1),
+        (520, 64),
+        (1500, 2),
+        (1100, 30),
+    ];
+    let backend = Emulator::backend(Build::Plain, dtype);
+    let catalog = catalog(&mut Cases::new(9), 4 * CODES, 1, CODES as u32);
+    let snapshot = catalog.snapshot();
+    let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
+    let levels = [(0..CODES as u32).collect::<Vec<u32>>()];
+    let head = Tensor::new(&[CODES, 8], Cases::new(10).numbers(CODES * 8));
+    let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
+    let mut fixture = Fixture::new(&backend, heads).expect("memory");
+    let mut cases: Vec<Cases> =
+        slots_of_pass.iter().map(|&slot| Cases::new(20 + slot as u64)).collect();
+    let mut slots: Vec<_> = slots_of_pass.iter().map(|&slot| fixture.slot(sizes[slot].0)).collect();
+    for (index, &slot) in slots_of_pass.iter().enumerate() {
+        let (context_len, slots) = (sizes[slot].0, &mut slots[index..=index]);
+        let kv = cases[index].numbers(context_len * 2 * heads.kv_dim());
+        let (kv, whole) = (backend.upload(&kv, 2 * heads.kv_dim()), 0..context_len);
+        let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), slots);
+        backend.store_context(0, &kv, 0, heads, &batch);
+    }
+    let hidden: Vec<f32> = cases.iter_mut().flat_map(|cases| cases.numbers(8)).collect();
+    let rules: Vec<SearchRule<'_>> = slots_of_pass
+        .iter()
+        .map(|&slot| SearchRule::new(&snapshot, &allowed_set, 0, sizes[slot].1))
+        .collect();
+    let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.lm_head(&backend.upload(&hidden, 8), &head, &rules, &mut pass, &mut logits);
+    backend.advance_beams(&logits, &head, &rules, &mut pass);
+    let rows: Vec<usize> = slots.iter().map(|slot| backend.num_beams(slot)).collect();
+    let qkv =
+        cases.iter_mut().zip(&rows).flat_map(|(cases, rows)| cases.numbers(rows * heads.qkv_dim()));
+    let qkv = backend.upload(&qkv.collect::<Vec<f32>>(), heads.qkv_dim());
+    let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.append_tail(0, &qkv, heads, &mut batch);
+    let mut out = backend.buffer();
+    let attention = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
+    backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
+    let out = backend.download(&out).expect("the device works");
+    let mut rest = &out[..];
+    let of_slot = rows.iter().map(|rows| {
+        let (of_slot, others) = rest.split_at(rows * heads.query_dim());
+        rest = others;
+        of_slot.to_vec()
+    });
+    of_slot.collect()
+}
+
+/// The contexts of all are split differently, and tiles take the widest slot's size.
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn attention_of_a_slot_has_the_same_bits_alone_and_beside_nine_others() {
+    let heads = |num_heads, head_dim| Heads::new(num_heads, 1, head_dim);
+    for (dtype, heads) in [
+        (Dtype::F32, heads(1, 8)),
+        (Dtype::F32, heads(2, 24)),
+        (Dtype::Bf16, heads(2, 64)),
+        (Dtype::Bf16, heads(1, 128)),
+        (Dtype::Bf16, heads(2, 16)),
+    ] {
+        let together = attend_in_company(dtype, heads, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        assert!(together.iter().flatten().any(|&x| x != 0.0));
+        for (slot, expected) in together.iter().enumerate() {
+            let alone = attend_in_company(dtype, heads, &[slot]).remove(0);
+            assert!(alone == *expected, "{dtype:?} {heads:?}: slot {slot} depends on the others");
+        }
+        let reversed = attend_in_company(dtype, heads, &[9, 8, 7, 0]);
+        assert!(reversed[3] == together[0] && reversed[0] == together[9], "{dtype:?} {heads:?}");
+    }
 }
 
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
-fn a_step_that_panics_while_it_is_recorded_ends_its_recording() {
-    let backend = Emulator::backend(Build::Plain, Dtype::F32);
+fn a_step_that_panics_while_it_is_captured_ends_its_capture() {
+    let device = Emulator::new(Kernels::load(Build::Plain));
+    with_steps(device, |backend, step| {
+        step(&mut || {});
+        step(&mut || {});
+        let replays = backend.traffic().replays;
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            step(&mut || panic!("as it should"))
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(backend.traffic().replays, replays, "nothing of it was done");
+        // Memory can be taken, written, read and given back.
+        let buffer = backend.upload(&[1.0, 2.0], 1);
+        assert_eq!(backend.download(&buffer).expect("the device works"), [1.0, 2.0]);
+    });
+}
+
+/// Runs one step of one shape, which does something more at its end, and returns the beams.
+type StepFn<'a> = &'a mut dyn FnMut(&mut dyn FnMut()) -> Vec<Beam>;
+
+/// Calls `test` with a backend on a device, and with steps on it.
+fn with_steps(device: Emulator, test: impl FnOnce(&CudaBackend<Emulator>, StepFn<'_>)) {
+    let backend = CudaBackend::new(device, Dtype::F32);
     let mut cases = Cases::new(8);
     let catalog = catalog(&mut cases, 50, 2, 10);
     let snapshot = catalog.snapshot();
     let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
-    let steps = [0, 10].map(|first| StepTokens::Level { tokens: (first..first + 10).collect() });
+    let levels = [0, 10].map(|first| (first..first + 10).collect());
     let head = Tensor::new(&[20, 8], cases.numbers(20 * 8));
-    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
+    let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
     let hidden = backend.upload(&cases.numbers(8), 8);
-    let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
-    let mut world = World::on(&backend, heads).expect("memory");
-    let mut step = |panics: bool| {
-        let mut slots = [world.slot(1)];
-        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
-        let rules = [SearchRule::new(&snapshot, &allowed_set, 5)];
+    let heads = Heads::new(1, 1, 2);
+    let mut fixture = Fixture::new(&backend, heads).expect("memory");
+    test(&backend, &mut |more: &mut dyn FnMut()| {
+        let mut slots = [fixture.slot(1)];
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
+        let rules = [SearchRule::new(&snapshot, &allowed_set, 0, 5)];
         backend.step(&mut batch, &head, &rules, &mut logits, |batch, logits| {
-            backend.lm_head(&hidden, &head, &rules, batch.slots, logits);
-            backend.advance_beams(logits, &head, &rules, batch.slots);
-            assert!(!panics, "as it should");
+            backend.lm_head(&hidden, &head, &rules, batch, logits);
+            backend.advance_beams(logits, &head, &rules, batch);
+            more();
         });
+        assert_eq!(backend.num_steps(&slots[0]), 1, "a step counts once");
+        backend.read_beams(&[&slots[0]]).remove(0).expect("finite scores")
+    });
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn a_step_that_cannot_be_captured_is_run_eagerly_from_then_on() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    type Fault = fn(&Faults) -> &AtomicBool;
+    let faults: [Fault; 3] = [
+        |faults| &faults.refuses_begin,
+        |faults| &faults.refuses_end,
+        |faults| &faults.refuses_captured_launches,
+    ];
+    for fault in faults {
+        let device = Emulator::new(Kernels::load(Build::Plain));
+        let faults = device.faults();
+        fault(&faults).store(true, Ordering::Relaxed);
+        with_steps(device, |backend, step| {
+            let expected = step(&mut || {});
+            assert_eq!(expected.len(), 5);
+            for _ in 0..6 {
+                assert_eq!(step(&mut || {}), expected);
+            }
+            let traffic = backend.traffic();
+            assert_eq!((traffic.captures, traffic.abandoned_captures, traffic.replays), (0, 1, 0));
+            // It stays so where the fault is gone.
+            fault(&faults).store(false, Ordering::Relaxed);
+            assert_eq!(step(&mut || {}), expected);
+            assert_eq!(backend.traffic().captures, 0);
+        });
+    }
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn a_capture_without_the_plan_of_a_product_ends_and_is_made_up_for_later() {
+    use std::sync::atomic::Ordering;
+    let device = Emulator::new(Kernels::load(Build::Plain));
+    let faults = device.faults();
+    with_steps(device, |backend, step| {
+        let expected = step(&mut || {});
+        step(&mut || {});
+        faults.forgets_plans.store(true, Ordering::Relaxed);
+        assert_eq!(step(&mut || {}), expected, "it is run eagerly");
+        let traffic = backend.traffic();
+        assert_eq!((traffic.captures, traffic.abandoned_captures), (0, 1));
+        for _ in 0..4 {
+            assert_eq!(step(&mut || {}), expected);
+        }
+        let traffic = backend.traffic();
+        assert_eq!((traffic.captures, traffic.abandoned_captures), (1, 1));
+        assert!(traffic.replays > 0);
+    });
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn products_that_the_library_refuses_are_done_by_a_kernel_and_counted() {
+    use std::sync::atomic::Ordering;
+    let expected = {
+        let mut beams = Vec::new();
+        let device = Emulator::new(Kernels::load(Build::Plain));
+        with_steps(device, |backend, step| {
+            beams = step(&mut || {});
+            assert_eq!(backend.traffic().refused_products, 0);
+        });
+        beams
     };
-    step(false);
-    step(false);
-    let replays = backend.traffic().replays;
-    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| step(true)));
-    assert!(panicked.is_err());
-    assert_eq!(backend.traffic().replays, replays, "nothing of it was done");
-    // Memory can be taken, written, read and given back.
-    let buffer = backend.upload(&[1.0, 2.0], 1);
-    assert_eq!(backend.download(&buffer).expect("the device works"), [1.0, 2.0]);
+    let device = Emulator::new(Kernels::load(Build::Plain));
+    device.faults().refuses_products.store(true, Ordering::Relaxed);
+    with_steps(device, |backend, step| {
+        for _ in 0..4 {
+            let found = step(&mut || {});
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_eq!(found.tokens, expected.tokens);
+                assert!((found.score - expected.score).abs() < 1e-5);
+            }
+        }
+        let traffic = backend.traffic();
+        assert!(traffic.refused_products > 0 && traffic.replays > 0, "{traffic:?}");
+    });
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn memory_that_grows_or_goes_in_a_capture_ends_it_and_is_freed_afterwards() {
+    for drops in [false, true] {
+        let device = Emulator::new(Kernels::load(Build::Plain));
+        let memory = device.memory();
+        let free = || memory.load(std::sync::atomic::Ordering::Relaxed);
+        with_steps(device, |backend, step| {
+            let (small, large) =
+                (backend.upload(&[1.0; 8], 4), backend.upload(&vec![1.0; 40_000], 4));
+            let weight = backend.vector(&[Tensor::new(&[4], vec![1.0; 4])]).expect("memory");
+            let mut out = Some(backend.buffer());
+            let mut calls = 0;
+            let mut expected = None;
+            let mut free_before = 0;
+            for round in 0..7 {
+                let beams = step(&mut || {
+                    calls += 1;
+                    match (calls, drops) {
+                        (3, true) => out = None,
+                        _ => {
+                            let x = if calls < 3 { &small } else { &large };
+                            let out = out.get_or_insert_with(|| backend.buffer());
+                            backend.rms_norm(x, &weight, 1e-6, out);
+                        }
+                    }
+                });
+                assert_eq!(beams, *expected.get_or_insert_with(|| beams.clone()), "{round}");
+                if round == 1 {
+                    free_before = free();
+                }
+            }
+            let traffic = backend.traffic();
+            assert_eq!((traffic.captures, traffic.abandoned_captures), (1, 1), "{traffic:?}");
+            let out = out.expect("the last calls need it");
+            let norms = backend.download(&out).expect("the device works");
+            assert!(norms.iter().all(|norm| (norm - 1.0).abs() < 1e-3));
+            assert_eq!(free_before - free(), 40_000 * 4 - 8 * 4, "the smaller one was freed");
+        });
+    }
 }

@@ -306,6 +306,41 @@ fn weights_that_are_replaced_while_requests_run_answer_as_on_the_cpu() {
     }
 }
 
+/// Contexts are long enough to be split, prompts are read in chunks that depend on the others, and
+/// steps are run eagerly, captured and replayed.
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn an_answer_has_the_same_bits_alone_and_beside_others() {
+    let options =
+        options().with_max_context(1200).with_context_tokens(16_384).with_prefix_cache(false);
+    for seed in 0..4 {
+        let tiny = Tiny::new(seed);
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let open = || {
+                let backend = Emulator::backend(Build::Plain, dtype);
+                tiny.open_on(backend, Arc::clone(&tiny.catalog), &options)
+            };
+            let request = |index: u32| {
+                let len: u32 = [900, 3, 640, 70, 1100, 300, 257, 512, 20, 1][index as usize];
+                let token = |i: u32| (i * 7 + index) % tiny.num_tokens();
+                let mut request = Request::from_tokens((0..len).map(token).collect::<Vec<u32>>());
+                request.beams = [9, 1, 20, 3, 2, 30, 5, 12, 1, 4][index as usize];
+                request.log_probs = index == 4;
+                request
+            };
+            let requests: Vec<Request> = (0..10).map(request).collect();
+            let mut alone = open();
+            let together = answers(&mut open(), &requests);
+            for (index, (request, together)) in requests.iter().zip(&together).enumerate() {
+                let alone = alone.recommend(request).expect("a sound request");
+                let together = together.as_ref().expect("a sound request");
+                let what = format!("seed {seed} {dtype:?} request {index}");
+                assert_eq!(alone.items, together.items, "{what}");
+            }
+        }
+    }
+}
+
 fn demo(backend: CudaBackend<Emulator>) -> (Engine, Engine<CudaBackend<Emulator>>, Vec<Request>) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/industrial");
     let catalog = Arc::new(Catalog::open(&folder.join("items.jsonl")).expect("the demo's items"));

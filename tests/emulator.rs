@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use common::emulator::Emulator;
 use common::kernels::{Build, Kernels, Schedule};
-use sidereal::backend::Backend;
 use sidereal::backend::cuda::{CudaBackend, Driver};
+use sidereal::backend::prelude::*;
 use sidereal::{Dtype, Tensor};
 
 /// Kernels that do one thing each. Their parameter is two pointers and a number.
@@ -176,7 +176,7 @@ fn threads_do_together_what_the_language_says() {
         let signs: Vec<f32> = (0..256).map(|i| if i % 3 == 0 { 1.0 } else { -1.0 }).collect();
         assert_eq!(run("counts", 1, 256, &signs, 256, 0), vec![86.0; 256]);
 
-        let mut cases = sidereal::backend::cases::Cases::new(4);
+        let mut cases = sidereal::backend::testing::Cases::new(4);
         let input = cases.numbers(512);
         let out = run("product", 1, 32, &input, 256, 0);
         for row in 0..16 {

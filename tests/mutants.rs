@@ -12,9 +12,10 @@ use std::sync::Arc;
 use common::emulator::Emulator;
 use common::kernels::{Build, Kernels};
 use common::truth::{self, Matrix, relative_error};
-use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cuda::CudaBackend;
-use sidereal::backend::{Backend, Batch, Heads, KvScope, Mask};
+use sidereal::backend::prelude::*;
+use sidereal::backend::testing::{Cases, Fixture};
+use sidereal::backend::{AttentionSpec, Batch, Heads, KvScope, Mask};
 use sidereal::{Dtype, Tensor};
 
 /// What a bug is looked for with: an operation, and what may be wrong with it.
@@ -23,7 +24,7 @@ type Check = fn(&CudaBackend<Emulator>) -> Result<(), String>;
 /// Fails where the device failed or the result is wrong.
 fn compare(
     backend: &CudaBackend<Emulator>,
-    found: &<CudaBackend<Emulator> as Backend>::Buffer,
+    found: &<CudaBackend<Emulator> as DeviceOps>::Buffer,
     expected: &Matrix,
 ) -> Result<(), String> {
     let found = backend.download(found).map_err(|error| error.to_string())?;
@@ -46,19 +47,20 @@ fn check_rms_norm(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     compare(backend, &out, &truth::rms_norm(&Matrix::new(&x, 500), &weight.values, 1e-6))
 }
 
-const HEADS: Heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 64 };
+const HEADS: Heads = Heads::new(4, 2, 64);
 
 /// Causal attention of a prompt of 200 tokens: four pages, the last one ragged.
 fn check_prefill(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     let mut cases = Cases::new(2);
-    let mut world = World::on(backend, HEADS).expect("memory");
+    let mut fixture = Fixture::new(backend, HEADS).expect("memory");
     let qkv = cases.numbers(200 * HEADS.qkv_dim());
-    let (whole, mut slots) = (0..200, [world.slot(200)]);
+    let (whole, mut slots) = (0..200, [fixture.slot(200)]);
     let x = backend.upload(&qkv, HEADS.qkv_dim());
-    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     let mut out = backend.buffer();
     backend.store_context(0, &x, HEADS.query_dim(), HEADS, &batch);
-    backend.attend_prefill(0, &x, HEADS, Mask::Causal, 0.3, None, &batch, &mut out);
+    let attention = AttentionSpec::softmax(HEADS, Mask::Causal, 0.3);
+    backend.attend_prefill(0, &x, &attention, &batch, &mut out);
     let qkv = Matrix::new(&qkv, HEADS.qkv_dim());
     let scale = f64::from(0.3f32);
     let expected = truth::attend_prefill(&qkv, HEADS, Mask::Causal, scale, |_, _| 0.0, &[200]);
@@ -68,19 +70,19 @@ fn check_prefill(backend: &CudaBackend<Emulator>) -> Result<(), String> {
 /// The one beam of a search over a context of 100 tokens and itself.
 fn check_beams(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     let mut cases = Cases::new(3);
-    let mut world = World::on(backend, HEADS).expect("memory");
+    let mut fixture = Fixture::new(backend, HEADS).expect("memory");
     let qkv = cases.numbers(101 * HEADS.qkv_dim());
     let (prompt, beam) = qkv.split_at(100 * HEADS.qkv_dim());
-    let (whole, mut slots) = (0..100, [world.slot(100)]);
+    let (whole, mut slots) = (0..100, [fixture.slot(100)]);
     let x = backend.upload(prompt, HEADS.qkv_dim());
-    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     backend.store_context(0, &x, HEADS.query_dim(), HEADS, &batch);
     let x = backend.upload(beam, HEADS.qkv_dim());
-    let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+    let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
     backend.append_tail(0, &x, HEADS, &mut batch);
     let mut out = backend.buffer();
-    let scope = KvScope::Both;
-    backend.attend_beams(0, &x, HEADS, scope, 0.3, None, &batch, &mut out);
+    let attention = AttentionSpec::softmax(HEADS, KvScope::Both, 0.3);
+    backend.attend_beams(0, &x, &attention, &batch, &mut out);
     // The beam is what the last of 101 tokens is.
     let all = Matrix::new(&qkv, HEADS.qkv_dim());
     let scale = f64::from(0.3f32);

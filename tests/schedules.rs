@@ -9,8 +9,8 @@ use common::emulator::Emulator;
 use common::kernels::{Build, Kernels, Schedule};
 use common::truth::relative_error;
 use sidereal::Dtype;
-use sidereal::backend::cases;
 use sidereal::backend::cpu::CpuBackend;
+use sidereal::backend::testing;
 
 /// One of each group of operations that are run together.
 const OPERATIONS: [&str; 5] = ["embed", "rms_norm", "glu", "apply_rope", "attend_beams"];
@@ -24,14 +24,14 @@ fn results_do_not_depend_on_the_order_of_threads() {
     for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 2e-2)] {
         for operation in OPERATIONS {
             for seed in 10..12 {
-                let expected = cases::run(&cpu, operation, seed).expect("the CPU works");
+                let expected = testing::run(&cpu, operation, seed).expect("the CPU works");
                 let expected: Vec<f64> = expected.iter().map(|&x| f64::from(x)).collect();
                 let mut first: Option<Vec<f32>> = None;
                 for schedule in schedules {
                     let what = format!("{operation} {dtype:?} case {seed} {schedule:?}");
                     kernels.set_schedule(schedule);
                     let backend = Emulator::backend(Build::Checked, dtype);
-                    let found = cases::run(&backend, operation, seed);
+                    let found = testing::run(&backend, operation, seed);
                     let found = found.unwrap_or_else(|error| panic!("{what}: {error}"));
                     let error = relative_error(&found, &expected, &what);
                     assert!(error < tolerance, "{what}: {error:.1e}");

@@ -11,14 +11,15 @@ use std::sync::Arc;
 use common::emulator::Emulator;
 use common::kernels::{Build, Kernels};
 use common::tiny::Tiny;
-use sidereal::backend::cases::{Cases, World};
 use sidereal::backend::cuda::CudaBackend;
-use sidereal::backend::{Backend, Batch, Heads, KvScope, SearchRule, StepTokens};
+use sidereal::backend::prelude::*;
+use sidereal::backend::testing::{Cases, Fixture};
+use sidereal::backend::{AttentionSpec, Batch, Heads, KvScope, SearchRule};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{CatalogBuilder, Item};
 use sidereal::{Dtype, Engine, EngineOptions, Request, Tensor};
 
-const HEADS: Heads = Heads { num_heads: 4, num_kv_heads: 2, head_dim: 64 };
+const HEADS: Heads = Heads::new(4, 2, 64);
 
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
@@ -39,31 +40,31 @@ fn bytes_of_a_step() {
     }
     let snapshot = builder.build().expect("names are unique").snapshot();
     let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
-    let mut world = World::on(&backend, HEADS).expect("memory");
+    let mut fixture = Fixture::new(&backend, HEADS).expect("memory");
     let context_len = 300;
-    let mut slots = vec![world.slot(context_len)];
+    let mut slots = vec![fixture.slot(context_len)];
     let kv = backend.upload(&cases.numbers(context_len * 2 * HEADS.kv_dim()), 2 * HEADS.kv_dim());
     let whole = 0..context_len;
-    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     backend.store_context(0, &kv, 0, HEADS, &batch);
-    let steps: Vec<StepTokens> =
-        [0, 20].map(|first| StepTokens::Level { tokens: (first..first + 20).collect() }).into();
+    let levels = [0, 20].map(|first| (first..first + 20).collect());
     let head = Tensor::new(&[40, 8], cases.numbers(40 * 8));
-    let (head, mut logits) = (backend.head(head, &steps).expect("memory"), backend.logits());
+    let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
     let downloads = backend.traffic().downloads;
-    for _ in 0..2 {
+    for level in 0..2 {
         let written = kernels.bytes_written("contexts") + kernels.bytes_written("tails");
-        let rules = [SearchRule::new(&snapshot, &allowed_set, 20)];
+        let rules = [SearchRule::new(&snapshot, &allowed_set, level, 20)];
         let rows = backend.num_beams(&slots[0]);
         let hidden = backend.upload(&cases.numbers(rows * 8), 8);
-        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
         let moved = kernels.bytes_written("contexts") + kernels.bytes_written("tails") - written;
         assert_eq!(moved, 0, "beams in another order move no keys or values");
 
         let rows = backend.num_beams(&slots[0]);
         let qkv = backend.upload(&cases.numbers(rows * HEADS.qkv_dim()), HEADS.qkv_dim());
-        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
         let written = kernels.bytes_written("tails");
         backend.append_tail(0, &qkv, HEADS, &mut batch);
         let appended = kernels.bytes_written("tails") - written;
@@ -71,8 +72,8 @@ fn bytes_of_a_step() {
 
         let (read, written) = (kernels.bytes_read("contexts"), kernels.bytes_written("contexts"));
         let mut out = backend.buffer();
-        let scope = KvScope::Both;
-        backend.attend_beams(0, &qkv, HEADS, scope, 0.3, None, &batch, &mut out);
+        let attention = AttentionSpec::softmax(HEADS, KvScope::Both, 0.3);
+        backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
         let of_context = (kernels.bytes_read("contexts") - read) as usize;
         assert_eq!(of_context, context_len * 2 * HEADS.kv_dim() * 2, "once for all beams");
         assert_eq!(kernels.bytes_written("contexts"), written);

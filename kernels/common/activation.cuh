@@ -1,9 +1,7 @@
-// The nonlinearities of feed-forward layers, by the numbers of src/backend/cuda/matmul.rs.
+// The nonlinearities of feed-forward layers.
 #pragma once
 
-#include "device.cuh"
-
-enum Activation : uint32_t { kRelu, kGelu, kGeluTanh, kSilu };
+#include "../generated/shared.cuh"
 
 __device__ __forceinline__ float activated(uint32_t activation, float x) {
   switch (activation) {

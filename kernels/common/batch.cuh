@@ -1,68 +1,7 @@
-// The tables that say which row of a pass belongs to whom, and the memory of contexts, tails and
-// beams. The same structs are in src/backend/cuda/tables.rs and src/backend/cuda/memory.rs.
+// Which row of a pass belongs to which prompt or slot, and the memory of contexts, tails and beams.
 #pragma once
 
-#include "device.cuh"
-
-constexpr uint32_t kPageLen = 64;      // tokens of a context's page
-constexpr uint32_t kTailPageLen = 16;  // rows of a tail's page
-constexpr uint32_t kMaxPositions = 16;  // of a tail: the start and at most 15 steps
-
-// A prompt with rows in this pass.
-struct Prompt {
-  uint32_t first_row, num_rows;
-  uint32_t start;       // the position of its first row
-  uint32_t first_page;  // of its context, among `pages`
-  uint32_t is_kept;  // not where another prompt of the pass keeps the same: one context, two searches
-};
-static_assert(sizeof(Prompt) == 20);
-
-// A search with beams in this pass.
-struct Search {
-  uint32_t first_row;  // of its beams, among the pass's rows
-  uint32_t num_rows;   // room for beams at this step: there may be fewer of them
-  uint32_t num_steps;  // taken so far
-  uint32_t context_len;
-  uint32_t first_context_page, first_tail_page;  // among `pages`
-  uint32_t start_token;
-  uint32_t tail_from;  // the first position with keys and values, above num_steps without any
-  uint32_t position_page[kMaxPositions];  // by position: its first page, from first_tail_page on
-};
-static_assert(sizeof(Search) == 96);
-
-struct Batch {
-  const Prompt* prompts;
-  const Search* searches;
-  const uint32_t* pages;
-  uint32_t num_prompts, num_searches, num_prompt_rows, num_rows;
-};
-static_assert(sizeof(Batch) == 40);
-
-// Keys and values. A context's page: [layers][kv heads][keys, values][kPageLen][head_dim]; a tail's:
-// [layers][kTailPageLen][keys, values][kv heads][head_dim].
-struct Pages {
-  void* contexts;
-  void* tails;
-  uint32_t num_layers, num_kv_heads, head_dim, padding;
-};
-static_assert(sizeof(Pages) == 32);
-
-// What is kept of each beam, in arrays over the rows of all tail pages: a beam that stands at a
-// position has the row that its keys and values would have.
-struct Beams {
-  float* scores;
-  uint2* places;     // nodes of the compiled trie and of the added items', or kNone
-  uint32_t* tokens;  // the newest
-  uint32_t* parents; // the beam at the position before
-  uint32_t* ranks;   // by tokens, among the beams of the position
-  uint32_t* by_rank; // the inverse
-  float2* samples;   // log-probability over legal continuations; the same with its noise
-  float2* log_probs; // of the newest token: over the vocabulary, over legal continuations
-  uint64_t* prefixes; // of the tokens, mixed with the seed of a sample
-  uint32_t* counts;  // by page, at the first page of a position: its beams
-  uint32_t* failures;  // likewise: the step whose scores were not finite plus one, or zero
-};
-static_assert(sizeof(Beams) == 88);
+#include "../generated/shared.cuh"
 
 __device__ __forceinline__ const Prompt& prompt_of_row(const Batch& batch, uint32_t row) {
   uint32_t low = 0, high = batch.num_prompts;
@@ -111,7 +50,7 @@ __device__ __forceinline__ uint32_t num_beams(const Batch& batch, const Beams& b
 template <class T>
 __device__ __forceinline__ T* context_keys(const Pages& pages, uint32_t page, uint32_t layer,
                                            uint32_t head) {
-  const size_t at = (size_t(page) * pages.num_layers + layer) * pages.num_kv_heads + head;
+  const size_t at = (size_t(page) * pages.context_sets + layer) * pages.num_kv_heads + head;
   return static_cast<T*>(pages.contexts) + at * 2 * kPageLen * pages.head_dim;
 }
 template <class T> __device__ __forceinline__ T* values_behind(const Pages& pages, T* keys) {
@@ -121,7 +60,7 @@ template <class T> __device__ __forceinline__ T* values_behind(const Pages& page
 // `row` counts the rows of all pages. The keys of all heads, then the values.
 template <class T>
 __device__ __forceinline__ T* tail_keys(const Pages& pages, uint32_t row, uint32_t layer) {
-  const size_t at = (size_t(row / kTailPageLen) * pages.num_layers + layer) * kTailPageLen +
+  const size_t at = (size_t(row / kTailPageLen) * pages.tail_layers + layer) * kTailPageLen +
                     row % kTailPageLen;
   return static_cast<T*>(pages.tails) + at * 2 * pages.num_kv_heads * pages.head_dim;
 }

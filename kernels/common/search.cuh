@@ -1,57 +1,7 @@
-// What a step of a search may choose from, and how choices are ordered. The same structs are in
-// src/backend/cuda/rules.rs.
+// What a step of a search may choose from, and how choices are ordered.
 #pragma once
 
 #include "batch.cuh"
-
-constexpr uint32_t kMaxLevels = 8;
-
-// A rank trie: edge e leads to node e + 1, and the items below a node are one run.
-struct Trie {
-  const uint32_t* first_edge;  // by inner node, and the end
-  const uint16_t* codes;       // by edge
-  const uint32_t* first_item;  // of node n at depth d: at n + d, but for parents of leaves
-  const uint32_t* leaf_item;   // by leaf, and the end; null where leaf l is item l
-  uint32_t num_levels;
-  uint32_t depth_start[kMaxLevels + 2];
-  uint32_t padding;
-};
-static_assert(sizeof(Trie) == 80);
-
-// Of a trie's items, those that may be answered with.
-struct Allowed {
-  const uint64_t* words;       // a bit an item; null where all are
-  const uint32_t* counts;      // members before each eight words
-  const uint64_t* nodes;       // a bit a node: whether a filter passes anything below; or null
-  const uint32_t* excluded;    // sorted members that are not, after all
-  const uint32_t* candidates;  // sorted: the items that are scored, where no search is made
-  uint32_t num_excluded, num_candidates;
-};
-static_assert(sizeof(Allowed) == 48);
-
-enum Normalizer : uint32_t { kVocabulary, kLevel, kChildren, kCertain };
-enum Choices : uint32_t { kOfTrie, kOfLevel, kOfVocabulary, kForced };
-enum RuleFlags : uint32_t { kHasAdded = 1, kHasSeed = 2, kKeepsLogProbs = 4, kHasCandidates = 8 };
-
-// How one search takes its step.
-struct Rule {
-  Trie base, added;
-  Allowed base_allowed, added_allowed;
-  uint64_t seed;
-  const float* logits;      // of the search's first beam
-  const uint32_t* columns;  // by code: its column, or kNone; null where code c is column c
-  uint32_t logits_stride;
-  uint32_t first_token;   // of the first column of the step
-  uint32_t num_codes;     // that a level has, or tokens that a vocabulary has
-  uint32_t normalizer, choices, flags;
-  float inverse_temperature;
-  uint32_t width;        // beams to keep
-  uint32_t room;         // rows that the next position has
-  uint32_t first_key;    // of the search's keys among those of a part
-  uint32_t num_choices;  // a candidate's place is its beam's rank times this, plus its choice
-  uint32_t padding;
-};
-static_assert(sizeof(Rule) == 328);
 
 // The log of summed exponentials on its way: the largest, and the sum relative to it.
 __device__ __forceinline__ float log_sum(const float2& parts) { return parts.x + logf(parts.y); }
@@ -219,7 +169,16 @@ __device__ __forceinline__ bool is_offered(const Rule& rule, const uint2& place,
 __device__ __forceinline__ uint32_t column_of(const Rule& rule, uint32_t choice) {
   if (rule.choices == kOfVocabulary || rule.choices == kForced || !rule.columns)
     return choice < rule.num_codes ? choice : kNone;
-  return choice < rule.num_codes ? rule.columns[choice] : kNone;
+  if (choice >= rule.num_codes) return kNone;
+  const uint32_t column = rule.columns[choice];
+  return rule.choices == kNamed && column != kNone ? choice : column;
+}
+
+// The token of a choice that the model can write.
+__device__ __forceinline__ uint32_t token_of(const Rule& rule, uint32_t choice) {
+  if (rule.choices == kNamed) return rule.columns[choice];
+  const uint32_t column = column_of(rule, choice);
+  return rule.first_token + (column == kNone ? 0 : column);
 }
 
 __device__ __forceinline__ float logit_of(const Rule& rule, uint32_t beam, uint32_t column) {

@@ -6,9 +6,9 @@ use std::slice;
 use std::time::Instant;
 
 use clap::Args;
-use sidereal::backend::cases::{self, Cases, OPERATIONS, World};
 use sidereal::backend::cpu::CpuBackend;
-use sidereal::backend::{Backend, Batch, Heads, KvScope, Mask, SearchRule};
+use sidereal::backend::testing::{self, Cases, Fixture, OPERATIONS};
+use sidereal::backend::{AttentionSpec, Backend, Batch, Heads, KvScope, Mask, SearchRule};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{CatalogBuilder, Item};
 use sidereal::device::WithBackend;
@@ -112,8 +112,8 @@ fn check_operations<B: Backend>(backend: &B, cases: u64, bounds: &Bounds) -> Res
     for operation in OPERATIONS {
         let (mut worst, mut worst_seed) = (0.0, 0);
         for seed in 0..cases {
-            let expected = cases::run(&cpu, operation, seed)?;
-            let found = cases::run(backend, operation, seed)?;
+            let expected = testing::run(&cpu, operation, seed)?;
+            let found = testing::run(backend, operation, seed)?;
             let error = relative_error(&found, &expected);
             if error.is_nan() || error > worst {
                 (worst, worst_seed) = (error, seed);
@@ -240,7 +240,7 @@ fn seconds<B: Backend>(backend: &B, mut work: impl FnMut()) -> Result<f64> {
 }
 
 /// The heads of Qwen3-1.7B.
-const HEADS: Heads = Heads { num_heads: 16, num_kv_heads: 8, head_dim: 128 };
+const HEADS: Heads = Heads::new(16, 8, 128);
 
 fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
     let number_bytes = backend.dtype().size() as f64;
@@ -251,7 +251,10 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
     let table = backend.table(Tensor::new(&[rows, columns], cases.numbers(rows * columns)))?;
     let tokens: Vec<u32> = (0..rows as u32).collect();
     let mut out = backend.buffer();
-    let time = seconds(backend, || backend.embed(&table, &tokens, &[], &mut out))?;
+    let mut fixture = Fixture::new(backend, HEADS)?;
+    let (chunks, mut slots) = ([0..rows], [fixture.slot(1)]);
+    let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+    let time = seconds(backend, || backend.embed(&table, &tokens, &batch, &mut out))?;
     let bandwidth = 2.0 * (rows * columns) as f64 * number_bytes / time / 1e9;
     say(&format!(
         "matrix products  {peak:.2} TFLOP/s; copies {bandwidth:.0} GB/s ({rows} rows of {columns})"
@@ -268,15 +271,16 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
     };
     let most = if B::COMPUTES_ON_CALLERS { 500 } else { 4000 };
     for tokens in [1000, most] {
-        let mut world = World::on(backend, HEADS)?;
-        let mut slots = vec![world.slot(tokens)];
+        let mut fixture = Fixture::new(backend, HEADS)?;
+        let mut slots = vec![fixture.slot(tokens)];
         let qkv = backend.upload(&cases.numbers(tokens * HEADS.qkv_dim()), HEADS.qkv_dim());
         let (whole, mut out) = (0..tokens, backend.buffer());
         let chunks = slice::from_ref(&whole);
-        let batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
+        let batch = Batch::new(&fixture.memory, chunks, &mut slots);
         backend.store_context(0, &qkv, HEADS.query_dim(), HEADS, &batch);
+        let attention = AttentionSpec::softmax(HEADS, Mask::Causal, 0.1);
         let time = seconds(backend, || {
-            backend.attend_prefill(0, &qkv, HEADS, Mask::Causal, 0.1, None, &batch, &mut out);
+            backend.attend_prefill(0, &qkv, &attention, &batch, &mut out);
         })?;
         let flops = 2.0 * (tokens * tokens * HEADS.query_dim()) as f64;
         let bytes = (tokens * (2 * HEADS.query_dim() + 2 * HEADS.kv_dim())) as f64 * number_bytes;
@@ -290,35 +294,33 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
     let snapshot = builder.build()?.snapshot();
     let allowed_set = snapshot.allowed_set(&[], None)?;
     const CODES: u32 = 8192;
-    let steps: Vec<_> = (0..3)
-        .map(|level| sidereal::backend::StepTokens::Level {
-            tokens: (level * CODES..(level + 1) * CODES).collect(),
-        })
-        .collect();
+    let levels: Vec<Vec<u32>> =
+        (0..3).map(|level| (level * CODES..(level + 1) * CODES).collect()).collect();
     let head = Tensor::new(&[3 * CODES as usize, 64], cases.numbers(3 * CODES as usize * 64));
-    let (head, mut logits) = (backend.head(head, &steps)?, backend.logits());
+    let (head, mut logits) = (backend.head(head, &levels, &[])?, backend.logits());
     for (width, context) in [(32, 1000), (256, 1000), (256, most), (512, 1000)] {
-        let mut world = World::on(backend, HEADS)?;
-        let spec = world.spec(context);
+        let mut fixture = Fixture::new(backend, HEADS)?;
+        let spec = fixture.spec(context);
         let kv = cases.numbers(context * 2 * HEADS.kv_dim());
         let kv = backend.upload(&kv, 2 * HEADS.kv_dim());
-        let mut slots = vec![backend.open_slot(spec.clone())];
+        let mut slots = vec![backend.open_slot(spec.clone())?];
         let whole = 0..context;
         let chunks = slice::from_ref(&whole);
-        let batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
+        let batch = Batch::new(&fixture.memory, chunks, &mut slots);
         backend.store_context(0, &kv, 0, HEADS, &batch);
-        let rules = [SearchRule::new(&snapshot, &allowed_set, width)];
+        let rules = [0, 1].map(|level| [SearchRule::new(&snapshot, &allowed_set, level, width)]);
         let first = backend.upload(&cases.numbers(64), 64);
-        backend.lm_head(&first, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&first, &head, &rules[0], &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules[0], &mut pass);
         let hidden = backend.upload(&cases.numbers(width * 64), 64);
         let qkv = backend.upload(&cases.numbers(width * HEADS.qkv_dim()), HEADS.qkv_dim());
-        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
         backend.append_tail(0, &qkv, HEADS, &mut batch);
         let mut out = backend.buffer();
-        let scope = KvScope::Both;
+        let attention = AttentionSpec::softmax(HEADS, KvScope::Both, 0.1);
         let time = seconds(backend, || {
-            backend.attend_beams(0, &qkv, HEADS, scope, 0.1, None, &batch, &mut out);
+            backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
         })?;
         let flops = 4.0 * (width * context * HEADS.query_dim()) as f64;
         let bytes = (context * 2 * HEADS.kv_dim() + 2 * width * HEADS.query_dim()) as f64;
@@ -327,10 +329,11 @@ fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
             let start = Instant::now();
             let count = if B::COMPUTES_ON_CALLERS { 5 } else { 50 };
             for _ in 0..count {
-                let mut again = [backend.open_slot(spec.clone())];
-                for hidden in [&first, &hidden] {
-                    backend.lm_head(hidden, &head, &rules, &again, &mut logits);
-                    backend.advance_beams(&logits, &head, &rules, &mut again);
+                let mut again = [backend.open_slot(spec.clone())?];
+                for (hidden, rule) in [&first, &hidden].into_iter().zip(&rules) {
+                    let mut pass = Batch::new(&fixture.memory, &[], &mut again);
+                    backend.lm_head(hidden, &head, rule, &mut pass, &mut logits);
+                    backend.advance_beams(&logits, &head, rule, &mut pass);
                 }
                 backend.read_beams(&[&again[0]]).remove(0)?;
             }

@@ -1,20 +1,22 @@
 //! The rows of a step: which threads work on which of them, and the pass over them.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::scheduler::{Running, Scheduled, Scheduler};
 use super::{Engine, PhaseClocks};
 use crate::backend::{Backend, Batch, SearchRule};
-use crate::models::{Model, Scratch};
+use crate::models::config::SidLayout;
+use crate::models::{ForwardPass, Model};
 
 /// Rows below which a step is not worth being split.
 const ROWS_PER_SUB_BATCH: usize = 16;
 
 /// Activations of one sub-batch, kept from step to step.
 pub(super) struct Workspace<B: Backend> {
-    scratch: Scratch<B>,
+    forward: Box<dyn ForwardPass<B>>,
     logits: B::Logits,
 }
 
@@ -105,9 +107,14 @@ impl<B: Backend> SubBatch<B> {
     }
 
     /// How the slots whose prompt has been read take their next step.
-    fn rules<'a>(&self, backend: &B, running: &'a [Running<B::Slot>]) -> Vec<SearchRule<'a>> {
+    fn rules<'a>(
+        &self,
+        backend: &B,
+        layout: &'a SidLayout,
+        running: &'a [Running<B::Slot>],
+    ) -> Vec<SearchRule<'a>> {
         let rule = |(&(request, search), slot): (&(usize, usize), &B::Slot)| {
-            running[request].prepared.rule(search, backend.num_steps(slot))
+            running[request].prepared.rule(search, backend.num_steps(slot), layout)
         };
         self.owners.iter().zip(&self.slots).skip(self.num_unfinished).map(rule).collect()
     }
@@ -119,25 +126,25 @@ impl<B: Backend> SubBatch<B> {
         running: &[Running<B::Slot>],
         workspace: &mut Workspace<B>,
     ) {
-        let Pass { backend, model, memory, phases } = pass;
-        let rules = self.rules(backend, running);
+        let Pass { backend, model, layout, memory, phases } = pass;
+        let rules = self.rules(backend, layout, running);
         let SubBatch { tokens, chunks, slots, num_unfinished, .. } = self;
-        let Workspace { scratch, logits } = workspace;
+        let Workspace { forward, logits } = workspace;
         let clock = match chunks.is_empty() {
             true => &phases.decode,
             false => &phases.prefill,
         };
         let head = model.head();
-        let mut batch = Batch { memory, chunks, slots };
+        let mut batch = Batch::new(memory, chunks, slots);
         backend.step(&mut batch, head, &rules, logits, |batch, logits| {
-            timed(clock, || model.forward(backend, tokens, batch, scratch));
+            timed(clock, || forward.run(backend, tokens, batch));
             if rules.is_empty() {
                 return;
             }
-            let slots = &mut batch.slots[*num_unfinished..];
+            let beams = &mut batch.beams_from(*num_unfinished);
             timed(&phases.search, || {
-                backend.lm_head(&scratch.hidden, head, &rules, slots, logits);
-                backend.advance_beams(logits, head, &rules, slots);
+                backend.lm_head(forward.output(), head, &rules, beams, logits);
+                backend.advance_beams(logits, head, &rules, beams);
             });
         });
     }
@@ -147,6 +154,7 @@ impl<B: Backend> SubBatch<B> {
 struct Pass<'a, B: Backend> {
     backend: &'a B,
     model: &'a dyn Model<B>,
+    layout: &'a SidLayout,
     memory: &'a B::Memory,
     phases: &'a PhaseClocks,
 }
@@ -164,11 +172,13 @@ impl<B: Backend> Engine<B> {
     pub(super) fn run_sub_batches(&mut self, sub_batches: &mut [SubBatch<B>]) {
         let backend = &*self.backend;
         while self.workspaces.len() < sub_batches.len() {
-            let workspace = Workspace { scratch: Scratch::new(backend), logits: backend.logits() };
+            let forward = Arc::clone(&self.model).new_pass(backend);
+            let workspace = Workspace { forward, logits: backend.logits() };
             self.workspaces.push(workspace);
         }
         let (model, memory, phases) = (&*self.model, &self.memory, &self.phases);
-        let pass = Pass { backend, model, memory, phases };
+        let layout = &self.preparer.layout;
+        let pass = Pass { backend, model, layout, memory, phases };
         let (running, workspaces) = (self.scheduler.running(), &mut self.workspaces);
         match sub_batches {
             [sub_batch] => self.pool.install(|| sub_batch.run(pass, running, &mut workspaces[0])),

@@ -75,7 +75,7 @@ pub struct Engine<B: Backend = CpuBackend> {
     preparer: Arc<Preparer>,
     codes: Codes,
     loader: Arc<Loader<B>>,
-    model: Box<dyn Model<B>>,
+    model: Arc<dyn Model<B>>,
     weights_version: u64,
     memory: B::Memory,
     scheduler: Scheduler<B::Slot>,
@@ -176,12 +176,19 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Engine<B>> {
         options.check()?;
         layout.check(&catalog)?;
+        let num_steps = layout.num_steps();
+        if num_steps > backend.max_steps() {
+            return Err(Error::Unsupported {
+                what: format!("a search of {num_steps} steps on this device"),
+                way_out: format!("at most {} are; use the CPU", backend.max_steps()),
+            });
+        }
         let (backend, pool) = (Arc::new(backend), Arc::new(thread_pool(options.threads)?));
         let loader =
-            Loader::new(Arc::clone(&backend), Arc::clone(&pool), config, weights, layout.steps());
+            Loader::new(Arc::clone(&backend), Arc::clone(&pool), config, weights, layout.clone());
         let model = loader.load()?;
         // What the decoder writes takes positions as well: all steps but the last are read again.
-        let (spec, num_steps) = (*model.spec(), layout.steps().len());
+        let spec = *model.spec();
         let max_positions = spec.max_positions.map(|max| max.saturating_sub(num_steps - 1));
         let max_context = options.max_context.min(max_positions.unwrap_or(usize::MAX));
         let memory = options.memory(&*backend, &spec, max_context, num_steps)?;
@@ -204,7 +211,7 @@ impl<B: Backend> Engine<B> {
             context_pages: memory.context_pages,
             tail_pages: memory.tail_pages,
             has_cache: options.prefix_cache,
-            is_prompt_whole: spec.has_encoder,
+            is_prompt_whole: spec.prompt.is_whole(),
         });
         let mut engine = Engine {
             codes: Codes::new(&layout),
@@ -453,6 +460,7 @@ impl<B: Backend> Engine<B> {
         self.is_stepping = false;
         if let Some(model) = self.loader.take() {
             self.model = model;
+            self.workspaces.clear(); // their passes hold the old weights
             self.scheduler.clear_cache();
             self.weights_version += 1;
         }

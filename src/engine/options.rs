@@ -148,7 +148,7 @@ impl EngineOptions {
         max_context: usize,
         num_steps: usize,
     ) -> Result<MemorySpec> {
-        let token_bytes = spec.num_layers * 2 * spec.heads.kv_dim() * backend.dtype().size();
+        let token_bytes = spec.kv.numbers_per_token() * backend.dtype().size();
         let most_of_one = max_context.min(self.max_context);
         let tokens = match self.context_tokens {
             0 => (backend.context_bytes()? / token_bytes.max(1))
@@ -169,12 +169,11 @@ impl EngineOptions {
             }
         }
         Ok(MemorySpec {
-            num_layers: spec.num_layers,
-            heads: spec.heads,
+            kv: spec.kv,
             context_pages,
             tail_pages,
             rows_per_step: self.rows_per_step.min(self.max_beam_rows),
-            tokens_per_step: match spec.has_encoder {
+            tokens_per_step: match spec.prompt.is_whole() {
                 true => self.tokens_per_step.max(most_of_one),
                 false => self.tokens_per_step,
             },

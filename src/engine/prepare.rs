@@ -89,8 +89,16 @@ impl Prepared {
     }
 
     /// How a step of a search is done.
-    pub(super) fn rule(&self, search: usize, step: usize) -> SearchRule<'_> {
+    pub(super) fn rule<'a>(
+        &'a self,
+        search: usize,
+        step: usize,
+        layout: &'a SidLayout,
+    ) -> SearchRule<'a> {
+        let (choice, depth) = layout.choice(step);
         SearchRule {
+            choice,
+            depth,
             snapshot: &self.snapshot,
             allowed_set: &self.searches[search],
             beams: self.widths[step],

@@ -25,15 +25,17 @@ impl<B: Backend> Engine<B> {
     }
 
     fn admit(&mut self, now_us: u64) {
-        let (backend, start_token) = (&self.backend, self.spec.start_token);
+        let (backend, start_token) = (&self.backend, self.spec.prompt.start_token());
         let indices = |pages: &[Page]| pages.iter().map(Page::index).collect();
         self.scheduler.admit(now_us, |prepared, context, tails| {
-            backend.open_slot(SlotSpec {
+            let slot = backend.open_slot(SlotSpec {
                 context_pages: indices(context),
                 context_len: prepared.tokens.len(),
                 tail_pages: indices(tails),
+                num_steps: prepared.num_steps(),
                 start_token,
-            })
+            });
+            slot.expect("an engine is opened for as many steps as its device takes")
         });
     }
 
@@ -49,7 +51,7 @@ impl<B: Backend> Engine<B> {
     }
 
     fn sub_batches(&mut self, scheduled: &[Scheduled]) -> Vec<SubBatch<B>> {
-        let has_encoder = self.spec.has_encoder;
+        let has_encoder = self.spec.prompt.is_whole();
         let groups = batch::split(scheduled, self.workers.len());
         let sub_batch = |group: Vec<&Scheduled>| {
             SubBatch::new(&*self.backend, &mut self.scheduler, &group, has_encoder)

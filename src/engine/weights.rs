@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::ThreadPool;
 
-use crate::backend::{Backend, StepTokens};
+use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::models::config::Config;
+use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::models::{self, Model};
 use crate::tensor::Tensor;
@@ -16,11 +16,11 @@ pub(super) struct Loader<B: Backend> {
     backend: Arc<B>,
     pool: Arc<ThreadPool>,
     config: Config,
-    steps: Vec<StepTokens>,
+    layout: SidLayout,
     /// As they came, of which some may be replaced. Held as long as a replacement takes.
     weights: Mutex<Weights>,
     /// Laid out, and not yet taken by the engine.
-    loaded: Mutex<Option<Box<dyn Model<B>>>>,
+    loaded: Mutex<Option<Arc<dyn Model<B>>>>,
 }
 
 impl<B: Backend> Loader<B> {
@@ -29,28 +29,28 @@ impl<B: Backend> Loader<B> {
         pool: Arc<ThreadPool>,
         config: &Config,
         weights: Weights,
-        steps: Vec<StepTokens>,
+        layout: SidLayout,
     ) -> Loader<B> {
         let (weights, loaded) = (Mutex::new(weights), Mutex::new(None));
-        Loader { backend, pool, config: config.clone(), steps, weights, loaded }
+        Loader { backend, pool, config: config.clone(), layout, weights, loaded }
     }
 
     /// The network with the weights as they came.
     ///
     /// # Errors
     /// Those of [`models::load`].
-    pub fn load(&self) -> Result<Box<dyn Model<B>>> {
+    pub fn load(&self) -> Result<Arc<dyn Model<B>>> {
         let weights = self.weights.lock().map_err(|_| failed())?.clone();
         self.lay_out(weights)
     }
 
     /// The network that was laid out last, once.
-    pub fn take(&self) -> Option<Box<dyn Model<B>>> {
+    pub fn take(&self) -> Option<Arc<dyn Model<B>>> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn lay_out(&self, weights: Weights) -> Result<Box<dyn Model<B>>> {
-        let load = || models::load(&*self.backend, &self.config, weights, &self.steps);
+    fn lay_out(&self, weights: Weights) -> Result<Arc<dyn Model<B>>> {
+        let load = || models::load(&*self.backend, &self.config, weights, &self.layout);
         self.pool.install(load)
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::backend::{NO_TOKEN, StepTokens};
+use crate::backend::{NO_TOKEN, StepChoice};
 use crate::catalog::Catalog;
 use crate::catalog::sid::MAX_LEVELS;
 use crate::error::{Error, Result};
@@ -273,11 +273,25 @@ impl SidLayout {
         })
     }
 
-    /// What each decoding step may choose from.
-    pub fn steps(&self) -> Vec<StepTokens> {
-        let levels = self.levels.iter().map(|tokens| StepTokens::Level { tokens: tokens.clone() });
-        let suffix = self.suffix.iter().map(|&token| StepTokens::Forced { token });
-        levels.chain(suffix).collect()
+    /// Steps of a search for a semantic ID: its levels, then the tokens forced after them.
+    pub fn num_steps(&self) -> usize {
+        self.levels.len() + self.suffix.len()
+    }
+
+    /// The tokens that a step of a search for a semantic ID may choose from, and the levels chosen
+    /// before it.
+    ///
+    /// # Panics
+    /// Where there is no such step.
+    pub fn choice(&self, step: usize) -> (StepChoice<'_>, usize) {
+        let num_levels = self.levels.len();
+        match step {
+            level if level < num_levels => (StepChoice::Level(level), level),
+            forced => {
+                let token = self.suffix[forced - num_levels];
+                (StepChoice::Forced { token, is_counted: true }, num_levels)
+            }
+        }
     }
 
     /// Checks that every code of the catalog has a token, and has it refuse others from now on.

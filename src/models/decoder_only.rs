@@ -4,10 +4,12 @@
 //! One network serves three checkpoints' layouts, which differ in a few [`Flavour`]s: Qwen2 has
 //! biases on queries, keys and values; Qwen3 norms each query and key head before its rotation.
 
-use super::config::Config;
+use super::config::{Config, SidLayout};
 use super::weights::Weights;
-use super::{Model, ModelSpec, Scratch};
-use crate::backend::{Activation, Backend, Batch, Epilogue, Heads, KvScope, Mask, StepTokens};
+use super::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
+use crate::backend::{
+    Activation, AttentionSpec, Backend, Batch, Epilogue, HeadNorms, Heads, KvLayout, KvScope, Mask,
+};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -67,22 +69,19 @@ impl<B: Backend> DecoderOnly<B> {
         config: &Config,
         flavour: Flavour,
         weights: &mut Weights,
-        steps: &[StepTokens],
+        layout: &SidLayout,
     ) -> Result<DecoderOnly<B>> {
         let hidden_size = config.size("hidden_size")?;
         let num_heads = config.size("num_attention_heads")?;
-        let heads = Heads {
-            num_heads,
-            num_kv_heads: config.size_or("num_key_value_heads", num_heads)?,
-            head_dim: config.size_or("head_dim", (hidden_size / num_heads).max(1))?,
-        };
-        if !heads.num_heads.is_multiple_of(heads.num_kv_heads) || !heads.head_dim.is_multiple_of(2)
-        {
+        let num_kv_heads = config.size_or("num_key_value_heads", num_heads)?;
+        let head_dim = config.size_or("head_dim", (hidden_size / num_heads).max(1))?;
+        if !num_heads.is_multiple_of(num_kv_heads) || !head_dim.is_multiple_of(2) {
             return Err(config.error(format!(
-                "{} attention heads of {} columns cannot share {} key-value heads",
-                heads.num_heads, heads.head_dim, heads.num_kv_heads
+                "{num_heads} attention heads of {head_dim} columns cannot share {num_kv_heads} \
+                 key-value heads"
             )));
         }
+        let heads = Heads::new(num_heads, num_kv_heads, head_dim);
         refuse_what_is_not_served(config)?;
         let vocab_size = config.size("vocab_size")?;
         let num_layers = config.size("num_hidden_layers")?;
@@ -109,16 +108,15 @@ impl<B: Backend> DecoderOnly<B> {
             true => embedding.clone(),
             false => weights.take("lm_head.weight", &[vocab_size, hidden_size])?,
         };
-        let frequencies = rotary_frequencies(config, heads.head_dim)?;
+        let frequencies = rotary_frequencies(config, head_dim)?;
         let frequencies = Tensor::new(&[frequencies.len()], frequencies);
         Ok(DecoderOnly {
             spec: ModelSpec {
                 vocab_size,
                 max_positions: Some(config.size_or("max_position_embeddings", 2048)?),
-                num_layers,
-                heads,
-                has_encoder: false,
-                start_token: 0,
+                kv: KvLayout::new(num_layers, heads),
+                prompt: PromptKind::Chunked,
+                output: ModelOutput::Logits,
                 num_weights: weights.num_taken(),
             },
             epsilon: config.number_or("rms_norm_eps", 1e-6)? as f32,
@@ -126,7 +124,7 @@ impl<B: Backend> DecoderOnly<B> {
             embedding: backend.table(embedding)?,
             layers,
             norm: backend.vector(&[norm])?,
-            head: backend.head(head, steps)?,
+            head: backend.head(head, &layout.levels, &layout.suffix)?,
         })
     }
 
@@ -137,19 +135,19 @@ impl<B: Backend> DecoderOnly<B> {
         index: usize,
         layer: &Layer<B>,
         batch: &mut Batch<'_, B>,
-        s: &mut Scratch<B>,
+        s: &mut Activations<B>,
     ) {
         backend.rms_norm(&s.residual, &layer.attention_norm, self.epsilon, &mut s.normed);
         let bias = layer.qkv_bias.as_ref();
         backend.matmul(&s.normed, &layer.qkv, bias, Epilogue::Store, &mut s.projected);
         let norms = layer.query_key_norms.as_ref();
-        let norms = norms.map(|(query, key)| (query, key, self.epsilon));
-        let heads = self.spec.heads;
+        let norms = norms.map(|(query, key)| HeadNorms { query, key, epsilon: self.epsilon });
+        let heads = self.spec.kv.heads;
         backend.apply_rope(index, &mut s.projected, heads, norms, &s.rope, batch);
     }
 
     /// The rest of a layer after its attention.
-    fn finish_layer(&self, backend: &B, layer: &Layer<B>, s: &mut Scratch<B>) {
+    fn finish_layer(&self, backend: &B, layer: &Layer<B>, s: &mut Activations<B>) {
         let bias = layer.out_bias.as_ref();
         backend.matmul(&s.attended, &layer.out, bias, Epilogue::Add, &mut s.residual);
         backend.rms_norm(&s.residual, &layer.feed_forward_norm, self.epsilon, &mut s.normed);
@@ -159,11 +157,13 @@ impl<B: Backend> DecoderOnly<B> {
     }
 
     fn scale(&self) -> f32 {
-        (self.spec.heads.head_dim as f64).powf(-0.5) as f32
+        (self.spec.kv.heads.key_dim as f64).powf(-0.5) as f32
     }
 }
 
-impl<B: Backend> Model<B> for DecoderOnly<B> {
+impl<B: Backend> Network<B> for DecoderOnly<B> {
+    type Scratch = Activations<B>;
+
     fn spec(&self) -> &ModelSpec {
         &self.spec
     }
@@ -172,18 +172,28 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
         &self.head
     }
 
-    fn forward(&self, backend: &B, tokens: &[u32], batch: &mut Batch<'_, B>, s: &mut Scratch<B>) {
-        let heads = self.spec.heads;
+    fn new_scratch(&self, backend: &B) -> Activations<B> {
+        Activations::new(backend)
+    }
+
+    fn forward(
+        &self,
+        backend: &B,
+        tokens: &[u32],
+        batch: &mut Batch<'_, B>,
+        s: &mut Activations<B>,
+    ) {
+        let heads = self.spec.kv.heads;
         backend.rope_tables(&self.frequencies, batch, &mut s.rope);
-        backend.embed(&self.embedding, tokens, batch.beams(), &mut s.residual);
-        let (scope, scale) = (KvScope::Both, self.scale());
+        backend.embed(&self.embedding, tokens, batch, &mut s.residual);
+        let over_prompt = AttentionSpec::softmax(heads, Mask::Causal, self.scale());
+        let over_both = AttentionSpec::softmax(heads, KvScope::Both, self.scale());
         for (index, layer) in self.layers.iter().enumerate() {
             self.project(backend, index, layer, batch, s);
             let (queries, out) = (&s.projected, &mut s.attended);
             if index + 1 < self.layers.len() {
-                let mask = Mask::Causal;
-                backend.attend_prefill(index, queries, heads, mask, scale, None, batch, out);
-                backend.attend_beams(index, queries, heads, scope, scale, None, batch, out);
+                backend.attend_prefill(index, queries, &over_prompt, batch, out);
+                backend.attend_beams(index, queries, &over_both, batch, out);
             } else {
                 // Nothing after the last layer reads any row of a prompt but its last.
                 let first = batch.num_unfinished(backend);
@@ -191,12 +201,16 @@ impl<B: Backend> Model<B> for DecoderOnly<B> {
                 std::mem::swap(&mut s.residual, &mut s.last);
                 backend.gather_last(queries, first, batch, &mut s.spare);
                 let batch = &batch.beams_from(first);
-                backend.attend_beams(index, &s.spare, heads, scope, scale, None, batch, out);
+                backend.attend_beams(index, &s.spare, &over_both, batch, out);
             }
             self.finish_layer(backend, layer, s);
         }
         backend.rms_norm(&s.residual, &self.norm, self.epsilon, &mut s.hidden);
         std::mem::swap(&mut s.residual, &mut s.last); // each buffer keeps its size from pass to pass
+    }
+
+    fn output<'s>(&self, scratch: &'s Activations<B>) -> &'s B::Buffer {
+        &scratch.hidden
     }
 }
 
@@ -218,7 +232,7 @@ impl LayerLoader {
     ) -> Result<Layer<B>> {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let (query_dim, kv_dim) = (self.heads.query_dim(), self.heads.kv_dim());
-        let head_dim = self.heads.head_dim;
+        let head_dim = self.heads.key_dim;
         let mut take =
             |name: &str, shape: &[usize]| weights.take(&format!("{layer}.{name}"), shape);
         let qkv = [

@@ -6,10 +6,12 @@
 //! first layer and shared by all; cross-attention has no position. A tied head is scaled by
 //! 1/sqrt(d_model).
 
-use super::config::Config;
+use super::config::{Config, SidLayout};
 use super::weights::Weights;
-use super::{Model, ModelSpec, Scratch};
-use crate::backend::{Activation, Backend, Batch, Epilogue, Heads, KvScope, Mask, StepTokens};
+use super::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
+use crate::backend::{
+    Activation, AttentionSpec, Backend, Batch, Epilogue, Heads, KvLayout, KvScope, Mask,
+};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -22,7 +24,7 @@ pub struct T5<B: Backend> {
     encoder_bias: RelativeBias,
     encoder_norm: B::Vector,
     decoder: Vec<DecoderLayer<B>>,
-    /// `[num_heads, num_steps]` over the distance back.
+    /// `[num_heads, max_distance + 1]` over the distance back; all beyond share the last.
     decoder_bias: B::Vector,
     decoder_norm: B::Vector,
     head: B::Head,
@@ -111,11 +113,11 @@ impl<B: Backend> T5<B> {
         backend: &B,
         config: &Config,
         weights: &mut Weights,
-        steps: &[StepTokens],
+        layout: &SidLayout,
     ) -> Result<T5<B>> {
         let d_model = config.size("d_model")?;
         let num_heads = config.size("num_heads")?;
-        let heads = Heads { num_heads, num_kv_heads: num_heads, head_dim: config.size("d_kv")? };
+        let heads = Heads::new(num_heads, num_heads, config.size("d_kv")?);
         let num_layers = config.size("num_layers")?;
         let num_decoder_layers = config.size_or("num_decoder_layers", num_layers)?;
         let vocab_size = config.size("vocab_size")?;
@@ -167,16 +169,23 @@ impl<B: Backend> T5<B> {
             .map(|layer| layers.decoder(backend, weights, &format!("decoder.block.{layer}")))
             .collect::<Result<Vec<_>>>()?;
         let encoder_norm = weights.take("encoder.final_layer_norm.weight", &[d_model])?;
-        let decoder_bias = decoder_bias.table((0..steps.len() as i64).map(|back| -back));
+        let decoder_bias = decoder_bias.table((0..=max_distance as i64).map(|back| -back));
         let decoder_bias = Tensor::new(&[decoder_bias.len()], decoder_bias);
         Ok(T5 {
             spec: ModelSpec {
                 vocab_size,
                 max_positions: None,
-                num_layers: num_decoder_layers,
-                heads,
-                has_encoder: true,
-                start_token: config.token_or("decoder_start_token_id", vocab_size, 0)?,
+                // The encoder's layers borrow the first set while a prompt is read.
+                kv: KvLayout {
+                    context_sets: num_decoder_layers,
+                    tail_layers: num_decoder_layers,
+                    heads,
+                    values_are_keys: false,
+                },
+                prompt: PromptKind::Whole {
+                    start_token: config.token_or("decoder_start_token_id", vocab_size, 0)?,
+                },
+                output: ModelOutput::Logits,
                 num_weights: weights.num_taken(),
             },
             epsilon: config.number_or("layer_norm_epsilon", 1e-6)? as f32,
@@ -187,24 +196,24 @@ impl<B: Backend> T5<B> {
             decoder,
             decoder_bias: backend.vector(&[decoder_bias])?,
             decoder_norm: backend.vector(&[Tensor::new(&[d_model], final_norm)])?,
-            head: backend.head(head, steps)?,
+            head: backend.head(head, &layout.levels, &layout.suffix)?,
         })
     }
 
-    /// Reads the prompts, and keeps in the contexts what the decoder attends to. While a prompt is
-    /// read, its context's first layer holds the keys and values of the encoder's.
-    fn encode(&self, backend: &B, tokens: &[u32], batch: &Batch<'_, B>, s: &mut Scratch<B>) {
+    /// Reads the prompts, and stores in the contexts what the decoder attends to. While a prompt is
+    /// read, its context's first set holds the keys and values of the encoder's layers.
+    fn encode(&self, backend: &B, tokens: &[u32], batch: &Batch<'_, B>, s: &mut Activations<B>) {
         let longest = batch.chunks.iter().map(ExactSizeIterator::len).max().unwrap_or(0) as i64;
         let bias = self.encoder_bias.table(1 - longest..longest);
-        let heads = self.spec.heads;
-        backend.embed(&self.embedding, tokens, &[], &mut s.residual);
+        let heads = self.spec.kv.heads;
+        let over_prompt =
+            AttentionSpec::softmax(heads, Mask::Bidirectional, 1.0).with_bias(&bias[..]);
+        backend.embed(&self.embedding, tokens, batch, &mut s.residual);
         for EncoderLayer { attention, feed_forward } in &self.encoder {
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
             backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
             backend.store_context(0, &s.projected, heads.query_dim(), heads, batch);
-            let (mask, bias) = (Mask::Bidirectional, Some(&bias[..]));
-            let (queries, out) = (&s.projected, &mut s.attended);
-            backend.attend_prefill(0, queries, heads, mask, 1.0, bias, batch, out);
+            backend.attend_prefill(0, &s.projected, &over_prompt, batch, &mut s.attended);
             backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
             feed_forward.forward(backend, self.epsilon, s);
         }
@@ -216,23 +225,23 @@ impl<B: Backend> T5<B> {
     }
 
     /// Reads the beams' newest tokens.
-    fn decode(&self, backend: &B, batch: &mut Batch<'_, B>, s: &mut Scratch<B>) {
-        let heads = self.spec.heads;
-        backend.embed(&self.embedding, &[], batch.beams(), &mut s.residual);
+    fn decode(&self, backend: &B, batch: &mut Batch<'_, B>, s: &mut Activations<B>) {
+        let heads = self.spec.kv.heads;
+        let over_tail =
+            AttentionSpec::softmax(heads, KvScope::Tail, 1.0).with_bias(&self.decoder_bias);
+        let over_context = AttentionSpec::softmax(heads, KvScope::Context, 1.0);
+        backend.embed(&self.embedding, &[], batch, &mut s.residual);
         for (index, layer) in self.decoder.iter().enumerate() {
             let attention = &layer.attention;
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
             backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
             backend.append_tail(index, &s.projected, heads, batch);
-            let (scope, bias) = (KvScope::Tail, Some(&self.decoder_bias));
-            let (queries, out) = (&s.projected, &mut s.attended);
-            backend.attend_beams(index, queries, heads, scope, 1.0, bias, batch, out);
+            backend.attend_beams(index, &s.projected, &over_tail, batch, &mut s.attended);
             backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
 
             backend.rms_norm(&s.residual, &layer.cross_norm, self.epsilon, &mut s.normed);
             backend.matmul(&s.normed, &layer.cross_query, None, Epilogue::Store, &mut s.projected);
-            let (scope, queries, out) = (KvScope::Context, &s.projected, &mut s.attended);
-            backend.attend_beams(index, queries, heads, scope, 1.0, None, batch, out);
+            backend.attend_beams(index, &s.projected, &over_context, batch, &mut s.attended);
             backend.matmul(&s.attended, &layer.cross_out, None, Epilogue::Add, &mut s.residual);
             layer.feed_forward.forward(backend, self.epsilon, s);
         }
@@ -240,7 +249,9 @@ impl<B: Backend> T5<B> {
     }
 }
 
-impl<B: Backend> Model<B> for T5<B> {
+impl<B: Backend> Network<B> for T5<B> {
+    type Scratch = Activations<B>;
+
     fn spec(&self) -> &ModelSpec {
         &self.spec
     }
@@ -249,17 +260,31 @@ impl<B: Backend> Model<B> for T5<B> {
         &self.head
     }
 
-    fn forward(&self, backend: &B, tokens: &[u32], batch: &mut Batch<'_, B>, s: &mut Scratch<B>) {
+    fn new_scratch(&self, backend: &B) -> Activations<B> {
+        Activations::new(backend)
+    }
+
+    fn forward(
+        &self,
+        backend: &B,
+        tokens: &[u32],
+        batch: &mut Batch<'_, B>,
+        s: &mut Activations<B>,
+    ) {
         if !batch.chunks.is_empty() {
-            self.encode(backend, tokens, batch, s);
+            self.encode(backend, tokens, &batch.prompts_alone(), s);
         }
         self.decode(backend, &mut batch.beams_from(0), s);
+    }
+
+    fn output<'s>(&self, scratch: &'s Activations<B>) -> &'s B::Buffer {
+        &scratch.hidden
     }
 }
 
 impl<B: Backend> FeedForward<B> {
     /// Adds the layer's output to the residual stream.
-    fn forward(&self, backend: &B, epsilon: f32, s: &mut Scratch<B>) {
+    fn forward(&self, backend: &B, epsilon: f32, s: &mut Activations<B>) {
         backend.rms_norm(&s.residual, &self.norm, epsilon, &mut s.normed);
         if self.is_gated {
             backend.matmul(&s.normed, &self.inner, None, Epilogue::Store, &mut s.projected);

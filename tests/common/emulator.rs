@@ -1,12 +1,15 @@
 //! A driver of the backend that runs the kernels on the CPU. Matrix products are plain loops.
 #![allow(unsafe_code)] // memory by its address
 
+use std::collections::HashSet;
 use std::ffi::{CString, c_char, c_void};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use half::bf16;
-use sidereal::backend::cuda::{Address, CudaBackend, Driver, FusedActivation, Launch, Product};
+use sidereal::backend::cuda::{
+    Address, CudaBackend, Driver, FusedActivation, Launch, Outcome, Product,
+};
 use sidereal::{Dtype, Result};
 
 use super::kernels::{Build, Kernels, device_error};
@@ -14,13 +17,37 @@ use super::kernels::{Build, Kernels, device_error};
 /// A device that is the emulator.
 pub struct Emulator {
     kernels: Arc<Kernels>,
-    recording: Mutex<Option<Vec<Asked>>>,
+    capture: Mutex<Option<Vec<Asked>>>,
     /// Memory that nobody has taken, in bytes.
     free: Arc<AtomicUsize>,
     max_shared_bytes: usize,
+    /// Rows, columns and inner dimension of the products that were asked for outside captures.
+    plans: Mutex<HashSet<[usize; 3]>>,
+    faults: Arc<Faults>,
 }
 
-/// What was asked for while a step was recorded.
+/// What a device is told to get wrong.
+#[derive(Default)]
+pub struct Faults {
+    /// Refuses to begin captures.
+    pub refuses_begin: AtomicBool,
+    /// Refuses to end captures with a graph.
+    pub refuses_end: AtomicBool,
+    /// Fails at launches in captures.
+    pub refuses_captured_launches: AtomicBool,
+    /// Refuses all products.
+    pub refuses_products: AtomicBool,
+    /// Forgets all plans at the next product.
+    pub forgets_plans: AtomicBool,
+}
+
+impl Faults {
+    fn is(fault: &AtomicBool) -> bool {
+        fault.load(Ordering::Relaxed)
+    }
+}
+
+/// What was asked for while a step was captured.
 pub enum Asked {
     Launch { kernel: &'static str, grid: [u32; 3], threads: u32, shared: usize, params: Vec<u8> },
     Product(Product),
@@ -31,10 +58,21 @@ impl Emulator {
     pub fn new(kernels: Arc<Kernels>) -> Emulator {
         Emulator {
             kernels,
-            recording: Mutex::new(None),
+            capture: Mutex::new(None),
             free: Arc::new(AtomicUsize::new(1 << 30)),
             max_shared_bytes: 227 << 10,
+            plans: Mutex::default(),
+            faults: Arc::default(),
         }
+    }
+
+    /// What the device gets wrong; it may be set.
+    pub fn faults(&self) -> Arc<Faults> {
+        Arc::clone(&self.faults)
+    }
+
+    fn is_capturing(&self) -> bool {
+        self.capture.lock().expect("sound").is_some()
     }
 
     /// What of the device's memory is free, in bytes; it may be set.
@@ -62,10 +100,14 @@ impl Emulator {
 }
 
 impl Driver for Emulator {
-    type Recording = Vec<Asked>;
+    type Graph = Vec<Asked>;
 
     fn name(&self) -> String {
         "emulator".into()
+    }
+
+    fn product_library(&self) -> String {
+        "loops 1.0".into()
     }
 
     fn num_processors(&self) -> usize {
@@ -81,6 +123,7 @@ impl Driver for Emulator {
     }
 
     fn allocate(&self, bytes: usize, name: &str) -> Result<Option<u64>> {
+        assert!(!self.is_capturing(), "memory is taken in a capture");
         let take = |free: usize| free.checked_sub(bytes);
         if self.free.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
             return Ok(None);
@@ -98,6 +141,7 @@ impl Driver for Emulator {
     }
 
     fn free(&self, address: Address, bytes: usize) {
+        assert!(!self.is_capturing(), "memory is freed in a capture");
         self.free.fetch_add(bytes, Ordering::Relaxed);
         // SAFETY: checker.cpp declares it so.
         unsafe {
@@ -110,7 +154,7 @@ impl Driver for Emulator {
     }
 
     fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
-        assert!(self.recording.lock().expect("sound").is_none(), "a recording holds no copies");
+        assert!(!self.is_capturing(), "a graph holds no copies");
         // SAFETY: the backend copies into memory that it allocated.
         unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.get() as *mut u8, bytes.len());
@@ -124,7 +168,7 @@ impl Driver for Emulator {
     }
 
     fn download(&self, from: Address, bytes: &mut [u8]) -> Result<()> {
-        assert!(self.recording.lock().expect("sound").is_none(), "a recording waits for nothing");
+        assert!(!self.is_capturing(), "a graph waits for nothing");
         // SAFETY: the backend copies out of memory that it allocated.
         unsafe {
             std::ptr::copy_nonoverlapping(from.get() as *const u8, bytes.as_mut_ptr(), bytes.len());
@@ -141,44 +185,63 @@ impl Driver for Emulator {
                 "{kernel} wants {shared} bytes, a block has {most}"
             )));
         }
-        if let Some(recording) = &mut *self.recording.lock().expect("sound") {
+        if let Some(capture) = &mut *self.capture.lock().expect("sound") {
+            if Faults::is(&self.faults.refuses_captured_launches) {
+                return Err(device_error("this launch cannot be captured"));
+            }
             let params = params.to_vec();
-            recording.push(Asked::Launch { kernel, grid, threads, shared, params });
+            capture.push(Asked::Launch { kernel, grid, threads, shared, params });
             return Ok(());
         }
         self.kernels.launch(kernel, grid, threads, shared, params)
     }
 
     /// Refuses some, as libraries do.
-    fn multiply(&self, product: &Product) -> Result<bool> {
-        if (product.columns + product.inner) % 8 == 3 {
+    fn multiply(&self, product: &Product) -> Result<Outcome> {
+        let is_refused = (product.columns + product.inner) % 8 == 3;
+        if is_refused || Faults::is(&self.faults.refuses_products) {
             // Rows that only pad a step are arbitrary, and so is what becomes of them.
             let bytes = product.rows * product.inner * product.dtype.size();
             self.kernels.note_write(product.x, bytes);
-            return Ok(false);
+            return Ok(Outcome::Refused);
         }
-        if let Some(recording) = &mut *self.recording.lock().expect("sound") {
-            recording.push(Asked::Product(*product));
-            return Ok(true);
+        let mut plans = self.plans.lock().expect("sound");
+        if self.faults.forgets_plans.swap(false, Ordering::Relaxed) {
+            plans.clear();
         }
+        let shape = [product.rows, product.columns, product.inner];
+        if let Some(capture) = &mut *self.capture.lock().expect("sound") {
+            if !plans.contains(&shape) {
+                return Ok(Outcome::Unplanned);
+            }
+            capture.push(Asked::Product(*product));
+            return Ok(Outcome::Done);
+        }
+        plans.insert(shape);
         self.multiply_now(product);
-        Ok(true)
+        Ok(Outcome::Done)
     }
 
-    fn begin_recording(&self) -> Result<()> {
-        *self.recording.lock().expect("sound") = Some(Vec::new());
+    fn begin_capture(&self) -> Result<()> {
+        if Faults::is(&self.faults.refuses_begin) {
+            return Err(device_error("captures cannot begin"));
+        }
+        let before = self.capture.lock().expect("sound").replace(Vec::new());
+        assert!(before.is_none(), "one capture at a time");
         Ok(())
     }
 
-    fn end_recording(&self) -> Result<Option<Vec<Asked>>> {
-        let recording = self.recording.lock().expect("sound").take().expect("it was begun");
-        let bytes = recording.len();
-        // A recording takes memory as well: of it only whether there is any counts.
-        Ok((self.free.load(Ordering::Relaxed) >= bytes).then_some(recording))
+    fn end_capture(&self) -> Result<Option<Vec<Asked>>> {
+        let graph = self.capture.lock().expect("sound").take().expect("it was begun");
+        if Faults::is(&self.faults.refuses_end) {
+            return Err(device_error("captures cannot end"));
+        }
+        // A graph takes memory as well: only whether there is any counts.
+        Ok((self.free.load(Ordering::Relaxed) >= graph.len()).then_some(graph))
     }
 
-    fn replay(&self, recording: &Vec<Asked>) -> Result<()> {
-        for asked in recording {
+    fn replay(&self, graph: &Vec<Asked>) -> Result<()> {
+        for asked in graph {
             match asked {
                 Asked::Launch { kernel, grid, threads, shared, params } => {
                     self.kernels.launch(kernel, *grid, *threads, *shared, params)?;

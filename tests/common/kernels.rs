@@ -55,7 +55,8 @@ impl Sources {
     fn read(replaced: &HashMap<&str, String>) -> Sources {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
         let mut texts = BTreeMap::new();
-        for folder in [root.clone(), root.join("common"), root.join("emulator")] {
+        let folders = ["common", "emulator", "generated"].map(|name| root.join(name));
+        for folder in [root.clone()].into_iter().chain(folders) {
             for entry in std::fs::read_dir(&folder).expect("a folder of the repository") {
                 let path = entry.expect("a readable folder").path();
                 let extension = path.extension().and_then(|extension| extension.to_str());

@@ -6,12 +6,14 @@ use std::slice;
 
 use super::tiny::random_catalog;
 use super::truth::{self, Matrix, relative_error};
-use super::walk::Walk;
+use super::walk::{Steps, Walk};
+use sidereal::Normalization;
 use sidereal::Tensor;
-use sidereal::backend::cases::{Cases, World};
+use sidereal::backend::prelude::*;
+use sidereal::backend::testing::{Cases, Fixture};
 use sidereal::backend::{
-    Activation, Backend, Batch, Beam, Epilogue, Heads, KvScope, Mask, NO_TOKEN, SearchRule,
-    StepTokens,
+    Activation, AttentionSpec, Batch, Beam, Epilogue, HeadNorms, Heads, KvScope, Mask, NO_TOKEN,
+    SearchRule, StepChoice,
 };
 use sidereal::catalog::allowed::AllowedSet;
 
@@ -30,7 +32,8 @@ pub trait Subject {
     fn seeds(most: u64) -> Range<u64>;
 }
 
-type SlotOf<S> = <<S as Subject>::B as Backend>::Slot;
+type SlotOf<S> = <<S as Subject>::B as DeviceOps>::Slot;
+type MemoryOf<S> = <<S as Subject>::B as DeviceOps>::Memory;
 
 /// Makes tests of all operations on a backend.
 #[macro_export]
@@ -48,6 +51,8 @@ macro_rules! operation_tests {
             embed_reads_each_beams_newest_token,
             rows_of_prompts_and_of_beams_leave_each_other_alone,
             searches_at_different_steps_share_a_step,
+            named_tokens_have_the_log_probabilities_of_a_plain_log_softmax,
+            a_search_of_more_steps_than_the_device_has_room_for_is_refused,
         );
     };
     (@ $subject:ty, $attribute:meta; $($test:ident,)*) => {
@@ -88,7 +93,7 @@ fn first_rows<B: Backend>(backend: &B, slots: &[B::Slot]) -> Vec<usize> {
 
 fn check<S: Subject>(
     backend: &S::B,
-    found: &<S::B as Backend>::Buffer,
+    found: &<S::B as DeviceOps>::Buffer,
     truth: &Matrix,
     what: &str,
 ) {
@@ -135,21 +140,21 @@ pub fn embed_and_last_rows_copy_rows<S: Subject>() {
         let count: usize = lens.iter().sum();
         let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();
         let row = |token: u32| &weight[token as usize * columns..][..columns];
-        let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
-        let mut world = World::on(&backend, heads).expect("memory");
+        let heads = Heads::new(1, 1, 2);
+        let mut fixture = Fixture::new(&backend, heads).expect("memory");
         let num_beams = cases.rng.usize(0..3);
         let mut slots: Vec<SlotOf<S>> =
-            lens.iter().chain(&vec![1; num_beams]).map(|&len| world.slot(len)).collect();
+            lens.iter().chain(&vec![1; num_beams]).map(|&len| fixture.slot(len)).collect();
         let (mut rows, mut last) = (backend.buffer(), backend.buffer());
-        backend.embed(&table, &tokens, &slots[lens.len()..], &mut rows);
+        let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+        let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+        backend.embed(&table, &tokens, &batch, &mut rows);
         // The beams of a search that has taken no step have the start token.
         let all: Vec<u32> = tokens.iter().copied().chain(vec![3; num_beams]).collect();
         let expected: Vec<f32> = all.iter().flat_map(|&token| row(token)).copied().collect();
         assert_eq!(values(&backend, &rows), expected, "seed {seed}");
 
-        let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
         let first = cases.rng.usize(0..=lens.len());
-        let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
         backend.gather_last(&rows, first, &batch, &mut last);
         let ends = lens.iter().scan(0, |end, len| {
             *end += len;
@@ -265,23 +270,23 @@ pub fn rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values<S: 
         let heads = cases.heads();
         let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(150)).collect();
         let rows: usize = lens.iter().sum();
-        let frequencies: Vec<f32> = (0..heads.head_dim / 2)
-            .map(|pair| 10_000f32.powf(-2.0 * pair as f32 / heads.head_dim as f32))
+        let frequencies: Vec<f32> = (0..heads.head_dim() / 2)
+            .map(|pair| 10_000f32.powf(-2.0 * pair as f32 / heads.head_dim() as f32))
             .collect();
         let qkv = cases.numbers(rows * heads.qkv_dim());
         let norms = cases
             .rng
             .bool()
-            .then(|| [cases.numbers(heads.head_dim), cases.numbers(heads.head_dim)]);
+            .then(|| [cases.numbers(heads.head_dim()), cases.numbers(heads.head_dim())]);
         let vector = |values: &[f32]| {
             backend.vector(&[Tensor::new(&[values.len()], values.to_vec())]).expect("memory")
         };
         let vectors = norms.as_ref().map(|norms| norms.each_ref().map(|norm| vector(norm)));
-        let given = vectors.as_ref().map(|[query, key]| (query, key, 1e-6));
+        let given = vectors.as_ref().map(|[query, key]| HeadNorms { query, key, epsilon: 1e-6 });
 
         // The rows after a cut are read in a pass of their own.
-        let mut world = World::on(&backend, heads).expect("memory");
-        let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| world.slot(len)).collect();
+        let mut fixture = Fixture::new(&backend, heads).expect("memory");
+        let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| fixture.slot(len)).collect();
         let cut: Vec<usize> = lens.iter().map(|&len| cases.rng.usize(0..=len)).collect();
         let early: Vec<Range<usize>> = cut.iter().map(|&cut| 0..cut).collect();
         let late: Vec<Range<usize>> = cut.iter().zip(&lens).map(|(&cut, &len)| cut..len).collect();
@@ -294,11 +299,11 @@ pub fn rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values<S: 
             }
             let mut out = backend.upload(&x, heads.qkv_dim());
             let mut rope_tables = backend.buffer();
-            let mut batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+            let mut batch = Batch::new(&fixture.memory, &chunks, &mut slots);
             backend.rope_tables(&vector(&frequencies), &batch, &mut rope_tables);
             backend.apply_rope(0, &mut out, heads, given, &rope_tables, &mut batch);
-            let mask = Mask::Causal;
-            backend.attend_prefill(0, &out, heads, mask, 0.3, None, &batch, &mut attended);
+            let attention = AttentionSpec::softmax(heads, Mask::Causal, 0.3);
+            backend.attend_prefill(0, &out, &attention, &batch, &mut attended);
             let values = values(&backend, &out);
             let mut values = &values[..];
             for (found, chunk) in found.iter_mut().zip(&chunks) {
@@ -311,7 +316,7 @@ pub fn rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values<S: 
         let mut values = Vec::new();
         let positions = lens.iter().flat_map(|&len| 0..len);
         for (row, position) in Matrix::new(&qkv, heads.qkv_dim()).rows().zip(positions) {
-            for (head, columns) in row.chunks_exact(heads.head_dim).enumerate() {
+            for (head, columns) in row.chunks_exact(heads.head_dim()).enumerate() {
                 let is_query = head < heads.num_heads;
                 if head >= heads.num_heads + heads.num_kv_heads {
                     values.extend_from_slice(columns);
@@ -319,8 +324,8 @@ pub fn rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values<S: 
                 }
                 let mut columns = columns.to_vec();
                 if let Some(norms) = &norms {
-                    let norm = Matrix::new(&norms[usize::from(!is_query)], heads.head_dim);
-                    let one = Matrix { values: columns, columns: heads.head_dim };
+                    let norm = Matrix::new(&norms[usize::from(!is_query)], heads.head_dim());
+                    let one = Matrix { values: columns, columns: heads.head_dim() };
                     columns = truth::rms_norm(&one, &norm.values, 1e-6).values;
                 }
                 values.extend(truth::rotate(&columns, position, &frequencies));
@@ -369,16 +374,17 @@ pub fn attend_prefill_is_the_formula_however_prompts_are_cut<S: Subject>() {
             Mask::Bidirectional => vec![whole.clone()],
         };
         let attend = |batches: &[Vec<Range<usize>>]| {
-            let mut world = World::on(&backend, heads).expect("memory");
-            let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| world.slot(len)).collect();
+            let mut fixture = Fixture::new(&backend, heads).expect("memory");
+            let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| fixture.slot(len)).collect();
             let mut rows: Vec<Vec<f32>> = vec![Vec::new(); lens.len()];
             for chunks in batches {
                 let x = backend.upload(&rows_of(&qkv, columns, &lens, chunks), columns);
-                let batch = Batch { memory: &world.memory, chunks, slots: &mut slots };
+                let batch = Batch::new(&fixture.memory, chunks, &mut slots);
                 let mut out = backend.buffer();
                 backend.store_context(0, &x, heads.query_dim(), heads, &batch);
                 let bias = bias.as_deref();
-                backend.attend_prefill(0, &x, heads, mask, 0.3, bias, &batch, &mut out);
+                let attention = AttentionSpec { bias, ..AttentionSpec::softmax(heads, mask, 0.3) };
+                backend.attend_prefill(0, &x, &attention, &batch, &mut out);
                 let values = values(&backend, &out);
                 let mut values = &values[..];
                 for (rows, chunk) in rows.iter_mut().zip(chunks) {
@@ -418,7 +424,7 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
         // Levels lie anywhere in the vocabulary, one of them scattered, some codes without a token
         // where no item uses them.
         let vocab = 20 + 12 * (num_levels + 2) as u32;
-        let mut steps: Vec<StepTokens> = (0..num_levels as u32)
+        let levels: Vec<Vec<u32>> = (0..num_levels as u32)
             .map(|level| {
                 let first = 5 + level * 12;
                 let mut tokens: Vec<u32> = (first..first + u32::from(num_codes)).collect();
@@ -428,28 +434,48 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
                 if cases.rng.bool() {
                     tokens.push(NO_TOKEN);
                 }
-                StepTokens::Level { tokens }
+                tokens
             })
             .collect();
-        for _ in 0..cases.rng.usize(0..3) {
-            steps.push(StepTokens::Forced { token: cases.rng.u32(0..vocab) });
+        // Tokens are forced before the levels, between them and after them, counted or not.
+        let mut forced = |most: usize| -> Vec<StepChoice<'static>> {
+            let count = cases.rng.usize(0..most);
+            let token = |_| StepChoice::Forced {
+                token: cases.rng.u32(0..vocab),
+                is_counted: cases.rng.bool(),
+            };
+            (0..count).map(token).collect()
+        };
+        let mut choices = forced(3);
+        for level in 0..num_levels {
+            choices.push(StepChoice::Level(level));
+            choices.extend(forced(if level + 1 == num_levels { 3 } else { 2 }));
         }
+        let steps = Steps { levels, choices };
+        let known: Vec<u32> = steps
+            .choices
+            .iter()
+            .filter_map(|choice| match choice {
+                StepChoice::Forced { token, .. } => cases.rng.bool().then_some(*token),
+                _ => None,
+            })
+            .collect();
         let head_weight = cases.numbers(vocab as usize * hidden_dim);
         let head = Tensor::new(&[vocab as usize, hidden_dim], head_weight.clone());
-        let head = backend.head(head, &steps).expect("memory");
+        let head = backend.head(head, &steps.levels, &known).expect("memory");
         let head_weight = Matrix::new(&head_weight, hidden_dim);
         let num_slots = cases.rng.usize(1..4);
         let mut walks: Vec<Walk> =
             (0..num_slots).map(|_| Walk::new(&mut cases, num_levels, num_codes, heads)).collect();
-        let mut world = World::on(&backend, heads).expect("memory");
+        let mut fixture = Fixture::new(&backend, heads).expect("memory");
         let mut slots: Vec<SlotOf<S>> =
-            walks.iter().map(|walk| world.slot(walk.context_len)).collect();
+            walks.iter().map(|walk| fixture.slot(walk.context_len)).collect();
         let lens: Vec<usize> = walks.iter().map(|walk| walk.context_len).collect();
         let context: Vec<f32> = walks.iter().flat_map(|walk| &walk.context).copied().collect();
         for chunks in chunks(&mut cases, &lens) {
             let context = rows_of(&context, 2 * heads.kv_dim(), &lens, &chunks);
             let context = backend.upload(&context, 2 * heads.kv_dim());
-            let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+            let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
             backend.store_context(0, &context, 0, heads, &batch);
         }
         // Decoders behind an encoder write a position before the first step, others do not.
@@ -462,7 +488,7 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
             let first_rows = first_rows(&backend, &slots);
             let rows = first_rows[num_slots];
             if step > 0 || starts_with_tail {
-                check_tails::<S>(&world, &mut cases, heads, &bias, &mut walks, &mut slots, &what);
+                check_tails::<S>(&fixture, &mut cases, heads, &bias, &mut walks, &mut slots, &what);
             }
             let hidden = cases.numbers(rows * hidden_dim);
             let logits = truth::matmul(&Matrix::new(&hidden, hidden_dim), &head_weight, None);
@@ -477,11 +503,12 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
             let rules: Vec<SearchRule<'_>> = walks
                 .iter()
                 .zip(&legalities)
-                .map(|(walk, allowed_set)| walk.rule(allowed_set))
+                .map(|(walk, allowed_set)| walk.rule(allowed_set, &steps, step))
                 .collect();
             let hidden = backend.upload(&hidden, hidden_dim);
-            backend.lm_head(&hidden, &head, &rules, &slots, &mut scores);
-            backend.advance_beams(&scores, &head, &rules, &mut slots);
+            let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+            backend.lm_head(&hidden, &head, &rules, &mut pass, &mut scores);
+            backend.advance_beams(&scores, &head, &rules, &mut pass);
             drop(rules);
 
             for ((walk, first), (slot, before)) in
@@ -493,9 +520,9 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
                 }
                 all.sort_by(|a, b| b.1.total_cmp(&a.1));
                 let found = beams_of(&backend, slot);
-                let expected = match steps[step] {
-                    StepTokens::Forced { .. } => all.len(),
-                    StepTokens::Level { .. } => all.len().min(walk.beams),
+                let expected = match steps.choices[step] {
+                    StepChoice::Forced { .. } => all.len(),
+                    _ => all.len().min(walk.beams),
                 };
                 assert_eq!(found.len(), expected, "{what}: number of beams");
                 let scores: HashMap<_, _> = all.iter().cloned().collect();
@@ -519,7 +546,7 @@ pub fn advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors<S: Su
 
 /// Writes a position of random KV for every beam, then attends in every way.
 fn check_tails<S: Subject>(
-    world: &World<'_, S::B>,
+    fixture: &Fixture<'_, S::B>,
     cases: &mut Cases,
     heads: Heads,
     bias: &[f32],
@@ -527,12 +554,12 @@ fn check_tails<S: Subject>(
     slots: &mut [SlotOf<S>],
     what: &str,
 ) {
-    let backend = world.backend;
+    let backend = fixture.backend;
     let first_rows = first_rows(backend, slots);
     let rows = first_rows[slots.len()];
     let qkv_values = cases.numbers(rows * heads.qkv_dim());
     let qkv = backend.upload(&qkv_values, heads.qkv_dim());
-    let mut batch = Batch { memory: &world.memory, chunks: &[], slots };
+    let mut batch = Batch::new(&fixture.memory, &[], slots);
     backend.append_tail(0, &qkv, heads, &mut batch);
     for ((walk, slot), &first) in walks.iter_mut().zip(&*slots).zip(&first_rows) {
         for (row, beam) in (first..).zip(beams_of(backend, slot)) {
@@ -544,9 +571,10 @@ fn check_tails<S: Subject>(
         let tail_bias = (scope == KvScope::Tail).then_some(bias);
         let vector = backend.vector(&[Tensor::new(&[bias.len()], bias.to_vec())]).expect("memory");
         let given = tail_bias.is_some().then_some(&vector);
+        let attention = AttentionSpec { bias: given, ..AttentionSpec::softmax(heads, scope, 0.4) };
         let mut out = backend.buffer();
-        let batch = Batch { memory: &world.memory, chunks: &[], slots };
-        backend.attend_beams(0, &qkv, heads, scope, 0.4, given, &batch, &mut out);
+        let batch = Batch::new(&fixture.memory, &[], slots);
+        backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
         let all_found = backend.download(&out).expect("the device works");
         let (mut values, mut found) = (Vec::new(), Vec::new());
         for ((walk, slot), &first) in walks.iter().zip(&*slots).zip(&first_rows) {
@@ -559,10 +587,10 @@ fn check_tails<S: Subject>(
                     .collect();
                 let query = Matrix::new(&qkv_values[row * heads.qkv_dim()..], 1).values;
                 for head in 0..heads.num_heads {
-                    let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim;
+                    let at = head / (heads.num_heads / heads.num_kv_heads) * heads.head_dim();
                     fn parts(kv: &[f64], at: usize, heads: Heads) -> (&[f64], &[f64]) {
                         let (keys, values) = kv.split_at(heads.kv_dim());
-                        (&keys[at..at + heads.head_dim], &values[at..at + heads.head_dim])
+                        (&keys[at..at + heads.head_dim()], &values[at..at + heads.head_dim()])
                     }
                     let mut keys_values = Vec::new();
                     if scope != KvScope::Tail {
@@ -581,7 +609,7 @@ fn check_tails<S: Subject>(
                             (keys, values, bias)
                         }));
                     }
-                    let query = &query[head * heads.head_dim..(head + 1) * heads.head_dim];
+                    let query = &query[head * heads.head_dim()..(head + 1) * heads.head_dim()];
                     values.extend(truth::attend(query, &keys_values, f64::from(0.4f32)));
                 }
             }
@@ -596,27 +624,28 @@ pub fn embed_reads_each_beams_newest_token<S: Subject>() {
     let mut cases = Cases::new(1);
     let heads = cases.heads();
     let backend = S::open();
-    let mut world = World::on(&backend, heads).expect("memory");
+    let mut fixture = Fixture::new(&backend, heads).expect("memory");
     let catalog = random_catalog(&mut cases.rng, 2, 6).snapshot();
-    let steps: Vec<StepTokens> =
-        [0, 6].map(|first| StepTokens::Level { tokens: (first..first + 6).collect() }).into();
+    let levels = [0, 6].map(|first| (first..first + 6).collect());
     let weight = cases.numbers(12 * 5);
     let tensor = Tensor::new(&[12, 5], weight.clone());
     let (head, table) = (
-        backend.head(tensor.clone(), &steps).expect("memory"),
+        backend.head(tensor.clone(), &levels, &[]).expect("memory"),
         backend.table(tensor).expect("memory"),
     );
-    let mut slots = vec![world.slot(1)];
+    let mut slots = vec![fixture.slot(1), fixture.slot(1)];
     let (mut rows, mut logits) = (backend.buffer(), backend.logits());
     let allowed_set = catalog.allowed_set(&[], None).expect("no filter");
     for step in 0..2 {
-        let rules = [SearchRule::new(&catalog, &allowed_set, 9)];
-        let beams = backend.num_beams(&slots[0]);
+        let rules = [SearchRule::new(&catalog, &allowed_set, step, 9)];
+        let beams = backend.num_beams(&slots[1]);
         let hidden = backend.upload(&cases.numbers(beams * 5), 5);
-        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
-        backend.embed(&table, &[7], &slots, &mut rows);
-        let beams = beams_of(&backend, &slots[0]);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots[1..]);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
+        let chunks = [0..1];
+        backend.embed(&table, &[7], &Batch::new(&fixture.memory, &chunks, &mut slots), &mut rows);
+        let beams = beams_of(&backend, &slots[1]);
         let newest = beams.iter().map(|beam| beam.tokens[step] as usize);
         let expected: Vec<f32> = std::iter::once(7)
             .chain(newest)
@@ -632,28 +661,25 @@ pub fn rows_of_prompts_and_of_beams_leave_each_other_alone<S: Subject>() {
         let mut cases = Cases::new(seed);
         let heads = cases.heads();
         let backend = S::open();
-        let mut world = World::on(&backend, heads).expect("memory");
+        let mut fixture = Fixture::new(&backend, heads).expect("memory");
         let (prompt_len, context_len) = (cases.size(150), cases.size(150));
-        let mut slots = vec![world.slot(prompt_len), world.slot(context_len)];
+        let mut slots = vec![fixture.slot(prompt_len), fixture.slot(context_len)];
         let context =
             backend.upload(&cases.numbers(context_len * 2 * heads.kv_dim()), 2 * heads.kv_dim());
         let whole = 0..context_len;
-        let batch = Batch {
-            memory: &world.memory,
-            chunks: slice::from_ref(&whole),
-            slots: &mut slots[1..],
-        };
+        let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots[1..]);
         backend.store_context(0, &context, 0, heads, &batch);
         let qkv = cases.numbers((prompt_len + 1) * heads.qkv_dim());
         let attend = |qkv: &[f32], chunks: &[Range<usize>], slots: &mut [SlotOf<S>]| {
             let qkv = backend.upload(qkv, heads.qkv_dim());
-            let mut batch = Batch { memory: &world.memory, chunks, slots };
+            let mut batch = Batch::new(&fixture.memory, chunks, slots);
             let mut out = backend.buffer();
-            let (mask, scope) = (Mask::Causal, KvScope::Both);
+            let over_prompt = AttentionSpec::softmax(heads, Mask::Causal, 0.3);
+            let over_both = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
             backend.store_context(0, &qkv, heads.query_dim(), heads, &batch);
             backend.append_tail(0, &qkv, heads, &mut batch);
-            backend.attend_prefill(0, &qkv, heads, mask, 0.3, None, &batch, &mut out);
-            backend.attend_beams(0, &qkv, heads, scope, 0.3, None, &batch, &mut out);
+            backend.attend_prefill(0, &qkv, &over_prompt, &batch, &mut out);
+            backend.attend_beams(0, &qkv, &over_both, &batch, &mut out);
             values(&backend, &out)
         };
         let chunk = 0..prompt_len;
@@ -670,15 +696,17 @@ pub fn searches_at_different_steps_share_a_step<S: Subject>() {
     let backend = S::open();
     for seed in S::seeds(60) {
         let mut cases = Cases::new(seed);
-        let heads = Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 };
+        let heads = Heads::new(1, 1, 2);
         let hidden_dim = cases.size(40);
         let (num_levels, vocab) = (3, 60);
-        let steps: Vec<StepTokens> = (0..num_levels)
-            .map(|level| StepTokens::Level { tokens: (5 + level * 12..15 + level * 12).collect() })
-            .chain([StepTokens::Forced { token: 55 }])
-            .collect();
+        let levels = (0..num_levels).map(|level| (5 + level * 12..15 + level * 12).collect());
+        let choices = [StepChoice::Forced { token: 54, is_counted: false }]
+            .into_iter()
+            .chain((0..num_levels as usize).map(StepChoice::Level))
+            .chain([StepChoice::Forced { token: 55, is_counted: true }]);
+        let steps = Steps { levels: levels.collect(), choices: choices.collect() };
         let weight = Tensor::new(&[vocab, hidden_dim], cases.numbers(vocab * hidden_dim));
-        let head = backend.head(weight, &steps).expect("memory");
+        let head = backend.head(weight, &steps.levels, &[55]).expect("memory");
         let walks: Vec<Walk> =
             (0..3).map(|_| Walk::new(&mut cases, num_levels as usize, 10, heads)).collect();
         let legalities: Vec<AllowedSet> = walks.iter().map(Walk::allowed_set).collect();
@@ -686,35 +714,136 @@ pub fn searches_at_different_steps_share_a_step<S: Subject>() {
         let most = walks.iter().map(|walk| walk.beams).max().expect("three walks");
         let hidden: Vec<Vec<Vec<f32>>> = walks
             .iter()
-            .map(|_| steps.iter().map(|_| cases.numbers(most * hidden_dim)).collect())
+            .map(|_| steps.choices.iter().map(|_| cases.numbers(most * hidden_dim)).collect())
             .collect();
-        let advance = |slots: &mut [SlotOf<S>], who: &[usize]| {
+        let advance = |memory: &MemoryOf<S>, slots: &mut [SlotOf<S>], who: &[usize]| {
             let rows = who.iter().zip(&*slots).flat_map(|(&walk, slot)| {
                 let hidden = &hidden[walk][backend.num_steps(slot)];
                 hidden[..backend.num_beams(slot) * hidden_dim].to_vec()
             });
             let rows = backend.upload(&rows.collect::<Vec<f32>>(), hidden_dim);
-            let rules: Vec<SearchRule<'_>> =
-                who.iter().map(|&walk| walks[walk].rule(&legalities[walk])).collect();
+            let rules: Vec<SearchRule<'_>> = who
+                .iter()
+                .zip(&*slots)
+                .map(|(&walk, slot)| {
+                    walks[walk].rule(&legalities[walk], &steps, backend.num_steps(slot))
+                })
+                .collect();
             let mut logits = backend.logits();
-            backend.lm_head(&rows, &head, &rules, slots, &mut logits);
-            backend.advance_beams(&logits, &head, &rules, slots);
+            let mut pass = Batch::new(memory, &[], slots);
+            backend.lm_head(&rows, &head, &rules, &mut pass, &mut logits);
+            backend.advance_beams(&logits, &head, &rules, &mut pass);
         };
-        let mut world = World::on(&backend, heads).expect("memory");
-        let mut alone: Vec<SlotOf<S>> = walks.iter().map(|_| world.slot(1)).collect();
+        let mut fixture = Fixture::new(&backend, heads).expect("memory");
+        let mut alone: Vec<SlotOf<S>> = walks.iter().map(|_| fixture.slot(1)).collect();
         for (walk, slot) in alone.iter_mut().enumerate() {
-            for _ in &steps {
-                advance(slice::from_mut(slot), &[walk]);
+            for _ in 0..steps.len() {
+                advance(&fixture.memory, slice::from_mut(slot), &[walk]);
             }
         }
-        let mut together: Vec<SlotOf<S>> = walks.iter().map(|_| world.slot(1)).collect();
+        let mut together: Vec<SlotOf<S>> = walks.iter().map(|_| fixture.slot(1)).collect();
         for round in 0..steps.len() + 2 {
             let first = round.saturating_sub(steps.len() - 1);
             let who: Vec<usize> = (first..3.min(round + 1)).collect();
-            advance(&mut together[first..first + who.len()], &who);
+            advance(&fixture.memory, &mut together[first..first + who.len()], &who);
         }
         for (alone, together) in alone.iter().zip(&together) {
             assert_eq!(beams_of(&backend, alone), beams_of(&backend, together), "{seed}");
         }
+    }
+}
+
+pub fn named_tokens_have_the_log_probabilities_of_a_plain_log_softmax<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(40) {
+        let mut cases = Cases::new(seed);
+        let heads = Heads::new(1, 1, 2);
+        let hidden_dim = cases.size(30);
+        // Sometimes more than what backends evaluate at a time, and tokens on both sides of it.
+        let vocab = if seed % 8 == 0 { 9000 } else { 60 + cases.size(300) };
+        let levels: Vec<Vec<u32>> =
+            (0..2).map(|level| (5 + level * 12..15 + level * 12).collect()).collect();
+        let weight = cases.numbers(vocab * hidden_dim);
+        let tensor = Tensor::new(&[vocab, hidden_dim], weight.clone());
+        let head = backend.head(tensor, &levels, &[7, 50]).expect("memory");
+        let weight = Matrix::new(&weight, hidden_dim);
+        let mut named: Vec<u32> = (0..vocab as u32).collect();
+        cases.rng.shuffle(&mut named);
+        named.truncate(cases.size(vocab.min(100)));
+        let walk = Walk::new(&mut cases, 2, 10, heads);
+        let allowed_set = walk.allowed_set();
+        let of_level = SearchRule::new(&walk.snapshot, &allowed_set, 0, 5);
+        let over_vocabulary = SearchRule {
+            choice: StepChoice::Tokens(&named),
+            beams: named.len(),
+            log_probs: true,
+            temperature: walk.temperature,
+            ..of_level
+        };
+        let over_named = SearchRule { normalization: Normalization::Level, ..over_vocabulary };
+        // They share a step with a search that takes a level.
+        let rules = [over_vocabulary, of_level, over_named];
+        let mut fixture = Fixture::new(&backend, heads).expect("memory");
+        let mut slots: Vec<SlotOf<S>> = rules.iter().map(|_| fixture.slot(1)).collect();
+        let hidden = cases.numbers(rules.len() * hidden_dim);
+        let rows = truth::matmul(&Matrix::new(&hidden, hidden_dim), &weight, None);
+        let hidden = backend.upload(&hidden, hidden_dim);
+        let mut logits = backend.logits();
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
+
+        for (index, is_over_named) in [(0, false), (2, true)] {
+            let what = format!("seed {seed}, over the named alone: {is_over_named}");
+            let scaled =
+                |token: u32| rows.row(index)[token as usize] / f64::from(rules[index].temperature);
+            let all = truth::log_sum_exp((0..vocab as u32).map(scaled));
+            let of_named = truth::log_sum_exp(named.iter().map(|&token| scaled(token)));
+            let beams = beams_of(&backend, &slots[index]);
+            assert_eq!(beams.len(), named.len(), "{what}");
+            assert!(beams.is_sorted_by(|a, b| a.score >= b.score), "{what}");
+            let mut found: Vec<u32> = beams.iter().map(|beam| beam.tokens[0]).collect();
+            for beam in &beams {
+                assert!(beam.cursor.is_none(), "{what}: a named token is no semantic ID");
+                let logit = scaled(beam.tokens[0]);
+                let expected = logit - if is_over_named { of_named } else { all };
+                let pairs = [
+                    (beam.score, expected),
+                    (beam.log_probs[0].vocabulary, logit - all),
+                    (beam.log_probs[0].children, logit - of_named),
+                ];
+                for (found, expected) in pairs {
+                    let error = (f64::from(found) - expected).abs();
+                    assert!(error < S::SCORE_TOLERANCE / 10.0, "{what}: {found}, not {expected}");
+                }
+            }
+            found.sort_unstable();
+            let mut expected = named.clone();
+            expected.sort_unstable();
+            assert_eq!(found, expected, "{what}");
+        }
+        let alone = {
+            let mut slots = vec![fixture.slot(1)];
+            let values = values(&backend, &hidden);
+            let row = backend.upload(&values[hidden_dim..2 * hidden_dim], hidden_dim);
+            let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+            backend.lm_head(&row, &head, &rules[1..2], &mut pass, &mut logits);
+            backend.advance_beams(&logits, &head, &rules[1..2], &mut pass);
+            beams_of(&backend, &slots[0])
+        };
+        assert_eq!(beams_of(&backend, &slots[1]), alone, "seed {seed}: the level's search");
+    }
+}
+
+pub fn a_search_of_more_steps_than_the_device_has_room_for_is_refused<S: Subject>() {
+    let backend = S::open();
+    let mut fixture = Fixture::new(&backend, Heads::new(1, 1, 2)).expect("memory");
+    let mut spec = fixture.spec(1);
+    spec.num_steps = backend.max_steps();
+    assert!(backend.open_slot(spec.clone()).is_ok());
+    if let Some(too_many) = backend.max_steps().checked_add(1) {
+        spec.num_steps = too_many;
+        let error = backend.open_slot(spec).err().expect("too many steps");
+        assert!(matches!(error, sidereal::Error::Unsupported { .. }), "{error}");
     }
 }

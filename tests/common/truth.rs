@@ -115,7 +115,7 @@ pub fn attend_prefill(
     bias: impl Fn(usize, i64) -> f64,
     lens: &[usize],
 ) -> Matrix {
-    let head_dim = heads.head_dim;
+    let head_dim = heads.head_dim();
     let mut values = Vec::new();
     let mut first = 0;
     for &len in lens {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::tiny::{TAGS, random_catalog};
 use super::truth;
-use sidereal::backend::cases::Cases;
-use sidereal::backend::{Heads, NO_TOKEN, SearchRule, StepTokens};
+use sidereal::backend::testing::Cases;
+use sidereal::backend::{Heads, NO_TOKEN, SearchRule, StepChoice};
 use sidereal::catalog::Snapshot;
 use sidereal::catalog::allowed::AllowedSet;
 use sidereal::{Constraint, Normalization};
@@ -26,6 +26,37 @@ pub struct Walk {
     /// By the tokens chosen so far: score, and the KV rows written at each of its positions.
     pub prefixes: HashMap<Vec<u32>, f64>,
     pub tails: HashMap<Vec<u32>, Vec<f32>>,
+}
+
+/// The steps of a search: tokens forced before, between and after levels.
+pub struct Steps {
+    /// By level: the token of each code.
+    pub levels: Vec<Vec<u32>>,
+    pub choices: Vec<StepChoice<'static>>,
+}
+
+impl Steps {
+    pub fn len(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// Levels before a step.
+    pub fn depth(&self, step: usize) -> usize {
+        let is_level = |choice: &&StepChoice<'_>| matches!(choice, StepChoice::Level(_));
+        self.choices[..step].iter().filter(is_level).count()
+    }
+
+    /// The codes among the tokens of a legal prefix.
+    fn codes(&self, prefix: &[u32]) -> Vec<u16> {
+        let code = |(choice, token): (&StepChoice<'_>, &u32)| match choice {
+            StepChoice::Level(level) => {
+                let code = self.levels[*level].iter().position(|t| t == token);
+                Some(code.expect("a legal prefix") as u16)
+            }
+            _ => None,
+        };
+        self.choices.iter().zip(prefix).filter_map(code).collect()
+    }
 }
 
 impl Walk {
@@ -61,17 +92,20 @@ impl Walk {
         }
     }
 
-    pub fn rule<'a>(&'a self, allowed_set: &'a AllowedSet) -> SearchRule<'a> {
+    /// The rule of a step of `steps`.
+    pub fn rule<'a>(
+        &'a self,
+        allowed_set: &'a AllowedSet,
+        steps: &Steps,
+        step: usize,
+    ) -> SearchRule<'a> {
         SearchRule {
-            snapshot: &self.snapshot,
-            allowed_set,
-            beams: self.beams,
+            choice: steps.choices[step],
+            depth: steps.depth(step),
             normalization: self.normalization,
             constraint: self.constraint,
             temperature: self.temperature,
-            candidates: None,
-            seed: None,
-            log_probs: false,
+            ..SearchRule::new(&self.snapshot, allowed_set, 0, self.beams)
         }
     }
 
@@ -95,42 +129,42 @@ impl Walk {
         &self,
         prefix: &[u32],
         logits: &[f64],
-        steps: &[StepTokens],
+        steps: &Steps,
     ) -> Vec<(Vec<u32>, f64)> {
         let scaled = |token: u32| logits[token as usize] / f64::from(self.temperature);
-        let code = |level: usize, token: u32| match &steps[level] {
-            StepTokens::Level { tokens } => tokens.iter().position(|&t| t == token),
-            StepTokens::Forced { .. } => None,
-        };
         let step = prefix.len();
-        let (allowed, level): (Vec<u32>, Vec<u32>) = match &steps[step] {
-            StepTokens::Forced { token } => (vec![*token], vec![*token]),
-            StepTokens::Level { tokens } => {
-                let level: Vec<u32> = tokens.iter().copied().filter(|&t| t != NO_TOKEN).collect();
+        let (allowed, level): (Vec<u32>, Vec<u32>) = match steps.choices[step] {
+            StepChoice::Forced { token, .. } => (vec![token], vec![token]),
+            StepChoice::Tokens(tokens) => (tokens.to_vec(), tokens.to_vec()),
+            StepChoice::Level(level) => {
+                let tokens = &steps.levels[level];
+                let known: Vec<u32> = tokens.iter().copied().filter(|&t| t != NO_TOKEN).collect();
                 let allowed = match self.constraint {
                     Constraint::None => (0..logits.len() as u32).collect(),
-                    Constraint::Level => level.clone(),
+                    Constraint::Level => known.clone(),
                     Constraint::Trie => {
-                        let codes = prefix.iter().enumerate().map(|(l, &token)| code(l, token));
-                        let codes: Vec<u16> =
-                            codes.map(|code| code.expect("a legal prefix") as u16).collect();
+                        let codes = steps.codes(prefix);
                         let legal = |&token: &u32| {
-                            let next = code(step, token).expect("a token of the level") as u16;
+                            let code = tokens.iter().position(|&t| t == token);
+                            let next = code.expect("a token of the level") as u16;
                             self.is_legal(&[&codes[..], &[next]].concat())
                         };
-                        level.iter().copied().filter(legal).collect()
+                        known.iter().copied().filter(legal).collect()
                     }
                 };
-                (allowed, level)
+                (allowed, known)
             }
         };
+        let score = self.prefixes[prefix];
+        if let StepChoice::Forced { token, is_counted: false } = steps.choices[step] {
+            return vec![([prefix, &[token]].concat(), score)];
+        }
         let over = match self.normalization {
             Normalization::Vocabulary => (0..logits.len() as u32).collect(),
             Normalization::Level => level,
             Normalization::Children => allowed.clone(),
         };
         let normalizer = truth::log_sum_exp(over.iter().map(|&token| scaled(token)));
-        let score = self.prefixes[prefix];
         let extend =
             |&token: &u32| ([prefix, &[token]].concat(), score + scaled(token) - normalizer);
         allowed.iter().map(extend).collect()

@@ -1,59 +1,105 @@
+//! One step of a search: every legal continuation of every beam, and exactly the best of them all.
+//!
+//! The overview, slot by slot (slots are independent and run in parallel):
+//!
+//! 1. [`Search::best`] goes through the beams. Where the continuations of a beam come from is the
+//!    rule's [`Continuations`]: the children of its node in the catalog, a level, the vocabulary,
+//!    named tokens, or one forced token.
+//! 2. A continuation's score is the beam's plus `logit / temperature - normalizer`. Normalisers over
+//!    the vocabulary and over levels come from the head; one over children is summed here.
+//! 3. Score and identity (the rank of the beam by its tokens, then the choice) become one `u64` that
+//!    sorts by falling score, then by semantic ID. [`Best`] keeps the smallest keys: whenever it has
+//!    gathered twice the beam width, it drops the worse half and raises its threshold. The threshold
+//!    skips whole beams (no log-probability is above zero) and eight children at a time.
+//! 4. [`Search::replace`] makes the chosen continuations the slot's beams. Keys and values do not
+//!    move: a beam knows the tail rows of its ancestors.
+//!
+//! Nothing is truncated per beam, so the selection is exact. A score that is NaN or infinite ends the
+//! search, and reading its beams says so.
+
 use rayon::prelude::*;
 
 use super::head::Head;
-use super::lm_head::{LogSumExp, Logits, SlotLogits};
+use super::lm_head::{LogSumExp, Logits, SlotLogits, over_level};
 use super::slot::{Beams, Sample};
-use super::{SearchRule, Slot};
-use crate::backend::step_columns::StepColumns;
-use crate::backend::{LogProb, Normalizer, noise};
+use super::{CpuBackend, Slot};
+use crate::backend::level_columns::LevelColumns;
+use crate::backend::{
+    AdvanceBeams, Batch, Continuations, LogProb, Normalizer, SearchRule, StepChoice, noise,
+};
 use crate::catalog::cursor::Cursor;
-use crate::search::Constraint;
 
-pub(super) fn advance_beams(
-    logits: &Logits,
-    head: &Head,
-    rules: &[SearchRule<'_>],
-    slots: &mut [Slot],
-) {
-    assert_eq!(rules.len(), slots.len(), "a rule for each slot");
-    slots.par_iter_mut().zip(rules).enumerate().for_each(|(index, (slot, rule))| {
-        let beams = &mut slot.beams;
-        let step = beams.num_steps;
-        if step == 0 {
-            beams.cursors = vec![rule.snapshot.root(); beams.len()];
+impl AdvanceBeams for CpuBackend {
+    fn advance_beams(
+        &self,
+        logits: &Logits,
+        head: &Head,
+        rules: &[SearchRule<'_>],
+        batch: &mut Batch<'_, CpuBackend>,
+    ) {
+        assert_eq!(rules.len(), batch.slots.len(), "a rule for each slot");
+        batch.slots.par_iter_mut().zip(rules).enumerate().for_each(|(index, (slot, rule))| {
+            advance(logits, head, rule, index, slot);
+        });
+    }
+}
+
+fn advance(logits: &Logits, head: &Head, rule: &SearchRule<'_>, index: usize, slot: &mut Slot) {
+    let beams = &mut slot.beams;
+    let step = beams.num_steps;
+    if step == 0 {
+        beams.cursors = vec![rule.snapshot.root(); beams.len()];
+    }
+    let named;
+    let (columns, tokens) = match &rule.choice {
+        StepChoice::Level(level) => (&head.levels[*level], &[][..]),
+        StepChoice::Forced { token, .. } => {
+            named = LevelColumns::of_named(&[*token]);
+            (&named, std::slice::from_ref(token))
         }
-        let columns = &head.steps[step];
-        let SlotLogits { span, rows, .. } = &logits.searches[index];
-        let search = Search {
-            columns,
-            first: (columns.span.start - span.start) as usize,
-            vocab_size: head.vocab_size,
-            step,
-            rule,
-            logits,
-            slot: index,
-            normalizers: &logits.normalizers[rows.clone()],
-            first_row: rows.start,
-            inverse_temperature: 1.0 / rule.temperature,
-        };
-        match search.best(beams) {
-            Some(best) => search.replace(beams, &best, slot.positions.len()),
-            None => beams.fail(step),
+        StepChoice::Tokens(tokens) => {
+            named = LevelColumns::of_named(tokens);
+            (&named, *tokens)
         }
-        if !beams.are_finite() {
-            beams.fail(step);
-        }
-    });
+    };
+    let slot_logits = &logits.searches[index];
+    let SlotLogits { rows, .. } = slot_logits;
+    let search = Search {
+        continuations: rule.continuations(),
+        columns,
+        tokens,
+        first: slot_logits.first_column(columns),
+        vocab_size: head.vocab_size,
+        rule,
+        seed: rule.sampling_seed(),
+        logits,
+        slot: index,
+        normalizers: &logits.normalizers[rows.clone()],
+        first_row: rows.start,
+        inverse_temperature: 1.0 / rule.temperature,
+    };
+    match search.best(beams) {
+        Some(best) => search.replace(beams, &best, slot.positions.len()),
+        None => beams.fail(step),
+    }
+    if !beams.are_finite() {
+        beams.fail(step);
+    }
 }
 
 /// One step of one slot.
 struct Search<'a> {
-    columns: &'a StepColumns,
-    /// The step's first column in the logits.
+    continuations: Continuations,
+    /// By code of the level or of the named tokens.
+    columns: &'a LevelColumns,
+    /// The tokens that are named or forced.
+    tokens: &'a [u32],
+    /// The first of the columns in a row of logits.
     first: usize,
     vocab_size: u32,
-    step: usize,
     rule: &'a SearchRule<'a>,
+    /// Where the step is sampled.
+    seed: Option<u64>,
     logits: &'a Logits,
     slot: usize,
     /// By beam.
@@ -72,7 +118,7 @@ struct Best {
 }
 
 fn key(score: f32, cursor: u32) -> u64 {
-    // The bits of a float, less the sign's trouble, order as the float does.
+    // IEEE 754 bits sort like the floats once negative ones are inverted.
     let bits = (score + 0.0).to_bits();
     let rising = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
     u64::from(!rising) << 32 | u64::from(cursor)
@@ -119,18 +165,17 @@ impl Search<'_> {
     fn best(&self, beams: &Beams) -> Option<Vec<u64>> {
         let mut best = Best::new(self.rule.beams.max(1));
         for beam in 0..beams.len() {
-            if let Some(seed) = self.rule.seed {
+            if let Some(seed) = self.seed {
                 self.offer_sample(beams, beam, seed, &mut best)?;
                 continue;
             }
-            if self.columns.is_forced {
-                self.offer_forced(beams, beam, &mut best)?;
-                continue;
-            }
-            match self.rule.constraint {
-                Constraint::Trie => self.offer_children(beams, beam, &mut best)?,
-                Constraint::Level => self.offer_level(beams, beam, &mut best)?,
-                Constraint::None => self.offer_tokens(beams, beam, &mut best)?,
+            match self.continuations {
+                Continuations::Forced => self.offer_forced(beams, beam, &mut best)?,
+                Continuations::Children => self.offer_children(beams, beam, &mut best)?,
+                Continuations::Level | Continuations::Tokens => {
+                    self.offer_level(beams, beam, &mut best)?;
+                }
+                Continuations::Vocabulary => self.offer_vocabulary(beams, beam, &mut best)?,
             }
         }
         let best = best.into_sorted();
@@ -140,10 +185,11 @@ impl Search<'_> {
     /// How many choices a beam has at most: a candidate's cursor is its beam's rank times this,
     /// plus its choice (a code, a token, or zero where it is forced).
     fn num_choices(&self) -> u32 {
-        match self.rule.constraint {
-            _ if self.columns.is_forced => 1,
-            Constraint::Trie | Constraint::Level => 1 << u16::BITS,
-            Constraint::None => self.vocab_size,
+        match self.continuations {
+            Continuations::Forced => 1,
+            Continuations::Children | Continuations::Level => 1 << u16::BITS,
+            Continuations::Vocabulary => self.vocab_size,
+            Continuations::Tokens => self.tokens.len() as u32,
         }
     }
 
@@ -165,7 +211,7 @@ impl Search<'_> {
     }
 
     fn offer_forced(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
-        let gain = match self.rule.normalizer(true) {
+        let gain = match self.rule.normalizer() {
             Normalizer::Certain => 0.0,
             _ => {
                 let logit = self.logits.row(self.slot, beam)[self.first];
@@ -181,7 +227,7 @@ impl Search<'_> {
         let cursor = beams.cursors[beam];
         let logits = self.level_logits(beam);
         let logit = |code: u16| self.logit(logits, code);
-        let normalizer = match self.rule.normalizer(false) {
+        let normalizer = match self.rule.normalizer() {
             Normalizer::Children => match self.over_children(beams, beam) {
                 Some(sum) => sum.is_finite().then_some(sum)?,
                 None => return Some(()), // the request allows nothing at all
@@ -204,7 +250,7 @@ impl Search<'_> {
             }
             return Some(());
         }
-        let mut allowed = allowed_set.below(snapshot, cursor, self.step);
+        let mut allowed = allowed_set.below(snapshot, cursor, self.rule.depth);
         for run in snapshot.children(cursor) {
             let mut bar = self.bar(best.threshold, score, normalizer);
             for (chunk, codes) in run.labels.chunks(LANES).enumerate() {
@@ -235,7 +281,7 @@ impl Search<'_> {
     /// A code without a token is none that the model can write: NaN is never high enough.
     #[inline]
     fn logit(&self, logits: &[f32], code: u16) -> f32 {
-        let column = self.columns.column(code);
+        let column = self.columns.column(usize::from(code));
         column.and_then(|column| logits.get(column)).copied().unwrap_or(f32::NAN)
     }
 
@@ -243,7 +289,7 @@ impl Search<'_> {
     fn for_each_child(&self, beams: &Beams, beam: usize, mut each: impl FnMut(u16, f32)) {
         let SearchRule { snapshot, allowed_set, .. } = self.rule;
         let (cursor, logits) = (beams.cursors[beam], self.level_logits(beam));
-        let mut allowed = allowed_set.below(snapshot, cursor, self.step);
+        let mut allowed = allowed_set.below(snapshot, cursor, self.rule.depth);
         for run in snapshot.children(cursor) {
             for (at, &code) in run.labels.iter().enumerate() {
                 if allowed.is_match(run.child(at)) {
@@ -267,9 +313,13 @@ impl Search<'_> {
     fn offer_sample(&self, beams: &Beams, beam: usize, seed: u64, best: &mut Best) -> Option<()> {
         let Sample { log_prob, noisy } = beams.samples[beam];
         let first_place = self.first_place(beams, beam);
-        if self.columns.is_forced {
-            best.offer(noisy, first_place);
-            return Some(());
+        match self.continuations {
+            Continuations::Forced => {
+                best.offer(noisy, first_place);
+                return Some(());
+            }
+            Continuations::Children => {}
+            _ => panic!("samples need the trie, as requests are checked for"),
         }
         let Some(normalizer) = self.over_children(beams, beam) else { return Some(()) };
         let normalizer = normalizer.is_finite().then_some(normalizer)?;
@@ -317,8 +367,8 @@ impl Search<'_> {
         let (normalizer, _) = self.normalizer(beams, beam)?;
         let logits = &self.logits.row(self.slot, beam)[self.first..];
         let first_place = self.first_place(beams, beam);
-        for code in 0..self.columns.columns.len().min(1 << u16::BITS) as u32 {
-            let Some(column) = self.columns.column(code as u16) else { continue };
+        for code in 0..self.num_choices().min(self.columns.columns.len() as u32) {
+            let Some(column) = self.columns.column(code as usize) else { continue };
             let score = beams.scores[beam] + self.gain(logits[column], normalizer);
             if score >= best.threshold {
                 best.offer(score, first_place + code);
@@ -327,7 +377,7 @@ impl Search<'_> {
         Some(())
     }
 
-    fn offer_tokens(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
+    fn offer_vocabulary(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
         let (normalizer, _) = self.normalizer(beams, beam)?;
         let first_place = self.first_place(beams, beam);
         for (token, &logit) in self.logits.row(self.slot, beam).iter().enumerate() {
@@ -374,8 +424,7 @@ impl Search<'_> {
             self.moved(cursor, choice)
         });
         beams.cursors = cursors.collect();
-        let has_levels = self.rule.constraint == Constraint::Trie;
-        beams.are_leaves = has_levels && self.step + 1 >= self.rule.snapshot.num_levels();
+        beams.are_leaves = self.rule.reaches_leaves();
         beams.ranks = ranks(best);
         (beams.scores, beams.samples, beams.log_probs) = steps;
         beams.tokens = tokens;
@@ -392,28 +441,22 @@ impl Search<'_> {
         chosen: &[(usize, u32)],
     ) -> (Vec<f32>, Vec<Sample>, Vec<LogProb>) {
         let keys = || best.iter().map(|&key| score_of(key));
-        let SearchRule { seed, log_probs, .. } = *self.rule;
+        let (seed, log_probs) = (self.seed, self.rule.log_probs);
         if seed.is_none() && !log_probs {
             return (keys().collect(), Vec::new(), Vec::new());
         }
-        let mut over_children: Vec<Option<f32>> = vec![None; beams.len()];
-        let mut children = |parent: usize, logit: f32| match self.columns.is_forced {
-            true => 0.0,
-            false => {
-                let sum = over_children[parent].get_or_insert_with(|| {
-                    self.over_children(beams, parent).expect("a chosen beam has continuations")
-                });
-                self.gain(logit, *sum)
-            }
-        };
+        let mut over_legal: Vec<Option<f32>> = vec![None; beams.len()];
         let mut steps = (Vec::new(), Vec::new(), Vec::new());
         for (noisy, &(parent, choice)) in keys().zip(chosen) {
-            let logits = self.level_logits(parent);
-            let logit = match self.columns.is_forced {
-                true => logits[0],
-                false => self.logit(logits, choice as u16),
+            let logit = self.logit_of(parent, choice);
+            let over_children = match self.continuations {
+                Continuations::Forced => 0.0,
+                _ => {
+                    let sum = over_legal[parent]
+                        .get_or_insert_with(|| self.over_legal_continuations(beams, parent));
+                    self.gain(logit, *sum)
+                }
             };
-            let over_children = children(parent, logit);
             if log_probs {
                 let taken = parent * beams.num_steps..(parent + 1) * beams.num_steps;
                 steps.2.extend_from_slice(&beams.log_probs[taken]);
@@ -425,7 +468,7 @@ impl Search<'_> {
                 steps.0.push(noisy);
                 continue;
             }
-            let gain = match self.rule.normalizer(self.columns.is_forced) {
+            let gain = match self.rule.normalizer() {
                 Normalizer::Children | Normalizer::Certain => over_children,
                 _ => self.gain(logit, self.normalizers[parent].value()),
             };
@@ -436,20 +479,46 @@ impl Search<'_> {
         steps
     }
 
-    fn token(&self, choice: u32) -> u32 {
-        let span = &self.columns.span;
-        match self.rule.constraint {
-            _ if self.columns.is_forced => span.start,
-            Constraint::None => choice,
+    /// The log of the summed exponentials of all continuations that a chosen beam had.
+    fn over_legal_continuations(&self, beams: &Beams, beam: usize) -> f32 {
+        match self.continuations {
+            Continuations::Children | Continuations::Forced => {
+                self.over_children(beams, beam).expect("a chosen beam has continuations")
+            }
+            Continuations::Vocabulary => self.logits.vocabulary[self.first_row + beam].value(),
+            Continuations::Level | Continuations::Tokens => {
+                let logits = self.level_logits(beam);
+                over_level(self.columns, logits, self.inverse_temperature).value()
+            }
+        }
+    }
+
+    /// The logit of a choice that was offered.
+    fn logit_of(&self, beam: usize, choice: u32) -> f32 {
+        match self.continuations {
+            Continuations::Vocabulary => self.logits.row(self.slot, beam)[choice as usize],
             _ => {
-                let column = self.columns.column(choice as u16);
-                span.start + column.expect("only codes with a token are offered") as u32
+                let column = self.columns.column(choice as usize);
+                let logits = self.level_logits(beam);
+                column.and_then(|column| logits.get(column)).copied().unwrap_or(f32::NAN)
+            }
+        }
+    }
+
+    fn token(&self, choice: u32) -> u32 {
+        match self.continuations {
+            Continuations::Forced | Continuations::Tokens => self.tokens[choice as usize],
+            Continuations::Vocabulary => choice,
+            Continuations::Children | Continuations::Level => {
+                let column = self.columns.column(choice as usize);
+                self.columns.span.start
+                    + column.expect("only codes with a token are offered") as u32
             }
         }
     }
 
     fn moved(&self, cursor: Cursor, choice: u32) -> Cursor {
-        if self.columns.is_forced || self.rule.constraint != Constraint::Trie {
+        if self.continuations != Continuations::Children {
             return cursor;
         }
         let child = self.rule.snapshot.child(cursor, choice as u16);

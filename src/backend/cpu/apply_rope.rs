@@ -1,27 +1,46 @@
+//! Queries and keys turned to their positions, then keys and values stored.
+
 use rayon::prelude::*;
 use rten_simd::SimdOp;
 
 use super::matmul::VALUES_PER_TASK;
 use super::rms_norm::NormRows;
-use super::{Buffer, Heads};
+use super::{Buffer, CpuBackend};
+use crate::backend::{AppendTail, ApplyRope, Batch, HeadNorms, Heads, StoreContext};
 
-pub(super) fn apply_rope(
+impl ApplyRope for CpuBackend {
+    fn apply_rope(
+        &self,
+        layer: usize,
+        qkv: &mut Buffer,
+        heads: Heads,
+        norms: Option<HeadNorms<'_, CpuBackend>>,
+        rope_tables: &Buffer,
+        batch: &mut Batch<'_, CpuBackend>,
+    ) {
+        rotate(qkv, heads, norms, rope_tables);
+        self.store_context(layer, qkv, heads.query_dim(), heads, batch);
+        self.append_tail(layer, qkv, heads, batch);
+    }
+}
+
+fn rotate(
     qkv: &mut Buffer,
     heads: Heads,
-    norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
-    rope: &Buffer,
+    norms: Option<HeadNorms<'_, CpuBackend>>,
+    rope_tables: &Buffer,
 ) {
     let columns = qkv.columns;
-    let (query_dim, head_dim) = (heads.query_dim(), heads.head_dim);
+    let (query_dim, head_dim) = (heads.query_dim(), heads.key_dim);
     let rows_per_task = (VALUES_PER_TASK / columns).max(1);
-    let tables = rope.values.par_chunks(rows_per_task * head_dim);
+    let tables = rope_tables.values.par_chunks(rows_per_task * head_dim);
     let tasks = qkv.values.par_chunks_mut(rows_per_task * columns).zip(tables);
     tasks.for_each(|(rows, tables)| {
         for (row, rope) in rows.chunks_exact_mut(columns).zip(tables.chunks(head_dim)) {
-            let (queries, keys) = row[..query_dim + heads.kv_dim()].split_at_mut(query_dim);
-            if let Some((query_norm, key_norm, epsilon)) = norms {
-                NormRows { x: None, weight: query_norm, epsilon, out: queries }.dispatch();
-                NormRows { x: None, weight: key_norm, epsilon, out: keys }.dispatch();
+            let (queries, keys) = row[..query_dim + heads.keys_dim()].split_at_mut(query_dim);
+            if let Some(HeadNorms { query, key, epsilon }) = norms {
+                NormRows { x: None, weight: query, epsilon, out: queries }.dispatch();
+                NormRows { x: None, weight: key, epsilon, out: keys }.dispatch();
             }
             let (cosines, sines) = rope.split_at(head_dim / 2);
             let turn_heads =

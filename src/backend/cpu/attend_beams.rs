@@ -1,3 +1,8 @@
+//! Attention of beams: a query head of a slot at a time, its beams in tiles.
+//!
+//! The context is the beams' in common, so their products with it are matrix products; each beam's
+//! tail is its own and found row by row through its ancestors. One softmax covers both.
+
 use std::ops::Deref;
 
 use rayon::prelude::*;
@@ -10,22 +15,21 @@ use super::matmul::split_columns;
 use super::memory::PageLayout;
 use super::scratch::Scratch;
 use super::softmax::{ExpSum, Largest};
-use super::{Buffer, CpuBackend, Heads, KvScope, Slot};
-use crate::backend::Batch;
+use super::{Buffer, CpuBackend, Slot};
+use crate::backend::{AttendBeams, AttentionSpec, Batch, BeamAttention, Heads, KvScope, ScoreRule};
 use crate::pages::TAIL_PAGE_LEN;
 
-impl CpuBackend {
-    pub(super) fn attend_beams(
+impl AttendBeams for CpuBackend {
+    fn attend_beams(
         &self,
         layer: usize,
         queries: &Buffer,
-        heads: Heads,
-        scope: KvScope,
-        scale: f32,
-        tail_bias: Option<&[f32]>,
+        attention: &BeamAttention<'_, CpuBackend>,
         batch: &Batch<'_, CpuBackend>,
         out: &mut Buffer,
     ) {
+        let AttentionSpec { heads, score_rule: ScoreRule::Softmax, scope, scale, bias } =
+            *attention;
         let query_dim = heads.query_dim();
         out.reshape(queries.num_rows(), query_dim);
         let pages = |slot: &Slot| {
@@ -45,9 +49,9 @@ impl CpuBackend {
             let (rows, after) = rest.split_at_mut(num_rows * query_dim);
             rest = after;
             for (head, out) in
-                split_columns(rows, query_dim, heads.head_dim).into_iter().enumerate()
+                split_columns(rows, query_dim, heads.head_dim()).into_iter().enumerate()
             {
-                let bias = tail_bias.map(|bias| {
+                let bias = bias.map(|bias| {
                     let row = bias.len() / heads.num_heads;
                     &bias[head * row..(head + 1) * row]
                 });
@@ -68,7 +72,7 @@ impl CpuBackend {
                 let (layout, kv_head) = (&batch.memory.layout, attention.kv_head());
                 let context = HeadContext::new(pages, context_len, layout, layer, kv_head);
                 for (tile, out) in out.chunks_mut(QUERIES_PER_TILE).enumerate() {
-                    self.count_flops(2 * out.len(), heads.head_dim, context_len);
+                    self.count_flops(2 * out.len(), heads.head_dim(), context_len);
                     let first = tile * QUERIES_PER_TILE;
                     attention.attend(first, &context, context_len, scope, scratch, out);
                 }
@@ -127,7 +131,7 @@ impl<'a, P: Deref<Target = Vec<f32>>> HeadAttention<'a, P> {
     }
 
     fn query(&self, beam: usize) -> &'a [f32] {
-        let head_dim = self.heads.head_dim;
+        let head_dim = self.heads.head_dim();
         &self.queries.row(self.first_row + beam)[self.head * head_dim..][..head_dim]
     }
 
@@ -144,7 +148,7 @@ impl<'a, P: Deref<Target = Vec<f32>>> HeadAttention<'a, P> {
         let HeadScratch { scores, tail_scores } = scratch;
         let num_rows = out.len();
         let columns = self.queries.num_columns();
-        let first_value = (self.first_row + first) * columns + self.head * self.heads.head_dim;
+        let first_value = (self.first_row + first) * columns + self.head * self.heads.head_dim();
         let queries = Queries {
             values: &self.queries.values[first_value..],
             stride: columns,
@@ -182,8 +186,8 @@ impl<'a, P: Deref<Target = Vec<f32>>> HeadAttention<'a, P> {
 
     /// The columns of this head in a row of keys or values.
     fn columns(&self) -> std::ops::Range<usize> {
-        let first = self.kv_head() * self.heads.head_dim;
-        first..first + self.heads.head_dim
+        let first = self.kv_head() * self.heads.head_dim();
+        first..first + self.heads.head_dim()
     }
 }
 
@@ -216,7 +220,8 @@ impl<P: Deref<Target = Vec<f32>>> SimdOp for TailScores<'_, P> {
                     #[inline(always)]
                     |sum, q| ops.mul_add(q, keys.next().expect("as long as the query"), sum),
                 );
-                let bias = attention.bias.map_or(0.0, |bias| bias[tail_len - 1 - position]);
+                let back = tail_len - 1 - position;
+                let bias = attention.bias.map_or(0.0, |bias| bias[back.min(bias.len() - 1)]);
                 *score = ops.sum(products) * attention.scale + bias;
             }
         }

@@ -1,3 +1,5 @@
+//! Attention of prompts: a query head of a chunk at a time, its rows in tiles.
+
 use rayon::prelude::*;
 use rten_simd::SimdOp;
 
@@ -5,21 +7,22 @@ use super::context::{HeadContext, QUERIES_PER_TILE, Queries};
 use super::matmul::split_columns;
 use super::scratch::Scratch;
 use super::softmax::{ExpSum, Largest};
-use super::{Buffer, CpuBackend, Heads, Mask};
-use crate::backend::Batch;
+use super::{Buffer, CpuBackend};
+use crate::backend::{
+    AttendPrefill, AttentionSpec, Batch, Heads, Mask, PrefillAttention, ScoreRule,
+};
 
-impl CpuBackend {
-    pub(super) fn attend_prefill(
+impl AttendPrefill for CpuBackend {
+    fn attend_prefill(
         &self,
-        layer: usize,
+        set: usize,
         queries: &Buffer,
-        heads: Heads,
-        mask: Mask,
-        scale: f32,
-        relative_bias: Option<&[f32]>,
+        attention: &PrefillAttention<'_>,
         batch: &Batch<'_, CpuBackend>,
         out: &mut Buffer,
     ) {
+        let AttentionSpec { heads, score_rule: ScoreRule::Softmax, scope: mask, scale, bias } =
+            *attention;
         let query_dim = heads.query_dim();
         out.reshape(queries.num_rows(), query_dim);
         let longest = batch.prompts().map(|(_, slot)| slot.spec.context_len).max().unwrap_or(0);
@@ -32,9 +35,9 @@ impl CpuBackend {
         for ((chunk, _), pages) in batch.prompts().zip(&pages) {
             let (rows, after) = rest.split_at_mut(chunk.len() * query_dim);
             rest = after;
-            let by_head = split_columns(rows, query_dim, heads.head_dim);
+            let by_head = split_columns(rows, query_dim, heads.head_dim());
             for (head, out) in by_head.into_iter().enumerate() {
-                let bias = relative_bias.map(|bias| {
+                let bias = bias.map(|bias| {
                     let row = 2 * longest - 1;
                     &bias[head * row..(head + 1) * row]
                 });
@@ -58,11 +61,11 @@ impl CpuBackend {
         all_heads.into_par_iter().for_each_init(Scratch::default, |scores, task| {
             let (attention, pages, mut out) = task;
             let kv_head = attention.head / (heads.num_heads / heads.num_kv_heads);
-            let context = HeadContext::new(pages, attention.end, layout, layer, kv_head);
+            let context = HeadContext::new(pages, attention.end, layout, set, kv_head);
             for (tile, out) in out.chunks_mut(QUERIES_PER_TILE).enumerate() {
                 let first = tile * QUERIES_PER_TILE;
                 let reach = attention.reach(first + out.len());
-                self.count_flops(2 * out.len(), heads.head_dim, reach);
+                self.count_flops(2 * out.len(), heads.head_dim(), reach);
                 attention.attend(first, reach, &context, scores, out);
             }
         });
@@ -105,7 +108,7 @@ impl HeadAttention<'_> {
         out: &mut [&mut [f32]],
     ) {
         let columns = self.queries.num_columns();
-        let first_value = (self.first_row + first) * columns + self.head * self.heads.head_dim;
+        let first_value = (self.first_row + first) * columns + self.head * self.heads.head_dim();
         let queries = Queries {
             values: &self.queries.values[first_value..],
             stride: columns,

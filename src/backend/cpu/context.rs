@@ -1,3 +1,5 @@
+//! The context of one KV head as matrices: what attention multiplies queries and weights with.
+
 use std::ops::Deref;
 
 use rten_simd::SimdOp;
@@ -9,7 +11,7 @@ use crate::pages::PAGE_LEN;
 /// Queries that are worked on together, so that their scores stay in the cache.
 pub(super) const QUERIES_PER_TILE: usize = 128;
 
-/// The context of one layer and KV head, page by page.
+/// One set of a context's keys and values, of one KV head, page by page.
 pub(super) struct HeadContext<'a> {
     head_dim: usize,
     /// Panels of 32 tokens.
@@ -32,13 +34,13 @@ impl<'a> HeadContext<'a> {
         pages: &'a [P],
         len: usize,
         layout: &PageLayout,
-        layer: usize,
+        set: usize,
         kv_head: usize,
     ) -> HeadContext<'a> {
         let head_dim = layout.head_dim();
         let parts = pages[..len.div_ceil(PAGE_LEN)].iter();
         let (keys, values): (Vec<_>, Vec<_>) =
-            parts.map(|page| layout.keys_values(page, layer, kv_head)).unzip();
+            parts.map(|page| layout.keys_values(page, set, kv_head)).unzip();
         let panels = |values: &'a [f32]| values.chunks_exact(PAGE_LEN * PANEL).collect();
         HeadContext {
             head_dim,

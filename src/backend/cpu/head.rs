@@ -1,20 +1,22 @@
+//! The output head, cut so that a step multiplies by few of its columns.
+
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use super::{Matrix, StepTokens};
-use crate::backend::step_columns::StepColumns;
+use super::Matrix;
+use crate::backend::level_columns::LevelColumns;
 use crate::tensor::Tensor;
 
 /// Columns of the head that are evaluated together, so that a large vocabulary needs little room.
 const COLUMNS_PER_CHUNK: usize = 2048;
 
-/// The output head, cut where the codes of a level begin and end.
+/// The output head, cut where the codes of a level begin and end, and around each known token.
 ///
-/// A step evaluates the chunks that its codes lie in, and the others only where scores are
+/// A step evaluates the chunks that its tokens lie in, and the others only where scores are
 /// normalised over the whole vocabulary.
 pub struct Head {
     pub(super) chunks: Vec<Chunk>,
-    pub(super) steps: Vec<StepColumns>,
+    pub(super) levels: Vec<LevelColumns>,
     pub(super) vocab_size: u32,
 }
 
@@ -24,11 +26,13 @@ pub(super) struct Chunk {
 }
 
 impl Head {
-    pub(super) fn new(weight: &Tensor, steps: &[StepTokens]) -> Head {
+    pub(super) fn new(weight: &Tensor, levels: &[Vec<u32>], known_tokens: &[u32]) -> Head {
         let (vocab_size, num_in) = (weight.shape()[0], weight.shape()[1]);
-        let steps: Vec<StepColumns> = steps.iter().map(StepColumns::new).collect();
+        let levels: Vec<LevelColumns> =
+            levels.iter().map(|tokens| LevelColumns::new(tokens)).collect();
         let mut cuts = BTreeSet::from([0, vocab_size as u32]);
-        cuts.extend(steps.iter().flat_map(|step| [step.span.start, step.span.end]));
+        cuts.extend(levels.iter().flat_map(|level| [level.span.start, level.span.end]));
+        cuts.extend(known_tokens.iter().flat_map(|&token| [token, token + 1]));
         let cuts: Vec<u32> = cuts.into_iter().collect();
         let mut chunks = Vec::new();
         let mut values = Vec::new();
@@ -40,6 +44,6 @@ impl Head {
                 chunks.push(Chunk { tokens, weight: Matrix::new(&values, num_in) });
             }
         }
-        Head { chunks, steps, vocab_size: vocab_size as u32 }
+        Head { chunks, levels, vocab_size: vocab_size as u32 }
     }
 }

@@ -15,7 +15,8 @@ use rten_simd::ops::{BitOps, FloatOps, NumOps};
 use rten_simd::{Isa, SimdOp, SimdUnaryOp};
 use rten_vecmath::{Exp, Gelu, Silu};
 
-use super::{Activation, Buffer, CpuBackend, Epilogue};
+use super::{Buffer, CpuBackend};
+use crate::backend::{Activation, Epilogue, Matmul};
 use crate::tensor::Tensor;
 
 /// Values that one task of an elementwise operation works on.
@@ -66,12 +67,12 @@ impl Matrix {
     }
 }
 
-impl CpuBackend {
-    pub(super) fn matmul(
+impl Matmul for CpuBackend {
+    fn matmul(
         &self,
         x: &Buffer,
         weight: &Matrix,
-        bias: Option<&[f32]>,
+        bias: Option<&Vec<f32>>,
         epilogue: Epilogue,
         out: &mut Buffer,
     ) {

@@ -1,7 +1,9 @@
+//! Pages of keys and values, and how they lie there.
+
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::matmul::PANEL;
-use super::{Heads, MemorySpec};
+use crate::backend::{KvLayout, MemorySpec};
 use crate::pages::{PAGE_LEN, TAIL_PAGE_LEN};
 
 /// The pages of contexts and tails. What one takes up is asked of the system when it is first
@@ -17,62 +19,59 @@ pub struct Memory {
 
 /// Where things lie in pages.
 ///
-/// A context's page is `[layers][kv heads]` of keys, then values, each a matrix in panels as
+/// A context's page is `[sets][kv heads]` of keys, then values, each a matrix in panels as
 /// products read them: the keys `[64 / 32][head_dim][32]` with a token a column, the values
 /// `[head_dim / 32][64][32]` with a token a row. A tail's page is `[layers][16]` rows of
-/// [`Heads::kv_dim`] keys, then values.
+/// all heads' keys, then values.
 #[derive(Clone, Copy)]
-pub(super) struct PageLayout {
-    num_layers: usize,
-    heads: Heads,
-}
+pub(super) struct PageLayout(KvLayout);
 
 impl PageLayout {
     /// Columns of one head.
     pub fn head_dim(&self) -> usize {
-        self.heads.head_dim
+        self.0.heads.head_dim()
     }
 
     fn key_floats(&self) -> usize {
-        PAGE_LEN * self.heads.head_dim
+        PAGE_LEN * self.head_dim()
     }
 
     fn value_floats(&self) -> usize {
-        PAGE_LEN * self.heads.head_dim.next_multiple_of(PANEL)
+        PAGE_LEN * self.head_dim().next_multiple_of(PANEL)
     }
 
     fn context_floats(&self) -> usize {
-        self.num_layers * self.heads.num_kv_heads * (self.key_floats() + self.value_floats())
+        self.0.context_sets * self.0.heads.num_kv_heads * (self.key_floats() + self.value_floats())
     }
 
     fn tail_floats(&self) -> usize {
-        self.num_layers * TAIL_PAGE_LEN * 2 * self.heads.kv_dim()
+        self.0.numbers_per_tail_row() * TAIL_PAGE_LEN
     }
 
-    /// The keys and the values of a layer's KV head in a context's page.
+    /// The keys and the values of a set's KV head in a context's page.
     pub fn keys_values<'p>(
         &self,
         page: &'p [f32],
-        layer: usize,
+        set: usize,
         kv_head: usize,
     ) -> (&'p [f32], &'p [f32]) {
         let floats = self.key_floats() + self.value_floats();
-        let start = (layer * self.heads.num_kv_heads + kv_head) * floats;
+        let start = (set * self.0.heads.num_kv_heads + kv_head) * floats;
         page[start..start + floats].split_at(self.key_floats())
     }
 
-    /// Writes the keys and values of a token, of a layer's KV head, into a context's page.
+    /// Writes the keys and values of a token, of a set's KV head, into a context's page.
     pub fn write(
         &self,
         page: &mut [f32],
-        layer: usize,
+        set: usize,
         kv_head: usize,
         token: usize,
         keys: &[f32],
         values: &[f32],
     ) {
         let floats = self.key_floats() + self.value_floats();
-        let start = (layer * self.heads.num_kv_heads + kv_head) * floats;
+        let start = (set * self.0.heads.num_kv_heads + kv_head) * floats;
         let (key_panels, value_panels) =
             page[start..start + floats].split_at_mut(self.key_floats());
         let panel = &mut key_panels[token / PANEL * PANEL * keys.len()..];
@@ -92,21 +91,21 @@ impl PageLayout {
         layer: usize,
         row: usize,
     ) -> (&'p [f32], &'p [f32]) {
-        let kv_dim = self.heads.kv_dim();
+        let kv_dim = self.0.heads.kv_dim();
         let start = (layer * TAIL_PAGE_LEN + row) * 2 * kv_dim;
         page[start..start + 2 * kv_dim].split_at(kv_dim)
     }
 
-    /// The same, to be written: keys, then values.
+    /// A row in a tail's page, to be written: keys, then values, of all KV heads.
     pub fn tail_row_mut<'p>(&self, page: &'p mut [f32], layer: usize, row: usize) -> &'p mut [f32] {
-        let kv_dim = self.heads.kv_dim();
+        let kv_dim = self.0.heads.kv_dim();
         &mut page[(layer * TAIL_PAGE_LEN + row) * 2 * kv_dim..][..2 * kv_dim]
     }
 }
 
 impl Memory {
     pub(super) fn new(spec: &MemorySpec) -> Memory {
-        let layout = PageLayout { num_layers: spec.num_layers, heads: spec.heads };
+        let layout = PageLayout(spec.kv);
         let empty = |count: usize| (0..count).map(|_| RwLock::default()).collect();
         Memory {
             context_pages: empty(spec.context_pages),

@@ -10,10 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rten_simd::ops::BitOps;
 use rten_simd::{Isa, SimdOp};
 
-use super::{
-    Activation, Backend, Batch, Beam, Epilogue, Heads, KvScope, Mask, MemorySpec, SearchRule,
-    SlotSpec, StepTokens,
-};
+use super::{DeviceOps, MemorySpec, SlotSpec};
 use crate::error::Result;
 use crate::tensor::{Dtype, Tensor};
 
@@ -30,14 +27,16 @@ mod head;
 mod lm_head;
 mod matmul;
 mod memory;
+mod read_beams;
 mod rms_norm;
 mod rope_tables;
 mod scratch;
 mod slot;
 mod softmax;
+mod step;
 mod store_context;
 
-/// Memory for contexts where nobody says otherwise.
+/// Default memory for contexts.
 const CONTEXT_BYTES: usize = 256 << 20;
 
 pub use head::Head;
@@ -132,7 +131,7 @@ impl Buffer {
     }
 }
 
-impl Backend for CpuBackend {
+impl DeviceOps for CpuBackend {
     const COMPUTES_ON_CALLERS: bool = true;
 
     type Buffer = Buffer;
@@ -143,17 +142,18 @@ impl Backend for CpuBackend {
     type Logits = Logits;
     type Memory = Memory;
     type Slot = Slot;
+    type Pass = ();
 
     fn description(&self) -> String {
         format!("{} f32x{}", std::env::consts::ARCH, Lanes.dispatch())
     }
 
-    fn matrix_flops(&self) -> u64 {
-        self.matrix_flops.load(Ordering::Relaxed)
-    }
-
     fn dtype(&self) -> Dtype {
         Dtype::F32
+    }
+
+    fn matrix_flops(&self) -> u64 {
+        self.matrix_flops.load(Ordering::Relaxed)
     }
 
     fn take_failure(&self) -> Result<()> {
@@ -172,8 +172,8 @@ impl Backend for CpuBackend {
         Ok(weight)
     }
 
-    fn head(&self, weight: Tensor, steps: &[StepTokens]) -> Result<Head> {
-        Ok(Head::new(&weight, steps))
+    fn head(&self, weight: Tensor, levels: &[Vec<u32>], known_tokens: &[u32]) -> Result<Head> {
+        Ok(Head::new(&weight, levels, known_tokens))
     }
 
     fn buffer(&self) -> Buffer {
@@ -197,11 +197,16 @@ impl Backend for CpuBackend {
     }
 
     fn memory(&self, spec: &MemorySpec) -> Result<Memory> {
+        spec.kv.check()?;
         Ok(Memory::new(spec))
     }
 
-    fn open_slot(&self, spec: SlotSpec) -> Slot {
-        Slot::new(spec)
+    fn max_steps(&self) -> usize {
+        usize::MAX
+    }
+
+    fn open_slot(&self, spec: SlotSpec) -> Result<Slot> {
+        Ok(Slot::new(spec))
     }
 
     fn num_beams(&self, slot: &Slot) -> usize {
@@ -214,142 +219,5 @@ impl Backend for CpuBackend {
 
     fn context_len(&self, slot: &Slot) -> usize {
         slot.spec.context_len
-    }
-
-    fn step(
-        &self,
-        batch: &mut Batch<'_, CpuBackend>,
-        _head: &Head,
-        _rules: &[SearchRule<'_>],
-        logits: &mut Logits,
-        mut work: impl FnMut(&mut Batch<'_, CpuBackend>, &mut Logits),
-    ) {
-        work(batch, logits);
-    }
-
-    fn embed(&self, table: &Tensor, tokens: &[u32], beams: &[Slot], out: &mut Buffer) {
-        embed::embed(table, tokens, beams, out);
-    }
-
-    fn rms_norm(&self, x: &Buffer, weight: &Vec<f32>, epsilon: f32, out: &mut Buffer) {
-        rms_norm::rms_norm(x, weight, epsilon, out);
-    }
-
-    fn matmul(
-        &self,
-        x: &Buffer,
-        weight: &Matrix,
-        bias: Option<&Vec<f32>>,
-        epilogue: Epilogue,
-        out: &mut Buffer,
-    ) {
-        self.matmul(x, weight, bias.map(Vec::as_slice), epilogue, out);
-    }
-
-    fn glu(&self, x: &Buffer, activation: Activation, out: &mut Buffer) {
-        glu::glu(x, activation, out);
-    }
-
-    fn rope_tables(&self, frequencies: &Vec<f32>, batch: &Batch<'_, CpuBackend>, out: &mut Buffer) {
-        rope_tables::rope_tables(frequencies, batch, out);
-    }
-
-    fn apply_rope(
-        &self,
-        layer: usize,
-        qkv: &mut Buffer,
-        heads: Heads,
-        norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
-        rope_tables: &Buffer,
-        batch: &mut Batch<'_, CpuBackend>,
-    ) {
-        apply_rope::apply_rope(qkv, heads, norms, rope_tables);
-        store_context::store_context(layer, qkv, heads.query_dim(), heads, batch);
-        append_tail::append_tail(layer, qkv, heads, batch);
-    }
-
-    fn store_context(
-        &self,
-        layer: usize,
-        kv: &Buffer,
-        offset: usize,
-        heads: Heads,
-        batch: &Batch<'_, CpuBackend>,
-    ) {
-        store_context::store_context(layer, kv, offset, heads, batch);
-    }
-
-    fn attend_prefill(
-        &self,
-        layer: usize,
-        queries: &Buffer,
-        heads: Heads,
-        mask: Mask,
-        scale: f32,
-        relative_bias: Option<&[f32]>,
-        batch: &Batch<'_, CpuBackend>,
-        out: &mut Buffer,
-    ) {
-        self.attend_prefill(layer, queries, heads, mask, scale, relative_bias, batch, out);
-    }
-
-    fn gather_last(
-        &self,
-        x: &Buffer,
-        first: usize,
-        batch: &Batch<'_, CpuBackend>,
-        out: &mut Buffer,
-    ) {
-        gather_last::gather_last(x, first, batch, out);
-    }
-
-    fn append_tail(
-        &self,
-        layer: usize,
-        qkv: &Buffer,
-        heads: Heads,
-        batch: &mut Batch<'_, CpuBackend>,
-    ) {
-        append_tail::append_tail(layer, qkv, heads, batch);
-    }
-
-    fn attend_beams(
-        &self,
-        layer: usize,
-        queries: &Buffer,
-        heads: Heads,
-        scope: KvScope,
-        scale: f32,
-        tail_bias: Option<&Vec<f32>>,
-        batch: &Batch<'_, CpuBackend>,
-        out: &mut Buffer,
-    ) {
-        let tail_bias = tail_bias.map(Vec::as_slice);
-        self.attend_beams(layer, queries, heads, scope, scale, tail_bias, batch, out);
-    }
-
-    fn lm_head(
-        &self,
-        hidden: &Buffer,
-        head: &Head,
-        rules: &[SearchRule<'_>],
-        slots: &[Slot],
-        out: &mut Logits,
-    ) {
-        self.lm_head(hidden, head, rules, slots, out);
-    }
-
-    fn advance_beams(
-        &self,
-        logits: &Logits,
-        head: &Head,
-        rules: &[SearchRule<'_>],
-        slots: &mut [Slot],
-    ) {
-        advance_beams::advance_beams(logits, head, rules, slots);
-    }
-
-    fn read_beams(&self, slots: &[&Slot]) -> Vec<Result<Vec<Beam>>> {
-        slots.iter().map(|slot| slot.beams.read()).collect()
     }
 }

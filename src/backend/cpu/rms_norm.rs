@@ -1,17 +1,24 @@
+//! Rows divided by their root mean square.
+
 use rayon::prelude::*;
 use rten_simd::ops::{BitOps, NumOps};
 use rten_simd::{Isa, SimdIterable, SimdOp};
 
-use super::Buffer;
 use super::matmul::VALUES_PER_TASK;
+use super::{Buffer, CpuBackend};
+use crate::backend::RmsNorm;
 
-pub(super) fn rms_norm(x: &Buffer, weight: &[f32], epsilon: f32, out: &mut Buffer) {
-    assert_eq!(x.columns, weight.len(), "a weight for each column");
-    out.reshape(x.num_rows(), x.columns);
-    let per_task = (VALUES_PER_TASK / x.columns).max(1) * x.columns;
-    out.values.par_chunks_mut(per_task).zip(x.values.par_chunks(per_task)).for_each(|(out, x)| {
-        NormRows { x: Some(x), weight, epsilon, out }.dispatch();
-    });
+impl RmsNorm for CpuBackend {
+    fn rms_norm(&self, x: &Buffer, weight: &Vec<f32>, epsilon: f32, out: &mut Buffer) {
+        assert_eq!(x.columns, weight.len(), "a weight for each column");
+        out.reshape(x.num_rows(), x.columns);
+        let per_task = (VALUES_PER_TASK / x.columns).max(1) * x.columns;
+        out.values.par_chunks_mut(per_task).zip(x.values.par_chunks(per_task)).for_each(
+            |(out, x)| {
+                NormRows { x: Some(x), weight, epsilon, out }.dispatch();
+            },
+        );
+    }
 }
 
 /// The RMS norm of each stretch of `weight.len()` values of `x`, or of `out` itself.

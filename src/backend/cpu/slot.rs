@@ -1,3 +1,5 @@
+//! A search on the CPU: its lease, its tails and its beams.
+
 use crate::backend::{Beam, LogProb, SlotSpec};
 use crate::catalog::cursor::Cursor;
 use crate::error::{Error, Result};

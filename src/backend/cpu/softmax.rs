@@ -1,3 +1,5 @@
+//! Largest values and sums of exponentials: the parts of a softmax.
+
 use rten_simd::functional::simd_map;
 use rten_simd::ops::{BitOps, NumOps};
 use rten_simd::{Isa, Simd, SimdIterable, SimdOp, SimdUnaryOp};

@@ -1,58 +1,58 @@
-use bytemuck::{Pod, Zeroable};
+//! Launches `apply_rope.cu`: queries and keys turned to their positions, keys and values stored.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::memory::Pages;
-use super::tables::BatchParams;
-use super::{Buffer, CudaBackend, Heads, Vector};
-use crate::backend::Batch;
+use super::metadata::BatchParams;
+use super::shared::shared_struct;
+use crate::backend::{ApplyRope, Batch, HeadNorms, Heads};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    qkv: u64,
-    rope: u64,
-    query_norm: u64,
-    key_norm: u64,
-    batch: BatchParams,
-    pages: Pages,
-    num_heads: u32,
-    layer: u32,
-    epsilon: f32,
-    padding: u32,
+shared_struct! {
+    /// Rotation of queries and keys.
+    struct Params = "apply_rope::Params" {
+        /// `[rows, (num_heads + 2 * num_kv_heads) * head_dim]`
+        qkv: u64 = "void*",
+        /// `[rows, head_dim]`: cosines, then sines.
+        rope: u64 = "const float*",
+        /// `[head_dim]`, or null.
+        query_norm: u64 = "const float*",
+        /// `[head_dim]`, or null.
+        key_norm: u64 = "const float*",
+        batch: BatchParams,
+        pages: Pages,
+        num_heads: u32,
+        layer: u32,
+        epsilon: f32,
+        padding: u32,
+    }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn apply_rope(
+impl<D: Driver> ApplyRope for CudaBackend<D> {
+    fn apply_rope(
         &self,
         layer: usize,
         qkv: &mut Buffer<D>,
         heads: Heads,
-        norms: Option<(&Vector<D>, &Vector<D>, f32)>,
-        rope: &Buffer<D>,
+        norms: Option<HeadNorms<'_, CudaBackend<D>>>,
+        rope_tables: &Buffer<D>,
         batch: &mut Batch<'_, CudaBackend<D>>,
     ) {
         self.begin_tails(batch);
-        let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
+        let (metadata, _scratch) = self.enter(batch);
         let params = Params {
             qkv: qkv.memory.at(0),
-            rope: rope.memory.at(0),
-            query_norm: norms.map_or(0, |(query, _, _)| query.values.at(0)),
-            key_norm: norms.map_or(0, |(_, key, _)| key.values.at(0)),
-            batch: tables.batch,
+            rope: rope_tables.memory.at(0),
+            query_norm: norms.map_or(0, |norms| norms.query.values.at(0)),
+            key_norm: norms.map_or(0, |norms| norms.key.values.at(0)),
+            batch: metadata.batch,
             pages: batch.memory.0.pages(),
             num_heads: heads.num_heads as u32,
             layer: layer as u32,
-            epsilon: norms.map_or(0.0, |(_, _, epsilon)| epsilon),
+            epsilon: norms.map_or(0.0, |norms| norms.epsilon),
             padding: 0,
         };
         let kernel = self.kernel("apply_rope_f32", "apply_rope_bf16");
         self.device.launch(kernel, [qkv.rows, 1, 1], 256, 0, &params);
-    }
-
-    /// The beams' newest position has keys and values from now on.
-    pub(super) fn begin_tails(&self, batch: &mut Batch<'_, CudaBackend<D>>) {
-        for slot in &mut batch.slots[batch.chunks.len()..] {
-            slot.tail_from.get_or_insert(slot.num_steps);
-        }
     }
 }

@@ -1,39 +1,47 @@
-//! Matrix products by cuBLASLt, with plans that are kept: descriptors and the algorithm are found
-//! once a shape.
+//! Matrix products by cuBLASLt. The plan of a product (its descriptors and algorithm) is made once
+//! for each shape, outside captures: a heuristic that is asked in a capture may fail.
 #![allow(unsafe_code)] // the library's interface
 
 use std::ffi::c_void;
 use std::mem::size_of_val;
-use std::num::NonZeroUsize;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
-use lru::LruCache;
 
-use super::driver::{Address, FusedActivation, Product};
+use super::driver::{Address, FusedActivation, Outcome, Product};
+use super::plans::Plans;
 use crate::tensor::Dtype;
 
 /// What cuBLASLt may use; NVIDIA's advice for Hopper.
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
-/// Plans that are kept, the latest used: prompts have any number of rows.
-const MAX_PLANS: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+/// Plans that are kept, the latest used: prompts have any number of rows. Those that live graphs
+/// were captured with are kept beside.
+const MAX_PLANS: usize = 4096;
+/// The oldest version of cuBLASLt that may be used, as `cublasLtGetVersion` counts: bindings are for
+/// this major version.
+const MIN_VERSION: usize = 130_000;
 /// `CUBLAS_OP_T`
 const TRANSPOSED: i32 = 1;
 /// Partial sums are added up in f32, or there are none: never in the type of the result.
 const REDUCTIONS: u32 =
     sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
 
-type Outcome<T> = Result<T, CublasError>;
+type BlasResult<T> = Result<T, CublasError>;
 
 /// cuBLASLt, and the plans of the products that were asked for.
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: CUdeviceptr,
-    /// None where the library has nothing for the shape.
-    plans: Mutex<LruCache<Shape, Option<Plan>>>,
+    /// None where the library refused the shape.
+    plans: Mutex<Plans<Shape, Option<Plan>>>,
+    /// The plans that the capture under way has used, if there is one.
+    captured: Mutex<Option<CapturedPlans>>,
 }
+
+/// Plans that a graph was captured with. As long as they are held, they are not evicted.
+pub(super) type CapturedPlans = Vec<Arc<Option<Plan>>>;
 
 /// What a plan depends on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -51,7 +59,7 @@ struct Shape {
     alignments: [u32; 3],
 }
 
-struct Plan {
+pub(super) struct Plan {
     operation: sys::cublasLtMatmulDesc_t,
     weight: sys::cublasLtMatrixLayout_t,
     x: sys::cublasLtMatrixLayout_t,
@@ -59,21 +67,45 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
+// SAFETY: handles of the library may be used by any thread, and one at a time does: plans are behind
+// a lock, or held by a graph that only keeps them.
+unsafe impl Send for Plan {}
+// SAFETY: a plan is only read, but for its bias, which is set under the lock of all plans.
+unsafe impl Sync for Plan {}
+
 impl Blas {
     /// `workspace`: device memory of [`WORKSPACE_BYTES`] that products may use one after the other.
     ///
     /// # Errors
-    /// The library's.
-    pub fn new(workspace: CUdeviceptr) -> Outcome<Blas> {
-        let plans = Mutex::new(LruCache::new(MAX_PLANS));
-        Ok(Blas { handle: result::create_handle()?, workspace, plans })
+    /// What is wrong with the library.
+    pub fn new(workspace: CUdeviceptr) -> Result<Blas, String> {
+        let version = version();
+        if version < MIN_VERSION {
+            return Err(format!(
+                "cuBLASLt {} was found, but {} or later is needed; install the libraries of CUDA 13 \
+                 and put their folder first in LD_LIBRARY_PATH",
+                version_name(version),
+                version_name(MIN_VERSION)
+            ));
+        }
+        let handle = result::create_handle().map_err(|error| format!("cuBLASLt: {error:?}"))?;
+        let plans = Mutex::new(Plans::new(MAX_PLANS));
+        Ok(Blas { handle, workspace, plans, captured: Mutex::new(None) })
     }
 
-    /// Enqueues a product, and says whether the library has something for it.
-    ///
-    /// # Errors
-    /// The library's.
-    pub fn multiply(&self, product: &Product, stream: CUstream) -> Outcome<bool> {
+    /// Keeps the plans that products use from now on, until the capture ends.
+    pub fn begin_capture(&self) {
+        *self.captured.lock().expect("no holder panics") = Some(Vec::new());
+    }
+
+    /// The plans that products have used since the capture began.
+    pub fn end_capture(&self) -> CapturedPlans {
+        self.captured.lock().expect("no holder panics").take().unwrap_or_default()
+    }
+
+    /// Enqueues a product, where the library can. A shape that it refused, for whatever reason, is
+    /// not asked for again.
+    pub fn multiply(&self, product: &Product, stream: CUstream) -> Outcome {
         let alignment = |address: Address| 1 << address.get().trailing_zeros().min(8);
         let shape = Shape {
             rows: product.rows,
@@ -88,8 +120,25 @@ impl Blas {
             alignments: [product.weight, product.x, product.out].map(alignment),
         };
         let mut plans = self.plans.lock().expect("no holder panics");
-        let plan = plans.try_get_or_insert(shape, || self.plan(&shape, product.bias))?;
-        let Some(plan) = plan else { return Ok(false) };
+        let mut captured = self.captured.lock().expect("no holder panics");
+        let plan = match (plans.get(&shape), &*captured) {
+            (Some(plan), _) => plan,
+            (None, Some(_)) => return Outcome::Unplanned,
+            (None, None) => plans.insert(shape, self.plan(&shape, product.bias).ok()),
+        };
+        let Some(of_shape) = &*plan else { return Outcome::Refused };
+        if self.enqueue(of_shape, product, stream).is_err() {
+            plans.insert(shape, None);
+            // The capture may be void: the step is run eagerly, where a kernel does the product.
+            return if captured.is_some() { Outcome::Unplanned } else { Outcome::Refused };
+        }
+        if let Some(captured) = &mut *captured {
+            captured.push(plan);
+        }
+        Outcome::Done
+    }
+
+    fn enqueue(&self, plan: &Plan, product: &Product, stream: CUstream) -> BlasResult<()> {
         set_bias(plan.operation, product.bias)?;
         let (one, beta) = (1f32, if product.adds { 1f32 } else { 0f32 });
         let out = product.out.get() as *mut c_void;
@@ -112,12 +161,11 @@ impl Blas {
                 self.workspace as *mut c_void,
                 WORKSPACE_BYTES,
                 stream.cast(),
-            )?;
+            )
         }
-        Ok(true)
     }
 
-    fn plan(&self, shape: &Shape, bias: Option<Address>) -> Outcome<Option<Plan>> {
+    fn plan(&self, shape: &Shape, bias: Option<Address>) -> BlasResult<Plan> {
         let (rows, columns, inner) = (shape.rows as u64, shape.columns as u64, shape.inner as u64);
         let (dtype, out_dtype) = (data_type(shape.dtype), data_type(shape.out_dtype));
         // Column by column, as cuBLASLt counts, the product is weightᵀ x with `columns` rows.
@@ -140,12 +188,8 @@ impl Blas {
         let found = self.find(&plan, preference, shape);
         // SAFETY: it is ours.
         unsafe { result::destroy_matmul_pref(preference)? };
-        match found {
-            Ok(algorithm) => plan.algorithm = algorithm,
-            Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => return Ok(None),
-            Err(error) => return Err(error),
-        }
-        Ok(Some(plan))
+        plan.algorithm = found?;
+        Ok(plan)
     }
 
     /// The algorithm that the library thinks the fastest.
@@ -154,7 +198,7 @@ impl Blas {
         plan: &Plan,
         preference: sys::cublasLtMatmulPreference_t,
         shape: &Shape,
-    ) -> Outcome<sys::cublasLtMatmulAlgo_t> {
+    ) -> BlasResult<sys::cublasLtMatmulAlgo_t> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Prefers;
         let prefer = |attribute, value: *const c_void, bytes| {
             // SAFETY: the preference is alive, and the value has the attribute's size.
@@ -188,6 +232,21 @@ impl Blas {
     }
 }
 
+/// The version of the library that was loaded, as it counts: 130100 is 13.1.0.
+fn version() -> usize {
+    // SAFETY: it takes nothing and returns a number.
+    unsafe { sys::cublasLtGetVersion() }
+}
+
+/// The version of the library that was loaded, as people write it.
+pub(super) fn loaded_version() -> String {
+    version_name(version())
+}
+
+fn version_name(version: usize) -> String {
+    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+}
+
 impl Drop for Blas {
     /// Its context must be current, and nothing may use it any more.
     fn drop(&mut self) {
@@ -212,13 +271,13 @@ fn set<T>(
     operation: sys::cublasLtMatmulDesc_t,
     attribute: sys::cublasLtMatmulDescAttributes_t,
     value: &T,
-) -> Outcome<()> {
+) -> BlasResult<()> {
     let at = std::ptr::from_ref(value).cast();
     // SAFETY: the operation is alive, and the value has the attribute's type.
     unsafe { result::set_matmul_desc_attribute(operation, attribute, at, size_of_val(value)) }
 }
 
-fn set_bias(operation: sys::cublasLtMatmulDesc_t, bias: Option<Address>) -> Outcome<()> {
+fn set_bias(operation: sys::cublasLtMatmulDesc_t, bias: Option<Address>) -> BlasResult<()> {
     let Some(bias) = bias else { return Ok(()) };
     let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
     set(operation, attribute, &bias.get())

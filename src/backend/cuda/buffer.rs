@@ -1,9 +1,12 @@
+//! Activations and weights in the memory of a device.
+
 use std::sync::Arc;
 
 use half::bf16;
 
+use super::device::Device;
+use super::device_memory::DeviceMemory;
 use super::driver::Driver;
-use super::handle::{Device, DeviceMemory};
 use crate::error::Result;
 use crate::tensor::{Dtype, Tensor};
 

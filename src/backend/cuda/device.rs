@@ -1,528 +1,425 @@
-//! NVIDIA GPUs, by cudarc: one stream and one beside it for copies, kernels from the fat binary that
-//! `build.rs` made, recorded steps as CUDA graphs.
+//! A device as the backend sees it: its driver, its failures, its counters, and the capture lock.
 //!
-//! Libraries are opened when they are first used, so a binary with this feature starts on a machine
-//! without a driver, and says so when it is asked for a device.
-#![allow(unsafe_code)] // the driver's interface
+//! A step is captured as a graph by one thread while no other may call the driver, since what other
+//! threads ask for would end up in the graph. Whatever goes wrong in a capture ends that capture and
+//! nothing else: the step is then run eagerly, and only what fails there fails the device.
 
-use std::collections::HashMap;
-use std::ffi::c_void;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::thread::{self, ThreadId};
 
-use cudarc::cublaslt::sys as blas_sys;
-use cudarc::driver::result as driver;
-use cudarc::driver::sys;
-use cudarc::driver::{CudaContext, CudaStream, DriverError};
+use bytemuck::Pod;
 
-use super::blas::{Blas, WORKSPACE_BYTES};
-use super::driver::{Address, Driver, Launch, Product};
-use super::staging::Ring;
+use super::driver::{Address, Driver, Launch, Outcome, Product, Traffic};
 use crate::error::{Error, Result};
 
-/// The kernels, or nothing where there was no nvcc to compile them.
-static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
-/// Names a fat binary to use instead, for who works on kernels beside a GPU.
-const KERNELS_VARIABLE: &str = "SIDEREAL_KERNELS";
-/// The version of CUDA that the kernels are compiled for, as drivers count.
-const CUDA_VERSION: i32 = 13_000;
-/// Memory of the host for copies on their way: of tables and rules of steps, and of weights,
-/// catalogs and filters.
-const STAGED_BYTES: usize = 4 << 20;
-const STAGED_BYTES_BESIDE: usize = 32 << 20;
+/// Bytes of a copy beside the work after which a capture may begin.
+const BYTES_PER_LOCK: usize = 8 << 20;
 
-const OUT_OF_MEMORY: DriverError = DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-
-fn device_error(device: &str, reason: impl ToString) -> Error {
-    Error::Device { device: device.into(), reason: reason.to_string() }
+/// Why steps are not run.
+#[derive(Default)]
+struct Failures {
+    /// The device failed: it is not asked for anything any more.
+    lasting: Option<String>,
+    /// There was no memory for what a step needed: that step is lost, and nothing else.
+    passing: Option<String>,
 }
 
-/// How many GPUs there are.
-///
-/// # Errors
-/// [`Error::Device`] where there is no driver.
-pub fn num_devices() -> Result<usize> {
-    // SAFETY: it only looks for the library.
-    if !unsafe { sys::is_culib_present() } {
-        let reason = "no NVIDIA driver is installed (libcuda.so was not found); \"cpu\" needs none";
-        return Err(device_error("cuda", reason));
+/// A driver, and what the backend keeps of it. After a failure steps ask for nothing, and the next
+/// call that waits for the device returns the failure.
+pub(super) struct Device<D: Driver> {
+    pub driver: D,
+    failures: Mutex<Failures>,
+    /// Shared by all that call the driver; exclusive while a step is captured. No other lock of the
+    /// backend may be held by a thread that waits for it, but those of the pass that it runs.
+    capture_lock: RwLock<()>,
+    capture: Mutex<Option<Capture>>,
+    counters: Counters,
+}
+
+/// A capture that is under way.
+struct Capture {
+    thread: ThreadId,
+    /// Why the graph will not be complete.
+    interruption: Option<Interruption>,
+    /// Memory that was given back meanwhile; freed when the capture has ended.
+    given_back: Vec<(Address, usize)>,
+}
+
+/// Why a capture did not make a graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Interruption {
+    /// Something was missing that an eager run makes: memory, a copy, the plan of a product.
+    Incomplete,
+    /// There was no memory for the graph.
+    OutOfMemory,
+    /// The device refused to capture the step.
+    Refused,
+}
+
+#[derive(Default)]
+struct Counters {
+    launches: AtomicU64,
+    products: AtomicU64,
+    refused_products: AtomicU64,
+    replays: AtomicU64,
+    captures: AtomicU64,
+    abandoned_captures: AtomicU64,
+    evicted_graphs: AtomicU64,
+    uploads: AtomicU64,
+    upload_bytes: AtomicU64,
+    uploads_beside: AtomicU64,
+    downloads: AtomicU64,
+    allocations: AtomicU64,
+    /// Memory given back that graphs may refer to.
+    releases: AtomicU64,
+    flops: AtomicU64,
+}
+
+/// A captured step, and the floating-point operations of its products.
+pub(super) struct Graph<D: Driver> {
+    graph: D::Graph,
+    flops: u64,
+}
+
+/// Ends the capture under way, whatever happens: also where the step panics.
+struct CaptureGuard<'d, D: Driver> {
+    device: &'d Device<D>,
+    has_ended: bool,
+}
+
+impl<'d, D: Driver> CaptureGuard<'d, D> {
+    /// None where the device refuses.
+    fn begin(device: &'d Device<D>) -> Option<CaptureGuard<'d, D>> {
+        device.driver.begin_capture().ok()?;
+        let capture =
+            Capture { thread: thread::current().id(), interruption: None, given_back: Vec::new() };
+        *device.capture() = Some(capture);
+        Some(CaptureGuard { device, has_ended: false })
     }
-    let count = CudaContext::device_count().map_err(|error| device_error("cuda", error))?;
-    Ok(count.max(0) as usize)
+
+    fn end(mut self) -> std::result::Result<D::Graph, Interruption> {
+        self.has_ended = true;
+        let ended = self.device.driver.end_capture();
+        let interruption = self.device.capture().as_ref().and_then(|it| it.interruption);
+        match (interruption, ended) {
+            (Some(interruption), _) => Err(interruption),
+            (None, Ok(Some(graph))) => Ok(graph),
+            (None, Ok(None)) => Err(Interruption::OutOfMemory),
+            (None, Err(_)) => Err(Interruption::Refused),
+        }
+    }
 }
 
-/// One GPU.
-///
-/// Memory comes from a pool and goes back to it in the order of the stream, so neither waits for
-/// the device.
-pub struct CudaDevice {
-    name: String,
-    num_processors: usize,
-    /// Shared memory that a block may have.
-    max_shared_bytes: usize,
-    stream: Arc<CudaStream>,
-    uploads: Mutex<Staging>,
-    /// For copies beside the stream; all memory is taken here.
-    copies: Arc<CudaStream>,
-    uploads_beside: Mutex<Staging>,
-    pool: sys::CUmemoryPool,
-    module: sys::CUmodule,
-    functions: Mutex<HashMap<&'static str, Function>>,
-    /// Always there, but while the device is opened and closed.
-    blas: Option<Blas>,
-    /// Of products.
-    workspace: sys::CUdeviceptr,
-    /// The last to go: all else is its own.
-    context: Arc<CudaContext>,
+impl<D: Driver> Drop for CaptureGuard<'_, D> {
+    fn drop(&mut self) {
+        if !self.has_ended {
+            // The step panicked: what it asked for so far is dropped.
+            let _ = self.device.driver.end_capture();
+        }
+        let capture = self.device.capture().take();
+        for (address, bytes) in capture.into_iter().flat_map(|capture| capture.given_back) {
+            self.device.driver.free(address, bytes);
+        }
+    }
 }
 
-/// Page-locked memory of the host, from which the device copies while the host goes on.
-struct Staging {
-    memory: *mut u8,
-    len: usize,
-    ring: Ring<sys::CUevent>,
-}
-
-impl Staging {
-    fn new(len: usize) -> std::result::Result<Staging, DriverError> {
-        // SAFETY: it is freed when this is dropped.
-        let memory = unsafe { driver::malloc_host(len, 0)? }.cast();
-        Ok(Staging { memory, len, ring: Ring::new(len) })
+impl<D: Driver> Device<D> {
+    pub fn new(driver: D) -> Device<D> {
+        Device {
+            driver,
+            failures: Mutex::default(),
+            capture_lock: RwLock::new(()),
+            capture: Mutex::new(None),
+            counters: Counters::default(),
+        }
     }
 
-    /// Copies to the device in the order of a stream; `bytes` are read before this returns.
-    fn upload(
-        &mut self,
-        to: Address,
-        bytes: &[u8],
-        stream: sys::CUstream,
-    ) -> std::result::Result<(), DriverError> {
-        let mut failed = None;
-        // In parts, so that one is filled while others are on their way.
-        for (index, part) in bytes.chunks(self.len / 4).enumerate() {
-            let wait = |event| {
-                // SAFETY: the event was recorded below, and is waited for once.
-                let waited = unsafe {
-                    driver::event::synchronize(event).and_then(|()| driver::event::destroy(event))
-                };
-                waited.map_err(|error| {
-                    failed = Some(error);
-                    device_error("cuda", error)
-                })
-            };
-            let Ok(at) = self.ring.take(part.len(), wait) else {
-                return Err(failed.expect("what failed was noted"));
-            };
-            let to = to.offset(index * (self.len / 4));
-            // SAFETY: the stretch lies within the memory, and nobody uses it until the event that is
-            // recorded behind the copy has happened. The backend allocated what is copied to.
-            unsafe {
-                let staged = std::slice::from_raw_parts_mut(self.memory.add(at), part.len());
-                staged.copy_from_slice(part);
-                driver::memcpy_htod_async(to.get(), staged, stream)?;
-                let event = driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
-                self.ring.hold(event);
-                driver::event::record(event, stream)?;
+    /// Grows when memory is given back that graphs may refer to.
+    pub fn num_releases(&self) -> u64 {
+        self.counters.releases.load(Ordering::Relaxed)
+    }
+
+    pub fn traffic(&self) -> Traffic {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        Traffic {
+            launches: read(&counters.launches),
+            products: read(&counters.products),
+            refused_products: read(&counters.refused_products),
+            replays: read(&counters.replays),
+            captures: read(&counters.captures),
+            abandoned_captures: read(&counters.abandoned_captures),
+            evicted_graphs: read(&counters.evicted_graphs),
+            uploads: read(&counters.uploads),
+            upload_bytes: read(&counters.upload_bytes),
+            uploads_beside: read(&counters.uploads_beside),
+            downloads: read(&counters.downloads),
+            allocations: read(&counters.allocations),
+        }
+    }
+
+    /// Notes that there was no memory for what a step needs.
+    pub fn fail_step(&self, error: Error) {
+        let mut failures = self.failures.lock().expect("no holder panics");
+        failures.passing.get_or_insert(reason_of(error));
+    }
+
+    /// The first failure of the device or of a step, if there was one.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn check(&self) -> Result<()> {
+        let failures = self.failures.lock().expect("no holder panics");
+        match failures.lasting.as_ref().or(failures.passing.as_ref()) {
+            Some(reason) => Err(self.error(reason)),
+            None => Ok(()),
+        }
+    }
+
+    /// The first failure of the device or of a step, if there was one; that of a step is then over.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn take_failure(&self) -> Result<()> {
+        let mut failures = self.failures.lock().expect("no holder panics");
+        let passing = failures.passing.take();
+        match failures.lasting.as_ref().or(passing.as_ref()) {
+            Some(reason) => Err(self.error(reason)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_lasting(&self) -> Result<()> {
+        match &self.failures.lock().expect("no holder panics").lasting {
+            Some(reason) => Err(self.error(reason)),
+            None => Ok(()),
+        }
+    }
+
+    pub fn error(&self, reason: &str) -> Error {
+        Error::Device { device: self.driver.name(), reason: reason.into() }
+    }
+
+    fn capture(&self) -> std::sync::MutexGuard<'_, Option<Capture>> {
+        self.capture.lock().expect("no holder panics")
+    }
+
+    /// Whether this thread captures a step.
+    fn is_capturing(&self) -> bool {
+        let thread = thread::current().id();
+        self.capture().as_ref().is_some_and(|capture| capture.thread == thread)
+    }
+
+    /// Waits until no other thread captures a step, and keeps others from it. None where this thread
+    /// captures one.
+    fn lock(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        (!self.is_capturing())
+            .then(|| self.capture_lock.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Ends the capture of this thread before its graph is complete.
+    fn interrupt(&self, interruption: Interruption) -> Error {
+        if let Some(capture) = &mut *self.capture() {
+            capture.interruption.get_or_insert(interruption);
+        }
+        self.error("a step that is captured cannot be completed")
+    }
+
+    /// Calls the driver, outside captures. A failure is lasting.
+    fn ask<T>(&self, counter: &AtomicU64, work: impl FnOnce(&D) -> Result<T>) -> Result<T> {
+        counter.fetch_add(1, Ordering::Relaxed);
+        work(&self.driver).map_err(|error| {
+            let reason = reason_of(error);
+            let error = self.error(&reason);
+            let mut failures = self.failures.lock().expect("no holder panics");
+            failures.lasting.get_or_insert(reason);
+            error
+        })
+    }
+
+    /// Calls the driver for what a graph can hold, unless the step has failed. A failure is lasting,
+    /// but in a capture, which it ends.
+    fn ask_for_step<T>(
+        &self,
+        counter: &AtomicU64,
+        work: impl FnOnce(&D) -> Result<T>,
+    ) -> Result<T> {
+        self.check()?;
+        if let Some(_lock) = self.lock() {
+            return self.ask(counter, work);
+        }
+        let is_complete =
+            self.capture().as_ref().is_some_and(|capture| capture.interruption.is_none());
+        match is_complete {
+            true => work(&self.driver).map_err(|_| self.interrupt(Interruption::Refused)),
+            false => Err(self.interrupt(Interruption::Incomplete)),
+        }
+    }
+
+    /// A lock under which the driver does what no graph can hold. In a capture of this thread an
+    /// error, which ends the capture: the step is run eagerly instead.
+    fn lock_uncaptured(&self) -> Result<RwLockReadGuard<'_, ()>> {
+        self.lock().ok_or_else(|| self.interrupt(Interruption::Incomplete))
+    }
+
+    pub fn launch<P: Pod>(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        threads: u32,
+        shared_bytes: usize,
+        params: &P,
+    ) {
+        if grid.contains(&0) {
+            return;
+        }
+        let grid = grid.map(|blocks| u32::try_from(blocks).expect("a grid that a device can have"));
+        let params = bytemuck::bytes_of(params);
+        let launch = Launch { kernel, grid, threads, shared_bytes, params };
+        // The next call that waits for the device returns a failure.
+        let _ = self.ask_for_step(&self.counters.launches, |driver| driver.launch(&launch));
+    }
+
+    /// Enqueues a product and returns whether the device's library took it.
+    pub fn multiply(&self, product: &Product) -> bool {
+        let flops = 2 * product.rows * product.columns * product.inner;
+        self.counters.flops.fetch_add(flops as u64, Ordering::Relaxed);
+        let products = &self.counters.products;
+        match self.ask_for_step(products, |driver| driver.multiply(product)) {
+            Ok(Outcome::Refused) => {
+                self.counters.refused_products.fetch_add(1, Ordering::Relaxed);
+                false
             }
+            Ok(Outcome::Unplanned) => {
+                self.interrupt(Interruption::Incomplete);
+                true
+            }
+            // The next call that waits for the device returns a failure.
+            Ok(Outcome::Done) | Err(_) => true,
+        }
+    }
+
+    pub fn replay(&self, graph: &Graph<D>) {
+        self.counters.flops.fetch_add(graph.flops, Ordering::Relaxed);
+        let _ = self.ask_for_step(&self.counters.replays, |driver| driver.replay(&graph.graph));
+    }
+
+    /// A graph of the launches and products that `work` asks for, none of which is done yet. Other
+    /// threads that call the driver wait meanwhile.
+    pub fn capture_step(&self, work: impl FnOnce()) -> std::result::Result<Graph<D>, Interruption> {
+        let _alone = self.capture_lock.write().unwrap_or_else(PoisonError::into_inner);
+        if self.check().is_err() {
+            return Err(Interruption::Incomplete);
+        }
+        let before = self.flops();
+        let captured = match CaptureGuard::begin(self) {
+            None => Err(Interruption::Refused),
+            Some(guard) => {
+                work();
+                guard.end()
+            }
+        };
+        let flops = self.flops() - before;
+        self.counters.flops.fetch_sub(flops, Ordering::Relaxed);
+        let counter = match &captured {
+            Ok(_) => &self.counters.captures,
+            Err(_) => &self.counters.abandoned_captures,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        captured.map(|graph| Graph { graph, flops })
+    }
+
+    /// Counts graphs that were dropped to make room for others.
+    pub fn note_evicted_graphs(&self, count: usize) {
+        self.counters.evicted_graphs.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    /// Floating-point operations of all products.
+    pub fn flops(&self) -> u64 {
+        self.counters.flops.load(Ordering::Relaxed)
+    }
+
+    /// # Errors
+    /// [`Error::Device`]; where there is no memory, the device goes on.
+    pub fn allocate(&self, bytes: usize, name: &str) -> Result<Address> {
+        self.check_lasting()?;
+        let _lock = self.lock_uncaptured()?;
+        match self.ask(&self.counters.allocations, |driver| driver.allocate(bytes, name))? {
+            Some(address) => Ok(Address(address)),
+            None => {
+                let free = self.driver.free_bytes().unwrap_or(0);
+                Err(self.error(&format!(
+                    "there is no memory for {name}: {bytes} bytes are needed, {free} are free"
+                )))
+            }
+        }
+    }
+
+    /// Whether memory may be taken now. In a capture of this thread it may not, and the capture
+    /// ends.
+    pub fn may_allocate(&self) -> bool {
+        let is_capturing = self.is_capturing();
+        if is_capturing {
+            self.interrupt(Interruption::Incomplete);
+        }
+        !is_capturing
+    }
+
+    /// Gives memory back. `is_in_graphs`: graphs may refer to it. In a capture of this thread the
+    /// memory is freed later, and the capture ends, since its graph might refer to it as well.
+    pub fn free(&self, address: Address, bytes: usize, is_in_graphs: bool) {
+        let lock = self.lock();
+        self.counters.releases.fetch_add(is_in_graphs.into(), Ordering::Relaxed);
+        match (lock, &mut *self.capture()) {
+            (None, Some(capture)) => {
+                capture.given_back.push((address, bytes));
+                capture.interruption.get_or_insert(Interruption::Incomplete);
+            }
+            _ => self.driver.free(address, bytes),
+        }
+    }
+
+    pub fn upload(&self, to: Address, bytes: &[u8]) {
+        if bytes.is_empty() || self.check().is_err() {
+            return;
+        }
+        let Ok(_lock) = self.lock_uncaptured() else { return };
+        self.counters.upload_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let _ = self.ask(&self.counters.uploads, |driver| driver.upload(to, bytes));
+    }
+
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn upload_beside(&self, to: Address, bytes: &[u8]) -> Result<()> {
+        self.check_lasting()?;
+        self.counters.upload_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.counters.uploads_beside.fetch_add(1, Ordering::Relaxed);
+        for (index, part) in bytes.chunks(BYTES_PER_LOCK).enumerate() {
+            let to = to.offset(index * BYTES_PER_LOCK);
+            let _lock = self.lock_uncaptured()?;
+            self.ask(&self.counters.uploads, |driver| driver.upload_beside(to, part))?;
         }
         Ok(())
     }
-}
 
-impl Drop for Staging {
-    /// Its context must be current, and no copy may be on its way.
-    fn drop(&mut self) {
-        // SAFETY: all of it is ours; errors here have nowhere to go.
-        unsafe {
-            for event in self.ring.drain() {
-                let _ = driver::event::destroy(event);
-            }
-            let _ = driver::free_host(self.memory.cast());
-        }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Function(sys::CUfunction);
-
-// SAFETY: handles of the driver may be used by any thread that has bound their context, which
-// every method does first.
-unsafe impl Send for CudaDevice {}
-// SAFETY: the same; what is changed is behind locks.
-unsafe impl Sync for CudaDevice {}
-
-/// A CUDA graph.
-pub struct Graph {
-    graph: sys::CUgraph,
-    executable: sys::CUgraphExec,
-    context: Arc<CudaContext>,
-}
-
-// SAFETY: a graph is used by one thread at a time, which has bound its context.
-unsafe impl Send for Graph {}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        let _ = self.context.bind_to_thread();
-        // SAFETY: both are ours and used by nobody any more; errors here have nowhere to go.
-        unsafe {
-            let _ = driver::graph::exec_destroy(self.executable);
-            let _ = driver::graph::destroy(self.graph);
-        }
-    }
-}
-
-impl CudaDevice {
-    /// Opens a GPU.
-    ///
     /// # Errors
-    /// [`Error::Device`] where there is no driver, no such GPU, no cuBLASLt, or where the binary was
-    /// built without kernels or with kernels that the GPU cannot run.
-    pub fn open(ordinal: usize) -> Result<CudaDevice> {
-        let place = format!("cuda:{ordinal}");
-        let error = |reason: &dyn ToString| device_error(&place, reason.to_string());
-        let image = image().map_err(|reason| error(&reason))?;
-        let count = num_devices()?;
-        if ordinal >= count {
-            return Err(error(&format!("there are {count} GPUs, numbered from 0")));
+    /// [`Error::Device`].
+    pub fn download(&self, from: Address, bytes: &mut [u8]) -> Result<()> {
+        self.check()?;
+        if bytes.is_empty() {
+            return Ok(());
         }
-        // SAFETY: it only looks for the library.
-        if !unsafe { blas_sys::is_culib_present() } {
-            return Err(error(
-                &"cuBLASLt was not found (libcublasLt.so); install the CUDA libraries, or add \
-                  their folder to LD_LIBRARY_PATH",
-            ));
-        }
-        let of_driver = |reason: DriverError| device_error(&place, reason);
-        let mut version = 0;
-        // SAFETY: the driver writes one number.
-        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(of_driver)?;
-        if version < CUDA_VERSION {
-            let name = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
-            let (has, needs) = (name(version), name(CUDA_VERSION));
-            return Err(error(&format!(
-                "its driver is for CUDA {has}, this binary needs one for CUDA {needs} (580 or later)"
-            )));
-        }
-        let context = CudaContext::new(ordinal).map_err(of_driver)?;
-        let stream = context.new_stream().map_err(of_driver)?;
-        let copies = context.new_stream().map_err(of_driver)?;
-        let attribute = |which| context.attribute(which).map_err(of_driver);
-        use sys::CUdevice_attribute as Of;
-        let num_processors = attribute(Of::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        let max_shared = attribute(Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        // SAFETY: the image is a fat binary, aligned, that lives until it is loaded.
-        let module = unsafe { driver::module::load_data(image.as_ptr().cast()) };
-        let module = module.map_err(|reason| {
-            error(&format!(
-                "the kernels cannot be loaded ({reason}): they need compute capability 8.0 or later"
-            ))
-        })?;
-        let mut device = CudaDevice {
-            name: format!("{place} ({})", context.name().map_err(of_driver)?),
-            num_processors: num_processors as usize,
-            max_shared_bytes: max_shared as usize,
-            stream,
-            uploads: Mutex::new(Staging::new(STAGED_BYTES).map_err(of_driver)?),
-            copies,
-            uploads_beside: Mutex::new(Staging::new(STAGED_BYTES_BESIDE).map_err(of_driver)?),
-            pool: memory_pool(ordinal).map_err(of_driver)?,
-            module,
-            functions: Mutex::new(HashMap::new()),
-            blas: None,
-            workspace: 0,
-            context,
-        };
-        device.workspace = device.take(WORKSPACE_BYTES).map_err(of_driver)?;
-        let blas = Blas::new(device.workspace).map_err(|reason| error(&format!("{reason:?}")))?;
-        device.blas = Some(blas);
-        Ok(device)
-    }
-
-    /// Memory that the stream finds taken whatever it does next.
-    fn take(&self, bytes: usize) -> std::result::Result<sys::CUdeviceptr, DriverError> {
-        let take = || {
-            let mut memory = 0;
-            let stream = self.copies.cu_stream();
-            // SAFETY: the pool is ours, and the backend frees what it gave.
-            let taken = unsafe {
-                sys::cuMemAllocFromPoolAsync(&raw mut memory, bytes, self.pool, stream).result()
-            };
-            taken.map(|()| memory)
-        };
-        let memory = match take() {
-            Err(OUT_OF_MEMORY) => {
-                // What was freed may still be in use, or in pieces that the pool has not given back.
-                // SAFETY: the streams and the pool are ours.
-                unsafe {
-                    driver::stream::synchronize(self.stream.cu_stream())?;
-                    driver::stream::synchronize(self.copies.cu_stream())?;
-                    sys::cuMemPoolTrimTo(self.pool, 0).result()?;
-                }
-                take()?
-            }
-            taken => taken?,
-        };
-        self.stream_waits_for_copies()?;
-        Ok(memory)
-    }
-
-    /// A number that the pool tells.
-    fn of_pool(
-        &self,
-        attribute: sys::CUmemPool_attribute,
-    ) -> std::result::Result<u64, DriverError> {
-        let mut value = 0u64;
-        // SAFETY: the attributes that are asked for are u64.
-        unsafe {
-            sys::cuMemPoolGetAttribute(self.pool, attribute, (&raw mut value).cast()).result()?;
-        }
-        Ok(value)
-    }
-
-    fn stream_waits_for_copies(&self) -> std::result::Result<(), DriverError> {
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
-        let wait = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        let event = driver::event::create(flags)?;
-        // SAFETY: the event was just created; the driver keeps it until it has happened.
-        unsafe {
-            let waited = driver::event::record(event, self.copies.cu_stream())
-                .and_then(|()| driver::stream::wait_event(self.stream.cu_stream(), event, wait));
-            driver::event::destroy(event).and(waited)
-        }
-    }
-
-    fn error(&self, reason: impl ToString) -> Error {
-        device_error(&self.name, reason)
-    }
-
-    fn bind(&self) -> Result<()> {
-        self.context.bind_to_thread().map_err(|error| self.error(error))
-    }
-
-    fn function(&self, name: &'static str) -> Result<Function> {
-        let mut functions = self.functions.lock().expect("no holder panics");
-        if let Some(function) = functions.get(name) {
-            return Ok(*function);
-        }
-        let c_name = std::ffi::CString::new(name).expect("names of kernels hold no zero");
-        // SAFETY: the module is loaded as long as the device is open.
-        let function = unsafe { driver::module::get_function(self.module, c_name) };
-        let function = function.map_err(|error| self.error(format!("kernel {name}: {error}")))?;
-        use sys::CUfunction_attribute_enum as Of;
-        // SAFETY: the function was just found.
-        let set = unsafe {
-            let own = Of::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
-            driver::function::get_function_attribute(function, own).and_then(|own| {
-                let most = self.max_shared_bytes as i32 - own;
-                let dynamic = Of::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                driver::function::set_function_attribute(function, dynamic, most)
-            })
-        };
-        set.map_err(|error| self.error(format!("kernel {name}: {error}")))?;
-        functions.insert(name, Function(function));
-        Ok(Function(function))
+        let _lock = self.lock_uncaptured()?;
+        self.ask(&self.counters.downloads, |driver| driver.download(from, bytes))?;
+        self.check()
     }
 }
 
-/// A pool of a device's memory that keeps what was freed for what is taken next, and makes no stream
-/// wait for another.
-fn memory_pool(ordinal: usize) -> std::result::Result<sys::CUmemoryPool, DriverError> {
-    use sys::CUmemPool_attribute as Of;
-    let (mut pool, mut kept, mut waits) = (std::ptr::null_mut(), u64::MAX, 0i32);
-    // SAFETY: zeros are a description of no pool, which is then made one of plain memory of the
-    // device; the attributes are a u64 and an int.
-    unsafe {
-        let mut wanted: sys::CUmemPoolProps = std::mem::zeroed();
-        wanted.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
-        wanted.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
-        wanted.location.id = ordinal as i32;
-        sys::cuMemPoolCreate(&raw mut pool, &raw const wanted).result()?;
-        let threshold = Of::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        sys::cuMemPoolSetAttribute(pool, threshold, (&raw mut kept).cast()).result()?;
-        let dependencies = Of::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES;
-        sys::cuMemPoolSetAttribute(pool, dependencies, (&raw mut waits).cast()).result()?;
-    }
-    Ok(pool)
-}
-
-/// The fat binary, aligned.
-fn image() -> std::result::Result<Vec<u64>, String> {
-    let bytes = match std::env::var_os(KERNELS_VARIABLE) {
-        Some(path) => std::fs::read(&path)
-            .map_err(|error| format!("{KERNELS_VARIABLE}={}: {error}", path.display()))?,
-        None => KERNELS.to_vec(),
-    };
-    if bytes.is_empty() {
-        let reason = "this binary was built without nvcc and has no kernels; set NVCC or CUDA_HOME \
-                      and build it again";
-        return Err(reason.into());
-    }
-    let mut image = vec![0u64; bytes.len().div_ceil(8) + 1];
-    bytemuck::cast_slice_mut(&mut image)[..bytes.len()].copy_from_slice(&bytes);
-    Ok(image)
-}
-
-impl Driver for CudaDevice {
-    type Recording = Graph;
-
-    fn name(&self) -> String {
-        self.name.clone()
-    }
-
-    fn num_processors(&self) -> usize {
-        self.num_processors
-    }
-
-    fn max_shared_bytes(&self) -> usize {
-        self.max_shared_bytes
-    }
-
-    fn free_bytes(&self) -> Result<usize> {
-        self.bind()?;
-        use sys::CUmemPool_attribute as Of;
-        let free = driver::mem_get_info().and_then(|(free, _)| {
-            // What the pool holds back is free as well.
-            let reserved = self.of_pool(Of::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
-            let used = self.of_pool(Of::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
-            Ok(free + reserved.saturating_sub(used) as usize)
-        });
-        free.map_err(|error| self.error(error))
-    }
-
-    fn allocate(&self, bytes: usize, _name: &str) -> Result<Option<u64>> {
-        self.bind()?;
-        match self.take(bytes) {
-            Ok(memory) => Ok(Some(memory)),
-            Err(OUT_OF_MEMORY) => Ok(None),
-            Err(error) => Err(self.error(error)),
-        }
-    }
-
-    fn free(&self, address: Address, _bytes: usize) {
-        // What cannot be freed was lost with its context.
-        if self.bind().is_ok() {
-            // SAFETY: it was allocated here, and the stream is behind all that uses it.
-            let _ = unsafe { driver::free_async(address.get(), self.stream.cu_stream()) };
-        }
-    }
-
-    fn upload(&self, to: Address, bytes: &[u8]) -> Result<()> {
-        self.bind()?;
-        let mut uploads = self.uploads.lock().expect("no holder panics");
-        let copied = uploads.upload(to, bytes, self.stream.cu_stream());
-        copied.map_err(|error| self.error(error))
-    }
-
-    fn upload_beside(&self, to: Address, bytes: &[u8]) -> Result<()> {
-        self.bind()?;
-        let mut uploads = self.uploads_beside.lock().expect("no holder panics");
-        let copied = uploads.upload(to, bytes, self.copies.cu_stream());
-        copied.and_then(|()| self.stream_waits_for_copies()).map_err(|error| self.error(error))
-    }
-
-    fn download(&self, from: Address, bytes: &mut [u8]) -> Result<()> {
-        self.bind()?;
-        let stream = self.stream.cu_stream();
-        // SAFETY: the backend allocated as much, and the copy is waited for.
-        let copied = unsafe {
-            driver::memcpy_dtoh_async(bytes, from.get(), stream)
-                .and_then(|()| driver::stream::synchronize(stream))
-        };
-        copied.map_err(|error| self.error(error))
-    }
-
-    fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        self.bind()?;
-        let function = self.function(launch.kernel())?;
-        let [x, y, z] = launch.grid();
-        let mut params = [launch.params().as_ptr().cast_mut().cast::<c_void>()];
-        // SAFETY: the one parameter is the struct that the kernel takes, which the emulator's tests
-        // hold to its size, and its addresses are the backend's. The driver copies it.
-        let launched = unsafe {
-            driver::launch_kernel(
-                function.0,
-                (x, y, z),
-                (launch.threads(), 1, 1),
-                launch.shared_bytes() as u32,
-                self.stream.cu_stream(),
-                &mut params,
-            )
-        };
-        launched.map_err(|error| self.error(format!("kernel {}: {error}", launch.kernel())))
-    }
-
-    fn multiply(&self, product: &Product) -> Result<bool> {
-        self.bind()?;
-        let blas = self.blas.as_ref().expect("an open device has it");
-        let multiplied = blas.multiply(product, self.stream.cu_stream());
-        multiplied.map_err(|error| self.error(format!("{product:?}: {error:?}")))
-    }
-
-    fn begin_recording(&self) -> Result<()> {
-        self.bind()?;
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream is ours, and nothing but launches and products follows.
-        let begun = unsafe { driver::stream::begin_capture(self.stream.cu_stream(), mode) };
-        begun.map_err(|error| self.error(error))
-    }
-
-    fn end_recording(&self) -> Result<Option<Graph>> {
-        self.bind()?;
-        // SAFETY: the capture was begun on this stream.
-        let graph = unsafe { driver::stream::end_capture(self.stream.cu_stream()) };
-        let graph = graph.map_err(|error| self.error(error))?;
-        // SAFETY: the graph was just captured.
-        let executable =
-            unsafe { driver::graph::instantiate(graph, sys::CUgraphInstantiate_flags_enum(0)) };
-        let ready = executable.and_then(|executable| {
-            let graph = Graph { graph, executable, context: Arc::clone(&self.context) };
-            // What it needs of the device it takes now.
-            // SAFETY: the graph was just made.
-            unsafe { driver::graph::upload(executable, self.stream.cu_stream())? };
-            Ok(graph)
-        });
-        match (executable, ready) {
-            (_, Ok(graph)) => Ok(Some(graph)),
-            (executable, Err(error)) => {
-                if executable.is_err() {
-                    // SAFETY: nobody else knows of it.
-                    let _ = unsafe { driver::graph::destroy(graph) };
-                }
-                match error {
-                    OUT_OF_MEMORY => Ok(None),
-                    error => Err(self.error(error)),
-                }
-            }
-        }
-    }
-
-    fn replay(&self, graph: &Graph) -> Result<()> {
-        self.bind()?;
-        // SAFETY: the memory that it refers to is where it was: the backend forgets recordings when
-        // it moves.
-        let launched = unsafe { driver::graph::launch(graph.executable, self.stream.cu_stream()) };
-        launched.map_err(|error| self.error(error))
-    }
-}
-
-impl Drop for CudaDevice {
-    fn drop(&mut self) {
-        if self.bind().is_err() {
-            return;
-        }
-        // SAFETY: all of it is ours, and nobody asks for anything any more; errors here have
-        // nowhere to go.
-        unsafe {
-            for stream in [&self.copies, &self.stream] {
-                let _ = driver::stream::synchronize(stream.cu_stream());
-            }
-            drop(self.blas.take());
-            if self.workspace != 0 {
-                let _ = driver::free_async(self.workspace, self.stream.cu_stream());
-                let _ = driver::stream::synchronize(self.stream.cu_stream());
-            }
-            let _ = sys::cuMemPoolDestroy(self.pool);
-            let _ = driver::module::unload(self.module);
-        }
+/// What an error of the device says of it.
+pub(super) fn reason_of(error: Error) -> String {
+    match error {
+        Error::Device { reason, .. } => reason,
+        other => other.to_string(),
     }
 }

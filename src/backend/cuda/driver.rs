@@ -98,11 +98,13 @@ pub struct Product {
 /// A device. What it is asked for happens in that order, and need not have happened when a call
 /// returns, but for [`download`](Driver::download).
 pub trait Driver: Send + Sync + 'static {
-    /// Launches and products that can be done again.
-    type Recording: Send;
+    /// Captured launches and products, which can be replayed.
+    type Graph: Send;
 
     /// The device's name.
     fn name(&self) -> String;
+    /// The library of matrix products and its version.
+    fn product_library(&self) -> String;
     /// Multiprocessors: each runs a block of threads or a few at a time.
     fn num_processors(&self) -> usize;
     /// Shared memory that a block may have, in bytes.
@@ -141,26 +143,38 @@ pub trait Driver: Send + Sync + 'static {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device).
     fn launch(&self, launch: &Launch<'_>) -> Result<()>;
-    /// Multiplies, unless the device's library has nothing for such a product: says whether it has.
+    /// Multiplies, where the device's library can.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) where the device failed.
+    fn multiply(&self, product: &Product) -> Result<Outcome>;
+    /// From now on launches and products are captured and not done.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device): nothing is captured then.
+    fn begin_capture(&self) -> Result<()>;
+    /// Ends the capture that was begun and returns its graph, or none where there is no memory for
+    /// it.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device): the capture has ended without a graph.
+    fn end_capture(&self) -> Result<Option<Self::Graph>>;
+    /// Enqueues the launches and products of a graph.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device).
-    fn multiply(&self, product: &Product) -> Result<bool>;
-    /// From now on launches and products are kept and not done.
-    ///
-    /// # Errors
-    /// [`Error::Device`](crate::Error::Device).
-    fn begin_recording(&self) -> Result<()>;
-    /// What was kept, or none where there is no memory for it.
-    ///
-    /// # Errors
-    /// [`Error::Device`](crate::Error::Device).
-    fn end_recording(&self) -> Result<Option<Self::Recording>>;
-    /// Does what was kept.
-    ///
-    /// # Errors
-    /// [`Error::Device`](crate::Error::Device).
-    fn replay(&self, recording: &Self::Recording) -> Result<()>;
+    fn replay(&self, graph: &Self::Graph) -> Result<()>;
+}
+
+/// What became of a product that a device was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is enqueued or captured.
+    Done,
+    /// The library has nothing for it: a kernel must do it.
+    Refused,
+    /// It was asked for in a capture, and has no plan or failed: plans are made outside captures alone.
+    Unplanned,
 }
 
 /// What a device was asked for so far.
@@ -170,8 +184,16 @@ pub struct Traffic {
     pub launches: u64,
     /// Matrix products asked for one by one.
     pub products: u64,
-    /// Recorded steps replayed.
+    /// Products that the device's library refused, captured ones included: a kernel did them.
+    pub refused_products: u64,
+    /// Steps that were replays of graphs.
     pub replays: u64,
+    /// Steps captured as graphs.
+    pub captures: u64,
+    /// Captures that made no graph: the steps were run eagerly.
+    pub abandoned_captures: u64,
+    /// Graphs dropped to make room for others.
+    pub evicted_graphs: u64,
     /// Copies to the device.
     pub uploads: u64,
     /// Bytes of them.

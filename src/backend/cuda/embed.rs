@@ -1,42 +1,46 @@
-use bytemuck::{Pod, Zeroable};
+//! Launches `embed.cu`: rows of an embedding table.
 
+use super::backend::CudaBackend;
+use super::buffer::{Buffer, Weights};
 use super::driver::Driver;
 use super::memory::Beams;
-use super::tables::BatchParams;
-use super::{Buffer, CudaBackend, Slot, Weights};
+use super::metadata::BatchParams;
+use super::shared::shared_struct;
+use crate::backend::{Batch, Embed};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    table: u64,
-    tokens: u64,
-    batch: BatchParams,
-    beams: Beams,
-    columns: u32,
-    num_tokens: u32,
+shared_struct! {
+    /// A lookup of embeddings.
+    struct Params = "embed::Params" {
+        out: u64 = "void*",
+        table: u64 = "const void*",
+        /// Of the rows of prompts.
+        tokens: u64 = "const uint32_t*",
+        batch: BatchParams,
+        beams: Beams,
+        columns: u32,
+        num_tokens: u32,
+    }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn embed(
+impl<D: Driver> Embed for CudaBackend<D> {
+    fn embed(
         &self,
         table: &Weights<D>,
         tokens: &[u32],
-        beams: &[Slot<D>],
+        batch: &Batch<'_, CudaBackend<D>>,
         out: &mut Buffer<D>,
     ) {
-        let state = &mut *self.state();
-        let batch = self.tables(state, &[], beams).batch;
-        state.tokens.write_often(tokens);
-        let rows = tokens.len() + batch.num_rows as usize;
+        assert_eq!(tokens.len(), batch.num_prompt_rows(), "a token for each row of a prompt");
+        let (metadata, mut scratch) = self.enter(batch);
+        scratch.tokens.write_often(tokens);
+        let rows = metadata.batch.num_rows as usize;
         out.reshape(rows, table.columns, self.dtype);
-        let arrays = beams.first().map(|slot| slot.arrays.beams());
         let params = Params {
             out: out.memory.at(0),
             table: table.memory.at(0),
-            tokens: state.tokens.at(0),
-            batch,
-            beams: arrays.unwrap_or(Beams::zeroed()),
+            tokens: scratch.tokens.at(0),
+            batch: metadata.batch,
+            beams: batch.memory.0.beams(),
             columns: table.columns as u32,
             num_tokens: tokens.len() as u32,
         };

@@ -1,31 +1,34 @@
-use bytemuck::{Pod, Zeroable};
+//! Launches `gather_last.cu`: the rows that a step is scored by.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
-use super::{Buffer, CudaBackend};
-use crate::backend::Batch;
+use super::shared::shared_struct;
+use crate::backend::{Batch, GatherLast};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    x: u64,
-    rows: u64,
-    columns: u32,
-    padding: u32,
+shared_struct! {
+    /// A copy of some rows.
+    struct Params = "gather_last::Params" {
+        out: u64 = "void*",
+        x: u64 = "const void*",
+        rows: u64 = "const uint32_t*",
+        columns: u32,
+        padding: u32,
+    }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn gather_last(
+impl<D: Driver> GatherLast for CudaBackend<D> {
+    fn gather_last(
         &self,
         x: &Buffer<D>,
         first: usize,
         batch: &Batch<'_, CudaBackend<D>>,
         out: &mut Buffer<D>,
     ) {
-        let state = &mut *self.state();
+        let (metadata, mut scratch) = self.enter(batch);
         let (rows, list) = match batch.chunks {
             // All rows of beams are wanted, in their order.
-            [] => (x.rows, self.tables(state, &[], batch.slots).rows),
+            [] => (x.rows, metadata.row_numbers),
             chunks => {
                 let ends = chunks.iter().scan(0, |end, chunk| {
                     *end += chunk.len() as u32;
@@ -34,8 +37,8 @@ impl<D: Driver> CudaBackend<D> {
                 let last = ends.skip(first).map(|end| end - 1);
                 let beams = batch.num_prompt_rows() as u32..x.rows as u32;
                 let rows: Vec<u32> = last.chain(beams).collect();
-                state.list.write_often(&rows);
-                (rows.len(), state.list.at(0))
+                scratch.row_list.write_often(&rows);
+                (rows.len(), scratch.row_list.at(0))
             }
         };
         out.reshape(rows, x.columns, self.dtype);

@@ -1,20 +1,24 @@
-use bytemuck::{Pod, Zeroable};
+//! Launches `glu.cu`: gated columns.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::matmul::activation_number;
-use super::{Activation, Buffer, CudaBackend};
+use super::shared::shared_struct;
+use crate::backend::{Activation, Glu};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    x: u64,
-    columns: u32,
-    activation: u32,
+shared_struct! {
+    /// A gated linear unit.
+    struct Params = "glu::Params" {
+        out: u64 = "void*",
+        x: u64 = "const void*",
+        columns: u32,
+        activation: u32,
+    }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn glu(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
+impl<D: Driver> Glu for CudaBackend<D> {
+    fn glu(&self, x: &Buffer<D>, activation: Activation, out: &mut Buffer<D>) {
         let columns = x.columns / 2;
         out.reshape(x.rows, columns, self.dtype);
         let params = Params {

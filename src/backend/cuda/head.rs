@@ -1,43 +1,42 @@
+//! The output head on the device, and where the codes of its levels are.
+
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::buffer::Weights;
+use super::device::Device;
+use super::device_memory::DeviceMemory;
 use super::driver::Driver;
-use super::handle::{Device, DeviceMemory};
-use super::tables::MAX_POSITIONS;
-use crate::backend::{StepTokens, step_columns};
-use crate::error::{Error, Result};
-use crate::search::Constraint;
+use crate::backend::{Continuations, SearchRule, StepChoice, level_columns};
+use crate::error::Result;
 use crate::tensor::{Dtype, Tensor};
 
-/// The output head, and what each step can choose from.
+/// The output head, and what each level can choose from.
 pub struct Head<D: Driver> {
     pub(super) weight: Weights<D>,
-    pub(super) steps: Vec<StepColumns<D>>,
+    pub(super) levels: Vec<LevelColumns<D>>,
 }
 
-/// What a step can choose from, as columns of its logits.
-pub(super) struct StepColumns<D: Driver> {
-    /// The tokens whose logits a step evaluates.
+/// A level's codes as columns of its logits.
+pub(super) struct LevelColumns<D: Driver> {
+    /// The tokens whose logits a step at the level evaluates.
     pub span: Range<usize>,
     pub num_codes: usize,
     /// By code: its column in the span, or `NO_TOKEN`; `None` where code `c` is column `c`.
     pub columns: Option<DeviceMemory<D>>,
-    pub is_forced: bool,
 }
 
-impl<D: Driver> StepColumns<D> {
-    fn new(device: &Arc<Device<D>>, step: &StepTokens) -> Result<StepColumns<D>> {
-        let step_columns::StepColumns { span, columns, is_straight, is_forced } =
-            step_columns::StepColumns::new(step);
-        Ok(StepColumns {
+impl<D: Driver> LevelColumns<D> {
+    fn new(device: &Arc<Device<D>>, tokens: &[u32]) -> Result<LevelColumns<D>> {
+        let level_columns::LevelColumns { span, columns, is_straight } =
+            level_columns::LevelColumns::new(tokens);
+        Ok(LevelColumns {
             span: span.start as usize..span.end as usize,
             num_codes: columns.len(),
             columns: match is_straight {
                 true => None,
                 false => Some(DeviceMemory::of(device, &columns, "columns of a level's codes")?),
             },
-            is_forced,
         })
     }
 }
@@ -46,19 +45,13 @@ impl<D: Driver> Head<D> {
     pub(super) fn new(
         device: &Arc<Device<D>>,
         weight: Tensor,
-        steps: &[StepTokens],
+        levels: &[Vec<u32>],
         dtype: Dtype,
     ) -> Result<Head<D>> {
-        if steps.len() >= MAX_POSITIONS {
-            return Err(Error::Unsupported {
-                what: format!("a search of {} steps on a GPU", steps.len()),
-                way_out: format!("at most {} go there; use the CPU", MAX_POSITIONS - 1),
-            });
-        }
-        let columns = steps.iter().map(|step| StepColumns::new(device, step));
+        let columns = levels.iter().map(|tokens| LevelColumns::new(device, tokens));
         Ok(Head {
             weight: Weights::stack(device, &[weight], dtype)?,
-            steps: columns.collect::<Result<_>>()?,
+            levels: columns.collect::<Result<_>>()?,
         })
     }
 
@@ -66,17 +59,33 @@ impl<D: Driver> Head<D> {
         self.weight.rows
     }
 
-    /// Whether a step may choose any token, and the tokens whose logits it evaluates.
-    pub(super) fn choices(&self, step: usize, constraint: Constraint) -> (bool, Range<usize>) {
-        let step = &self.steps[step];
-        match constraint == Constraint::None && !step.is_forced {
-            true => (true, 0..self.vocab_size()),
-            false => (false, step.span.clone()),
+    /// The tokens whose logits a step evaluates by a product of its own. Those of named tokens are
+    /// copied from products with the whole vocabulary.
+    pub(super) fn span(&self, rule: &SearchRule<'_>) -> Range<usize> {
+        match rule.choice {
+            StepChoice::Forced { token, .. } => token as usize..token as usize + 1,
+            StepChoice::Tokens(_) => 0..0,
+            StepChoice::Level(_) if rule.continuations() == Continuations::Vocabulary => {
+                0..self.vocab_size()
+            }
+            StepChoice::Level(level) => self.levels[level].span.clone(),
         }
     }
 
-    /// The longest stretch of tokens that a step evaluates.
+    /// Choices that a beam has at a step, but for children of the catalog: codes or tokens.
+    pub(super) fn num_codes(&self, rule: &SearchRule<'_>) -> usize {
+        match rule.choice {
+            StepChoice::Forced { .. } => 1,
+            StepChoice::Tokens(tokens) => tokens.len(),
+            StepChoice::Level(_) if rule.continuations() == Continuations::Vocabulary => {
+                self.vocab_size()
+            }
+            StepChoice::Level(level) => self.levels[level].num_codes,
+        }
+    }
+
+    /// The longest stretch of tokens that a level evaluates.
     pub(super) fn longest_span(&self) -> usize {
-        self.steps.iter().map(|step| step.span.len()).max().unwrap_or(0)
+        self.levels.iter().map(|level| level.span.len()).max().unwrap_or(0)
     }
 }

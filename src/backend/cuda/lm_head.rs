@@ -1,110 +1,54 @@
-use std::sync::Arc;
+//! The output head: products, and `lm_head.cu` for the normalisers of its rows.
 
-use bytemuck::{Pod, Zeroable};
-
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::{Driver, Product};
-use super::handle::{Device, DeviceMemory};
-use super::rules::{self, Layout, MAX_PARTS, Plan};
-use super::tables::BatchParams;
-use super::{Buffer, CudaBackend, Head, SearchRule, Slot};
+use super::head::Head;
+use super::logits::{Logits, VOCABULARY_CHUNK};
+use super::metadata::BatchParams;
+use super::shared::shared_struct;
+use crate::backend::{Batch, LmHead, SearchRule};
 use crate::tensor::Dtype;
 
-/// Tokens of the vocabulary that are evaluated together where scores are normalised over all.
-const VOCABULARY_CHUNK: usize = 8192;
-
-/// The logits of a step, what rows are normalised by, and what the choice of beams keeps meanwhile.
-pub struct Logits<D: Driver> {
-    pub(super) plan: Option<Plan>,
-    values: DeviceMemory<D>,
-    chunk: DeviceMemory<D>,
-    pub(super) vocabulary_sums: DeviceMemory<D>,
-    pub(super) level_sums: DeviceMemory<D>,
-    pub(super) child_sums: DeviceMemory<D>,
-    pub(super) greatest: DeviceMemory<D>,
-    pub(super) offsets: DeviceMemory<D>,
-    pub(super) failures: DeviceMemory<D>,
-    pub(super) keys: DeviceMemory<D>,
-    pub(super) num_keys: DeviceMemory<D>,
-}
-
-impl<D: Driver> Logits<D> {
-    pub(super) fn new(device: &Arc<Device<D>>) -> Logits<D> {
-        let none = |name| DeviceMemory::none(device, name);
-        Logits {
-            plan: None,
-            values: none("logits"),
-            chunk: none("logits of the vocabulary"),
-            vocabulary_sums: none("sums over the vocabulary"),
-            level_sums: none("sums over levels"),
-            child_sums: none("sums over children"),
-            greatest: none("greatest noise"),
-            offsets: none("offsets of continuations"),
-            failures: none("failures of a step"),
-            keys: none("keys"),
-            num_keys: none("numbers of keys"),
-        }
-    }
-
-    /// Takes the memory that a step of so many rows and searches needs, whatever its scores.
-    pub(super) fn reserve(&mut self, plan: &Plan, num_rows: usize, num_searches: usize) {
-        self.values.reserve(num_rows * plan.stride * size_of::<f32>());
-        self.chunk.reserve(num_rows * VOCABULARY_CHUNK * size_of::<f32>());
-        let sums = num_rows * size_of::<[f32; 2]>();
-        self.vocabulary_sums.reserve(sums);
-        self.level_sums.reserve(sums);
-        self.child_sums.reserve(sums);
-        self.greatest.reserve(num_rows * size_of::<f64>());
-        self.offsets.reserve((num_rows + num_searches + 1) * size_of::<u32>());
-        self.failures.reserve(num_searches * size_of::<u32>());
-        self.keys.reserve(MAX_PARTS * plan.num_keys.max(num_rows) * size_of::<u64>());
-        self.num_keys.reserve(MAX_PARTS * num_searches * size_of::<u32>());
-    }
-
-    pub(super) fn address(&self) -> u64 {
-        self.values.at(0)
+shared_struct! {
+    /// Sums of exponentials of logits.
+    struct Params = "lm_head::Params" {
+        /// `[rows, stride]`, of a stretch of the vocabulary; those of levels are the rules' own.
+        logits: u64 = "const float*",
+        /// By row: what `log_sum` makes the log of.
+        sums: u64 = "float2*",
+        /// By slot.
+        rules: u64 = "const Rule*",
+        batch: BatchParams,
+        /// Columns.
+        width: u32,
+        stride: u32,
+        is_level: u32,
+        /// Zero where earlier columns were summed already.
+        is_first: u32,
+        /// Of a stretch of the vocabulary.
+        first_token: u32,
+        padding: u32,
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    logits: u64,
-    sums: u64,
-    rules: u64,
-    batch: BatchParams,
-    width: u32,
-    stride: u32,
-    is_level: u32,
-    is_first: u32,
-}
-
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn lm_head(
+impl<D: Driver> LmHead for CudaBackend<D> {
+    fn lm_head(
         &self,
         hidden: &Buffer<D>,
         head: &Head<D>,
         rules: &[SearchRule<'_>],
-        slots: &[Slot<D>],
+        batch: &mut Batch<'_, CudaBackend<D>>,
         out: &mut Logits<D>,
     ) {
-        assert_eq!(rules.len(), slots.len(), "a rule for each slot");
-        let state = &mut *self.state();
-        let tables = self.tables(state, &[], slots);
-        assert_eq!(hidden.rows, tables.batch.num_rows as usize, "a row for each beam");
-        let plan = match &state.prepared {
-            Some((_, plan)) => plan.clone(),
-            None => {
-                let layout = Layout::new(head, rules, slots, false);
-                let uploads = &mut state.uploads;
-                let plan = rules::plan(&self.device, uploads, head, rules, slots, &layout, false);
-                let least = state.rows_of_a_step;
-                out.reserve(&plan, hidden.rows.max(least), slots.len().max(least));
-                let memory = &mut state.rule_memory;
-                let (rows, logits) = (&layout.first_rows, out.address());
-                rules::write(memory, head, rules, slots, rows, &plan, logits, slots.len());
-                plan
-            }
-        };
+        assert_eq!(rules.len(), batch.slots.len(), "a rule for each slot");
+        if !self.is_step_planned(batch) {
+            self.plan_step(batch, head, rules, out, false);
+        }
+        let step = batch.pass.step().expect("just planned");
+        let plan = &step.plan;
+        let (metadata, scratch) = self.enter(batch);
+        assert_eq!(hidden.rows, metadata.batch.num_rows as usize, "a row for each beam");
         let size = self.dtype.size();
         let product = |x_row: usize, rows: usize, first_token: usize, columns: usize| Product {
             x: hidden.memory.address_at(x_row * hidden.columns * size),
@@ -131,19 +75,18 @@ impl<D: Driver> CudaBackend<D> {
         let params = Params {
             logits: out.chunk.at(0),
             sums: out.vocabulary_sums.at(0),
-            rules: state.rule_memory.at(0),
-            batch: tables.batch,
+            rules: scratch.rules.at(0),
+            batch: metadata.batch,
             width: 0,
             stride: 0,
             is_level: 0,
             is_first: 1,
+            first_token: 0,
+            padding: 0,
         };
         let launch = |params: &Params| {
             self.device.launch("lm_head_sums", [hidden.rows, 1, 1], 256, 0, params);
         };
-        if plan.needs_level {
-            launch(&Params { sums: out.level_sums.at(0), is_level: 1, ..params });
-        }
         if plan.needs_vocabulary {
             for first in (0..head.vocab_size()).step_by(VOCABULARY_CHUNK) {
                 let columns = VOCABULARY_CHUNK.min(head.vocab_size() - first);
@@ -152,9 +95,13 @@ impl<D: Driver> CudaBackend<D> {
                     ..product(0, hidden.rows, first, columns)
                 });
                 let (width, is_first) = (columns as u32, u32::from(first == 0));
-                launch(&Params { width, stride: width, is_first, ..params });
+                let first_token = first as u32;
+                launch(&Params { width, stride: width, is_first, first_token, ..params });
             }
         }
-        out.plan = Some(plan);
+        // Logits of named tokens are there only now.
+        if plan.needs_level {
+            launch(&Params { sums: out.level_sums.at(0), is_level: 1, ..params });
+        }
     }
 }

@@ -1,19 +1,23 @@
-use bytemuck::{Pod, Zeroable};
+//! Products with weights, by the device's library or by `matmul.cu`.
 
+use super::backend::CudaBackend;
+use super::buffer::{Buffer, Vector, Weights};
 use super::driver::{Driver, FusedActivation, Product};
-use super::{Activation, Buffer, CudaBackend, Epilogue, Vector, Weights};
+use super::shared::shared_struct;
+use crate::backend::{Activation, Epilogue, Matmul};
 use crate::tensor::Dtype;
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ActivateParams {
-    x: u64,
-    count: u32,
-    activation: u32,
+shared_struct! {
+    /// A nonlinearity, in place.
+    struct ActivateParams = "matmul_activate::Params" {
+        x: u64 = "void*",
+        count: u32,
+        activation: u32,
+    }
 }
 
-/// `Activation` in kernels/common/activation.cuh.
-pub(super) fn activation_number(activation: Activation) -> u32 {
+/// The number that kernels know a nonlinearity by.
+pub(super) const fn activation_number(activation: Activation) -> u32 {
     match activation {
         Activation::Relu => 0,
         Activation::Gelu => 1,
@@ -22,24 +26,29 @@ pub(super) fn activation_number(activation: Activation) -> u32 {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ProductParams {
-    out: u64,
-    x: u64,
-    weight: u64,
-    bias: u64,
-    rows: u32,
-    columns: u32,
-    inner: u32,
-    stride: u32,
-    adds: u32,
-    /// One more than its number; zero for none.
-    activation: u32,
+shared_struct! {
+    /// A product without cuBLASLt.
+    struct ProductParams = "matmul::Params" {
+        /// `[rows, stride]`
+        out: u64 = "void*",
+        /// `[rows, inner]`
+        x: u64 = "const void*",
+        /// `[columns, inner]`
+        weight: u64 = "const void*",
+        /// `[columns]`, or null.
+        bias: u64 = "const void*",
+        rows: u32,
+        columns: u32,
+        inner: u32,
+        stride: u32,
+        adds: u32,
+        /// One more than its number; zero for none.
+        activation: u32,
+    }
 }
 
 /// Rows and columns of the result that a block of the kernel computes.
-const TILE: usize = 16;
+pub(super) const TILE: usize = 16;
 
 impl<D: Driver> CudaBackend<D> {
     /// A product by the device's library, or by a kernel where that has nothing for its shape.
@@ -73,8 +82,10 @@ impl<D: Driver> CudaBackend<D> {
         let grid = [product.columns.div_ceil(TILE), product.rows.div_ceil(TILE), 1];
         self.device.launch(kernel, grid, (TILE * TILE) as u32, 0, &params);
     }
+}
 
-    pub(super) fn matmul(
+impl<D: Driver> Matmul for CudaBackend<D> {
+    fn matmul(
         &self,
         x: &Buffer<D>,
         weight: &Weights<D>,

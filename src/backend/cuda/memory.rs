@@ -1,9 +1,11 @@
+//! The pages of contexts and tails, and the beams.
+
 use std::sync::Arc;
 
-use bytemuck::{Pod, Zeroable};
-
+use super::device::Device;
+use super::device_memory::DeviceMemory;
 use super::driver::Driver;
-use super::handle::{Device, DeviceMemory};
+use super::shared::shared_struct;
 use crate::backend::MemorySpec;
 use crate::error::Result;
 use crate::pages::{PAGE_LEN, TAIL_PAGE_LEN};
@@ -38,26 +40,52 @@ const BEAM_NAMES: [&str; NUM_BEAM_ARRAYS] = [
 ];
 const NUM_BEAM_ARRAYS: usize = 11;
 
-/// `Pages` in kernels/common/batch.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(super) struct Pages {
-    contexts: u64,
-    tails: u64,
-    num_layers: u32,
-    num_kv_heads: u32,
-    head_dim: u32,
-    padding: u32,
+shared_struct! {
+    /// Keys and values. A context's page: `[context sets][kv heads][keys, values][kPageLen][head_dim]`; a
+    /// tail's: `[tail layers][kTailPageLen][keys, values][kv heads][head_dim]`.
+    struct Pages = "Pages" {
+        contexts: u64 = "void*",
+        tails: u64 = "void*",
+        context_sets: u32,
+        tail_layers: u32,
+        num_kv_heads: u32,
+        head_dim: u32,
+    }
 }
 
-/// `Beams` in kernels/common/batch.cuh.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(super) struct Beams([u64; NUM_BEAM_ARRAYS]);
+shared_struct! {
+    /// Beams, in arrays over the rows of all tail pages: a beam that stands at a position has the row
+    /// that its keys and values would have.
+    struct Beams = "Beams" {
+        scores: u64 = "float*",
+        /// Nodes of the compiled trie and of the added items', or kNone.
+        places: u64 = "uint2*",
+        /// The newest.
+        tokens: u64 = "uint32_t*",
+        /// The beam at the position before.
+        parents: u64 = "uint32_t*",
+        /// By tokens, among the beams of the position.
+        ranks: u64 = "uint32_t*",
+        /// The inverse of `ranks`.
+        by_rank: u64 = "uint32_t*",
+        /// Log-probability over legal continuations; the same with its noise.
+        samples: u64 = "float2*",
+        /// Of the newest token: over the vocabulary, over legal continuations.
+        log_probs: u64 = "float2*",
+        /// Of the tokens, mixed with the seed of a sample.
+        prefixes: u64 = "uint64_t*",
+        /// By page, at the first page of a position: its beams.
+        counts: u64 = "uint32_t*",
+        /// By page, at the first page of a position: the step whose scores were not finite plus one, or
+        /// zero.
+        failures: u64 = "uint32_t*",
+    }
+}
 
 impl<D: Driver> Arrays<D> {
     pub fn new(device: &Arc<Device<D>>, spec: &MemorySpec, dtype: Dtype) -> Result<Arrays<D>> {
-        let of_token = spec.num_layers * 2 * spec.heads.kv_dim() * dtype.size();
+        let of_token = spec.kv.numbers_per_token() * dtype.size();
+        let of_tail_row = spec.kv.numbers_per_tail_row() * dtype.size();
         let rows = spec.tail_pages * TAIL_PAGE_LEN;
         let mut arrays = Arrays {
             spec: *spec,
@@ -66,7 +94,7 @@ impl<D: Driver> Arrays<D> {
             beams: BEAM_NAMES.map(|name| DeviceMemory::none(device, name)),
         };
         arrays.contexts.allocate(spec.context_pages * PAGE_LEN * of_token)?;
-        arrays.tails.allocate(rows * of_token)?;
+        arrays.tails.allocate(rows * of_tail_row)?;
         for (index, array) in arrays.beams.iter_mut().enumerate() {
             let count = if index + 2 < NUM_BEAM_ARRAYS { rows } else { spec.tail_pages };
             array.allocate(count * BEAM_BYTES[index])?;
@@ -78,14 +106,29 @@ impl<D: Driver> Arrays<D> {
         Pages {
             contexts: self.contexts.at(0),
             tails: self.tails.at(0),
-            num_layers: self.spec.num_layers as u32,
-            num_kv_heads: self.spec.heads.num_kv_heads as u32,
-            head_dim: self.spec.heads.head_dim as u32,
-            padding: 0,
+            context_sets: self.spec.kv.context_sets as u32,
+            tail_layers: self.spec.kv.tail_layers as u32,
+            num_kv_heads: self.spec.kv.heads.num_kv_heads as u32,
+            head_dim: self.spec.kv.heads.head_dim() as u32,
         }
     }
 
     pub fn beams(&self) -> Beams {
-        Beams(self.beams.each_ref().map(|array| array.at(0)))
+        let arrays = self.beams.each_ref().map(|array| array.at(0));
+        let [scores, places, tokens, parents, ranks, by_rank, rest @ ..] = arrays;
+        let [samples, log_probs, prefixes, counts, failures] = rest;
+        Beams {
+            scores,
+            places,
+            tokens,
+            parents,
+            ranks,
+            by_rank,
+            samples,
+            log_probs,
+            prefixes,
+            counts,
+            failures,
+        }
     }
 }

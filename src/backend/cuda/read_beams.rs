@@ -1,33 +1,39 @@
-use bytemuck::{Pod, Zeroable};
+//! Launches `read_beams.cu`, and reads what it gathered: the one copy back to the host.
 
+use super::backend::CudaBackend;
+use super::device::reason_of;
 use super::driver::Driver;
-use super::handle::reason_of;
 use super::memory::Beams;
-use super::tables::{self, BatchParams, MAX_POSITIONS};
-use super::{CudaBackend, Slot};
-use crate::backend::{Beam, LogProb};
+use super::metadata::{self, BatchParams};
+use super::shared::shared_struct;
+use super::slot::Slot;
+use super::tiling::MAX_POSITIONS;
+use crate::backend::{Beam, LogProb, ReadBeams};
 use crate::catalog::cursor::{Cursor, Node};
 use crate::error::{Error, Result};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    parts: u64,
-    batch: BatchParams,
-    beams: Beams,
+shared_struct! {
+    /// Beams on their way to the host.
+    struct Params = "read_beams::Params" {
+        out: u64 = "uint32_t*",
+        /// By slot.
+        parts: u64 = "const Part*",
+        batch: BatchParams,
+        beams: Beams,
+    }
 }
 
-/// `Part` in kernels/read_beams.cu.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Part {
-    first_word: u32,
-    keeps_log_probs: u32,
+shared_struct! {
+    /// Where the beams of a slot go.
+    struct Part = "read_beams::Part" {
+        /// Of `out`.
+        first_word: u32,
+        keeps_log_probs: u32,
+    }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn read_beams(&self, slots: &[&Slot<D>]) -> Vec<Result<Vec<Beam>>> {
+impl<D: Driver> ReadBeams for CudaBackend<D> {
+    fn read_beams(&self, slots: &[&Slot<D>]) -> Vec<Result<Vec<Beam>>> {
         match self.read_words(slots) {
             Ok((words, parts)) => slots
                 .iter()
@@ -40,12 +46,14 @@ impl<D: Driver> CudaBackend<D> {
             }
         }
     }
+}
 
+impl<D: Driver> CudaBackend<D> {
     /// What the kernel put together, and where each slot's part is.
     fn read_words(&self, slots: &[&Slot<D>]) -> Result<(Vec<u32>, Vec<Part>)> {
         self.device.check()?;
         let Some(first) = slots.first() else { return Ok((Vec::new(), Vec::new())) };
-        let (heads, beams) = (first.arrays.spec.heads, first.arrays.beams());
+        let (heads, beams) = (first.arrays.spec.kv.heads, first.arrays.beams());
         let mut num_words = 0;
         let mut parts: Vec<Part> = Vec::new();
         for slot in slots {
@@ -53,20 +61,20 @@ impl<D: Driver> CudaBackend<D> {
             parts.push(Part { first_word: num_words as u32, keeps_log_probs });
             num_words += 2 + slot.num_rows() * words_of_beam(slot.num_steps, slot.keeps_log_probs);
         }
-        let state = &mut *self.state();
-        let attention = self.attention(heads);
-        let tables = tables::write(&mut state.table_memory, &[], slots, attention, None);
-        state.list.write_often(&parts);
-        state.results.reserve(num_words * size_of::<u32>());
+        let reader = &mut *self.reader.lock().expect("no holder panics");
+        let tiling = self.tiling(heads);
+        let metadata = metadata::write(&mut reader.metadata, &[], slots, tiling, None);
+        reader.parts.write_often(&parts);
+        reader.words.reserve(num_words * size_of::<u32>());
         let params = Params {
-            out: state.results.at(0),
-            parts: state.list.at(0),
-            batch: tables.batch,
+            out: reader.words.at(0),
+            parts: reader.parts.at(0),
+            batch: metadata.batch,
             beams,
         };
         self.device.launch("read_beams_u32", [slots.len(), 1, 1], 128, 0, &params);
         let mut words = vec![0; num_words];
-        state.results.read(&mut words)?;
+        reader.words.read(&mut words)?;
         Ok((words, parts))
     }
 }
@@ -89,10 +97,11 @@ fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32]) -> Result<Vec<Beam>> {
         let start = Beam { tokens: Vec::new(), cursor: None, score: 0.0, log_probs: Vec::new() };
         return Ok(vec![start]);
     }
-    let is_leaf = slot.follows_trie && steps >= slot.num_levels;
     let beam = |words: &[u32]| Beam {
         score: f32::from_bits(words[0]),
-        cursor: is_leaf.then(|| Cursor { base: Node::new(words[1]), delta: Node::new(words[2]) }),
+        cursor: slot
+            .reached_leaves
+            .then(|| Cursor { base: Node::new(words[1]), delta: Node::new(words[2]) }),
         tokens: words[3..3 + steps].to_vec(),
         log_probs: match slot.keeps_log_probs {
             false => Vec::new(),

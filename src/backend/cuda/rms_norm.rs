@@ -1,26 +1,24 @@
-use bytemuck::{Pod, Zeroable};
+//! Launches `rms_norm.cu`: rows divided by their root mean square.
 
+use super::backend::CudaBackend;
+use super::buffer::{Buffer, Vector};
 use super::driver::Driver;
-use super::{Buffer, CudaBackend, Vector};
+use super::shared::shared_struct;
+use crate::backend::RmsNorm;
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    x: u64,
-    weight: u64,
-    columns: u32,
-    epsilon: f32,
+shared_struct! {
+    /// An RMS norm of rows.
+    struct Params = "rms_norm::Params" {
+        out: u64 = "void*",
+        x: u64 = "const void*",
+        weight: u64 = "const float*",
+        columns: u32,
+        epsilon: f32,
+    }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn rms_norm(
-        &self,
-        x: &Buffer<D>,
-        weight: &Vector<D>,
-        epsilon: f32,
-        out: &mut Buffer<D>,
-    ) {
+impl<D: Driver> RmsNorm for CudaBackend<D> {
+    fn rms_norm(&self, x: &Buffer<D>, weight: &Vector<D>, epsilon: f32, out: &mut Buffer<D>) {
         assert_eq!(x.columns, weight.len, "a weight for each column");
         out.reshape(x.rows, x.columns, self.dtype);
         let params = Params {

@@ -1,35 +1,40 @@
-use bytemuck::{Pod, Zeroable};
+//! Launches `rope_tables.cu`: cosines and sines of positions.
 
+use super::backend::CudaBackend;
+use super::buffer::{Buffer, Vector};
 use super::driver::Driver;
-use super::tables::BatchParams;
-use super::{Buffer, CudaBackend, Vector};
-use crate::backend::Batch;
+use super::metadata::BatchParams;
+use super::shared::shared_struct;
+use crate::backend::{Batch, RopeTables};
 use crate::tensor::Dtype;
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Params {
-    out: u64,
-    frequencies: u64,
-    batch: BatchParams,
-    num_frequencies: u32,
-    padding: u32,
+shared_struct! {
+    /// Cosines and sines of positions.
+    struct Params = "rope_tables::Params" {
+        /// `[rows, 2 * num_frequencies]`
+        out: u64 = "float*",
+        /// `[num_frequencies]`
+        frequencies: u64 = "const float*",
+        batch: BatchParams,
+        num_frequencies: u32,
+        padding: u32,
+    }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn rope_tables(
+impl<D: Driver> RopeTables for CudaBackend<D> {
+    fn rope_tables(
         &self,
         frequencies: &Vector<D>,
         batch: &Batch<'_, CudaBackend<D>>,
         out: &mut Buffer<D>,
     ) {
-        let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
-        let rows = tables.batch.num_rows as usize;
+        let (metadata, _scratch) = self.enter(batch);
+        let rows = metadata.batch.num_rows as usize;
         out.reshape(rows, 2 * frequencies.len, Dtype::F32);
         let params = Params {
             out: out.memory.at(0),
             frequencies: frequencies.values.at(0),
-            batch: tables.batch,
+            batch: metadata.batch,
             num_frequencies: frequencies.len as u32,
             padding: 0,
         };

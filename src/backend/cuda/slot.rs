@@ -1,17 +1,16 @@
-use std::sync::atomic::{AtomicU64, Ordering};
+//! A search as the host knows it.
+
 use std::sync::{Arc, OnceLock};
 
+use super::catalog::SearchArrays;
 use super::driver::Driver;
 use super::memory::Arrays;
-use super::rules::SearchArrays;
 use crate::backend::SlotSpec;
 use crate::pages::TAIL_PAGE_LEN;
 
 /// One search: what the host knows of it. Its beams are on the device; here is how many there may
 /// be.
 pub struct Slot<D: Driver> {
-    /// No two slots have the same.
-    pub(super) id: u64,
     pub(super) spec: SlotSpec,
     pub(super) arrays: Arc<Arrays<D>>,
     pub(super) num_steps: usize,
@@ -24,17 +23,13 @@ pub struct Slot<D: Driver> {
     /// What the search may be answered with, from its first step on.
     pub(super) search: OnceLock<SearchArrays<D>>,
     pub(super) keeps_log_probs: bool,
-    /// Whether places that all codes lead to are whole semantic IDs.
-    pub(super) follows_trie: bool,
-    pub(super) num_levels: usize,
+    /// Whether cursors are whole semantic IDs.
+    pub(super) reached_leaves: bool,
 }
-
-static NEXT_ID: AtomicU64 = AtomicU64::new(0);
 
 impl<D: Driver> Slot<D> {
     pub(super) fn new(spec: SlotSpec, arrays: Arc<Arrays<D>>) -> Slot<D> {
         Slot {
-            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             spec,
             arrays,
             num_steps: 0,
@@ -43,8 +38,7 @@ impl<D: Driver> Slot<D> {
             tail_from: None,
             search: OnceLock::new(),
             keeps_log_probs: false,
-            follows_trie: false,
-            num_levels: 0,
+            reached_leaves: false,
         }
     }
 

@@ -1,43 +1,48 @@
-use bytemuck::{Pod, Zeroable};
+//! Launches `store_context.cu`: keys and values of prompts.
 
+use super::backend::CudaBackend;
+use super::buffer::Buffer;
 use super::driver::Driver;
 use super::memory::Pages;
-use super::tables::BatchParams;
-use super::{Buffer, CudaBackend};
-use crate::backend::Batch;
+use super::metadata::BatchParams;
+use super::shared::shared_struct;
+use crate::backend::{Batch, Heads, StoreContext};
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-pub(super) struct Params {
-    pub kv: u64,
-    pub batch: BatchParams,
-    pub pages: Pages,
-    pub columns: u32,
-    pub offset: u32,
-    pub layer: u32,
-    pub padding: u32,
+shared_struct! {
+    /// Keys and values on their way into contexts or tails.
+    struct Params = "StoreParams" {
+        /// `[rows, columns]`; from `offset` on the key heads, then the value heads.
+        pub kv: u64 = "const void*",
+        pub batch: BatchParams,
+        pub pages: Pages,
+        pub columns: u32,
+        pub offset: u32,
+        pub layer: u32,
+        pub padding: u32,
+    }
 }
 
-impl<D: Driver> CudaBackend<D> {
-    pub(super) fn store_context(
+impl<D: Driver> StoreContext for CudaBackend<D> {
+    fn store_context(
         &self,
-        layer: usize,
+        set: usize,
         kv: &Buffer<D>,
         offset: usize,
+        _heads: Heads,
         batch: &Batch<'_, CudaBackend<D>>,
     ) {
-        let tables = self.tables(&mut self.state(), batch.chunks, batch.slots);
+        let (metadata, _scratch) = self.enter(batch);
         let params = Params {
             kv: kv.memory.at(0),
-            batch: tables.batch,
+            batch: metadata.batch,
             pages: batch.memory.0.pages(),
             columns: kv.columns as u32,
             offset: offset as u32,
-            layer: layer as u32,
+            layer: set as u32,
             padding: 0,
         };
         let kernel = self.kernel("store_context_f32", "store_context_bf16");
-        let rows = tables.batch.num_prompt_rows as usize;
+        let rows = metadata.batch.num_prompt_rows as usize;
         self.device.launch(kernel, [rows, 1, 1], 128, 0, &params);
     }
 }

@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::slice;
 
 use crate::backend::{
-    Activation, Backend, Batch, Beam, Epilogue, Heads, KvScope, Mask, MemorySpec, SearchRule,
-    SlotSpec, StepTokens,
+    Activation, AttentionSpec, Backend, Batch, Beam, Epilogue, HeadNorms, Heads, KvLayout, KvScope,
+    Mask, MemorySpec, SearchRule, SlotSpec, StepChoice,
 };
 use crate::catalog::sid::Sid;
 use crate::catalog::{CatalogBuilder, Item};
@@ -63,7 +63,7 @@ impl Cases {
         let num_kv_heads = self.rng.usize(1..4);
         let num_heads = num_kv_heads * self.rng.usize(1..4);
         let dims = [2, 6, 16, 24, 64, 128];
-        Heads { num_heads, num_kv_heads, head_dim: dims[self.rng.usize(0..dims.len())] }
+        Heads::new(num_heads, num_kv_heads, dims[self.rng.usize(0..dims.len())])
     }
 }
 
@@ -72,7 +72,7 @@ const TAIL_PAGES: usize = 2048;
 
 /// Memory and searches for operations that are called one by one. Pages are given out in an order
 /// that is not that of their numbers.
-pub struct World<'b, B: Backend> {
+pub struct Fixture<'b, B: Backend> {
     /// The backend whose memory it is.
     pub backend: &'b B,
     /// All pages.
@@ -82,28 +82,25 @@ pub struct World<'b, B: Backend> {
     tail_pages: Vec<u32>,
 }
 
-impl<'b, B: Backend> World<'b, B> {
+/// Steps that a fixture's searches may take.
+const NUM_STEPS: usize = 12;
+
+impl<'b, B: Backend> Fixture<'b, B> {
     /// One layer, for searches that start with token 3.
     ///
     /// # Errors
     /// The backend's, where there is no memory.
-    pub fn on(backend: &'b B, heads: Heads) -> Result<World<'b, B>> {
-        World::of(backend, 1, heads, 3)
+    pub fn new(backend: &'b B, heads: Heads) -> Result<Fixture<'b, B>> {
+        Fixture::with_layout(backend, KvLayout::new(1, heads), 3)
     }
 
-    /// So many layers, for searches that start with a token.
+    /// Keys and values of any layout, for searches that start with a token.
     ///
     /// # Errors
     /// The backend's, where there is no memory.
-    pub fn of(
-        backend: &'b B,
-        num_layers: usize,
-        heads: Heads,
-        start_token: u32,
-    ) -> Result<World<'b, B>> {
+    pub fn with_layout(backend: &'b B, kv: KvLayout, start_token: u32) -> Result<Fixture<'b, B>> {
         let memory = backend.memory(&MemorySpec {
-            num_layers,
-            heads,
+            kv,
             context_pages: CONTEXT_PAGES,
             tail_pages: TAIL_PAGES,
             rows_per_step: 0,
@@ -116,10 +113,10 @@ impl<'b, B: Backend> World<'b, B> {
             pages
         };
         let (context_pages, tail_pages) = (shuffled(CONTEXT_PAGES), shuffled(TAIL_PAGES));
-        Ok(World { backend, memory, start_token, context_pages, tail_pages })
+        Ok(Fixture { backend, memory, start_token, context_pages, tail_pages })
     }
 
-    /// A search in a context of so many tokens, with room for 512 beams at 6 steps.
+    /// The lease of a search in a context of so many tokens, with room for 512 beams at 6 steps.
     ///
     /// # Panics
     /// Where no pages are left.
@@ -130,14 +127,18 @@ impl<'b, B: Backend> World<'b, B> {
             context_pages: self.context_pages.split_off(context),
             context_len,
             tail_pages: self.tail_pages.split_off(tail),
+            num_steps: NUM_STEPS,
             start_token: self.start_token,
         }
     }
 
-    /// The same, opened.
+    /// An open search in a context of so many tokens, with room for 512 beams at 6 steps.
+    ///
+    /// # Panics
+    /// Where no pages are left.
     pub fn slot(&mut self, context_len: usize) -> B::Slot {
         let spec = self.spec(context_len);
-        self.backend.open_slot(spec)
+        self.backend.open_slot(spec).expect("few steps")
     }
 }
 
@@ -180,12 +181,12 @@ fn embed_and_gather_last<B: Backend>(
     let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
     let count: usize = lens.iter().sum();
     let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();
-    let mut world = World::on(backend, Heads { num_heads: 1, num_kv_heads: 1, head_dim: 2 })?;
-    let mut slots: Vec<B::Slot> = lens.iter().chain(&[1]).map(|&len| world.slot(len)).collect();
+    let mut fixture = Fixture::new(backend, Heads::new(1, 1, 2))?;
+    let mut slots: Vec<B::Slot> = lens.iter().chain(&[1]).map(|&len| fixture.slot(len)).collect();
     let (mut rows, mut last) = (backend.buffer(), backend.buffer());
-    backend.embed(&table, &tokens, &slots[lens.len()..], &mut rows);
     let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
-    let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+    backend.embed(&table, &tokens, &batch, &mut rows);
     backend.gather_last(&rows, cases.rng.usize(0..=lens.len()), &batch, &mut last);
     backend.download(if operation == "embed" { &rows } else { &last })
 }
@@ -228,23 +229,24 @@ fn gate<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
 fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result<Vec<f32>> {
     let heads = cases.heads();
     let lens: Vec<usize> = (0..cases.size(4).min(3)).map(|_| cases.size(300)).collect();
-    let mut world = World::on(backend, heads)?;
-    let mut slots: Vec<B::Slot> = lens.iter().map(|&len| world.slot(len)).collect();
-    let frequencies = (0..heads.head_dim / 2)
-        .map(|pair| 10_000f32.powf(-2.0 * pair as f32 / heads.head_dim as f32));
+    let mut fixture = Fixture::new(backend, heads)?;
+    let mut slots: Vec<B::Slot> = lens.iter().map(|&len| fixture.slot(len)).collect();
+    let frequencies = (0..heads.head_dim() / 2)
+        .map(|pair| 10_000f32.powf(-2.0 * pair as f32 / heads.head_dim() as f32));
     let frequencies = vector(backend, frequencies.collect())?;
     let norms = match cases.rng.bool() {
-        true => Some([cases.numbers(heads.head_dim), cases.numbers(heads.head_dim)]),
+        true => Some([cases.numbers(heads.head_dim()), cases.numbers(heads.head_dim())]),
         false => None,
     };
     let norms = match norms {
         Some([query, key]) => Some((vector(backend, query)?, vector(backend, key)?)),
         None => None,
     };
-    let norms = norms.as_ref().map(|(query, key)| (query, key, 1e-6));
+    let norms = norms.as_ref().map(|(query, key)| HeadNorms { query, key, epsilon: 1e-6 });
     let cut: Vec<usize> = lens.iter().map(|&len| cases.rng.usize(0..=len)).collect();
     let early: Vec<Range<usize>> = cut.iter().map(|&cut| 0..cut).collect();
     let late: Vec<Range<usize>> = cut.iter().zip(&lens).map(|(&cut, &len)| cut..len).collect();
+    let causal = AttentionSpec::softmax(heads, Mask::Causal, 0.3);
     let mut found = Vec::new();
     for chunks in [early, late] {
         let rows: usize = chunks.iter().map(Range::len).sum();
@@ -253,10 +255,10 @@ fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
         }
         let mut qkv = backend.upload(&cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
         let (mut rope_tables, mut out) = (backend.buffer(), backend.buffer());
-        let mut batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &chunks, &mut slots);
         backend.rope_tables(&frequencies, &batch, &mut rope_tables);
         backend.apply_rope(0, &mut qkv, heads, norms, &rope_tables, &mut batch);
-        backend.attend_prefill(0, &qkv, heads, Mask::Causal, 0.3, None, &batch, &mut out);
+        backend.attend_prefill(0, &qkv, &causal, &batch, &mut out);
         match operation {
             "rope_tables" => found.extend(backend.download(&rope_tables)?),
             "apply_rope" => found.extend(backend.download(&qkv)?),
@@ -273,17 +275,18 @@ fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
     let rows: usize = lens.iter().sum();
     let qkv = backend.upload(&cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
-    let batch = Batch { memory: &world.memory, chunks: &chunks, slots: &mut slots };
-    let (mask, mut out) = (Mask::Bidirectional, backend.buffer());
+    let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+    let mut out = backend.buffer();
+    let whole = AttentionSpec::softmax(heads, Mask::Bidirectional, 0.3).with_bias(&bias[..]);
     backend.store_context(0, &qkv, heads.query_dim(), heads, &batch);
-    backend.attend_prefill(0, &qkv, heads, mask, 0.3, Some(&bias), &batch, &mut out);
+    backend.attend_prefill(0, &qkv, &whole, &batch, &mut out);
     found.extend(backend.download(&out)?);
     Ok(found)
 }
 
-/// A search of three levels whose logits are weights themselves, so that every number type ranks
-/// them alike; its beams attend to their context and tails. Then what one of the operations made of
-/// them.
+/// A search of three levels, perhaps behind forced tokens, whose logits are weights themselves, so
+/// that every number type ranks them alike; its beams attend to their context and tails. Then a
+/// search that reads named tokens. Returns what one of the operations made of them.
 fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result<Vec<f32>> {
     const HIDDEN: usize = 64;
     let (heads, num_codes) = (cases.heads(), cases.rng.u16(2..40));
@@ -297,32 +300,41 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     let excluded: Vec<u32> = snapshot.all_items().filter(|_| cases.rng.f32() < share).collect();
     let allowed_set = snapshot.allowed_set(&excluded, None)?;
     let first = |level: u32| 1 + level * u32::from(num_codes);
-    let steps: Vec<StepTokens> = (0..3)
-        .map(|level| StepTokens::Level { tokens: (first(level)..first(level + 1)).collect() })
-        .collect();
+    let levels: Vec<Vec<u32>> =
+        (0..3).map(|level| (first(level)..first(level + 1)).collect()).collect();
     let vocab = first(3) as usize;
     let head = Tensor::new(&[vocab, HIDDEN], cases.numbers(vocab * HIDDEN));
-    let (head, mut logits) = (backend.head(head, &steps)?, backend.logits());
-    let mut world = World::on(backend, heads)?;
+    let (head, mut logits) = (backend.head(head, &levels, &[])?, backend.logits());
+    let mut fixture = Fixture::new(backend, heads)?;
     let context_len = cases.size(700);
-    let mut slots = vec![world.slot(context_len)];
+    let mut slots = vec![fixture.slot(context_len)];
     let kv = backend.upload(&cases.numbers(context_len * 2 * heads.kv_dim()), 2 * heads.kv_dim());
     let whole = 0..context_len;
-    let batch = Batch { memory: &world.memory, chunks: slice::from_ref(&whole), slots: &mut slots };
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
     backend.store_context(0, &kv, 0, heads, &batch);
     let width = cases.size(200);
     let bias = vector(backend, cases.numbers(heads.num_heads * 4))?;
-    let mut found = Vec::new();
-    for _ in 0..3 {
-        let rows = backend.num_beams(&slots[0]);
+    // A row of the hidden state is a unit vector, so that its logits are weights.
+    let hidden_of = |rows: usize| {
         let mut hidden = vec![0.0; rows * HIDDEN];
-        for row in 0..rows {
-            hidden[row * HIDDEN + row % HIDDEN] = 1.0;
-        }
-        let hidden = backend.upload(&hidden, HIDDEN);
-        let rules = [SearchRule::new(&snapshot, &allowed_set, width)];
-        backend.lm_head(&hidden, &head, &rules, &slots, &mut logits);
-        backend.advance_beams(&logits, &head, &rules, &mut slots);
+        (0..rows).for_each(|row| hidden[row * HIDDEN + row % HIDDEN] = 1.0);
+        backend.upload(&hidden, HIDDEN)
+    };
+    // Tokens are forced before the codes, counted or not.
+    let forced = (0..cases.rng.usize(0..3)).map(|_| {
+        let (token, is_counted) = (cases.rng.u32(0..vocab as u32), cases.rng.bool());
+        (StepChoice::Forced { token, is_counted }, 0)
+    });
+    let forced: Vec<(StepChoice<'_>, usize)> = forced.collect();
+    let steps = forced.into_iter().chain((0..3).map(|level| (StepChoice::Level(level), level)));
+    let mut found = Vec::new();
+    for (choice, depth) in steps {
+        let hidden = hidden_of(backend.num_beams(&slots[0]));
+        let rule = SearchRule::new(&snapshot, &allowed_set, 0, width);
+        let rules = [SearchRule { choice, depth, ..rule }];
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
         let beams: Vec<Beam> = backend.read_beams(&[&slots[0]]).remove(0)?;
         match operation {
             "lm_head" => found.extend(beams.iter().map(|beam| beam.score)),
@@ -336,7 +348,7 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
         let numbers = cases.numbers(width * heads.qkv_dim());
         let rows = backend.num_beams(&slots[0]);
         let qkv = backend.upload(&numbers[..rows * heads.qkv_dim()], heads.qkv_dim());
-        let mut batch = Batch { memory: &world.memory, chunks: &[], slots: &mut slots };
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
         backend.append_tail(0, &qkv, heads, &mut batch);
         let reaches: &[KvScope] = match operation {
             "append_tail" => &[KvScope::Tail],
@@ -346,10 +358,27 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
         for &scope in reaches {
             let mut out = backend.buffer();
             let bias = (scope == KvScope::Tail).then_some(&bias);
-            backend.attend_beams(0, &qkv, heads, scope, 0.4, bias, &batch, &mut out);
+            let attention = AttentionSpec { bias, ..AttentionSpec::softmax(heads, scope, 0.4) };
+            backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
             let out = backend.download(&out)?;
             found.extend_from_slice(&out[..beams.len() * heads.query_dim()]);
         }
+    }
+    // A search of one step that reads named tokens.
+    let mut named: Vec<u32> = (0..vocab as u32).collect();
+    cases.rng.shuffle(&mut named);
+    named.truncate(cases.size(10));
+    let rules = [SearchRule {
+        choice: StepChoice::Tokens(&named),
+        ..SearchRule::new(&snapshot, &allowed_set, 0, named.len())
+    }];
+    let mut slots = [fixture.slot(1)];
+    let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.lm_head(&hidden_of(1), &head, &rules, &mut pass, &mut logits);
+    backend.advance_beams(&logits, &head, &rules, &mut pass);
+    let beams = backend.read_beams(&[&slots[0]]).remove(0)?;
+    if matches!(operation, "lm_head" | "advance_beams") {
+        found.extend(beams.iter().map(|beam| beam.score));
     }
     Ok(found)
 }

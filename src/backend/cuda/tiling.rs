@@ -1,0 +1,217 @@
+//! How attention is cut into blocks of threads: rows of a tile, and parts of a context.
+//!
+//! An answer must not depend on the other requests of a pass. So the parts that a context is split
+//! into (Flash-Decoding, Dao et al. 2023) follow from its slot and the device alone; tiles of more
+//! rows compute each row as tiles of fewer do, so their size may follow from the whole pass.
+
+use crate::backend::Heads;
+use crate::pages::PAGE_LEN;
+use crate::tensor::Dtype;
+
+/// Positions that a tail may have: the start, and one for each step.
+pub(super) const MAX_POSITIONS: usize = 16;
+/// Rows of a tile without tensor cores, and with four and eight warps of them.
+pub(super) const PLAIN_ROWS: usize = 16;
+pub(super) const NARROW_ROWS: usize = 64;
+pub(super) const WIDE_ROWS: usize = 128;
+/// Parts of a context at most: each is written in f32 and read again.
+const MAX_SPLITS: usize = 8;
+/// Pages of a part at least: it reads its queries and writes its sums once more, and that wants
+/// pages to pay for it.
+const MIN_SPLIT_PAGES: usize = 4;
+
+/// What chooses the kernels of attention: heads, number type and device.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tiling {
+    pub heads: Heads,
+    pub dtype: Dtype,
+    pub num_processors: usize,
+    pub max_shared_bytes: usize,
+}
+
+/// The parts of one slot's context, read by blocks of their own and put together in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Splits {
+    pub count: usize,
+    /// Pages of each part; the last may have fewer.
+    pub pages: usize,
+}
+
+impl Tiling {
+    /// Whether the device has the shared memory for a tile of `tile_rows`.
+    pub fn has_room(self, tile_rows: usize) -> bool {
+        attention_bytes(tile_rows, self.heads.head_dim(), MAX_POSITIONS) <= self.max_shared_bytes
+    }
+
+    /// Query heads that share a KV head: rows of a tile for each prompt token or beam.
+    pub fn group(self) -> usize {
+        self.heads.num_heads / self.heads.num_kv_heads
+    }
+
+    /// Rows of a tile in a pass over prompts or slots with `counts` tokens or beams: kernels for
+    /// tensor cores take more. A row's result does not depend on it.
+    pub fn tile_rows(self, counts: impl IntoIterator<Item = usize>) -> usize {
+        let most = counts.into_iter().max().unwrap_or(0);
+        let has_tensor_kernel =
+            self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim(), 64 | 128);
+        match has_tensor_kernel {
+            true if most * self.group() > NARROW_ROWS && self.has_room(WIDE_ROWS) => WIDE_ROWS,
+            true if self.has_room(NARROW_ROWS) => NARROW_ROWS,
+            _ => PLAIN_ROWS,
+        }
+    }
+
+    /// Blocks of a tile of `tile_rows` that the device runs at a time: as many a processor as it
+    /// has registers and shared memory for.
+    fn blocks_at_once(self, tile_rows: usize) -> usize {
+        // Registers: kernels/README.md. A block takes 1 KiB of shared memory for the system.
+        let by_registers = match tile_rows {
+            WIDE_ROWS => 1,
+            NARROW_ROWS => 2,
+            _ => 4,
+        };
+        let bytes = attention_bytes(tile_rows, self.heads.head_dim(), MAX_POSITIONS) + 1024;
+        let by_shared = (self.max_shared_bytes + 1024) / bytes;
+        self.num_processors * by_shared.clamp(1, by_registers)
+    }
+
+    /// The parts of the context of a slot with `num_beams` rows: so many that the slot alone gives
+    /// all processors something to do, in blocks that all run at once.
+    pub fn splits(self, context_len: usize, num_beams: usize) -> Splits {
+        let num_pages = context_len.div_ceil(PAGE_LEN);
+        let most = self.most_splits(num_beams).min(num_pages / MIN_SPLIT_PAGES).max(1);
+        let pages = num_pages.div_ceil(most).max(1);
+        Splits { count: num_pages.div_ceil(pages).max(1), pages }
+    }
+
+    /// The most parts of any context of a slot with `num_beams` rows.
+    fn most_splits(self, num_beams: usize) -> usize {
+        let tile_rows = self.tile_rows([num_beams]);
+        let num_tiles = (num_beams * self.group()).div_ceil(tile_rows);
+        let num_blocks = num_tiles * self.heads.num_kv_heads;
+        (self.blocks_at_once(tile_rows) / num_blocks.max(1)).clamp(1, MAX_SPLITS)
+    }
+
+    /// Rows of beams, times parts of contexts where there are several, that a pass of `num_rows`
+    /// rows of beams has at most, or one slot of any width.
+    pub fn most_part_rows(self, num_rows: usize) -> usize {
+        let in_company = num_rows * self.most_splits(1);
+        let of_one = |tile_rows: usize| {
+            (self.blocks_at_once(tile_rows) * tile_rows).div_ceil(self.heads.num_heads)
+        };
+        let alone = [PLAIN_ROWS, NARROW_ROWS, WIDE_ROWS].map(of_one).into_iter().max();
+        in_company.max(alone.expect("three kinds of tiles"))
+    }
+}
+
+/// Bytes of shared memory of `TensorAttention` and `PlainAttention` in
+/// kernels/common/attention.cuh, with ancestors at `positions` positions for each row.
+pub(super) fn attention_bytes(tile_rows: usize, head_dim: usize, positions: usize) -> usize {
+    let ancestors = tile_rows * positions * 4;
+    if tile_rows == PLAIN_ROWS {
+        let (rows, page) = (tile_rows * head_dim * 4, PAGE_LEN * (head_dim + 1) * 4);
+        let (weights, of_row) = (tile_rows * PAGE_LEN * 4, tile_rows * 4);
+        return shared_bytes(&[rows, rows, page, weights, of_row, of_row, of_row, ancestors]);
+    }
+    let row = (head_dim + 8) * 2;
+    let buffers = 2 * PAGE_LEN * row;
+    shared_bytes(&[tile_rows * row, buffers, buffers, ancestors])
+}
+
+/// Threads of a block of attention.
+pub(super) fn attention_threads(tile_rows: usize) -> u32 {
+    if tile_rows == WIDE_ROWS { 256 } else { 128 }
+}
+
+/// Bytes of dynamic shared memory for arrays of these sizes, as `SharedMemory` in
+/// kernels/common/device.cuh lays them out.
+pub(super) fn shared_bytes(arrays: &[usize]) -> usize {
+    arrays.iter().fold(0, |used: usize, bytes| used.next_multiple_of(128) + bytes)
+}
+
+/// The next of the sizes that steps are padded to, so that steps of like shape share a graph:
+/// powers of two, then multiples of 64.
+pub(super) fn padded(size: usize) -> usize {
+    if size <= 64 { size.next_power_of_two() } else { size.next_multiple_of(64) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Devices and heads of many kinds.
+    fn tilings() -> Vec<Tiling> {
+        let mut found = Vec::new();
+        for (num_processors, max_shared_bytes) in [(4, 227 << 10), (132, 227 << 10), (82, 99 << 10)]
+        {
+            for dtype in [Dtype::F32, Dtype::Bf16] {
+                for (num_heads, num_kv_heads, head_dim) in
+                    [(1, 1, 8), (16, 8, 128), (8, 8, 64), (24, 2, 64), (6, 3, 24)]
+                {
+                    let heads = Heads::new(num_heads, num_kv_heads, head_dim);
+                    found.push(Tiling { heads, dtype, num_processors, max_shared_bytes });
+                }
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn parts_cover_a_context_and_none_is_empty() {
+        for tiling in tilings() {
+            for context_len in (0..700).chain([5000, 32_768]) {
+                for num_beams in [1, 7, 64, 256, 1024] {
+                    let Splits { count, pages } = tiling.splits(context_len, num_beams);
+                    let num_pages = context_len.div_ceil(PAGE_LEN);
+                    let what = format!("{tiling:?} {context_len} {num_beams}");
+                    assert!(count * pages >= num_pages, "{what}: all pages are in a part");
+                    assert!(count == 1 || (count - 1) * pages < num_pages, "{what}: none is empty");
+                    assert!(count == 1 || pages >= MIN_SPLIT_PAGES, "{what}: {pages} pages");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_parts_of_a_pass_fit_into_the_memory_that_is_taken_for_them() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        for tiling in tilings() {
+            for num_rows in [64, 256, 4096] {
+                for _ in 0..50 {
+                    let (mut rows, mut parts) = (0, 0);
+                    let most = 1 << rng.u32(0..=12);
+                    loop {
+                        let num_beams = rng.usize(1..=most.min(num_rows));
+                        if rows + num_beams > num_rows {
+                            break;
+                        }
+                        rows += num_beams;
+                        let splits = tiling.splits(rng.usize(1..20_000), num_beams);
+                        parts += if splits.count > 1 { num_beams * splits.count } else { 0 };
+                    }
+                    assert!(parts <= tiling.most_part_rows(num_rows), "{tiling:?} {num_rows}");
+                }
+            }
+            for num_beams in 1..2000 {
+                let splits = tiling.splits(20_000, num_beams);
+                let parts = if splits.count > 1 { num_beams * splits.count } else { 0 };
+                assert!(parts <= tiling.most_part_rows(1), "{tiling:?} {num_beams}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_slot_alone_gives_an_h200_work_for_all_its_processors() {
+        let heads = Heads::new(16, 8, 128);
+        let (dtype, num_processors, max_shared_bytes) = (Dtype::Bf16, 132, 227 << 10);
+        let tiling = Tiling { heads, dtype, num_processors, max_shared_bytes };
+        // Four tiles for each of eight KV heads, in four parts: 128 blocks.
+        assert_eq!(tiling.splits(1000, 256), Splits { count: 4, pages: 4 });
+        assert_eq!(tiling.splits(5000, 256), Splits { count: 4, pages: 20 });
+        // With many beams there are enough tiles.
+        assert_eq!(tiling.splits(5000, 1024), Splits { count: 1, pages: 79 });
+        // One tile for each KV head.
+        assert_eq!(tiling.splits(5000, 10), Splits { count: 8, pages: 10 });
+        assert_eq!(tiling.splits(200, 10), Splits { count: 1, pages: 4 });
+    }
+}
