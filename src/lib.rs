@@ -6,13 +6,14 @@
 //!
 //! ```no_run
 //! use std::{path::Path, sync::Arc};
-//! use sidereal::{Engine, EngineOptions, Request, catalog::Catalog};
+//! use sidereal::{Recommender, RecommenderOptions, Request, catalog::Catalog};
 //!
 //! # fn main() -> sidereal::Result<()> {
 //! let catalog = Arc::new(Catalog::open(Path::new("models/industrial/items.jsonl"))?);
-//! let engine = Engine::open(Path::new("models/industrial"), catalog, &EngineOptions::default())?;
+//! let options = RecommenderOptions::new("cpu"); // or "cuda:0"
+//! let recommender = Recommender::open(Path::new("models/industrial"), catalog, &options)?;
 //! let request = Request::from_history(["168", "278"]).with_exclude(["168"]);
-//! let answer = engine.recommend(&request)?;
+//! let answer = recommender.recommend(&request)?;
 //! for found in &answer.items {
 //!     println!("{} {:.3}", found.item, found.score);
 //! }
@@ -22,7 +23,8 @@
 //!
 //! # The life of a request
 //!
-//! 1. [`Engine::recommend`] checks it and turns its history into tokens ([`models::config`]).
+//! 1. [`Recommender::recommend`] checks it, on the caller's thread, and turns its history into tokens
+//!    ([`engine::Preparer`], [`models::config`]).
 //! 2. It waits until the pages that it needs are free ([`schedule`], [`pages`]), and then has a slot in
 //!    every step until it is answered ([`engine`]).
 //! 3. The network reads what is new of its tokens ([`prefix_cache`]) and leaves what all beams share
@@ -38,8 +40,8 @@
 //!
 //! # The floors
 //!
-//! A module uses lower floors only, and a test holds it to that: the command line, the [`Service`] >
-//! [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
+//! A module uses lower floors only, and a test holds it to that: the command line, the
+//! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
 //! [`schedule`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
 //!
 //! # What is absent, deliberately

@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use sidereal::backend::Backend;
 use sidereal::catalog::{Change, Item};
-use sidereal::device::WithBackend;
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
     CatalogWriter, Constraint, Error, Input, Normalization, Phases, Recommender, Request, Result,
@@ -177,7 +175,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         true => {
             let report = load::run_open(&recommender, &requests, &arguments.load)?;
             let settings = settings(arguments, recommender.num_threads());
-            let machine = machine(arguments, recommender)?;
+            let machine = Machine::measure_alone(&arguments.device, recommender)?;
             match arguments.json {
                 true => to_json(&OpenLoad { report, settings, machine }),
                 false => report.to_text(),
@@ -192,7 +190,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
                 }
             };
             let settings = settings(arguments, recommender.num_threads());
-            let machine = machine(arguments, recommender)?;
+            let machine = Machine::measure_alone(&arguments.device, recommender)?;
             let report = report(settings, run, churn, machine);
             match arguments.json {
                 true => to_json(&report),
@@ -231,29 +229,6 @@ fn open(arguments: &Arguments) -> Result<Recommender> {
         device: arguments.device.clone(),
     };
     model.open_with(&options)
-}
-
-/// Measures the device on as many threads as the recommender had, which gives its memory back
-/// first.
-fn machine(arguments: &Arguments, recommender: Recommender) -> Result<Machine> {
-    let num_threads = recommender.num_threads();
-    drop(recommender);
-    arguments.device.with_backend(Measure { num_threads })
-}
-
-struct Measure {
-    num_threads: usize,
-}
-
-impl WithBackend for Measure {
-    type Output = Machine;
-
-    fn run<B: Backend>(self, backend: B) -> Result<Machine> {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.num_threads).build();
-        let pool = pool
-            .map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })?;
-        pool.install(|| Machine::measure(&backend))
-    }
 }
 
 fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>> {

@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use sidereal::backend::{Backend, Epilogue};
-use sidereal::{Result, Tensor};
+use sidereal::device::WithBackend;
+use sidereal::{Error, Recommender, Result, Tensor};
+
+use super::DeviceArguments;
 
 /// The machine that figures belong to.
 #[derive(Serialize)]
@@ -18,16 +21,34 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Looks around and measures; on the threads of the caller's pool.
+    /// Measures a device on as many threads as a recommender had there, which gives its memory back
+    /// first.
     ///
     /// # Errors
     /// The backend's.
-    pub fn measure<B: Backend>(backend: &B) -> Result<Machine> {
+    pub fn measure_alone(device: &DeviceArguments, recommender: Recommender) -> Result<Machine> {
+        let num_threads = recommender.num_threads();
+        drop(recommender);
+        device.with_backend(Measure { num_threads })
+    }
+}
+
+struct Measure {
+    num_threads: usize,
+}
+
+impl WithBackend for Measure {
+    type Output = Machine;
+
+    fn run<B: Backend>(self, backend: B) -> Result<Machine> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.num_threads).build();
+        let pool = pool
+            .map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })?;
         Ok(Machine {
             cpu: cpu_name().unwrap_or_else(|| std::env::consts::ARCH.into()),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             matrix_kernel: backend.description(),
-            matrix_gflops: matrix_gflops(backend)?,
+            matrix_gflops: pool.install(|| matrix_gflops(&backend))?,
         })
     }
 }

@@ -69,6 +69,14 @@ pub(crate) use weights::ReplaceWeights;
 const MOST_SMALL_WEIGHTS: usize = 16 << 20;
 
 /// A model and a catalog, ready to answer, with one owner.
+///
+/// A shared engine cannot be stepped, so that two drivers over one engine cannot be written:
+///
+/// ```compile_fail,E0596
+/// fn step(engine: &sidereal::Engine) {
+///     engine.step();
+/// }
+/// ```
 pub struct Engine<B: Backend = CpuBackend> {
     backend: Arc<B>,
     spec: ModelSpec,

@@ -173,7 +173,10 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        let _ = self.shutdown(Duration::ZERO); // in a forked child there is nothing to end
+        if self.shutdown(Duration::ZERO).is_err() {
+            // In a forked child there is no such thread, which its handle would touch.
+            std::mem::forget(self.thread.get_mut().map(Option::take));
+        }
     }
 }
 
