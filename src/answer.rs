@@ -2,54 +2,116 @@
 
 use std::sync::Arc;
 
+use serde::Serialize;
+
 use crate::backend::LogProb;
 use crate::catalog::Snapshot;
 use crate::catalog::sid::Sid;
 
 /// One item of an answer.
+///
+/// It carries the item's name, not its number: numbers belong to one snapshot of the catalog, and
+/// name other items in the next.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Recommendation {
-    /// The item's number in the answer's snapshot, which knows its name and title.
-    pub item: u32,
+    /// The item's name.
+    pub item: String,
     /// Its semantic ID.
     pub sid: Sid,
-    /// Natural log of the probability of the semantic ID (and of the forced suffix, if any).
+    /// Natural log of the probability of the semantic ID (and of the forced tokens that count).
     pub score: f32,
     /// Of each code (and each forced token), where the request asks for them.
     pub log_probs: Vec<LogProb>,
+    /// Its title, where the request asks for titles and the catalog has one.
+    pub title: Option<String>,
+}
+
+impl Recommendation {
+    /// An item by its number in a snapshot, without log-probabilities.
+    pub(crate) fn new(snapshot: &Snapshot, item: u32, score: f32, has_title: bool) -> Self {
+        let title = if has_title { snapshot.title(item).map(str::to_string) } else { None };
+        Recommendation {
+            item: snapshot.name(item).to_string(),
+            sid: snapshot.sid(item),
+            score,
+            log_probs: Vec::new(),
+            title,
+        }
+    }
+}
+
+/// The recommendations of one of a request's [`groups`](crate::Request::groups).
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct Group {
+    /// The group's filter.
+    pub filter: String,
+    /// Best first.
+    pub items: Vec<Recommendation>,
+}
+
+/// The log-probability of one of a request's [`read`](crate::Request::read) tokens.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct ReadToken {
+    /// The token.
+    pub token: u32,
+    /// Its text, where the request named it so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// Natural log of its probability over the whole vocabulary.
+    pub log_prob: f32,
+}
+
+/// How long the phases of a request took, in microseconds of wall-clock time. Requests share
+/// steps, so that a phase holds the work for others as well.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Timings {
+    /// From submission to admission.
+    pub queued_us: u64,
+    /// From admission to the end of the step that read the last of the prompt.
+    pub prefill_us: u64,
+    /// Each step of the search, from the end of the step before.
+    pub levels_us: Vec<u64>,
+    /// From submission to the answer.
+    pub total_us: u64,
 }
 
 /// The answer to one [`Request`](crate::Request).
 #[derive(Clone)]
+#[non_exhaustive]
 pub struct Answer {
     /// Best first; equal scores by smaller semantic ID, then by the catalog's order. Empty where
     /// the request asks for groups.
     pub items: Vec<Recommendation>,
-    /// The same for each filter of the request's `each`, in its order.
-    pub groups: Vec<Vec<Recommendation>>,
-    /// The state of the catalog that was searched, and that knows the items by these numbers.
+    /// The recommendations of each of the request's `groups`, in their order.
+    pub groups: Vec<Group>,
+    /// The log-probabilities of the request's `read` tokens, in their order.
+    pub read: Vec<ReadToken>,
+    /// The state of the catalog that was searched.
     pub snapshot: Arc<Snapshot>,
     /// Tokens of the request's context.
     pub tokens: usize,
-    /// Those of them that were there from earlier requests.
+    /// Tokens of the context that the prefix cache had from earlier requests.
     pub cached_tokens: usize,
+    /// Items of the history that were left out, the oldest ones, because the model reads fewer
+    /// (`max_items` in its `sidereal.json`).
+    pub skipped_items: usize,
     /// The weights that answered: 1 as the engine was opened, one more each time that they were
     /// [replaced](crate::Engine::replace_weights).
     pub weights_version: u64,
+    /// How long the phases took, where the request asks for it.
+    pub timings: Option<Timings>,
 }
 
-impl Answer {
-    /// The name of an item of the answer.
-    pub fn name(&self, found: &Recommendation) -> &str {
-        self.snapshot.name(found.item)
-    }
-}
-
-/// Equal items of snapshots with the same number.
+/// Equal items, groups and read tokens of snapshots with equal numbers.
 impl PartialEq for Answer {
     fn eq(&self, other: &Answer) -> bool {
         self.items == other.items
             && self.groups == other.groups
+            && self.read == other.read
             && self.snapshot.number() == other.snapshot.number()
     }
 }
@@ -60,6 +122,7 @@ impl std::fmt::Debug for Answer {
             .debug_struct("Answer")
             .field("items", &self.items)
             .field("groups", &self.groups)
+            .field("read", &self.read)
             .field("snapshot", &self.snapshot.number())
             .finish()
     }

@@ -1,12 +1,42 @@
 //! What can go wrong, grouped by who can put it right.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Who can put an error right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The caller: change the request, the change or the option.
+    Caller,
+    /// The owner of the files: repair or replace them.
+    Files,
+    /// Nobody: send the request again later, or to another machine.
+    Overloaded,
+    /// The operator of the machine: its device is missing, lost or out of memory.
+    Device,
+    /// The authors of Sidereal or of the model: report it.
+    Internal,
+}
+
+impl ErrorKind {
+    /// The kind's name in JSON: `caller`, `files`, `overloaded`, `device` or `internal`.
+    pub fn name(self) -> &'static str {
+        match self {
+            ErrorKind::Caller => "caller",
+            ErrorKind::Files => "files",
+            ErrorKind::Overloaded => "overloaded",
+            ErrorKind::Device => "device",
+            ErrorKind::Internal => "internal",
+        }
+    }
+}
+
 /// Every error of this crate. The text says what happened, the limit, and the way out.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     // The caller's: change the request.
@@ -75,6 +105,16 @@ pub enum Error {
         /// What is wrong with it and what would be right.
         reason: String,
     },
+    /// A request or a batch has more of something than any may have.
+    #[error("{len} {what} are given, at most {max} are possible; split them up")]
+    LimitExceeded {
+        /// Of what: `candidates`, `groups`, ...
+        what: &'static str,
+        /// How many there are.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
     /// A request line is not a JSON object of the documented form.
     #[error("malformed request: {reason}")]
     MalformedRequest {
@@ -101,6 +141,16 @@ pub enum Error {
         /// How much there is.
         limit: usize,
     },
+    /// Something that this version does not do.
+    #[error("{what} is not supported by this version of Sidereal; {way_out}")]
+    Unsupported {
+        /// What was asked.
+        what: String,
+        /// What to do instead.
+        way_out: String,
+    },
+
+    // Nobody's: try again later, or elsewhere.
     /// Too many requests wait already.
     #[error("{queued} requests wait already, {limit} may; try again later")]
     Overloaded {
@@ -130,14 +180,6 @@ pub enum Error {
     /// the child.
     #[error("the engine was opened before this process was forked; open it in the child")]
     Forked,
-    /// Something that this version does not do.
-    #[error("{what} is not supported by this version of Sidereal; {way_out}")]
-    Unsupported {
-        /// What was asked.
-        what: String,
-        /// What to do instead.
-        way_out: String,
-    },
 
     // The files': repair or replace them.
     /// The operating system could not open, read or write a file.
@@ -145,8 +187,8 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// The system's error.
-        source: std::io::Error,
+        /// The operating system's error.
+        source: Arc<std::io::Error>,
     },
     /// A catalog file is not one, is of another version, or is damaged.
     #[error("{path}: {reason}; build it again with `sidereal catalog build`", path = path.display())]
@@ -178,6 +220,30 @@ pub enum Error {
         /// Line or item.
         place: String,
         /// What is wrong.
+        reason: String,
+    },
+    /// A file of requests has a line that is no request for the command, or no request at all.
+    #[error("{path}: {reason}", path = path.display())]
+    RequestsFile {
+        /// The file.
+        path: PathBuf,
+        /// The line, where it is one line's, and what is wrong.
+        reason: String,
+    },
+    /// A file of output could not be made for another reason than the operating system's.
+    #[error("{path}: {reason}", path = path.display())]
+    OutputFile {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+    /// A model folder, or a catalog beside the model, is not there.
+    #[error("{path}: {reason}", path = path.display())]
+    ModelFolder {
+        /// The folder.
+        path: PathBuf,
+        /// What is missing.
         reason: String,
     },
     /// A model folder's configuration is missing something or contradicts itself.
@@ -263,47 +329,61 @@ pub enum Error {
 }
 
 impl Error {
-    /// A short stable name, for programs: `unknown_item`, `history_too_long`, ...
-    pub fn code(&self) -> &'static str {
-        match self {
-            Error::UnknownItem { .. } => "unknown_item",
-            Error::EmptyInput => "empty_input",
-            Error::TokenOutOfRange { .. } => "token_out_of_range",
-            Error::HistoryTooLong { .. } => "history_too_long",
-            Error::BeamWidth { .. } => "beam_width",
-            Error::TopK { .. } => "top_k",
-            Error::InvalidField { .. } => "invalid_field",
-            Error::InvalidOption { .. } => "invalid_option",
-            Error::MalformedRequest { .. } => "malformed_request",
-            Error::InvalidChange { .. } => "invalid_change",
-            Error::TooLarge { .. } => "too_large",
-            Error::Overloaded { .. } => "overloaded",
-            Error::DeadlineExceeded { .. } => "deadline_exceeded",
-            Error::Cancelled => "cancelled",
-            Error::ShuttingDown => "shutting_down",
-            Error::CalledFromCallback => "called_from_callback",
-            Error::Forked => "forked",
-            Error::Unsupported { .. } => "unsupported",
-            Error::Io { .. } => "io",
-            Error::CatalogFile { .. } => "catalog_file",
-            Error::CatalogContents { .. } => "catalog_contents",
-            Error::ChangeLog { .. } => "change_log",
-            Error::ItemsFile { .. } => "items_file",
-            Error::ModelConfig { .. } => "model_config",
-            Error::WeightsFile { .. } => "weights_file",
-            Error::MissingTensor { .. } => "missing_tensor",
-            Error::UnexpectedTensor { .. } => "unexpected_tensor",
-            Error::TensorShape { .. } => "tensor_shape",
-            Error::NonFiniteWeight { .. } => "non_finite_weight",
-            Error::LevelsMismatch { .. } => "levels_mismatch",
-            Error::NonFiniteScores { .. } => "non_finite_scores",
-            Error::EngineFailed { .. } => "engine_failed",
-            Error::Device { .. } => "device",
-        }
+    /// Wraps an error of the operating system with the file that it concerns.
+    pub fn io(path: &Path, source: std::io::Error) -> Error {
+        Error::Io { path: path.to_path_buf(), source: Arc::new(source) }
     }
 
-    /// Wraps an error of the operating system with the file that it concerns.
-    pub(crate) fn io(path: &Path, source: std::io::Error) -> Error {
-        Error::Io { path: path.to_path_buf(), source }
+    /// Who can put the error right.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind_and_code().0
+    }
+
+    /// A short stable name, for programs: `unknown_item`, `history_too_long`, ...
+    pub fn code(&self) -> &'static str {
+        self.kind_and_code().1
+    }
+
+    fn kind_and_code(&self) -> (ErrorKind, &'static str) {
+        use ErrorKind::{Caller, Device, Files, Internal, Overloaded};
+        match self {
+            Error::UnknownItem { .. } => (Caller, "unknown_item"),
+            Error::EmptyInput => (Caller, "empty_input"),
+            Error::TokenOutOfRange { .. } => (Caller, "token_out_of_range"),
+            Error::HistoryTooLong { .. } => (Caller, "history_too_long"),
+            Error::BeamWidth { .. } => (Caller, "beam_width"),
+            Error::TopK { .. } => (Caller, "top_k"),
+            Error::InvalidField { .. } => (Caller, "invalid_field"),
+            Error::InvalidOption { .. } => (Caller, "invalid_option"),
+            Error::LimitExceeded { .. } => (Caller, "limit_exceeded"),
+            Error::MalformedRequest { .. } => (Caller, "malformed_request"),
+            Error::InvalidChange { .. } => (Caller, "invalid_change"),
+            Error::TooLarge { .. } => (Caller, "too_large"),
+            Error::Unsupported { .. } => (Caller, "unsupported"),
+            Error::Cancelled => (Caller, "cancelled"),
+            Error::CalledFromCallback => (Caller, "called_from_callback"),
+            Error::Forked => (Caller, "forked"),
+            Error::Overloaded { .. } => (Overloaded, "overloaded"),
+            Error::DeadlineExceeded { .. } => (Overloaded, "deadline_exceeded"),
+            Error::ShuttingDown => (Overloaded, "shutting_down"),
+            Error::Io { .. } => (Files, "io"),
+            Error::CatalogFile { .. } => (Files, "catalog_file"),
+            Error::CatalogContents { .. } => (Files, "catalog_contents"),
+            Error::ChangeLog { .. } => (Files, "change_log"),
+            Error::ItemsFile { .. } => (Files, "items_file"),
+            Error::RequestsFile { .. } => (Files, "requests_file"),
+            Error::OutputFile { .. } => (Files, "output_file"),
+            Error::ModelFolder { .. } => (Files, "model_folder"),
+            Error::ModelConfig { .. } => (Files, "model_config"),
+            Error::WeightsFile { .. } => (Files, "weights_file"),
+            Error::MissingTensor { .. } => (Files, "missing_tensor"),
+            Error::UnexpectedTensor { .. } => (Files, "unexpected_tensor"),
+            Error::TensorShape { .. } => (Files, "tensor_shape"),
+            Error::NonFiniteWeight { .. } => (Files, "non_finite_weight"),
+            Error::LevelsMismatch { .. } => (Files, "levels_mismatch"),
+            Error::Device { .. } => (Device, "device"),
+            Error::NonFiniteScores { .. } => (Internal, "non_finite_scores"),
+            Error::EngineFailed { .. } => (Internal, "engine_failed"),
+        }
     }
 }

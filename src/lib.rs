@@ -12,11 +12,10 @@
 //! let catalog = Arc::new(Catalog::open(Path::new("models/industrial/items.jsonl"))?);
 //! let options = RecommenderOptions::new("cpu"); // or "cuda:0"
 //! let recommender = Recommender::open(Path::new("models/industrial"), catalog, &options)?;
-//! let mut request = Request::from_history(["168", "278"]);
-//! request.exclude = vec!["168".into()];
+//! let request = Request::from_history(["168", "278"]).with_exclude(["168"]);
 //! let answer = recommender.recommend(&request)?;
 //! for found in &answer.items {
-//!     println!("{} {:.3}", answer.name(found), found.score);
+//!     println!("{} {:.3}", found.item, found.score);
 //! }
 //! # Ok(())
 //! # }
@@ -71,19 +70,19 @@ pub mod quantizer;
 mod recommender;
 mod request;
 pub mod schedule;
+mod search;
 mod service;
 mod tensor;
+pub mod wire;
 mod writer;
 
-pub use answer::{Answer, Recommendation};
+pub use answer::{Answer, Group, ReadToken, Recommendation, Timings};
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};
 pub use recommender::{Recommender, RecommenderOptions, Status};
-pub use request::{
-    Constraint, Input, MAX_BEAMS, Normalization, Priority, Request, RequestDefaults, RequestLine,
-    SharedSid,
-};
+pub use request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
+pub use search::{Constraint, Normalization};
 pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
 pub use writer::{CatalogWriter, Durability, WriterOptions};

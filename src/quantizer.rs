@@ -337,8 +337,8 @@ impl Quantizer {
     /// (Arthur & Vassilvitskii 2007). `progress` hears of every round.
     ///
     /// # Errors
-    /// [`Error::InvalidField`] for impossible options, ragged embeddings or numbers that are not
-    /// finite.
+    /// [`Error::InvalidOption`] for impossible options; [`Error::InvalidField`] for ragged
+    /// embeddings or numbers that are not finite.
     pub fn fit(
         embeddings: &[f32],
         dim: usize,
@@ -346,6 +346,7 @@ impl Quantizer {
         mut progress: impl FnMut(FitRound),
     ) -> Result<Quantizer> {
         let bad = |field, reason: String| Err(Error::InvalidField { field, reason });
+        let wrong = |option, reason: String| Err(Error::InvalidOption { option, reason });
         if dim == 0 || embeddings.is_empty() || !embeddings.len().is_multiple_of(dim) {
             let reason = format!("{} numbers are not rows of {dim}", embeddings.len());
             return bad("embeddings", reason);
@@ -355,10 +356,13 @@ impl Quantizer {
             return bad("embeddings", format!("row {row}, column {column} is not finite"));
         }
         if !(1..=MAX_LEVELS).contains(&options.levels) {
-            return bad("levels", format!("{} is not between 1 and {MAX_LEVELS}", options.levels));
+            return wrong(
+                "levels",
+                format!("{} is not between 1 and {MAX_LEVELS}", options.levels),
+            );
         }
         if !(1..=1 << 16).contains(&options.codes) {
-            return bad("codes", format!("{} is not between 1 and 65536", options.codes));
+            return wrong("codes", format!("{} is not between 1 and 65536", options.codes));
         }
         let mut rng = fastrand::Rng::with_seed(options.seed);
         let mut residuals = embeddings.to_vec();

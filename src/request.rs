@@ -1,40 +1,13 @@
-//! What a caller asks and what comes back.
+//! What a caller asks for.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::search::{Constraint, Normalization};
 
 /// The largest beam width that a request may ask for.
 pub const MAX_BEAMS: usize = 4096;
-
-/// What the scores of a step are normalised over (natural log of a probability).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Normalization {
-    /// Log-softmax over the model's whole output vocabulary, then restriction to what is legal.
-    /// This is what Hugging Face's `generate` and most published evaluations do.
-    #[default]
-    Vocabulary,
-    /// Log-softmax over the codes of the level.
-    Level,
-    /// Log-softmax over the codes that are legal after the beam's prefix.
-    Children,
-}
-
-/// What may follow a prefix.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Constraint {
-    /// Codes that lead to an item that the catalog has and the request allows.
-    #[default]
-    Trie,
-    /// Any code of the level; beams that end on no allowed item are dropped from the answer.
-    Level,
-    /// Any token of the vocabulary; beams that end on no allowed item are dropped from the answer.
-    None,
-}
 
 /// Which items of a semantic ID an answer lists where several share it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -62,8 +35,9 @@ pub enum Priority {
     Low,
 }
 
-/// What the model reads.
+/// The input of the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Input {
     /// The user's items, oldest first, by the catalog's names.
     History(Vec<String>),
@@ -71,30 +45,83 @@ pub enum Input {
     Tokens(Vec<u32>),
 }
 
+/// A token of the model's vocabulary, by number or by its text.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum NamedToken {
+    /// Its number.
+    Id(u32),
+    /// Its text in the model folder's `tokenizer.json`: `"Yes"`.
+    Text(String),
+}
+
+/// Tokens that the model is made to write before the codes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Forced {
+    /// In the order in which they are written; at least one.
+    pub tokens: Vec<u32>,
+    /// Whether their log-probabilities are part of every score.
+    pub is_counted: bool,
+}
+
+impl Forced {
+    /// Tokens that are part of no score.
+    pub fn new(tokens: impl Into<Vec<u32>>) -> Forced {
+        Forced { tokens: tokens.into(), is_counted: false }
+    }
+
+    /// Tokens whose log-probabilities are added to every score.
+    pub fn counted(tokens: impl Into<Vec<u32>>) -> Forced {
+        Forced { tokens: tokens.into(), is_counted: true }
+    }
+}
+
 /// One request for recommendations.
+///
+/// ```
+/// use std::time::Duration;
+/// use sidereal::Request;
+///
+/// let request = Request::from_history(["168", "278"])
+///     .with_exclude(["168"])
+///     .with_filter("tag:garden & !tag:adult")
+///     .with_beams(128)
+///     .with_deadline(Duration::from_millis(100));
+/// assert_eq!(request.beams, 128);
+/// ```
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Request {
-    /// What the model reads.
+    /// The input of the model.
     pub input: Input,
-    /// Items that must not come back. Names that the catalog does not have are ignored:
-    /// what is not there cannot be recommended.
+    /// Items that must not come back. Names that the catalog does not have are ignored, because
+    /// an unknown item cannot be recommended.
     pub exclude: Vec<String>,
     /// Only items that pass come back: tags, combined ([`Filter`](crate::catalog::filter::Filter)),
     /// as `tag:garden & !tag:adult`. Where none passes the answer is empty.
     pub filter: Option<String>,
     /// Further filters, each for a search of its own with `beams` and `top_k` of its own, all in
     /// one context: the best of each of several categories. Empty for one search.
-    pub each: Vec<String>,
+    pub groups: Vec<String>,
     /// Items to score instead of searching: the answer lists them all, best first, with the score
     /// that each would have in a search. Those that are not available are left out. `beams` and
-    /// `top_k` are not looked at. Empty for a search.
+    /// `top_k` have no effect. Empty for a search.
     pub candidates: Vec<String>,
+    /// Tokens that the model is made to write before the codes of every item.
+    pub forced: Option<Forced>,
+    /// Tokens whose log-probabilities right after the input the answer gives, over the whole
+    /// vocabulary. Empty for none.
+    pub read: Vec<NamedToken>,
     /// Draws the beams instead of keeping the best, without replacement and with the probabilities
-    /// of the legal continuations (Kool et al. 2019); equal seeds draw the same. Items come in the
-    /// order drawn; their scores are what they would be without.
-    pub sample: Option<u64>,
+    /// of the legal continuations (Kool et al. 2019); equal seeds draw equal beams. Items come in
+    /// the order drawn; their scores are those of a search without a seed.
+    pub seed: Option<u64>,
     /// Whether each item of the answer has the log-probabilities of its tokens.
     pub log_probs: bool,
+    /// Whether each item of the answer has its title, where the catalog knows one.
+    pub titles: bool,
+    /// Whether the answer has the times that its phases took.
+    pub timings: bool,
     /// The beam width: how many prefixes are kept at each level.
     pub beams: usize,
     /// Where the levels differ: the width at each level, in order. Empty for `beams` at all.
@@ -109,13 +136,13 @@ pub struct Request {
     pub temperature: f32,
     /// Which items of a shared semantic ID come back.
     pub shared_sid: SharedSid,
-    /// Who asks, by any name. A user who returns with a longer history finds the context of the
-    /// earlier one; answers do not depend on it.
+    /// Any name for the user. A user who returns with a longer history finds the context of the
+    /// earlier one in the prefix cache; answers do not depend on it.
     pub user: Option<String>,
-    /// Who goes first where many wait.
+    /// The request's place among those that wait.
     pub priority: Priority,
-    /// How long the answer is of use, from the moment when the request is handed over. Later it is
-    /// answered with [`Error::DeadlineExceeded`].
+    /// Time budget, from submission. Past it the request is answered with
+    /// [`Error::DeadlineExceeded`](crate::Error::DeadlineExceeded).
     pub deadline: Option<Duration>,
 }
 
@@ -126,10 +153,14 @@ impl Request {
             input,
             exclude: Vec::new(),
             filter: None,
-            each: Vec::new(),
+            groups: Vec::new(),
             candidates: Vec::new(),
-            sample: None,
+            forced: None,
+            read: Vec::new(),
+            seed: None,
             log_probs: false,
+            titles: false,
+            timings: false,
             beams: 50,
             widths: Vec::new(),
             top_k: 10,
@@ -145,7 +176,7 @@ impl Request {
 
     /// A request by the items of a history, oldest first.
     pub fn from_history<S: Into<String>>(items: impl IntoIterator<Item = S>) -> Request {
-        Request::new(Input::History(items.into_iter().map(Into::into).collect()))
+        Request::new(Input::History(texts(items)))
     }
 
     /// A request by the model's input tokens.
@@ -154,227 +185,153 @@ impl Request {
     }
 }
 
-/// An item's name in a file: a JSON string or whole number.
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "expected an item's name, a text or a whole number")]
-pub(crate) enum Name {
-    Text(String),
-    Number(u64),
-}
+/// Setters in builder style, one for each field.
+impl Request {
+    /// Sets [`exclude`](Request::exclude).
+    #[must_use]
+    pub fn with_exclude<S: Into<String>>(mut self, items: impl IntoIterator<Item = S>) -> Request {
+        self.exclude = texts(items);
+        self
+    }
 
-impl From<Name> for String {
-    fn from(name: Name) -> String {
-        match name {
-            Name::Text(text) => text,
-            Name::Number(number) => number.to_string(),
-        }
+    /// Sets [`filter`](Request::filter).
+    #[must_use]
+    pub fn with_filter(mut self, filter: impl Into<String>) -> Request {
+        self.filter = Some(filter.into());
+        self
+    }
+
+    /// Sets [`groups`](Request::groups).
+    #[must_use]
+    pub fn with_groups<S: Into<String>>(mut self, filters: impl IntoIterator<Item = S>) -> Request {
+        self.groups = texts(filters);
+        self
+    }
+
+    /// Sets [`candidates`](Request::candidates).
+    #[must_use]
+    pub fn with_candidates<S: Into<String>>(
+        mut self,
+        items: impl IntoIterator<Item = S>,
+    ) -> Request {
+        self.candidates = texts(items);
+        self
+    }
+
+    /// Sets [`forced`](Request::forced).
+    #[must_use]
+    pub fn with_forced(mut self, forced: Forced) -> Request {
+        self.forced = Some(forced);
+        self
+    }
+
+    /// Sets [`read`](Request::read).
+    #[must_use]
+    pub fn with_read(mut self, tokens: impl IntoIterator<Item = NamedToken>) -> Request {
+        self.read = tokens.into_iter().collect();
+        self
+    }
+
+    /// Sets [`seed`](Request::seed).
+    #[must_use]
+    pub fn with_seed(mut self, seed: u64) -> Request {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Sets [`log_probs`](Request::log_probs).
+    #[must_use]
+    pub fn with_log_probs(mut self, is_wanted: bool) -> Request {
+        self.log_probs = is_wanted;
+        self
+    }
+
+    /// Sets [`titles`](Request::titles).
+    #[must_use]
+    pub fn with_titles(mut self, is_wanted: bool) -> Request {
+        self.titles = is_wanted;
+        self
+    }
+
+    /// Sets [`timings`](Request::timings).
+    #[must_use]
+    pub fn with_timings(mut self, is_wanted: bool) -> Request {
+        self.timings = is_wanted;
+        self
+    }
+
+    /// Sets [`beams`](Request::beams), one width for all levels.
+    #[must_use]
+    pub fn with_beams(mut self, beams: usize) -> Request {
+        (self.beams, self.widths) = (beams, Vec::new());
+        self
+    }
+
+    /// Sets [`widths`](Request::widths), one for each level, and `beams` to the last of them.
+    #[must_use]
+    pub fn with_widths(mut self, widths: impl Into<Vec<usize>>) -> Request {
+        self.widths = widths.into();
+        self.beams = self.widths.last().copied().unwrap_or(self.beams);
+        self
+    }
+
+    /// Sets [`top_k`](Request::top_k).
+    #[must_use]
+    pub fn with_top_k(mut self, top_k: usize) -> Request {
+        self.top_k = top_k;
+        self
+    }
+
+    /// Sets [`normalization`](Request::normalization).
+    #[must_use]
+    pub fn with_normalization(mut self, normalization: Normalization) -> Request {
+        self.normalization = Some(normalization);
+        self
+    }
+
+    /// Sets [`constraint`](Request::constraint).
+    #[must_use]
+    pub fn with_constraint(mut self, constraint: Constraint) -> Request {
+        self.constraint = constraint;
+        self
+    }
+
+    /// Sets [`temperature`](Request::temperature).
+    #[must_use]
+    pub fn with_temperature(mut self, temperature: f32) -> Request {
+        self.temperature = temperature;
+        self
+    }
+
+    /// Sets [`shared_sid`](Request::shared_sid).
+    #[must_use]
+    pub fn with_shared_sid(mut self, shared_sid: SharedSid) -> Request {
+        self.shared_sid = shared_sid;
+        self
+    }
+
+    /// Sets [`user`](Request::user).
+    #[must_use]
+    pub fn with_user(mut self, user: impl Into<String>) -> Request {
+        self.user = Some(user.into());
+        self
+    }
+
+    /// Sets [`priority`](Request::priority).
+    #[must_use]
+    pub fn with_priority(mut self, priority: Priority) -> Request {
+        self.priority = priority;
+        self
+    }
+
+    /// Sets [`deadline`](Request::deadline).
+    #[must_use]
+    pub fn with_deadline(mut self, deadline: Duration) -> Request {
+        self.deadline = Some(deadline);
+        self
     }
 }
 
-/// One line of a requests file, before defaults are filled in.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RequestLine {
-    /// Echoed in the answer; a string or a number.
-    #[serde(default)]
-    pub id: Option<serde_json::Value>,
-    #[serde(default, deserialize_with = "names")]
-    history: Option<Vec<String>>,
-    #[serde(default)]
-    tokens: Option<Vec<i64>>,
-    #[serde(default, deserialize_with = "names")]
-    exclude: Option<Vec<String>>,
-    #[serde(default)]
-    filter: Option<String>,
-    #[serde(default)]
-    each: Option<Vec<String>>,
-    #[serde(default, deserialize_with = "names")]
-    candidates: Option<Vec<String>>,
-    #[serde(default)]
-    sample: Option<u64>,
-    #[serde(default)]
-    log_probs: Option<bool>,
-    #[serde(default)]
-    beams: Option<Beams>,
-    #[serde(default)]
-    top_k: Option<i64>,
-    #[serde(default)]
-    normalize: Option<Normalization>,
-    #[serde(default)]
-    constraint: Option<Constraint>,
-    #[serde(default)]
-    temperature: Option<f32>,
-    #[serde(default)]
-    shared_sid: Option<SharedSid>,
-    #[serde(default, deserialize_with = "name")]
-    user: Option<String>,
-    #[serde(default)]
-    priority: Option<Priority>,
-    #[serde(default)]
-    deadline_ms: Option<f64>,
-    #[serde(default, deserialize_with = "name")]
-    target: Option<String>,
-}
-
-/// One width, or one for each level.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(try_from = "serde_json::Value")]
-enum Beams {
-    One(i64),
-    ByLevel(Vec<i64>),
-}
-
-impl TryFrom<serde_json::Value> for Beams {
-    type Error = String;
-
-    fn try_from(value: serde_json::Value) -> std::result::Result<Beams, String> {
-        let one = value.as_i64().map(Beams::One);
-        let by_level = || {
-            let widths = value.as_array()?.iter().map(serde_json::Value::as_i64);
-            widths.collect::<Option<Vec<i64>>>().map(Beams::ByLevel)
-        };
-        one.or_else(by_level).ok_or_else(|| {
-            format!("beams: {value} is not a width, or a list of one for each level")
-        })
-    }
-}
-
-fn names<'de, D: serde::Deserializer<'de>>(
-    deserializer: D,
-) -> std::result::Result<Option<Vec<String>>, D::Error> {
-    let names = Option::<Vec<Name>>::deserialize(deserializer)?;
-    Ok(names.map(|names| names.into_iter().map(String::from).collect()))
-}
-
-fn name<'de, D: serde::Deserializer<'de>>(
-    deserializer: D,
-) -> std::result::Result<Option<String>, D::Error> {
-    Ok(Option::<Name>::deserialize(deserializer)?.map(String::from))
-}
-
-/// What a caller wants where a line is silent.
-#[derive(Debug, Clone)]
-pub struct RequestDefaults {
-    /// Beam width.
-    pub beams: usize,
-    /// Beam widths by level, where they differ.
-    pub widths: Vec<usize>,
-    /// Results.
-    pub top_k: usize,
-    /// Normalisation; `None` for the model's default.
-    pub normalization: Option<Normalization>,
-    /// Constraint.
-    pub constraint: Constraint,
-}
-
-impl Default for RequestDefaults {
-    fn default() -> RequestDefaults {
-        let request = Request::new(Input::Tokens(Vec::new()));
-        RequestDefaults {
-            beams: request.beams,
-            widths: request.widths,
-            top_k: request.top_k,
-            normalization: request.normalization,
-            constraint: request.constraint,
-        }
-    }
-}
-
-impl RequestLine {
-    /// Reads one line of JSON.
-    ///
-    /// # Errors
-    /// [`Error::MalformedRequest`] with the parser's words.
-    pub fn parse(line: &str) -> Result<RequestLine> {
-        let malformed = |reason: String| Error::MalformedRequest { reason };
-        if !line.trim_start().starts_with('{') {
-            return Err(malformed("a request is a JSON object, {\"history\": [...], ...}".into()));
-        }
-        serde_json::from_str(line).map_err(|error| malformed(error.to_string()))
-    }
-
-    /// The items of the history, empty where the line gives tokens.
-    pub fn history(&self) -> &[String] {
-        self.history.as_deref().unwrap_or_default()
-    }
-
-    /// The items to score, where the line names some.
-    pub fn candidates(&self) -> Option<&[String]> {
-        self.candidates.as_deref()
-    }
-
-    /// The filters of the groups, empty where the line asks for one list.
-    pub fn each(&self) -> &[String] {
-        self.each.as_deref().unwrap_or_default()
-    }
-
-    /// The item that the user took next, where the line says so: evaluation needs it.
-    pub fn target(&self) -> Option<&str> {
-        self.target.as_deref()
-    }
-
-    /// The request, with `defaults` where the line is silent.
-    ///
-    /// # Errors
-    /// The caller's: a number out of range, both or neither of `history` and `tokens`.
-    pub fn to_request(&self, defaults: &RequestDefaults) -> Result<Request> {
-        let input = match (&self.history, &self.tokens) {
-            (Some(_), Some(_)) => {
-                return Err(Error::InvalidField {
-                    field: "tokens",
-                    reason: "give either \"history\" or \"tokens\", not both".into(),
-                });
-            }
-            (Some(items), None) => Input::History(items.clone()),
-            (None, Some(tokens)) => Input::Tokens(tokens_in_range(tokens)?),
-            (None, None) => return Err(Error::EmptyInput),
-        };
-        let top_k = self.top_k.unwrap_or(defaults.top_k as i64);
-        let width = |width: i64| {
-            usize::try_from(width).map_err(|_| Error::BeamWidth { width, max: MAX_BEAMS })
-        };
-        let (beams, widths) = match &self.beams {
-            None => (defaults.beams, defaults.widths.clone()),
-            Some(Beams::One(beams)) => (width(*beams)?, Vec::new()),
-            Some(Beams::ByLevel(widths)) => {
-                let widths: Vec<usize> = widths.iter().map(|&w| width(w)).collect::<Result<_>>()?;
-                (widths.last().copied().unwrap_or(0), widths)
-            }
-        };
-        let deadline = self.deadline_ms.map(|ms| {
-            Duration::try_from_secs_f64(ms / 1e3).map_err(|_| Error::InvalidField {
-                field: "deadline_ms",
-                reason: format!("{ms} is not a number of milliseconds"),
-            })
-        });
-        Ok(Request {
-            input,
-            exclude: self.exclude.clone().unwrap_or_default(),
-            filter: self.filter.clone(),
-            each: self.each.clone().unwrap_or_default(),
-            candidates: self.candidates.clone().unwrap_or_default(),
-            sample: self.sample,
-            log_probs: self.log_probs.unwrap_or(false),
-            beams,
-            widths,
-            top_k: usize::try_from(top_k).map_err(|_| Error::TopK { top_k })?,
-            normalization: self.normalize.or(defaults.normalization),
-            constraint: self.constraint.unwrap_or(defaults.constraint),
-            temperature: self.temperature.unwrap_or(1.0),
-            shared_sid: self.shared_sid.unwrap_or_default(),
-            user: self.user.clone(),
-            priority: self.priority.unwrap_or_default(),
-            deadline: deadline.transpose()?,
-        })
-    }
-}
-
-fn tokens_in_range(tokens: &[i64]) -> Result<Vec<u32>> {
-    let convert = |(position, &token): (usize, &i64)| {
-        u32::try_from(token).map_err(|_| Error::InvalidField {
-            field: "tokens",
-            reason: format!("{token} at position {position} is not a token"),
-        })
-    };
-    tokens.iter().enumerate().map(convert).collect()
+fn texts<S: Into<String>>(texts: impl IntoIterator<Item = S>) -> Vec<String> {
+    texts.into_iter().map(Into::into).collect()
 }

@@ -1,4 +1,4 @@
-//! Changes of a catalog while it is served.
+//! The writer of a catalog: changes while others search it, and compaction in the background.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,50 +6,53 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use crate::catalog::change_log::ChangeLog;
+use crate::catalog::compaction;
+use crate::catalog::file::format;
 use crate::catalog::sid::Sid;
-use crate::catalog::{Catalog, Change, Item, Snapshot, compile};
+use crate::catalog::{Catalog, Change, Item, Snapshot};
 use crate::error::{Error, Result};
 use crate::quantizer::{Collision, Quantizer};
 
-/// What an acknowledged change survives.
+/// The crash that an acknowledged change survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Durability {
-    /// The end of the process at any instant: the operating system has the change.
-    /// [`CatalogWriter::sync`] has it survive more.
+    /// The end of the process: the operating system has the change before it is acknowledged.
+    /// After [`CatalogWriter::sync`], the change survives the end of the machine too.
     #[default]
     Process,
-    /// The end of the machine as well: the disk has the change before it is acknowledged.
+    /// The end of the machine: the disk has the change before it is acknowledged.
     Machine,
 }
 
-/// How a writer is opened.
+/// Options of a [`CatalogWriter`].
 #[derive(Debug, Clone, Default)]
 pub struct WriterOptions {
-    /// What an acknowledged change survives.
+    /// The crash that an acknowledged change survives.
     pub durability: Durability,
-    /// Items put from which on the catalog is compiled anew in the background; by default a
-    /// sixteenth of its items, at least ten thousand and at most a hundred thousand. Deleted items
-    /// cost little, and bring it about when they are a quarter of all. `usize::MAX` for never.
+    /// Compaction threshold: how many items are put before a compaction starts in the background.
+    /// By default a sixteenth of the catalog's items, at least ten thousand and at most a hundred
+    /// thousand. Deleted items cost little: they start a compaction once they are a quarter of all.
+    /// `usize::MAX` turns compaction in the background off.
     pub compact_at: Option<usize>,
 }
 
-/// Items put, or changes, since the compilation under way began, as a multiple of what brings one
-/// about, from which on a change waits until it is done.
-const MOST_WAITING: usize = 8;
-/// Deleted items, as a share of all, that bring a compilation about: one in so many.
-const FORGOTTEN_SHARE: usize = 4;
-/// Changes that a new compilation catches up with while other changes wait.
+/// Back-pressure: during a compaction, `apply` blocks once the backlog exceeds this multiple of the
+/// compaction threshold.
+const MAX_BACKLOG: usize = 8;
+/// Deleted items start a compaction once they are one in this many of all items.
+const DELETED_SHARE: usize = 4;
+/// The most changes that a finished compaction replays while `apply` blocks.
 const CATCH_UP: usize = 1000;
-/// Rounds of catching up after which they wait in any case: each is shorter than the one before.
+/// Rounds of replaying, each shorter than the one before; `apply` blocks during the last one.
 const CATCH_UP_ROUNDS: usize = 4;
 
-/// Changes a catalog while others search it. There is one a catalog.
+/// Changes a catalog while others search it. A catalog has at most one writer.
 ///
-/// A change is seen by every request that begins after [`apply`](CatalogWriter::apply) returns;
-/// requests that run keep the state they began with. Nobody who reads waits, whatever is written.
-/// Now and then a thread of the writer compiles the catalog anew, with all changes, beside the old
-/// one; where the catalog is a file, the new file then takes its place and the log of changes
-/// begins again.
+/// Every request that begins after [`apply`](CatalogWriter::apply) returns sees the change; a
+/// running request keeps its snapshot. Readers never wait for the writer. From time to time a
+/// thread of the writer compacts the catalog: it compiles all items, with all changes, into a new
+/// base segment. Where the catalog is a file, a new file then takes the old one's place and the log
+/// of changes starts again.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -67,7 +70,7 @@ const CATCH_UP_ROUNDS: usize = 4;
 ///     Change::Delete { item: "lamp".into() },
 /// ])?;
 /// assert!(catalog.snapshot().find("chair").is_some());
-/// assert!(before.find("lamp").is_some()); // whoever began before keeps what was there
+/// assert!(before.find("lamp").is_some()); // a snapshot never changes
 /// # Ok(())
 /// # }
 /// ```
@@ -81,7 +84,7 @@ struct Shared {
     path: Option<PathBuf>,
     options: WriterOptions,
     state: Mutex<State>,
-    /// Something in the state changed that somebody may wait for.
+    /// Signalled when a change of the state may end somebody's wait.
     changed: Condvar,
     cancelled: AtomicBool,
 }
@@ -89,33 +92,28 @@ struct Shared {
 #[derive(Default)]
 struct State {
     log: Option<ChangeLog>,
-    /// What was changed since the compilation under way began; `None` while none is.
+    /// The changes since the running compaction began; `None` while none runs.
     journal: Option<Vec<Change>>,
     is_wanted: bool,
     is_closing: bool,
     num_compactions: u64,
     failure: Option<Error>,
-    /// After a compilation failed, changed items from which on it is tried again.
+    /// After a failed compaction: how many changed items start the next attempt.
     retry_at: usize,
 }
 
 impl CatalogWriter {
-    /// Opens a compiled catalog for changes, with the log beside it (`<catalog>.changes`), which is
-    /// begun where there is none. What a process that died left half written is cut off.
+    /// Opens a compiled catalog for changes, with the log beside it (`<catalog>.changes`); starts a
+    /// log where there is none. A record that a process left unfinished is cut off.
     ///
     /// # Errors
-    /// The files'; [`Error::ChangeLog`] where another process writes already.
+    /// The files'; [`Error::ChangeLog`] where another writer has the catalog open.
     pub fn open(path: &Path, options: &WriterOptions) -> Result<CatalogWriter> {
         if crate::catalog::items::is_items_file(path) {
-            return Err(Error::InvalidField {
-                field: "catalog",
-                reason: format!(
-                    "{} is a file of items; compile it with `sidereal catalog build` to change it",
-                    path.display()
-                ),
-            });
+            let reason = "this is a file of items, and only a built catalog can be changed".into();
+            return Err(Error::CatalogFile { path: path.to_path_buf(), reason });
         }
-        let catalog = Catalog::open_compiled(path)?;
+        let catalog = Catalog::open_without_log(path)?;
         let (log, after) = ChangeLog::open(path, &catalog.snapshot())?;
         if let Some(after) = after {
             catalog.publish(after);
@@ -124,10 +122,10 @@ impl CatalogWriter {
         CatalogWriter::start(Arc::new(catalog), Some(path.to_path_buf()), options, state)
     }
 
-    /// Changes a catalog in memory; what is changed is lost with the process.
+    /// Opens a catalog in memory for changes, which end with the process.
     ///
     /// # Errors
-    /// The operating system's, which starts a thread.
+    /// The operating system's, where it cannot start a thread.
     pub fn in_memory(catalog: Arc<Catalog>, options: &WriterOptions) -> Result<CatalogWriter> {
         CatalogWriter::start(catalog, None, options, State::default())
     }
@@ -148,13 +146,15 @@ impl CatalogWriter {
         });
         let thread = std::thread::Builder::new().name("sidereal-compactor".into());
         let worker = Arc::clone(&shared);
-        let compactor = thread
-            .spawn(move || worker.compact_when_wanted())
-            .map_err(|error| Error::io(Path::new("a thread for the catalog"), error))?;
+        let compactor =
+            thread.spawn(move || worker.compact_when_wanted()).map_err(|error| Error::Device {
+                device: "cpu".into(),
+                reason: format!("a thread for the catalog could not be started: {error}"),
+            })?;
         Ok(CatalogWriter { shared, compactor: Some(compactor) })
     }
 
-    /// The catalog that is changed: what engines are opened with.
+    /// The catalog that the writer changes; open engines with it.
     pub fn catalog(&self) -> &Arc<Catalog> {
         &self.shared.catalog
     }
@@ -162,9 +162,10 @@ impl CatalogWriter {
     /// Applies a batch of changes: all of them or, with an error, none. Returns the number of the
     /// snapshot that has them, which new requests see.
     ///
-    /// A change to an item that is not known does nothing. A batch costs a few microseconds plus
-    /// some for every item that was added since the last compilation: many changes at once cost
-    /// little more than one.
+    /// A change of an unknown item does nothing. A batch costs a few microseconds plus a few
+    /// nanoseconds for every item put since the last compaction, so one large batch is cheaper than
+    /// many small ones. The call writes to the log, and during a compaction it may block until the
+    /// compaction ends: call it from a thread that may wait.
     ///
     /// # Errors
     /// [`Error::InvalidChange`]; the operating system's where the log cannot be written.
@@ -172,10 +173,12 @@ impl CatalogWriter {
         self.apply_with(|_| Ok(changes.to_vec()))
     }
 
-    /// The same with changes that depend on the state they change; nothing comes between.
+    /// Applies the changes that a function makes from the current snapshot; no other change comes
+    /// between the snapshot and its successor. Costs and blocks like
+    /// [`apply`](CatalogWriter::apply).
     ///
     /// # Errors
-    /// As [`apply`](CatalogWriter::apply), and those of `changes`.
+    /// Those of `changes` and of [`apply`](CatalogWriter::apply).
     pub fn apply_with(
         &self,
         changes: impl FnOnce(&Snapshot) -> Result<Vec<Change>>,
@@ -208,8 +211,9 @@ impl CatalogWriter {
         Ok(number)
     }
 
-    /// Puts an item by its embedding: the quantiser gives its codes, and `collision` says what
-    /// happens where another item has them. The semantic ID that `item` has is not looked at.
+    /// Puts an item by its embedding and returns its semantic ID: the quantiser gives the codes,
+    /// and `collision` says what happens where another item has them. The call ignores the semantic
+    /// ID in `item`.
     ///
     /// # Errors
     /// Those of [`Quantizer::sid`] and of [`apply`](CatalogWriter::apply).
@@ -228,23 +232,23 @@ impl CatalogWriter {
         Ok(sid)
     }
 
-    /// Returns when the disk has every change so far.
+    /// Blocks until the disk has every change so far.
     ///
     /// # Errors
-    /// The operating system's. No change is taken then until the catalog is opened again.
+    /// The operating system's. The writer then refuses changes until the catalog is opened again.
     pub fn sync(&self) -> Result<()> {
         self.shared.lock().log.as_mut().map_or(Ok(()), ChangeLog::sync)
     }
 
-    /// Compiles the catalog anew now and waits for it; changes and searches go on meanwhile.
+    /// Compacts the catalog and waits for the end; changes and searches go on meanwhile.
     ///
     /// # Errors
-    /// The operating system's where the new file cannot be written. The old one and the log of
+    /// The operating system's, where the new file cannot be written. The old file and the log of
     /// changes then stay as they are.
     pub fn compact(&self) -> Result<()> {
         let shared = &*self.shared;
         let mut state = shared.lock();
-        // One that is under way may have begun before the latest change: the next one counts.
+        // A running compaction may have begun before the latest change: only the next one counts.
         let wanted = state.num_compactions + if state.journal.is_some() { 2 } else { 1 };
         state.failure = None;
         while state.num_compactions < wanted {
@@ -258,31 +262,31 @@ impl CatalogWriter {
         Ok(())
     }
 
-    /// How often the catalog was compiled anew.
+    /// The number of compactions so far.
     pub fn num_compactions(&self) -> u64 {
         self.shared.lock().num_compactions
     }
 
-    /// Why the last compilation in the background failed, if it did. It is tried again when twice
-    /// as much has changed; no change is lost.
+    /// Takes the error of the last failed compaction in the background. The writer tries again once
+    /// twice as many items have changed; no change is lost.
     pub fn take_failure(&self) -> Option<Error> {
         self.shared.lock().failure.take()
     }
 
-    /// Bytes of the log of changes.
+    /// Bytes of the log of changes; zero for a catalog in memory.
     pub fn log_bytes(&self) -> u64 {
         self.shared.lock().log.as_ref().map_or(0, ChangeLog::len)
     }
 }
 
 impl Drop for CatalogWriter {
-    /// Stops a compilation under way, which loses nothing.
+    /// Stops a running compaction; no change is lost.
     fn drop(&mut self) {
         self.shared.cancelled.store(true, Ordering::Relaxed);
         self.shared.lock().is_closing = true;
         self.shared.changed.notify_all();
         if let Some(compactor) = self.compactor.take() {
-            let _ = compactor.join(); // it holds nothing that is ours
+            let _ = compactor.join(); // a panic there has already been reported
         }
     }
 }
@@ -292,34 +296,36 @@ impl Shared {
         self.state.lock().expect("no holder panics")
     }
 
+    /// The compaction threshold of put items.
     fn compact_at(&self) -> usize {
         let default =
             || (self.catalog.snapshot().base().num_items() as usize / 16).clamp(10_000, 100_000);
         self.options.compact_at.unwrap_or_else(default)
     }
 
-    /// The same for deleted items.
-    fn compact_at_forgotten(&self) -> usize {
+    /// The compaction threshold of deleted items.
+    fn compact_at_deleted(&self) -> usize {
         let num_items = self.catalog.snapshot().base().num_items() as usize;
-        self.compact_at().max(num_items / FORGOTTEN_SHARE)
+        self.compact_at().max(num_items / DELETED_SHARE)
     }
 
     fn should_compact(&self, state: &State) -> bool {
         let snapshot = self.catalog.snapshot();
-        let (added, forgotten) = (snapshot.num_added(), snapshot.num_forgotten());
-        let is_due = added >= self.compact_at() || forgotten >= self.compact_at_forgotten();
-        state.is_wanted || (is_due && added + forgotten >= state.retry_at)
+        let (put, deleted) = (snapshot.num_put(), snapshot.num_deleted());
+        let is_due = put >= self.compact_at() || deleted >= self.compact_at_deleted();
+        state.is_wanted || (is_due && put + deleted >= state.retry_at)
     }
 
-    /// Whether changes come faster than a compilation under way can take.
+    /// Whether the backlog of the running compaction is full.
     fn must_wait(&self, state: &State) -> bool {
-        let most = |of: usize| of.saturating_mul(MOST_WAITING);
+        let most = |of: usize| of.saturating_mul(MAX_BACKLOG);
         state.journal.as_ref().is_some_and(|journal| {
-            self.catalog.snapshot().num_added() >= most(self.compact_at())
-                || journal.len() >= most(self.compact_at_forgotten())
+            self.catalog.snapshot().num_put() >= most(self.compact_at())
+                || journal.len() >= most(self.compact_at_deleted())
         })
     }
 
+    /// The loop of the compactor's thread.
     fn compact_when_wanted(&self) {
         loop {
             let mut state = self.lock();
@@ -344,7 +350,7 @@ impl Shared {
                 Err(error) => {
                     state.failure = Some(error);
                     let snapshot = self.catalog.snapshot();
-                    state.retry_at = 2 * (snapshot.num_added() + snapshot.num_forgotten());
+                    state.retry_at = 2 * (snapshot.num_put() + snapshot.num_deleted());
                 }
             }
             drop(state);
@@ -352,24 +358,24 @@ impl Shared {
         }
     }
 
-    /// Compiles `before`, and publishes it with what has changed since.
+    /// Compacts `before`, replays the later changes and publishes the result.
     fn compact(&self, before: &Snapshot) -> Result<()> {
         let goes_on = |_| !self.cancelled.load(Ordering::Relaxed);
-        let Some(base) = compile(before, goes_on)? else {
+        let Some(base) = compaction::compact(before, goes_on)? else {
             return Ok(()); // the writer is closing
         };
         let mut next = match &self.path {
             None => Snapshot::of(base),
             Some(path) => {
-                base.save(path)?;
-                drop(base); // the file has it all; two in memory are enough
-                (*Catalog::open_compiled(path)?.snapshot()).clone()
+                format::save(&base, path)?;
+                drop(base); // the file has it: memory need not hold a second copy
+                (*Catalog::open_without_log(path)?.snapshot()).clone()
             }
         };
-        next.base().warm_as(before.base());
+        next.base().warm_up_like(before.base());
         for round in 1.. {
             let mut state = self.lock();
-            let journal = state.journal.replace(Vec::new()).expect("one compilation at a time");
+            let journal = state.journal.replace(Vec::new()).expect("one compaction at a time");
             let current = self.catalog.snapshot().number();
             let is_last = journal.len() <= CATCH_UP || round == CATCH_UP_ROUNDS;
             let state = if is_last { Some(state) } else { None };

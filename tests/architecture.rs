@@ -42,9 +42,9 @@ fn code(text: &str) -> String {
 fn floor(module: &str) -> u8 {
     let mut parts = module.split("::");
     match (parts.next().unwrap_or_default(), parts.next().unwrap_or_default()) {
-        ("error" | "request" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
+        ("error" | "request" | "search" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
         ("catalog" | "pages" | "schedule" | "prefix_cache", _) => 1,
-        ("answer" | "backend" | "device", _) => 2,
+        ("answer" | "backend" | "device" | "wire", _) => 2,
         ("models", _) => 3,
         ("engine" | "quantizer" | "writer", _) => 4,
         ("lib" | "main" | "cli" | "recommender" | "service", _) => 5,

@@ -5,9 +5,9 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use sidereal::catalog::Catalog;
+use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
     Answer, Constraint, Engine, Error, MAX_BEAMS, Normalization, Recommendation, Request,
-    RequestDefaults, RequestLine,
 };
 
 #[path = "common/folders.rs"]
@@ -815,7 +815,7 @@ fn a_score_is_finite_at_any_temperature_or_the_request_fails() {
         {
             request.normalization = Some(normalization);
             for (sample, log_probs) in [(None, false), (Some(1), false), (None, true)] {
-                (request.sample, request.log_probs) = (sample, log_probs);
+                (request.seed, request.log_probs) = (sample, log_probs);
                 let case = format!("{temperature:e} {normalization:?} {sample:?} {log_probs}");
                 match engine.recommend(&request) {
                     Ok(Answer { items, .. }) if items.iter().all(is_finite) => answered += 1,
@@ -839,7 +839,7 @@ fn a_failing_request_does_not_disturb_the_others() {
     let alone = engine.recommend(&good).expect("a sound request");
     let unknown = Request::from_history(["no such item"]);
     // This one is admitted, and fails in the middle of a wave that it shares.
-    let overflowing = Request { temperature: 1e-38, ..good.clone() };
+    let overflowing = good.clone().with_temperature(1e-38);
     assert!(engine.recommend(&overflowing).is_err());
     let requests = [&good, &unknown, &good, &overflowing, &good].map(Request::clone);
     let answers = std::sync::Mutex::new(vec![None; requests.len()]);
@@ -946,15 +946,18 @@ fn fields_of_a_request_line_must_be_possible() {
     for filter in ["tag:", "garden", "tag:a &", "(tag:a", "tag:a) | (tag:b"] {
         let outcome = answer(&format!(r#"{{"tokens": [1], "filter": "{filter}"}}"#));
         assert_error!(outcome, Error::InvalidField { .. }, "filter", "expected");
-        let line = format!(r#"{{"tokens": [1], "filter": "all", "each": ["tag:a", "{filter}"]}}"#);
+        let line =
+            format!(r#"{{"tokens": [1], "filter": "all", "groups": ["tag:a", "{filter}"]}}"#);
         assert_error!(answer(&line), Error::InvalidField { .. }, "filter", "expected");
     }
     let many = vec!["\"all\""; 1000].join(",");
-    let outcome = answer(&format!(r#"{{"tokens": [1], "each": [{many}]}}"#));
-    assert_error!(outcome, Error::InvalidField { .. }, "each", "1000", "256");
-    for empty in [r#""filter": "tag:nobody""#, r#""each": ["tag:nobody", "!all"]"#] {
+    let outcome = answer(&format!(r#"{{"tokens": [1], "groups": [{many}]}}"#));
+    assert_error!(outcome, Error::LimitExceeded { .. }, "groups", "1000", "256");
+    for empty in [r#""filter": "tag:nobody""#, r#""groups": ["tag:nobody", "!all"]"#] {
         let answer = answer(&format!(r#"{{"tokens": [1], {empty}}}"#)).expect("a sound request");
-        assert!(answer.items.is_empty() && answer.groups.iter().all(Vec::is_empty));
+        assert!(
+            answer.items.is_empty() && answer.groups.iter().all(|group| group.items.is_empty())
+        );
     }
 }
 
@@ -969,7 +972,7 @@ fn what_a_line_says_of_load_and_scoring_must_be_possible() {
         r#""beams": [1, 4096, 3]"#,
         r#""deadline_ms": 1e12"#,
         r#""priority": "low", "user": 7"#,
-        r#""sample": 18446744073709551615"#,
+        r#""seed": 18446744073709551615"#,
         r#""candidates": [17, "4"], "beams": 1"#,
         r#""candidates": [], "log_probs": true"#,
     ] {
@@ -992,7 +995,7 @@ fn what_a_line_says_of_load_and_scoring_must_be_possible() {
         r#""beams": [1, "2", 3]"#,
         r#""beams": 1.5"#,
         r#""priority": "urgent""#,
-        r#""sample": -1"#,
+        r#""seed": -1"#,
         r#""log_probs": 1"#,
         r#""candidates": 5"#,
     ] {
@@ -1012,7 +1015,7 @@ fn what_a_line_says_of_load_and_scoring_must_be_possible() {
     let free = answer(r#""constraint": "level", "log_probs": true"#);
     assert_error!(free, Error::InvalidField { .. }, "constraint", "trie");
     let many = answer(&format!(r#""candidates": [{}]"#, vec!["17"; 4097].join(",")));
-    assert_error!(many, Error::InvalidField { .. }, "candidates", "4097", "4096");
+    assert_error!(many, Error::LimitExceeded { .. }, "candidates", "4097", "4096");
 }
 
 #[test]

@@ -99,9 +99,7 @@ fn any_interleaving_of_changes_and_searches_equals_a_fresh_catalog() {
                 let found = |engine: &mut sidereal::Engine| {
                     let answer = engine.recommend(&request).expect("a sound request");
                     let items = answer.items.iter();
-                    items
-                        .map(|found| (answer.name(found).to_string(), found.sid, found.score))
-                        .collect()
+                    items.map(|found| (found.item.clone(), found.sid, found.score)).collect()
                 };
                 let (now, expected): (Vec<_>, Vec<_>) = (found(&mut engine), found(&mut fresh));
                 assert_eq!(now, expected, "{what} {request:?}");
@@ -175,7 +173,7 @@ fn filters_agree_with_brute_force_at_every_place() {
                 for &place in &places {
                     let mut below = allowed_set.below(&snapshot, place, depth);
                     for run in snapshot.children(place) {
-                        for at in 0..run.codes.len() {
+                        for at in 0..run.labels.len() {
                             let child = run.child(at);
                             let mut items = snapshot.items(child, depth + 1);
                             let expected =
@@ -248,7 +246,7 @@ fn large_catalogs_agree_with_brute_force_as_well() {
                 for &place in &places {
                     let mut below = allowed_set.below(&snapshot, place, depth);
                     for run in snapshot.children(place) {
-                        for at in 0..run.codes.len() {
+                        for at in 0..run.labels.len() {
                             let mut items = snapshot.items(run.child(at), depth + 1);
                             let expected = items.any(|item| passes[item as usize]);
                             let found =

@@ -11,7 +11,7 @@ use sidereal::Request;
 #[path = "common/folders.rs"]
 mod folders;
 
-use folders::{Folder, INDUSTRIAL, temp, write};
+use folders::{Folder, temp, write};
 
 const MODEL: &str = "models/decoder_only/qwen3-tied";
 const CATALOG: &str = "models/catalogs/industrial.index.json";
@@ -144,7 +144,7 @@ fn a_catalog_is_changed_and_answers_with_what_is_there_now() {
     let items_file = small.path().join("items.jsonl");
     let build = ["catalog", "build", "--items", plain(&items_file), "--output", plain(&path)];
     assert_eq!(code(&run(&build)), 0);
-    let line = json!({"history": ["i3", "i4"], "each": ["tag:new", "!tag:new"]}).to_string();
+    let line = json!({"history": ["i3", "i4"], "groups": ["tag:new", "!tag:new"]}).to_string();
     let wide = ["--beams", "216", "--top-k", "1000"];
     let before = recommend_small(&small, &line, &wide).remove(0);
     assert_eq!(before["groups"][0], json!({"filter": "tag:new", "items": []}));
@@ -491,7 +491,7 @@ fn scores_are_given_in_full_precision() {
         let expected = engine.recommend(&asked).expect("a sound request").items;
         assert_eq!(items(line).len(), expected.len());
         for (item, expected) in items(line).iter().zip(expected) {
-            assert_eq!(item["item"], INDUSTRIAL.snapshot().name(expected.item));
+            assert_eq!(item["item"], expected.item);
             assert_eq!(item["sid"], json!(expected.sid.codes()));
             let text = item["score"].to_string();
             let score: f32 = text.parse().expect("a number");
@@ -597,9 +597,9 @@ fn a_width_for_each_level_and_a_seed_are_taken_from_the_line() {
         "\n",
         r#"{"history": ["17", "4"], "beams": [3, 5]}"#,
         "\n",
-        r#"{"history": ["17", "4"], "beams": 4, "sample": 1}"#,
+        r#"{"history": ["17", "4"], "beams": 4, "seed": 1}"#,
         "\n",
-        r#"{"history": ["17", "4"], "beams": 4, "sample": 1}"#,
+        r#"{"history": ["17", "4"], "beams": 4, "seed": 1}"#,
     );
     let output = recommend(input.as_bytes(), &[]);
     let answers = lines(&output.stdout);

@@ -44,11 +44,12 @@ fn answers<B: sidereal::backend::Backend>(
 /// Lists are the same but for items whose scores are within the tolerance of each other.
 fn assert_alike(cpu: &[Recommendation], found: &[Recommendation], tolerance: f32, what: &str) {
     assert_eq!(cpu.len(), found.len(), "{what}: number of items");
-    let on_cpu: HashMap<u32, &Recommendation> = cpu.iter().map(|item| (item.item, item)).collect();
+    let on_cpu: HashMap<&str, &Recommendation> =
+        cpu.iter().map(|item| (&*item.item, item)).collect();
     for (rank, (expected, item)) in cpu.iter().zip(found).enumerate() {
         let difference = (expected.score - item.score).abs();
         assert!(difference < tolerance, "{what}: rank {rank}: {item:?}, not {expected:?}");
-        match on_cpu.get(&item.item) {
+        match on_cpu.get(&*item.item) {
             Some(expected) => {
                 let difference = (expected.score - item.score).abs();
                 assert!(difference < tolerance, "{what}: {item:?} is {expected:?} on the CPU");
@@ -83,7 +84,8 @@ fn assert_all_alike(
                 assert_eq!(cpu.groups.len(), found.groups.len(), "{what}");
                 assert_eq!(cpu.snapshot.number(), found.snapshot.number(), "{what}");
                 for (cpu, found) in cpu.groups.iter().zip(&found.groups) {
-                    assert_alike(cpu, found, tolerance, &what);
+                    assert_eq!(cpu.filter, found.filter, "{what}");
+                    assert_alike(&cpu.items, &found.items, tolerance, &what);
                 }
             }
             (Err(cpu), Err(found)) => assert_eq!(cpu.to_string(), found.to_string(), "{what}"),
@@ -101,12 +103,12 @@ fn requests(rng: &mut fastrand::Rng, tiny: &Tiny, count: usize) -> Vec<Request> 
         let mut request = random_request(rng, tiny, &mut contexts);
         request.filter = request.filter.filter(|_| rng.bool());
         match rng.u8(0..6) {
-            0 if request.constraint == Constraint::Trie => request.sample = Some(rng.u64(..)),
+            0 if request.constraint == Constraint::Trie => request.seed = Some(rng.u64(..)),
             1 if request.constraint == Constraint::Trie => request.log_probs = true,
             2 => {
                 let names = snapshot.all_items().map(|item| snapshot.name(item).to_string());
                 let candidates: Vec<String> = names.filter(|_| rng.bool()).collect();
-                request = Request { candidates, ..Request::from_tokens(contexts[0].clone()) };
+                request = Request::from_tokens(contexts[0].clone()).with_candidates(candidates);
                 request.log_probs = rng.bool();
             }
             3 => {
@@ -196,16 +198,15 @@ fn memory_is_taken_when_an_engine_is_opened_and_where_there_is_none_the_engine_g
         let free = memory.swap(0, Ordering::Relaxed);
         let mut requests = requests(&mut rng, &tiny, 12);
         for request in &mut requests {
-            (request.filter, request.each) = (None, Vec::new());
+            (request.filter, request.groups) = (None, Vec::new());
             request.constraint = Constraint::Trie;
         }
         let (expected, found) = (answers(&mut cpu, &requests), answers(&mut emulated, &requests));
         assert_all_alike(&requests, &expected, &found, 1e-3, &format!("seed {seed}"));
 
         let searches = requests.iter().filter(|request| request.candidates.is_empty());
-        let filtered: Vec<Request> = searches
-            .map(|request| Request { filter: Some("tag:a | tag:b".into()), ..request.clone() })
-            .collect();
+        let filtered: Vec<Request> =
+            searches.map(|request| request.clone().with_filter("tag:a | tag:b")).collect();
         for answer in answers(&mut emulated, &filtered) {
             match answer {
                 Err(error @ Error::Device { .. }) => {
@@ -343,10 +344,10 @@ fn the_demo_model_answers_nearly_as_on_the_cpu_in_bf16() {
     let mut common = 0;
     for (expected, found) in expected.iter().zip(&found) {
         let (expected, found) = (expected.as_ref().expect("sound"), found.as_ref().expect("sound"));
-        let on_cpu: HashMap<u32, &Recommendation> =
-            expected.items.iter().map(|item| (item.item, item)).collect();
+        let on_cpu: HashMap<&str, &Recommendation> =
+            expected.items.iter().map(|item| (&*item.item, item)).collect();
         for item in &found.items {
-            let Some(expected) = on_cpu.get(&item.item) else { continue };
+            let Some(expected) = on_cpu.get(&*item.item) else { continue };
             let mut pairs = vec![(expected.score, item.score)];
             for (a, b) in expected.log_probs.iter().zip(&item.log_probs) {
                 pairs.extend([(a.vocabulary, b.vocabulary), (a.children, b.children)]);

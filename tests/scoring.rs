@@ -39,7 +39,7 @@ fn candidates_have_the_scores_that_a_search_gives_them() {
             let all = everything(&tokens, normalization);
             let found = engine.recommend(&all).expect("a sound request");
             let scores: HashMap<&str, f32> =
-                found.items.iter().map(|item| (found.name(item), item.score)).collect();
+                found.items.iter().map(|item| (&*item.item, item.score)).collect();
             let snapshot = tiny.snapshot();
             let names: Vec<String> = snapshot
                 .all_items()
@@ -49,14 +49,14 @@ fn candidates_have_the_scores_that_a_search_gives_them() {
             if names.is_empty() {
                 continue;
             }
-            let rank = Request { candidates: names.clone(), beams: 1, top_k: 1, ..all };
+            let rank = all.with_candidates(names.clone()).with_beams(1).with_top_k(1);
             let answer = engine.recommend(&rank).expect("a sound request");
             let available = names.iter().filter(|name| scores.contains_key(name.as_str()));
             assert_eq!(answer.items.len(), available.count(), "seed {seed}");
             assert!(answer.items.is_sorted_by(|a, b| a.score >= b.score), "seed {seed}");
             for item in &answer.items {
-                assert!(names.iter().any(|name| name == answer.name(item)));
-                assert_eq!(item.score, scores[answer.name(item)], "seed {seed} {normalization:?}");
+                assert!(names.contains(&item.item));
+                assert_eq!(item.score, scores[&*item.item], "seed {seed} {normalization:?}");
                 ranked += 1;
             }
         }
@@ -77,9 +77,12 @@ fn candidates_do_not_go_with_what_belongs_to_a_search() {
     assert_eq!(code(&|_| {}), None);
     assert_eq!(code(&|request| request.filter = Some("tag:a".into())), Some("invalid_field"));
     assert_eq!(code(&|request| request.exclude = vec!["0".into()]), Some("invalid_field"));
-    assert_eq!(code(&|request| request.sample = Some(1)), Some("invalid_field"));
+    assert_eq!(code(&|request| request.seed = Some(1)), Some("invalid_field"));
     assert_eq!(code(&|request| request.candidates.push("nobody".into())), Some("unknown_item"));
-    assert_eq!(code(&|request| request.candidates = vec!["0".into(); 5000]), Some("invalid_field"));
+    assert_eq!(
+        code(&|request| request.candidates = vec!["0".into(); 5000]),
+        Some("limit_exceeded")
+    );
 }
 
 fn sum(log_probs: &[LogProb], of: impl Fn(&LogProb) -> f32) -> f32 {
@@ -97,19 +100,19 @@ fn log_probabilities_add_up_to_the_scores_of_either_kind() {
         let mut scores = |normalization: Normalization| -> HashMap<String, f32> {
             let request = everything(&tokens, normalization);
             let answer = engine.recommend(&request).expect("a sound request");
-            answer.items.iter().map(|item| (answer.name(item).to_string(), item.score)).collect()
+            answer.items.into_iter().map(|item| (item.item, item.score)).collect()
         };
         let vocabulary = scores(Normalization::Vocabulary);
         let children = scores(Normalization::Children);
         let asked = NORMALIZATIONS[rng.usize(0..3)];
-        let request = Request { log_probs: true, ..everything(&tokens, asked) };
+        let request = everything(&tokens, asked).with_log_probs(true);
         let answer = engine.recommend(&request).expect("a sound request");
         let plain = engine.recommend(&everything(&tokens, asked)).expect("a sound request");
         assert_eq!(answer.items.len(), plain.items.len());
         for (item, plain) in answer.items.iter().zip(&plain.items) {
-            assert_eq!((item.item, item.score), (plain.item, plain.score), "seed {seed}");
+            assert_eq!((&item.item, item.score), (&plain.item, plain.score), "seed {seed}");
             assert!(plain.log_probs.is_empty());
-            let name = answer.name(item);
+            let name = &*item.item;
             let close = |found: f32, expected: f32| {
                 assert!((found - expected).abs() < 1e-4, "seed {seed}: {found}, not {expected}");
             };
@@ -125,8 +128,7 @@ fn log_probabilities_add_up_to_the_scores_of_either_kind() {
 /// By item of the draws' first place, and by pairs of the first two: how often.
 fn draws(engine: &mut Engine, request: &Request, count: u64) -> HashMap<Vec<u32>, usize> {
     let mut seen = HashMap::new();
-    let requests: Vec<Request> =
-        (0..count).map(|seed| Request { sample: Some(seed), ..request.clone() }).collect();
+    let requests: Vec<Request> = (0..count).map(|seed| request.clone().with_seed(seed)).collect();
     engine.recommend_all(&requests, |_, answer| {
         let answer = answer.expect("a sound request");
         let mut sids: Vec<u32> = Vec::new();
@@ -161,7 +163,7 @@ fn samples_are_drawn_without_replacement_with_the_models_probabilities() {
         let total: f64 = probabilities.values().sum();
         assert!((total - 1.0).abs() < 1e-4, "seed {seed}: {total} in all");
         let count = 4000;
-        let request = Request { beams: 2, ..all };
+        let request = all.with_beams(2);
         let seen = draws(&mut engine, &request, count);
         assert!(seen.keys().all(|pair| pair.len() == 2 && pair[0] != pair[1]), "seed {seed}");
         // Chi-square over ordered pairs: the second is drawn from what the first left.
@@ -200,10 +202,10 @@ fn a_sample_is_the_same_for_the_same_seed_in_any_company_with_the_scores_of_a_se
         let normalization = NORMALIZATIONS[rng.usize(0..3)];
         let all = everything(&tokens, normalization);
         let found = engine.recommend(&all).expect("a sound request");
-        let scores: HashMap<u32, f32> =
-            found.items.iter().map(|item| (item.item, item.score)).collect();
+        let scores: HashMap<&str, f32> =
+            found.items.iter().map(|item| (&*item.item, item.score)).collect();
         let requests: Vec<Request> = (0..20)
-            .map(|n| Request { sample: Some(n / 2), beams: 3, log_probs: n % 4 < 2, ..all.clone() })
+            .map(|n| all.clone().with_seed(n / 2).with_beams(3).with_log_probs(n % 4 < 2))
             .collect();
         let mut answers: Vec<Option<Answer>> = vec![None; requests.len()];
         engine.recommend_all(&requests, |index, answer| answers[index] = answer.ok());
@@ -213,7 +215,7 @@ fn a_sample_is_the_same_for_the_same_seed_in_any_company_with_the_scores_of_a_se
             assert_eq!(pair[0], pair[1], "seed {seed}");
             assert_eq!(pair[0], engine.recommend(request).expect("alone"), "seed {seed}");
             for item in &pair[0].items {
-                let expected = scores[&item.item];
+                let expected = scores[&*item.item];
                 assert!((item.score - expected).abs() < 1e-4, "seed {seed}: {expected}");
             }
         }

@@ -138,7 +138,8 @@ fn every_page_is_in_one_place_after_every_step_and_answers_are_those_of_the_requ
                 let answer = answer.expect("a sound request");
                 assert!(answer.cached_tokens <= answer.tokens);
                 hits += usize::from(answer.cached_tokens > 0);
-                let in_time = Request { deadline: None, ..request.clone() };
+                let mut in_time = request.clone();
+                in_time.deadline = None;
                 let expected = alone.recommend(&in_time).expect("a sound request");
                 assert_eq!(answer, expected, "seed {seed}: {request:?}");
                 answered += 1;

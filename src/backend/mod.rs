@@ -14,9 +14,9 @@ use std::ops::Range;
 use crate::catalog::Snapshot;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
-use crate::catalog::snapshot::Cursor;
+use crate::catalog::cursor::Cursor;
 use crate::error::Result;
-use crate::request::{Constraint, Normalization};
+use crate::search::{Constraint, Normalization};
 use crate::tensor::{Dtype, Tensor};
 
 pub mod cases;

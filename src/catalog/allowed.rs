@@ -1,40 +1,42 @@
-//! What a request may be answered with: the available items that pass its filter, less those that
-//! it excludes.
+//! The allowed set of a request: the available items that pass its filter, without its exclusions.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::added::Added;
-use super::base::Selection;
 use super::bitmap::{RankBitmap, words_of};
-use super::snapshot::{Cursor, Run, Snapshot};
+use super::cursor::{Cursor, Run};
+use super::delta::Delta;
+use super::selection::Selection;
+use super::snapshot::Snapshot;
+use crate::error::Result;
 
-/// The items that a request may be answered with.
+/// The items that may answer a request.
 ///
-/// A node is legal if and only if one of the items below it is allowed, which is asked of bitmaps
-/// and not of a walk: so no beam ever walks into a dead end, whatever the filter.
+/// A node is legal if and only if one of the items below it is allowed. Bitmaps answer that without
+/// a walk, so no beam ever enters a dead end, whatever the filter.
 #[derive(Clone)]
 pub struct AllowedSet {
     pub(super) base: BaseItems,
-    pub(super) added: Option<AddedItems>,
+    pub(super) delta: Option<DeltaItems>,
 }
 
-/// Of the compiled catalog's items.
+/// The part of an allowed set that concerns the base segment's items.
 #[derive(Clone)]
 pub(super) struct BaseItems {
-    /// `None` where all are available.
+    /// The available items; `None` where all are.
     pub available: Option<Arc<RankBitmap>>,
-    /// Those that pass the filter; `None` without one.
+    /// The items that pass the filter; `None` without a filter.
     pub passing: Option<Arc<Selection>>,
     pub excluded: Excluded,
 }
 
-/// Sorted items, with the way to the first from any item on.
+/// Excluded items, with a directory that finds the first one from any item on.
 #[derive(Clone)]
 pub(super) struct Excluded {
+    /// Ascending.
     items: Vec<u32>,
-    /// `[blocks + 1]`; the excluded items of block `b`, which has `2^shift` items, are
-    /// `items[first[b]..first[b + 1]]`.
+    /// `[stretches + 1]`; the excluded items of stretch `s`, which has `2^shift` item numbers, are
+    /// `items[first[s]..first[s + 1]]`.
     first: Vec<u32>,
     shift: u32,
 }
@@ -42,10 +44,10 @@ pub(super) struct Excluded {
 impl Excluded {
     /// `items`: sorted, below `num_items`.
     pub fn new(items: Vec<u32>, num_items: u32) -> Excluded {
-        // About one excluded item a block.
+        // About one excluded item a stretch.
         let shift = num_items.checked_div(items.len() as u32).map_or(31, u32::ilog2);
-        let num_blocks = if items.is_empty() { 0 } else { (num_items >> shift) + 1 };
-        let mut first = vec![0; num_blocks as usize + 1];
+        let num_stretches = if items.is_empty() { 0 } else { (num_items >> shift) + 1 };
+        let mut first = vec![0; num_stretches as usize + 1];
         items.iter().for_each(|item| first[(item >> shift) as usize + 1] += 1);
         let mut count = 0;
         for first in &mut first {
@@ -59,11 +61,12 @@ impl Excluded {
         &self.items
     }
 
+    /// The position of the first excluded item from `item` on.
     fn from(&self, item: u32) -> usize {
-        let block = (item >> self.shift) as usize;
-        let Some(&[start, end]) = self.first.get(block..block + 2) else { return self.items.len() };
-        let block = &self.items[start as usize..end as usize];
-        start as usize + block.partition_point(|&other| other < item)
+        let at = (item >> self.shift) as usize;
+        let Some(&[start, end]) = self.first.get(at..at + 2) else { return self.items.len() };
+        let stretch = &self.items[start as usize..end as usize];
+        start as usize + stretch.partition_point(|&other| other < item)
     }
 
     fn within(&self, items: Range<u32>) -> &[u32] {
@@ -74,18 +77,51 @@ impl Excluded {
     }
 }
 
-/// Of the items that were added since.
+/// The part of an allowed set that concerns the delta's items.
 #[derive(Clone)]
-pub(super) struct AddedItems {
-    pub added: Arc<Added>,
-    /// Bits by number; `None` without a filter.
+pub(super) struct DeltaItems {
+    pub delta: Arc<Delta>,
+    /// Bits by number: the items that pass the filter; `None` without a filter.
     pub passing: Option<Arc<Vec<u64>>>,
     /// Sorted numbers.
     pub excluded: Vec<u32>,
 }
 
+impl Snapshot {
+    /// The allowed set of a request with these exclusions and this filter
+    /// ([`Filter::parse`](super::filter::Filter::parse)).
+    ///
+    /// A semantic ID stays legal while one of its items is allowed.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`](crate::Error::InvalidField) where `filter` cannot be parsed;
+    /// [`Error::CatalogContents`](crate::Error::CatalogContents) where the file's sets are damaged.
+    ///
+    /// # Panics
+    /// Where `excluded` is not sorted or has repetitions.
+    pub fn allowed_set(&self, excluded: &[u32], filter: Option<&str>) -> Result<AllowedSet> {
+        assert!(excluded.is_sorted_by(|a, b| a < b), "excluded items must be sorted, distinct");
+        let filter = filter.map(|text| Ok((text, self.base.select(text)?))).transpose()?;
+        let first_in_delta = self.num_base_items();
+        let split = excluded.partition_point(|&item| item < first_in_delta);
+        let delta = self.delta.as_ref().map(|delta| DeltaItems {
+            delta: Arc::clone(delta),
+            passing: filter
+                .as_ref()
+                .map(|(text, selection)| delta.passing(text, &selection.filter)),
+            excluded: excluded[split..].iter().map(|item| item - first_in_delta).collect(),
+        });
+        let base = BaseItems {
+            available: self.available.clone(),
+            passing: filter.map(|(_, selection)| selection),
+            excluded: Excluded::new(excluded[..split].to_vec(), first_in_delta),
+        };
+        Ok(AllowedSet { base, delta })
+    }
+}
+
 impl AllowedSet {
-    /// What is allowed below one cursor, of whose children many will be asked for.
+    /// The allowed children of a cursor that `depth` codes lead to.
     #[inline]
     pub fn below<'a>(
         &'a self,
@@ -100,48 +136,47 @@ impl AllowedSet {
         let is_everything = excluded.is_empty()
             && self.base.available.is_none()
             && self.base.passing.is_none()
-            && cursor.added.is_none();
+            && cursor.delta.is_none();
         AllowedChildren { snapshot, allowed_set: self, excluded, is_everything, depth: depth + 1 }
     }
 
-    /// Whether a single item may come back.
+    /// Whether an item is allowed.
     pub fn allows(&self, snapshot: &Snapshot, item: u32) -> bool {
         match item.checked_sub(snapshot.num_base_items()) {
             None => {
                 self.base.excluded.within(item..item + 1).is_empty()
                     && self.base.any(item..item + 1, &[])
             }
-            Some(number) => self.added.as_ref().is_some_and(|added| added.allows(number)),
+            Some(number) => self.delta.as_ref().is_some_and(|items| items.allows(number)),
         }
     }
 }
 
-/// What is allowed below the children of one cursor.
+/// Answers which children of one cursor have an allowed item below them.
 pub struct AllowedChildren<'a> {
     snapshot: &'a Snapshot,
     allowed_set: &'a AllowedSet,
-    /// Of the cursor's items, those not yet passed by.
+    /// The excluded items below the cursor, from the next child on.
     excluded: &'a [u32],
     is_everything: bool,
-    /// Codes that lead to a child.
+    /// The number of codes that lead to a child.
     depth: usize,
 }
 
 impl AllowedChildren<'_> {
-    /// Which of up to 8 children in a run, from one on, can have an allowed item below them: a bit
-    /// each. Where it is zero the filter passes nothing there; where it is one, ask
-    /// [`is_match`](AllowedChildren::is_match).
+    /// A bit for each of 8 children of a run, from child `from` on: zero where the filter passes
+    /// no item below the child, one where only [`is_match`](AllowedChildren::is_match) can tell.
     #[inline]
     pub fn can_match(&self, run: &Run<'_>, from: usize) -> u8 {
         match (&self.allowed_set.base.passing, run.child(from)) {
-            (Some(passing), Cursor { base, added }) if added.is_none() => {
+            (Some(passing), Cursor { base, delta }) if delta.is_none() => {
                 base.get().map_or(0, |node| passing.nodes_from(node))
             }
             _ => u8::MAX,
         }
     }
 
-    /// Whether an allowed item is below a child. To be asked in the order of the codes.
+    /// Whether an allowed item is below a child. Children must be asked in the order of their codes.
     #[inline]
     pub fn is_match(&mut self, child: Cursor) -> bool {
         if self.is_everything {
@@ -160,19 +195,19 @@ impl AllowedChildren<'_> {
                 base.any(items, self.excluded)
             }
         };
-        in_base || self.allowed_set.added.as_ref().is_some_and(|added| added.any(child, self.depth))
+        in_base || self.allowed_set.delta.as_ref().is_some_and(|items| items.any(child, self.depth))
     }
 }
 
-/// Words of the bitmaps that are looked at before their counts are.
+/// Words of the bitmaps that are read before their counts are.
 const WORDS_AT_ONCE: u32 = 4;
 
 impl BaseItems {
-    /// Whether one of a stretch of items is allowed; `excluded` has none before it.
+    /// Whether one of successive items is allowed; `excluded` has none before them.
     fn any(&self, items: Range<u32>, excluded: &[u32]) -> bool {
         let (available, passing) = (self.available.as_deref(), self.passing.as_deref());
         if available.is_none() && passing.is_none() {
-            // The next excluded ones are all of them only if they follow one another.
+            // All items are excluded only if the next excluded ones follow one another.
             let last = excluded.get(items.len() - 1);
             return last.is_none_or(|&last| last >= items.end);
         }
@@ -191,7 +226,7 @@ impl BaseItems {
         if available == 0 || passing == 0 {
             return false;
         }
-        // Two large enough sets must meet in more items than are excluded.
+        // Two large enough sets have more items in common than are excluded.
         let excluded = &excluded[excluded.partition_point(|&item| item < rest.start)..];
         let num_excluded = excluded.partition_point(|&item| item < rest.end);
         available + passing > rest.len() + num_excluded || self.any_of_words(rest, excluded)
@@ -218,16 +253,16 @@ impl BaseItems {
     }
 }
 
-impl AddedItems {
+impl DeltaItems {
     pub fn allows(&self, number: u32) -> bool {
         let (word, bit) = (number as usize / 64, number % 64);
-        self.added.is_available(number)
+        self.delta.is_available(number)
             && self.passing.as_ref().is_none_or(|bits| bits[word] >> bit & 1 == 1)
             && self.excluded.binary_search(&number).is_err()
     }
 
     fn any(&self, cursor: Cursor, depth: usize) -> bool {
-        let Some(node) = cursor.added.get() else { return false };
-        self.added.below(node, depth).iter().any(|&number| self.allows(number))
+        let Some(node) = cursor.delta.get() else { return false };
+        self.delta.below(node, depth).iter().any(|&number| self.allows(number))
     }
 }

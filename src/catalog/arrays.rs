@@ -1,4 +1,4 @@
-//! A snapshot as plain arrays, for devices that keep a copy of their own.
+//! A snapshot as plain arrays, for devices that hold a copy.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -9,10 +9,10 @@ use super::candidates::Candidates;
 use super::snapshot::Snapshot;
 use super::trie::Trie;
 
-/// What tells one array from another: as long as it is held, no other is the same.
+/// Identifies an array by its address: while the identity is held, no other array can have it.
 pub type Identity = Arc<dyn Any + Send + Sync>;
 
-/// The arrays of a rank trie, as in [`Trie`].
+/// The arrays of a [`Trie`].
 #[derive(Clone, Copy)]
 pub struct TrieArrays<'a> {
     /// `[num_levels + 2]`
@@ -21,7 +21,7 @@ pub struct TrieArrays<'a> {
     pub first_edge: &'a [u32],
     /// `[num_edges]`
     pub codes: &'a [u16],
-    /// The first item of nodes above the parents of leaves; node `n` at depth `d` is at `n + d`.
+    /// The first item of each node above the parents of leaves: node `n` at depth `d` is at `n + d`.
     pub first_item: &'a [u32],
     /// `[num_leaves + 1]`, or `None` where leaf `l` is item `l`.
     pub leaf_item: Option<&'a [u32]>,
@@ -39,37 +39,38 @@ impl<'a> TrieArrays<'a> {
     }
 }
 
-/// Which items of a trie are allowed, as one bitmap.
+/// The allowed items of a trie as one bitmap.
 pub struct AllowedArrays<'a> {
-    /// A bit an item, with counts of members before each eight words.
+    /// One bit an item, with counts of members before each eight words.
     pub items: RankBitmap,
-    /// A bit a node: whether the filter passes anything below it.
+    /// One bit a node: whether the filter passes an item below it.
     pub nodes: Option<&'a [u64]>,
 }
 
 impl Snapshot {
-    /// The compiled catalog's trie.
+    /// The base segment's trie.
     pub fn base_trie(&self) -> (Identity, TrieArrays<'_>) {
-        let (identity, base) = self.base_parts();
-        (identity as Identity, TrieArrays::of(base.trie()))
+        (Arc::clone(&self.base) as Identity, TrieArrays::of(&self.base.trie))
     }
 
-    /// The trie of the items that were added since; its items are numbered in their own order.
-    pub fn added_trie(&self) -> Option<(Identity, TrieArrays<'_>)> {
-        let added = self.added_parts()?;
-        Some((Arc::clone(added) as Identity, TrieArrays::of(added.trie())))
+    /// The delta's trie, where there is a delta. Its items are numbered in the order of the trie.
+    pub fn delta_trie(&self) -> Option<(Identity, TrieArrays<'_>)> {
+        let delta = self.delta.as_ref()?;
+        Some((Arc::clone(delta) as Identity, TrieArrays::of(delta.trie())))
     }
 }
 
 impl AllowedSet {
-    /// What [`base_allowed`](AllowedSet::base_allowed) depends on; empty where all items are allowed.
+    /// The identities of the sets behind [`base_allowed`](AllowedSet::base_allowed); empty where it
+    /// is `None`.
     pub fn base_identity(&self) -> Vec<Identity> {
         let available = self.base.available.iter().map(|set| Arc::clone(set) as Identity);
         let passing = self.base.passing.iter().map(|set| Arc::clone(set) as Identity);
         available.chain(passing).collect()
     }
 
-    /// The compiled items that are available and pass the filter; `None` where all are and do.
+    /// The base segment's available items that pass the filter; `None` where all items do.
+    /// Exclusions are not applied ([`base_excluded`](AllowedSet::base_excluded)).
     pub fn base_allowed(&self) -> Option<AllowedArrays<'_>> {
         let (available, passing) = (self.base.available.as_deref(), self.base.passing.as_deref());
         let items = match (available, passing.map(|passing| &passing.items)) {
@@ -83,7 +84,7 @@ impl AllowedSet {
         Some(AllowedArrays { items, nodes: passing.map(|passing| &passing.nodes[..]) })
     }
 
-    /// The compiled items that are excluded although they are available and pass the filter.
+    /// The base segment's excluded items that are available and pass the filter.
     pub fn base_excluded(&self) -> Vec<u32> {
         let is_in = |set: Option<&RankBitmap>, item| set.is_none_or(|set| set.contains(item));
         let (available, passing) = (self.base.available.as_deref(), self.base.passing.as_deref());
@@ -95,13 +96,13 @@ impl AllowedSet {
             .collect()
     }
 
-    /// Of the added items, in the order of their trie, those that are allowed.
-    pub fn added_allowed(&self) -> Option<RankBitmap> {
-        self.added.as_ref().map(|added| {
-            let numbers = added.added.in_order();
+    /// The delta's allowed items in the order of its trie; `None` without a delta.
+    pub fn delta_allowed(&self) -> Option<RankBitmap> {
+        self.delta.as_ref().map(|items| {
+            let numbers = items.delta.in_order();
             let mut words = vec![0; numbers.len().div_ceil(64)];
             for (position, &number) in numbers.iter().enumerate() {
-                words[position / 64] |= u64::from(added.allows(number)) << (position % 64);
+                words[position / 64] |= u64::from(items.allows(number)) << (position % 64);
             }
             RankBitmap::new(words, numbers.len() as u32)
         })
@@ -109,14 +110,14 @@ impl AllowedSet {
 }
 
 impl Candidates {
-    /// The candidates among the compiled items, and among the added ones in the order of their
-    /// trie; both rising.
+    /// The candidates in the base segment, and the candidates in the delta by their position in
+    /// the delta's trie; both ascending.
     pub fn split(&self, snapshot: &Snapshot) -> (Vec<u32>, Vec<u32>) {
-        let first_added = snapshot.num_base_items();
-        let split = self.items().partition_point(|&item| item < first_added);
-        let (base, added) = self.items().split_at(split);
-        let order = snapshot.added_parts().map_or(&[][..], |added| added.in_order());
-        let is_wanted = |number: u32| added.binary_search(&(first_added + number)).is_ok();
+        let first_in_delta = snapshot.num_base_items();
+        let split = self.items().partition_point(|&item| item < first_in_delta);
+        let (base, delta) = self.items().split_at(split);
+        let order = snapshot.delta.as_ref().map_or(&[][..], |delta| delta.in_order());
+        let is_wanted = |number: u32| delta.binary_search(&(first_in_delta + number)).is_ok();
         let positions = (0..).zip(order).filter(|&(_, &number)| is_wanted(number));
         (base.to_vec(), positions.map(|(position, _)| position).collect())
     }

@@ -1,15 +1,15 @@
-//! Sets of item numbers.
+//! Sets of item numbers as bitmaps.
 
 use std::ops::Range;
 
 /// A set of small integers with constant-time rank (how many members are below a position).
 ///
-/// Counts before every 512 positions, and a popcount of at most eight words for the rest: the
-/// plain form of Jacobson's rank directory (1989).
+/// The rank directory holds a count before every 512 positions; a popcount of at most eight words
+/// does the rest. It is the plain form of Jacobson's directory (1989).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RankBitmap {
     words: Vec<u64>,
-    /// `[words / 8 + 2]`; members before each group of eight words, and at last all of them.
+    /// `[words / 8 + 2]`; members before each group of eight words; the last entry counts all.
     counts: Vec<u32>,
     len: u32,
 }
@@ -20,7 +20,7 @@ impl RankBitmap {
     /// The set whose members are the bits of `words`, lowest first; bits from `len` on are zero.
     ///
     /// # Panics
-    /// Where `words` does not hold just `len` bits.
+    /// Where `words` has more or fewer words than `len` bits need.
     pub fn new(words: Vec<u64>, len: u32) -> RankBitmap {
         assert_eq!(words.len(), len.div_ceil(64) as usize, "words must hold all positions");
         let beyond = words.last().is_some_and(|last| last & !mask_below(len) != 0);
@@ -51,7 +51,7 @@ impl RankBitmap {
         RankBitmap::new(words, self.len)
     }
 
-    /// Members before each eight words, and at last all of them.
+    /// Members before each group of eight words; the last entry counts all.
     pub fn counts(&self) -> &[u32] {
         &self.counts
     }
@@ -86,7 +86,7 @@ impl RankBitmap {
         self.counts[group] + within + partial
     }
 
-    /// How many members a stretch of positions has.
+    /// How many members a range of positions has.
     #[inline]
     pub fn count(&self, positions: Range<u32>) -> u32 {
         self.rank(positions.end) - self.rank(positions.start)
@@ -119,7 +119,7 @@ fn mask_below(bit: u32) -> u64 {
     (1 << (bit % 64)) - 1
 }
 
-/// Whether a stretch of positions has a set bit.
+/// Whether a range of positions has a set bit.
 #[inline]
 pub(super) fn any_bit(words: &[u64], positions: Range<u32>) -> bool {
     let (first, last) =
@@ -131,7 +131,7 @@ pub(super) fn any_bit(words: &[u64], positions: Range<u32>) -> bool {
     words_of(positions).any(|(word, mask)| words[word] & mask != 0)
 }
 
-/// The words that a stretch of positions touches, with the bits of each that belong to it.
+/// The words that a range of positions touches, each with a mask of the bits in the range.
 #[inline]
 pub(super) fn words_of(positions: Range<u32>) -> impl Iterator<Item = (usize, u64)> {
     let Range { start, end } = positions;
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_words_of_a_stretch_cover_it_and_no_more() {
+    fn the_words_of_a_range_cover_it_and_no_more() {
         for (start, end) in
             [(0, 0), (5, 5), (64, 64), (0, 64), (3, 9), (60, 70), (64, 200), (1, 128)]
         {

@@ -1,33 +1,34 @@
-//! From items in any order to a compiled catalog.
+//! From items in any order to a base segment.
 
 use std::collections::{BTreeMap, HashMap};
 
 use roaring::RoaringBitmap;
 
-use super::base::Base;
+use super::base_segment::BaseSegment;
+use super::file::format::fingerprint;
+use super::item::Item;
 use super::sid::MAX_LEVELS;
 use super::texts::{NameIndex, TextsBuilder};
 use super::trie::{Trie, TrieBuilder};
-use super::{Catalog, Item};
 use crate::error::{Error, Result};
 
-/// Collects items and lays them out.
+/// Collects items in any order and compiles them ([`build`](CatalogBuilder::build)).
 #[derive(Default)]
 pub struct CatalogBuilder {
     sids: SidTable,
     names: TextsBuilder,
-    /// As many as the last item that has one.
+    /// Empty, or up to the last item with a title.
     titles: TextsBuilder,
-    /// By tag, the items that carry it, in the order in which they came.
+    /// By tag, the items that carry it, in the order of adding.
     tags: HashMap<String, Vec<u32>>,
-    withdrawn: Vec<u32>,
+    unavailable: Vec<u32>,
 }
 
 impl CatalogBuilder {
     /// Adds an item.
     ///
     /// # Errors
-    /// [`Error::InvalidField`] where it has no name or another number of levels than the first.
+    /// [`Error::InvalidField`] for an empty name, or another number of levels than the first item's.
     pub fn add(&mut self, item: Item) -> Result<()> {
         let num_levels = self.sids.num_levels.unwrap_or(item.sid.num_levels());
         item.check(num_levels)?;
@@ -44,7 +45,7 @@ impl CatalogBuilder {
             self.tags.entry(tag).or_default().push(number);
         }
         if !item.available {
-            self.withdrawn.push(number);
+            self.unavailable.push(number);
         }
         Ok(())
     }
@@ -54,16 +55,8 @@ impl CatalogBuilder {
         self.names.len()
     }
 
-    /// Lays the items out.
-    ///
-    /// # Errors
-    /// [`Error::InvalidField`] where there are none or two have the same name.
-    pub fn build(self) -> Result<Catalog> {
-        Ok(Catalog::of(self.compile()?))
-    }
-
-    fn compile(self) -> Result<Base> {
-        let CatalogBuilder { sids, names, mut titles, tags, withdrawn } = self;
+    pub(super) fn compile(self) -> Result<BaseSegment> {
+        let CatalogBuilder { sids, names, mut titles, tags, unavailable } = self;
         if names.len() == 0 {
             let reason = "there are no items; a catalog needs at least one".into();
             return Err(Error::InvalidField { field: "items", reason });
@@ -86,8 +79,8 @@ impl CatalogBuilder {
             order.iter().for_each(|&item| sorted.push(titles.get(item)));
             sorted.finish()
         });
-        let mut base = Base::new(trie, names, index, titles);
-        if !tags.is_empty() || !withdrawn.is_empty() {
+        let mut base = BaseSegment::new(trie, names, index, titles);
+        if !tags.is_empty() || !unavailable.is_empty() {
             let mut position = vec![0; order.len()];
             for (at, &item) in (0u32..).zip(&order) {
                 position[item as usize] = at;
@@ -103,14 +96,14 @@ impl CatalogBuilder {
                 let items = RoaringBitmap::from_sorted_iter(positions(items));
                 sets.insert(name, items.expect("sorted just now"));
             }
-            base = base.with_tags(sets).with_withdrawn(&positions(withdrawn));
+            base = base.with_tags(sets).with_unavailable(&positions(unavailable));
         }
-        base.lineage = super::format::fingerprint(&base);
+        base.lineage = fingerprint(&base);
         Ok(base)
     }
 }
 
-/// Semantic IDs in the order in which they came, on their way into a [`Trie`].
+/// Unsorted semantic IDs, to be laid out as a [`Trie`].
 #[derive(Default)]
 pub struct SidTable {
     num_levels: Option<usize>,
@@ -119,10 +112,10 @@ pub struct SidTable {
 }
 
 impl SidTable {
-    /// Adds a semantic ID; all have as many codes as the first.
+    /// Adds a semantic ID, which must have as many codes as the first.
     ///
     /// # Errors
-    /// [`Error::InvalidField`] where it has not, or 2^31 are there already.
+    /// [`Error::InvalidField`] for another number of codes, or where the table is full (2^31).
     pub fn push(&mut self, codes: &[u16]) -> Result<()> {
         let num_levels = *self.num_levels.get_or_insert(codes.len());
         let is_sound = codes.len() == num_levels && (1..=MAX_LEVELS).contains(&num_levels);
@@ -142,16 +135,16 @@ impl SidTable {
         self.codes.len() / self.num_levels.unwrap_or(1)
     }
 
-    /// Whether there are none.
+    /// Whether the table has no semantic ID.
     pub fn is_empty(&self) -> bool {
         self.codes.is_empty()
     }
 
-    /// The trie, and for each of its items its place in the order of their coming.
+    /// The trie, and for each of its items the position at which its semantic ID was pushed.
     pub fn build(self) -> (Trie, Vec<u32>) {
         let num_levels = self.num_levels.unwrap_or(1);
-        // A semantic ID in as few bits as its codes need, and the item's number below them: then
-        // one integer sorts both, and equal semantic IDs keep the order of their coming.
+        // A semantic ID in as few bits as its codes need, and the item's number below them: one
+        // integer sorts by both, so equal semantic IDs stay in the order of pushing.
         let mut largest = [0u16; MAX_LEVELS];
         for sid in self.codes.chunks_exact(num_levels) {
             for (largest, &code) in largest.iter_mut().zip(sid) {

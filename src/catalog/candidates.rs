@@ -1,23 +1,23 @@
-//! Given items as paths through the catalog: what is scored when nothing is searched.
+//! Candidates: given items to score, as paths through the catalog.
 
 use std::collections::HashMap;
 
-use super::Snapshot;
-use super::snapshot::Cursor;
+use super::cursor::Cursor;
+use super::snapshot::Snapshot;
 
-/// Some items of a snapshot, packed as a trie: prefixes that they have in common are there once.
+/// Items of a snapshot packed as a trie: a prefix that several items share is in it once.
 #[derive(Debug, Clone, Default)]
 pub struct Candidates {
-    /// Item numbers, rising.
+    /// Item numbers, ascending.
     items: Vec<u32>,
-    /// The codes that follow a cursor, rising.
+    /// The codes that follow a cursor, ascending.
     codes: HashMap<Cursor, Vec<u16>>,
-    /// Places by depth, from the first level on.
+    /// The number of distinct prefixes by level.
     widths: Vec<usize>,
 }
 
 impl Candidates {
-    /// The paths of these items, those that are available.
+    /// The paths of those `items` that are available.
     pub fn new(snapshot: &Snapshot, items: &[u32]) -> Candidates {
         let mut items: Vec<u32> =
             items.iter().copied().filter(|&item| snapshot.is_available(item)).collect();
@@ -39,7 +39,7 @@ impl Candidates {
         Candidates { items, codes, widths }
     }
 
-    /// The items, rising.
+    /// The items, ascending.
     pub fn items(&self) -> &[u32] {
         &self.items
     }
@@ -49,12 +49,13 @@ impl Candidates {
         self.codes.get(&cursor).map_or(&[], Vec::as_slice)
     }
 
-    /// How many prefixes there are at each level: a search that is as wide has them all.
+    /// How many distinct prefixes there are at each level: a beam search of these widths reaches all
+    /// candidates.
     pub fn widths(&self) -> &[usize] {
         &self.widths
     }
 
-    /// Whether an item is one of them.
+    /// Whether an item is a candidate.
     pub fn contains(&self, item: u32) -> bool {
         self.items.binary_search(&item).is_ok()
     }

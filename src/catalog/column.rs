@@ -7,14 +7,14 @@ use bytemuck::Pod;
 
 use crate::mapping::Mapping;
 
-/// A read-only array of plain values: owned, or a stretch of a memory-mapped file.
+/// A read-only array of plain values: owned, or part of a memory-mapped file.
 pub(crate) enum Column<T: Pod> {
     Owned(Vec<T>),
     Mapped { mapping: Arc<Mapping>, bytes: Range<usize> },
 }
 
 impl<T: Pod> Column<T> {
-    /// The stretch `bytes` of `mapping`, or `None` where it is not whole, aligned values inside it.
+    /// The bytes `bytes` of `mapping`, or `None` where they are not whole, aligned values inside it.
     pub fn mapped(mapping: &Arc<Mapping>, bytes: Range<usize>) -> Option<Column<T>> {
         bytemuck::try_cast_slice::<u8, T>(mapping.bytes().get(bytes.clone())?).ok()?;
         Some(Column::Mapped { mapping: Arc::clone(mapping), bytes })

@@ -1,4 +1,4 @@
-//! Which items a request wants: tags, combined.
+//! Filters: tags combined with and, or and not.
 //!
 //! ```text
 //! either = both, { ("|" | "or"), both }
@@ -6,16 +6,16 @@
 //! single = ("!" | "not"), single | "(", either, ")" | "all" | "tag:", name
 //! name   = letters, digits and _ - . : / + @ # %, or any text in double quotes (\" and \\ inside)
 //! ```
-//! A tag is the set of items that carry it. Tags come and go with items, so one that nobody
-//! carries is the empty set and not a mistake.
+//! A tag is the set of items that carry it. Tags come and go with items, so a tag that no item
+//! carries is the empty set and no error.
 
 use std::fmt;
 
 use crate::error::{Error, Result};
 
-/// Parentheses and negations that may stand inside one another.
+/// The deepest nesting of parentheses and negations.
 const MAX_DEPTH: usize = 64;
-/// Bytes that a filter may have.
+/// The most bytes of a filter's text.
 pub const MAX_FILTER_BYTES: usize = 1 << 16;
 
 /// A parsed filter.
@@ -25,19 +25,19 @@ pub enum Filter {
     All,
     /// Items that carry a tag.
     Tag(String),
-    /// Items that pass each.
+    /// Items that pass all of these filters.
     And(Vec<Filter>),
-    /// Items that pass at least one.
+    /// Items that pass at least one of these filters.
     Or(Vec<Filter>),
-    /// Items that do not pass.
+    /// Items that do not pass this filter.
     Not(Box<Filter>),
 }
 
 impl Filter {
-    /// Reads a filter such as `tag:garden & !(tag:adult | tag:"on sale")`.
+    /// Parses a filter such as `tag:garden & !(tag:adult | tag:"on sale")`.
     ///
     /// # Errors
-    /// [`Error::InvalidField`] with the place and what was expected there.
+    /// [`Error::InvalidField`] with the position of the mistake and what was expected there.
     pub fn parse(text: &str) -> Result<Filter> {
         if text.len() > MAX_FILTER_BYTES {
             let reason = format!("{} bytes long, at most {MAX_FILTER_BYTES} are read", text.len());
@@ -51,10 +51,10 @@ impl Filter {
         }
     }
 
-    /// The text of a filter that passes what both of two pass.
+    /// The text of a filter that an item passes where it passes both filters.
     ///
     /// # Errors
-    /// As [`parse`](Filter::parse).
+    /// [`Error::InvalidField`] where one of the texts cannot be parsed.
     pub fn both(one: &str, other: &str) -> Result<String> {
         Ok(Filter::And(vec![Filter::parse(one)?, Filter::parse(other)?]).to_string())
     }
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_reads_as_the_same() {
+    fn the_text_of_a_filter_parses_to_the_same_filter() {
         for text in ["!(tag:a&!!tag:b)|tag:é", "all", r#"tag:"""#, "((tag:or)) | tag:and"] {
             let filter = Filter::parse(text).expect("a sound filter");
             assert_eq!(Filter::parse(&filter.to_string()).expect("sound"), filter, "{text}");
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_place() {
+    fn errors_name_the_position() {
         let cases = [
             ("", "expected tag:name, all, \"!\" or \"(\" at character 1, found the end"),
             ("tag:a tag:b", "expected \"&\", \"|\" or the end at character 7, found 't'"),

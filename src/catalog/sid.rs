@@ -4,12 +4,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The most levels that a semantic ID may have.
+/// The most levels of a semantic ID: a limit of the rank trie and its file.
 pub const MAX_LEVELS: usize = 8;
 
 /// The codes of one semantic ID, first level first.
 ///
-/// Ordered as its codes are; within a catalog all have the same number of levels.
+/// The order is that of the codes. Within a catalog, all semantic IDs have one number of levels.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(try_from = "Vec<u16>", into = "Vec<u16>")]
 pub struct Sid {

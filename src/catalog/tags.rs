@@ -1,4 +1,4 @@
-//! Which items carry a tag.
+//! The items of each tag.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 
 /// The items of each tag, compressed (Roaring bitmaps, Lemire et al. 2018).
 ///
-/// A tag is unpacked where a filter asks for it, so a catalog opens as fast with many as with none.
+/// A tag's set is unpacked once a filter names the tag, so many tags do not slow opening a catalog.
 pub(super) struct Tags {
     /// Ascending.
     pub names: Texts,
@@ -21,7 +21,7 @@ pub(super) struct Tags {
     pub sets: Column<u8>,
     /// `[tags + 1]`; the set of tag `t` is `sets[start[t]..start[t + 1]]`.
     pub start: Column<u64>,
-    /// All sets, unpacked when somebody asks for the tags of an item; those that can be read.
+    /// All sets, unpacked by the first request for the tags of an item; `None` for an unreadable set.
     unpacked: OnceLock<Vec<Option<RoaringBitmap>>>,
 }
 
@@ -49,7 +49,7 @@ impl Tags {
         self.names.len()
     }
 
-    /// The items of the tag of a number.
+    /// The items of a tag by its number.
     ///
     /// # Errors
     /// [`Error::CatalogContents`] where the file's bytes are no set.
@@ -88,7 +88,7 @@ impl Tags {
     /// The items below `num_items` that pass a filter.
     ///
     /// # Errors
-    /// [`Error::CatalogContents`] where the file's sets are not what they should be.
+    /// [`Error::CatalogContents`] where the file's sets are damaged.
     pub fn select(&self, filter: &Filter, num_items: u32) -> Result<RankBitmap> {
         let items = self.evaluate(filter, num_items)?;
         let mut words = vec![0u64; num_items.div_ceil(64) as usize];
@@ -115,7 +115,7 @@ impl Tags {
                 None => RoaringBitmap::new(),
             },
             Filter::And(filters) => {
-                // What must not pass is taken from what may: no complement is written out.
+                // Negated filters are subtracted from the others: no complement is written out.
                 let mut passing: Option<RoaringBitmap> = None;
                 let (mut not, mut yes): (Vec<&Filter>, Vec<&Filter>) = (Vec::new(), Vec::new());
                 for filter in filters {
@@ -148,8 +148,7 @@ impl Tags {
         })
     }
 
-    /// What is wrong with arrays that come from a file, if anything. The sets themselves are
-    /// checked where they are read.
+    /// The first defect of arrays that come from a file. Reading a set checks the set itself.
     pub fn defect(&self) -> Option<&'static str> {
         let count = self.start.len().saturating_sub(1);
         let covers = self.start.first() == Some(&0)

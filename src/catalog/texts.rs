@@ -1,4 +1,4 @@
-//! Many strings in one stretch of bytes.
+//! Many strings in one array of bytes, and the index from a name to its number.
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -21,7 +21,7 @@ impl Texts {
         std::str::from_utf8(&self.bytes[bytes]).expect("checked when the catalog was opened")
     }
 
-    /// What is wrong with arrays that come from a file, if anything.
+    /// The first defect of arrays that come from a file.
     pub fn defect(&self, count: usize) -> Option<&'static str> {
         let covers = self.start.len() == count + 1
             && self.start[0] == 0
@@ -81,53 +81,53 @@ impl TextsBuilder {
     }
 }
 
-/// From a name to its number: a table with open addressing, four bytes a place.
+/// From a name to its number: a hash table with open addressing, four bytes a bucket.
 pub(super) struct NameIndex {
-    /// The number plus one, at the first free place from the name's own on; zero where free.
-    pub places: Column<u32>,
+    /// The number plus one, in the first bucket that was free from the name's home on; zero where
+    /// free.
+    pub buckets: Column<u32>,
 }
 
-/// Places for every three names; a quarter and more stay free, so a search is short.
-const PLACES_PER_THREE_NAMES: usize = 4;
+/// Buckets for every three names: at least a quarter stay free, so probe sequences are short.
+const BUCKETS_PER_THREE_NAMES: usize = 4;
 
 impl NameIndex {
     /// The index of distinct names.
     ///
     /// # Errors
-    /// The number of a name that stands twice.
+    /// The number of a name that occurs twice.
     pub fn build(names: &Texts) -> Result<NameIndex, u32> {
-        let mut places = vec![0; num_places(names.len())];
+        let mut buckets = vec![0; num_buckets(names.len())];
         for number in 0..names.len() as u32 {
             let name = names.get(number);
-            let mut place = home(hash(name), places.len());
-            while places[place] != 0 {
-                if names.get(places[place] - 1) == name {
+            let mut bucket = home(hash(name), buckets.len());
+            while buckets[bucket] != 0 {
+                if names.get(buckets[bucket] - 1) == name {
                     return Err(number);
                 }
-                place = next(place, places.len());
+                bucket = next(bucket, buckets.len());
             }
-            places[place] = number + 1;
+            buckets[bucket] = number + 1;
         }
-        Ok(NameIndex { places: places.into() })
+        Ok(NameIndex { buckets: buckets.into() })
     }
 
     pub fn find(&self, names: &Texts, name: &str) -> Option<u32> {
-        let mut place = home(hash(name), self.places.len());
+        let mut bucket = home(hash(name), self.buckets.len());
         loop {
-            let number = self.places[place].checked_sub(1)?;
+            let number = self.buckets[bucket].checked_sub(1)?;
             if names.get(number) == name {
                 return Some(number);
             }
-            place = next(place, self.places.len());
+            bucket = next(bucket, self.buckets.len());
         }
     }
 
-    /// What is wrong with a table that comes from a file, if anything: after this check every
-    /// search ends.
+    /// The first defect of a table that comes from a file. Without one, every lookup ends.
     pub fn defect(&self, count: usize) -> Option<&'static str> {
-        let fits = self.places.len() == num_places(count)
-            && self.places.iter().all(|&place| place as usize <= count)
-            && self.places.iter().filter(|&&place| place != 0).count() == count;
+        let fits = self.buckets.len() == num_buckets(count)
+            && self.buckets.iter().all(|&bucket| bucket as usize <= count)
+            && self.buckets.iter().filter(|&&bucket| bucket != 0).count() == count;
         (!fits).then_some("the index of names does not fit the names")
     }
 }
@@ -136,16 +136,16 @@ pub(super) fn hash(name: &str) -> u64 {
     xxh3_64(name.as_bytes())
 }
 
-fn num_places(count: usize) -> usize {
-    count * PLACES_PER_THREE_NAMES / 3 + 2
+fn num_buckets(count: usize) -> usize {
+    count * BUCKETS_PER_THREE_NAMES / 3 + 2
 }
 
-fn home(hash: u64, num_places: usize) -> usize {
-    ((u128::from(hash) * num_places as u128) >> 64) as usize
+fn home(hash: u64, num_buckets: usize) -> usize {
+    ((u128::from(hash) * num_buckets as u128) >> 64) as usize
 }
 
-fn next(place: usize, num_places: usize) -> usize {
-    if place + 1 == num_places { 0 } else { place + 1 }
+fn next(bucket: usize, num_buckets: usize) -> usize {
+    if bucket + 1 == num_buckets { 0 } else { bucket + 1 }
 }
 
 #[cfg(test)]
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_stands_twice_is_named() {
+    fn a_name_that_occurs_twice_is_an_error_with_its_number() {
         let names = texts(&["a".into(), "b".into(), "a".into()]);
         assert_eq!(NameIndex::build(&names).err(), Some(2));
     }

@@ -1,11 +1,11 @@
 //! Which codes may follow a prefix: the rank trie.
 //!
 //! The distinct semantic IDs, sorted, make a tree of one level per code. Its nodes are numbered
-//! breadth-first and its edges are written in the same order, so **edge `e` always leads to node
-//! `e + 1`**: two arrays hold the whole tree, and a beam's place in it is one `u32`. Because the
-//! items are numbered in that order as well, what is below a node is one run of items; whether
-//! anything below a node is allowed is then a question to a bitmap
-//! (see [`AllowedSet`](super::allowed::AllowedSet)), not a walk.
+//! breadth-first and its edges are written in that order, so **edge `e` always leads to node
+//! `e + 1`**: two arrays hold the whole tree, and a beam's place in it is one `u32`. Items are
+//! numbered in the order of their semantic IDs, so the items below a node are one run of numbers.
+//! A bitmap over items then tells whether an item below a node is allowed, without a walk
+//! ([`AllowedSet`](super::allowed::AllowedSet)).
 
 use std::ops::Range;
 
@@ -14,8 +14,8 @@ use super::sid::{MAX_LEVELS, Sid};
 
 /// Every semantic ID of a catalog, laid out level by level, with the run of items below each node.
 ///
-/// Items are numbered in the order of their semantic IDs, so the items of a leaf are one run, and
-/// the items below any node are one.
+/// Codes are `u16` and a semantic ID has at most [`MAX_LEVELS`] of them; phrases of any depth are in
+/// a [`TokenTrie`](super::token_trie::TokenTrie).
 pub struct Trie {
     /// `[num_levels + 2]`; the nodes after `d` codes are `depth_start[d]..depth_start[d + 1]`.
     pub(super) depth_start: Vec<u32>,
@@ -131,13 +131,12 @@ impl Trie {
         Sid::new(&codes[..self.num_levels()]).expect("a trie has 1 to 8 levels")
     }
 
-    /// Bytes of the trie's arrays, the table from leaves to items apart.
+    /// Bytes of the trie's arrays without the table from leaves to items.
     pub fn size_bytes(&self) -> usize {
         size_of_val(&*self.first_edge) + size_of_val(&*self.code) + size_of_val(&*self.first_item)
     }
 
-    /// What is wrong with arrays that come from a file, if anything: after this check no lookup
-    /// can leave them.
+    /// The first defect of arrays that come from a file. Without one, no lookup can leave them.
     pub(super) fn defect(&self) -> Option<&'static str> {
         let num_levels = self.num_levels();
         let num_inner = self.depth_start[num_levels] as usize;
@@ -197,11 +196,11 @@ impl Trie {
     }
 }
 
-/// The semantic IDs of a trie with their items, in order.
+/// Iterates over the semantic IDs of a trie with their items, in order.
 pub struct Leaves<'a> {
     trie: &'a Trie,
     next: u32,
-    /// By depth: the node on the way to the next leaf.
+    /// By depth: the node on the path to the next leaf.
     parents: [u32; MAX_LEVELS],
 }
 
@@ -220,7 +219,7 @@ impl Iterator for Leaves<'_> {
         for depth in (0..num_levels).rev() {
             let edge = node - 1;
             codes[depth] = trie.code[edge as usize];
-            // The way to the next leaf goes through the same node or the one after it.
+            // The path to the next leaf goes through the same node or the one after it.
             let parent = &mut self.parents[depth];
             *parent = (*parent).max(trie.depth_start[depth]);
             if trie.first_edge[*parent as usize + 1] <= edge {

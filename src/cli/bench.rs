@@ -11,9 +11,9 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sidereal::catalog::{Change, Item};
+use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
-    CatalogWriter, Constraint, Error, Input, Normalization, Phases, Recommender, Request,
-    RequestDefaults, RequestLine, Result,
+    CatalogWriter, Constraint, Error, Input, Normalization, Phases, Recommender, Request, Result,
 };
 
 use super::load::{self, LoadArguments, OpenReport, Source};
@@ -232,20 +232,20 @@ fn open(arguments: &Arguments) -> Result<Recommender> {
 }
 
 fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>> {
-    let error = |source: std::io::Error| Error::Io { path: path.to_path_buf(), source };
-    let file = std::fs::File::open(path).map_err(error)?;
+    let io = |error: std::io::Error| Error::io(path, error);
+    let bad = |reason: String| Error::RequestsFile { path: path.to_path_buf(), reason };
+    let file = std::fs::File::open(path).map_err(io)?;
     let mut requests = Vec::new();
     for (index, line) in BufReader::new(file).lines().enumerate() {
-        let line = line.map_err(error)?;
+        let line = line.map_err(io)?;
         if !line.trim().is_empty() {
             let request = RequestLine::parse(&line).and_then(|line| line.to_request(defaults));
-            let at_line =
-                |reason| error(std::io::Error::other(format!("line {}: {reason}", index + 1)));
+            let at_line = |error: Error| bad(format!("line {}: {error}", index + 1));
             requests.push(request.map_err(at_line)?);
         }
     }
     match requests.is_empty() {
-        true => Err(error(std::io::Error::other("there are no requests"))),
+        true => Err(bad("there are no requests".into())),
         false => Ok(requests),
     }
 }
@@ -258,8 +258,8 @@ fn random_requests(
     let catalog = recommender.catalog().snapshot();
     let items: Vec<u32> = catalog.all_items().collect();
     if items.is_empty() {
-        let reason = "has no items to make histories of".into();
-        return Err(Error::InvalidField { field: "catalog", reason });
+        let reason = "the catalog has no items to make histories of".into();
+        return Err(Error::InvalidOption { option: "--catalog", reason });
     }
     let mut rng = fastrand::Rng::with_seed(1);
     let request = |_| {
@@ -321,7 +321,7 @@ fn measure_churn(
 ) -> Result<(Run, Churn)> {
     if !(percent.is_finite() && percent > 0.0) {
         let reason = format!("{percent} is not a number of percent above zero");
-        return Err(Error::InvalidField { field: "--churn", reason });
+        return Err(Error::InvalidOption { option: "--churn", reason });
     }
     let writer = CatalogWriter::in_memory(Arc::clone(recommender.catalog()), &Default::default())?;
     let snapshot = recommender.catalog().snapshot();
@@ -330,7 +330,7 @@ fn measure_churn(
         .iter()
         .filter_map(|request| match &request.input {
             Input::History(items) => Some(items.iter().map(String::as_str)),
-            Input::Tokens(_) => None,
+            _ => None,
         })
         .flatten()
         .collect();

@@ -251,7 +251,7 @@ fn assign(arguments: &Assign) -> Result<()> {
     let (embeddings, dim) = matrix(&arguments.embeddings)?;
     if dim != quantizer.dim() {
         let reason = format!("have {dim} numbers, the quantiser takes {}", quantizer.dim());
-        return Err(Error::InvalidField { field: "--embeddings", reason });
+        return Err(Error::InvalidOption { option: "--embeddings", reason });
     }
     let num_items = embeddings.len() / dim;
     let names: Vec<String> = match &arguments.names {
@@ -264,7 +264,7 @@ fn assign(arguments: &Assign) -> Result<()> {
     };
     if names.len() != num_items {
         let reason = format!("has {} lines for {num_items} embeddings", names.len());
-        return Err(Error::InvalidField { field: "--names", reason });
+        return Err(Error::InvalidOption { option: "--names", reason });
     }
     let collision = match arguments.collisions {
         CollisionName::Share => Collision::Share,
@@ -289,7 +289,7 @@ fn assign(arguments: &Assign) -> Result<()> {
 fn build(arguments: &Build) -> Result<()> {
     if items::is_items_file(&arguments.output) {
         let reason = "ends as a file of items does; name the catalog otherwise, as items.sidereal";
-        return Err(Error::InvalidField { field: "--output", reason: reason.into() });
+        return Err(Error::InvalidOption { option: "--output", reason: reason.into() });
     }
     refuse_same_file("--output", Some(&arguments.output), &arguments.items)?;
     let log = change_log::path_of(&arguments.output);
@@ -299,7 +299,7 @@ fn build(arguments: &Build) -> Result<()> {
              `sidereal catalog change --compact` first",
             log.display()
         );
-        return Err(Error::InvalidField { field: "--output", reason });
+        return Err(Error::InvalidOption { option: "--output", reason });
     }
     let bytes = std::fs::metadata(&arguments.items).ok().map(|metadata| metadata.len());
     let progress = progress_bar(bytes, "reading items");
@@ -392,7 +392,7 @@ impl Summary {
             unavailable: count(&|item| !snapshot.is_available(item)),
             tags: snapshot.base().tags()?.into_iter().collect(),
             snapshot: snapshot.number(),
-            changed: snapshot.num_added() + snapshot.num_forgotten(),
+            changed: snapshot.num_put() + snapshot.num_deleted(),
         })
     }
 

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use sidereal::{Answer, Error, RequestLine, Result};
+use sidereal::wire::RequestLine;
+use sidereal::{Answer, Error, Result};
 
 use super::requests::{Requests, answer_file};
 use super::{ModelArguments, Outcome, SearchArguments, say, write_error};
@@ -100,8 +101,8 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
                 by_item.add(item_rank);
             }
             (Ok(_), None) => {
-                let reason = "evaluation needs a \"target\"";
-                return Err(bad_line(&arguments.requests, line, reason));
+                let reason = format!("line {line}: evaluation needs a \"target\"");
+                return Err(bad_requests(&arguments.requests, reason));
             }
             (Err(error), _) => {
                 say(&format!("line {line}: {error}"));
@@ -112,7 +113,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         Ok(())
     })?;
     if requests == 0 {
-        return Err(bad_line(&arguments.requests, 1, "there are no requests"));
+        return Err(bad_requests(&arguments.requests, "there are no requests".into()));
     }
     // A request that failed found nothing: it counts.
     let report = Report {
@@ -131,16 +132,15 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     Ok(if failed == 0 { Outcome::Done } else { Outcome::SomeFailed })
 }
 
-fn bad_line(path: &Path, line: usize, reason: &str) -> Error {
-    let reason = format!("line {line}: {reason}");
-    Error::Io { path: path.to_path_buf(), source: std::io::Error::other(reason) }
+fn bad_requests(path: &Path, reason: String) -> Error {
+    Error::RequestsFile { path: path.to_path_buf(), reason }
 }
 
 /// The target's rank, from one, by semantic ID and by item.
 fn ranks(answer: &Answer, target: &str) -> (Option<usize>, Option<usize>) {
     // What the catalog does not have cannot be found: a miss like any other.
-    let Some(target) = answer.snapshot.find(target) else { return (None, None) };
-    let target_sid = answer.snapshot.sid(target);
+    let Some(number) = answer.snapshot.find(target) else { return (None, None) };
+    let target_sid = answer.snapshot.sid(number);
     let mut sids: Vec<_> = answer.items.iter().map(|found| found.sid).collect();
     sids.dedup();
     let sid_rank = sids.iter().position(|&sid| sid == target_sid).map(|at| at + 1);

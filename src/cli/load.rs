@@ -69,9 +69,9 @@ impl LoadArguments {
     }
 
     pub fn check(&self) -> Result<()> {
-        let wrong = |field, value: f64| {
+        let wrong = |option, value: f64| {
             let reason = format!("{value} is not a number above zero");
-            Err(Error::InvalidField { field, reason })
+            Err(Error::InvalidOption { option, reason })
         };
         let is_positive = |value: f64| value.is_finite() && value > 0.0;
         if let Some(rate) = self.rate.filter(|&rate| !is_positive(rate) || rate > 1e6) {
@@ -85,7 +85,7 @@ impl LoadArguments {
         }
         if !(0.0..=100.0).contains(&self.returning) {
             let reason = format!("{} is not between 0 and 100", self.returning);
-            return Err(Error::InvalidField { field: "--returning", reason });
+            return Err(Error::InvalidOption { option: "--returning", reason });
         }
         if self.mixed_history.contains(&0) {
             return wrong("--mixed-history", 0.0);
@@ -161,7 +161,7 @@ impl<'a> Source<'a> {
                 false => {
                     let history = match &request.input {
                         Input::History(history) => history.clone(),
-                        Input::Tokens(_) => self.random_items(20),
+                        _ => self.random_items(20),
                     };
                     self.users.push(history);
                     self.users.len() - 1
@@ -515,10 +515,7 @@ impl OpenReport {
 
 /// Latency against load, on a logarithmic scale.
 fn plot(path: &Path, loads: &[LoadReport]) -> Result<()> {
-    let failed = |reason: String| Error::Io {
-        path: path.to_path_buf(),
-        source: std::io::Error::other(reason),
-    };
+    let failed = |reason: String| Error::OutputFile { path: path.to_path_buf(), reason };
     let area = SVGBackend::new(path, (800, 500)).into_drawing_area();
     let draw = || -> std::result::Result<(), Box<dyn std::error::Error>> {
         area.fill(&WHITE)?;

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use device::DtypeName;
 use sidereal::catalog::Catalog;
+use sidereal::wire::RequestDefaults;
 use sidereal::{
     Constraint, Device, EngineOptions, Error, Normalization, Recommender, RecommenderOptions,
-    RequestDefaults, Result,
+    Result,
 };
 
 mod bench;
@@ -142,17 +143,17 @@ struct SearchArguments {
 impl SearchArguments {
     fn defaults(&self, top_k: usize) -> RequestDefaults {
         let widths: Vec<usize> = self.beams.iter().map(|&width| width.into()).collect();
-        RequestDefaults {
-            beams: *widths.last().expect("clap has a default"),
-            widths: if widths.len() == 1 { Vec::new() } else { widths },
-            top_k,
-            normalization: self.normalize.map(NormalizationName::normalization),
-            constraint: match self.constraint {
-                ConstraintName::Trie => Constraint::Trie,
-                ConstraintName::Level => Constraint::Level,
-                ConstraintName::None => Constraint::None,
-            },
-        }
+        let mut defaults = RequestDefaults::default();
+        defaults.beams = *widths.last().expect("clap has a default");
+        defaults.widths = if widths.len() == 1 { Vec::new() } else { widths };
+        defaults.top_k = top_k;
+        defaults.normalization = self.normalize.map(NormalizationName::normalization);
+        defaults.constraint = match self.constraint {
+            ConstraintName::Trie => Constraint::Trie,
+            ConstraintName::Level => Constraint::Level,
+            ConstraintName::None => Constraint::None,
+        };
+        defaults
     }
 }
 
@@ -212,29 +213,22 @@ impl ModelArguments {
 
 fn catalog_beside(model: &Path) -> Result<PathBuf> {
     if !model.is_dir() {
-        let reason = "there is no such model folder";
-        let source = std::io::Error::new(std::io::ErrorKind::NotFound, reason);
-        return Err(Error::Io { path: model.to_path_buf(), source });
+        let reason = "there is no such model folder".into();
+        return Err(Error::ModelFolder { path: model.to_path_buf(), reason });
     }
     let candidates = CATALOG_NAMES.map(|name| model.join(name));
-    candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::Io {
-        path: model.join(CATALOG_NAMES[0]),
-        source: std::io::Error::new(
-            std::io::ErrorKind::NotFound,
-            format!(
-                "no catalog beside the model ({}); name one with --catalog",
-                CATALOG_NAMES.join(", ")
-            ),
+    candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::ModelFolder {
+        path: model.to_path_buf(),
+        reason: format!(
+            "no catalog is beside the model ({}); name one with --catalog",
+            CATALOG_NAMES.join(", ")
         ),
     })
 }
 
 /// An error of writing to `path`, or to the standard output.
 fn write_error(path: Option<&Path>) -> impl Fn(std::io::Error) -> Error + '_ {
-    move |source| Error::Io {
-        path: path.unwrap_or(Path::new("standard output")).to_path_buf(),
-        source,
-    }
+    move |source| Error::io(path.unwrap_or(Path::new("standard output")), source)
 }
 
 /// Tells the user something beside the output; nobody may be listening.
@@ -243,11 +237,11 @@ fn say(text: &str) {
 }
 
 /// Refuses to write over what is being read.
-fn refuse_same_file(field: &'static str, output: Option<&Path>, input: &Path) -> Result<()> {
+fn refuse_same_file(option: &'static str, output: Option<&Path>, input: &Path) -> Result<()> {
     let is_input = |output| same_file::is_same_file(output, input).unwrap_or(false);
     match output.is_some_and(is_input) {
-        true => Err(Error::InvalidField {
-            field,
+        true => Err(Error::InvalidOption {
+            option,
             reason: format!("{} is the input; name another file", input.display()),
         }),
         false => Ok(()),

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use serde::Serialize;
 use sidereal::catalog::Snapshot;
-use sidereal::{Answer, Error, Recommendation, Request, RequestDefaults, RequestLine, Result};
+use sidereal::wire::{AnswerLine, ErrorLine, RequestDefaults, RequestLine};
+use sidereal::{Answer, Error, Recommendation, Request, Result};
 
 use super::requests::{Answered, Requests, answer_file};
 use super::{
@@ -19,9 +19,10 @@ use super::{
 #[command(after_help = "\
 A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"exclude\": [\"4\"], \"beams\": 50, \"top_k\": 10}
                  or, instead of \"history\", \"tokens\": [...], the model's input as it is;
-                 further: \"filter\": \"tag:garden & !tag:adult\", \"each\": [\"tag:a\", ...] for the best of each,
+                 further: \"filter\": \"tag:garden & !tag:adult\", \"groups\": [\"tag:a\", ...] for the best of each,
                  \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\",
-                 \"beams\": [16, 64, 128] for a width by level, \"sample\": a seed, \"log_probs\": true,
+                 \"beams\": [16, 64, 128] for a width by level, \"log_probs\": true,
+                 \"seed\": a number, to draw the beams by chance, \"titles\": false, \"timings\": true,
                  \"user\": a name, to find the context of an earlier request again
 An answer line:  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250, 7], \"score\": -2.31}], ...}
 A bad line is answered in its place with {\"id\": ..., \"error\": {\"code\": ..., \"message\": ...}}.
@@ -85,13 +86,15 @@ struct AnswerArguments {
 }
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    let defaults = arguments.search.defaults(arguments.top_k as usize);
+    let mut defaults = arguments.search.defaults(arguments.top_k as usize);
+    defaults.titles = true;
     answer(&arguments.model, &arguments.requests, &arguments.answers, &defaults, Ok)
 }
 
 pub fn run_rank(arguments: &RankArguments) -> Result<Outcome> {
-    let normalization = arguments.normalize.map(NormalizationName::normalization);
-    let defaults = RequestDefaults { normalization, ..RequestDefaults::default() };
+    let mut defaults = RequestDefaults::default();
+    defaults.normalization = arguments.normalize.map(NormalizationName::normalization);
+    defaults.titles = true;
     let check = |request: Request| match request.candidates.is_empty() {
         true => {
             let reason = "name the items to score".into();
@@ -135,114 +138,20 @@ fn answer(
     Ok(outcome)
 }
 
-#[derive(Serialize)]
-struct AnswerLine<'a> {
-    id: &'a serde_json::Value,
-    items: Vec<ItemEntry<'a>>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    groups: Vec<GroupEntry<'a>>,
-    snapshot: u64,
-    /// Input tokens, and those of them whose context was there from earlier requests.
-    tokens: usize,
-    cached_tokens: usize,
-}
-
-#[derive(Serialize)]
-struct GroupEntry<'a> {
-    filter: &'a str,
-    items: Vec<ItemEntry<'a>>,
-}
-
-#[derive(Serialize)]
-struct ItemEntry<'a> {
-    item: &'a str,
-    sid: &'a [u16],
-    score: f32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    log_probs: Option<LogProbsEntry>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    title: Option<&'a str>,
-}
-
-/// By token.
-#[derive(Serialize)]
-struct LogProbsEntry {
-    vocabulary: Vec<f32>,
-    children: Vec<f32>,
-}
-
-#[derive(Serialize)]
-struct ErrorLine<'a> {
-    id: &'a serde_json::Value,
-    line: usize,
-    error: ErrorEntry,
-}
-
-#[derive(Serialize)]
-struct ErrorEntry {
-    code: &'static str,
-    message: String,
-}
-
-impl ErrorEntry {
-    fn new(error: &Error) -> ErrorEntry {
-        ErrorEntry { code: error.code(), message: error.to_string() }
-    }
-}
-
 /// Each list of an answer with its filter; one list without one where there are no groups.
-fn lists<'a>(
-    answered: &'a Answered,
-    answer: &'a Answer,
-) -> Vec<(Option<&'a str>, &'a [Recommendation])> {
-    let each = answered.line.as_ref().map(RequestLine::each).unwrap_or_default();
-    match each {
+fn lists(answer: &Answer) -> Vec<(Option<&str>, &[Recommendation])> {
+    match &answer.groups[..] {
         [] => vec![(None, &answer.items)],
-        each => {
-            let group = |(filter, items): (&'a String, &'a Vec<_>)| (Some(&**filter), &**items);
-            each.iter().zip(&answer.groups).map(group).collect()
-        }
+        groups => groups.iter().map(|group| (Some(&*group.filter), &*group.items)).collect(),
     }
-}
-
-fn entries<'a>(answer: &'a Answer, items: &'a [Recommendation]) -> Vec<ItemEntry<'a>> {
-    let entry = |found: &'a Recommendation| ItemEntry {
-        item: answer.name(found),
-        sid: found.sid.codes(),
-        score: found.score,
-        log_probs: (!found.log_probs.is_empty()).then(|| LogProbsEntry {
-            vocabulary: found.log_probs.iter().map(|token| token.vocabulary).collect(),
-            children: found.log_probs.iter().map(|token| token.children).collect(),
-        }),
-        title: answer.snapshot.title(found.item),
-    };
-    items.iter().map(entry).collect()
 }
 
 fn write_line(writer: &mut dyn Write, answered: &Answered) -> std::io::Result<()> {
     let Answered { id, line_number, .. } = answered;
     match &answered.answer {
-        Ok(answer) => {
-            let mut line = AnswerLine {
-                id,
-                items: Vec::new(),
-                groups: Vec::new(),
-                snapshot: answer.snapshot.number(),
-                tokens: answer.tokens,
-                cached_tokens: answer.cached_tokens,
-            };
-            for (filter, items) in lists(answered, answer) {
-                let items = entries(answer, items);
-                match filter {
-                    Some(filter) => line.groups.push(GroupEntry { filter, items }),
-                    None => line.items = items,
-                }
-            }
-            serde_json::to_writer(&mut *writer, &line)?;
-        }
+        Ok(answer) => serde_json::to_writer(&mut *writer, &AnswerLine::new(id, answer))?,
         Err(error) => {
-            let line = ErrorLine { id, line: *line_number, error: ErrorEntry::new(error) };
-            serde_json::to_writer(&mut *writer, &line)?;
+            serde_json::to_writer(&mut *writer, &ErrorLine::new(id, *line_number, error))?
         }
     }
     writeln!(writer)
@@ -268,11 +177,11 @@ fn write_table(
     }
     match &answered.answer {
         Ok(answer) => {
-            for (filter, items) in lists(answered, answer) {
+            for (filter, items) in lists(answer) {
                 if let Some(filter) = filter {
                     writeln!(writer, "  {filter}")?;
                 }
-                writeln!(writer, "{}\n", table(answer, items, line))?;
+                writeln!(writer, "{}\n", table(items, line))?;
             }
             Ok(())
         }
@@ -291,7 +200,7 @@ fn label(catalog: &Snapshot, item: &str) -> String {
 /// How wide a table is where no terminal says so.
 const COLUMNS_WITHOUT_TERMINAL: u16 = 120;
 
-fn table(answer: &Answer, items: &[Recommendation], line: Option<&RequestLine>) -> Table {
+fn table(items: &[Recommendation], line: Option<&RequestLine>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_BORDERS_ONLY);
     table.set_content_arrangement(ContentArrangement::Dynamic);
@@ -301,12 +210,12 @@ fn table(answer: &Answer, items: &[Recommendation], line: Option<&RequestLine>) 
     table.set_header(["", "item", "title", "semantic ID", "score", "probability"]);
     let target = line.and_then(RequestLine::target);
     for (rank, found) in items.iter().enumerate() {
-        let item = answer.name(found);
+        let item = &*found.item;
         let mark = if target == Some(item) { " ◀ taken next" } else { "" };
         table.add_row([
             format!("{}", rank + 1),
             item.to_string(),
-            format!("{}{mark}", answer.snapshot.title(found.item).unwrap_or("")),
+            format!("{}{mark}", found.title.as_deref().unwrap_or("")),
             format!("{:?}", found.sid.codes()),
             format!("{:.3}", found.score),
             format!("{:.2} %", found.score.exp() * 100.0),

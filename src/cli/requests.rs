@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use sidereal::{Answer, Error, Recommender, Request, RequestDefaults, RequestLine, Result};
+use sidereal::wire::{RequestDefaults, RequestLine};
+use sidereal::{Answer, Error, Recommender, Request, Result};
 
 /// Lines that are held at a time.
 const LINES_PER_STRETCH: usize = 4096;
@@ -175,5 +176,5 @@ pub fn spinner(what: &'static str) -> ProgressBar {
 }
 
 fn io_error(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
-    |source| Error::Io { path: path.to_path_buf(), source }
+    |source| Error::io(path, source)
 }

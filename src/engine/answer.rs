@@ -5,11 +5,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::prepare::Prepared;
-use crate::answer::{Answer, Recommendation};
+use crate::answer::{Answer, Group, Recommendation};
 use crate::backend::{Beam, NO_TOKEN};
 use crate::catalog::Snapshot;
 use crate::catalog::allowed::AllowedSet;
-use crate::catalog::snapshot::Cursor;
+use crate::catalog::cursor::Cursor;
 use crate::error::{Error, Result};
 use crate::models::config::SidLayout;
 
@@ -58,23 +58,6 @@ impl Drop for Reply {
     }
 }
 
-/// Where the time of a request went, in microseconds.
-///
-/// Where a device computes, steps are enqueued and not waited for: the last level's time then holds
-/// what the device still had to do.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Timings {
-    /// From submission to admission.
-    pub queued_us: u64,
-    /// From admission to the end of the pass that read the last prompt token. That pass chooses the
-    /// first code as well; 0 where the whole context was cached.
-    pub prefill_us: u64,
-    /// Of each further step.
-    pub level_us: Vec<u64>,
-    /// From submission to the answer.
-    pub total_us: u64,
-}
-
 /// By level: the code of each token.
 pub(super) struct Codes(Vec<HashMap<u32, u16>>);
 
@@ -110,18 +93,22 @@ impl Codes {
         };
         let mut groups =
             prepared.searches.iter().zip(beams).map(of_search).collect::<Result<Vec<_>>>()?;
-        let items = match prepared.request.each.is_empty() {
+        let filters = &prepared.request.groups;
+        let items = match filters.is_empty() {
             true => groups.pop().expect("a request without groups is one search"),
             false => Vec::new(),
         };
-        let snapshot = Arc::clone(&prepared.snapshot);
+        let group = |(filter, items): (&String, _)| Group { filter: filter.clone(), items };
         Ok(Answer {
             items,
-            groups,
-            snapshot,
+            groups: filters.iter().zip(groups).map(group).collect(),
+            read: Vec::new(),
+            snapshot: Arc::clone(&prepared.snapshot),
             tokens: prepared.tokens.len(),
             cached_tokens,
+            skipped_items: prepared.skipped_items,
             weights_version,
+            timings: None,
         })
     }
 
@@ -143,10 +130,8 @@ impl Codes {
                 None => allowed_set.allows(snapshot, item),
             };
             items.filter(is_wanted).take(most).map(move |item| Recommendation {
-                item,
-                sid: snapshot.sid(item),
-                score: beam.score,
                 log_probs: beam.log_probs.clone(),
+                ..Recommendation::new(snapshot, item, beam.score, prepared.request.titles)
             })
         };
         let most = match &prepared.candidates {

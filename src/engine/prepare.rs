@@ -16,8 +16,9 @@ use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
 use crate::models::config::SidLayout;
 use crate::pages;
-use crate::request::{Constraint, Input, MAX_BEAMS, Normalization, Request, SharedSid};
+use crate::request::{Input, MAX_BEAMS, Request, SharedSid};
 use crate::schedule::{Micros, Needs, RequestId, Waiting};
+use crate::search::{Constraint, Normalization};
 
 /// Groups that one request may ask for.
 const MAX_GROUPS: usize = 256;
@@ -40,6 +41,8 @@ pub struct Prepared {
     /// The beam width by step; as many steps as the request takes.
     widths: Vec<usize>,
     pub(super) needs: Needs,
+    /// Items of the history that were left out, the oldest ones.
+    pub(super) skipped_items: usize,
     /// When it was handed over.
     pub(super) arrived_us: Micros,
 }
@@ -95,7 +98,7 @@ impl Prepared {
             constraint: self.request.constraint,
             temperature: self.request.temperature,
             candidates: self.candidates.as_ref(),
-            seed: self.request.sample,
+            seed: self.request.seed,
             log_probs: self.request.log_probs,
         }
     }
@@ -158,6 +161,12 @@ impl Preparer {
     /// The request's.
     pub(crate) fn prepare_at(&self, arrival: Arrival, request: Request) -> Result<Prepared> {
         let Request { top_k, temperature, constraint, .. } = request;
+        // Stages that no program runs yet.
+        let stages = [("forced", request.forced.is_some()), ("read", !request.read.is_empty())];
+        if let Some((stage, _)) = stages.into_iter().find(|(_, is_asked)| *is_asked) {
+            let way_out = "leave the field out".into();
+            return Err(Error::Unsupported { what: format!("{stage:?} in a request"), way_out });
+        }
         let snapshot = self.catalog.snapshot();
         let candidates = self.candidates(&request, &snapshot)?;
         let widths = self.widths(&request, candidates.as_ref())?;
@@ -176,16 +185,16 @@ impl Preparer {
                 return Err(Error::InvalidField { field: "normalize", reason });
             }
             let vocab_size = self.vocab_size;
-            if most * request.each.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
+            if most * request.groups.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
                 let max = MAX_UNCONSTRAINED_LOGITS / vocab_size;
                 return Err(Error::BeamWidth { width: most as i64, max });
             }
         }
-        if request.each.len() > MAX_GROUPS {
-            let reason = format!("has {} filters, at most {MAX_GROUPS} go", request.each.len());
-            return Err(Error::InvalidField { field: "each", reason });
+        let len = request.groups.len();
+        if len > MAX_GROUPS {
+            return Err(Error::LimitExceeded { what: "groups", len, max: MAX_GROUPS });
         }
-        if constraint != Constraint::Trie && (request.sample.is_some() || request.log_probs) {
+        if constraint != Constraint::Trie && (request.seed.is_some() || request.log_probs) {
             let reason = "samples and log-probabilities need the trie".into();
             return Err(Error::InvalidField { field: "constraint", reason });
         }
@@ -194,6 +203,7 @@ impl Preparer {
         let needs = self.needs(tokens.len(), &widths, searches.len())?;
         Ok(Prepared {
             id: arrival.id,
+            skipped_items: self.skipped_items(&request.input),
             request,
             snapshot,
             tokens,
@@ -214,8 +224,8 @@ impl Preparer {
         let conflicts = [
             ("filter", request.filter.is_some()),
             ("exclude", !request.exclude.is_empty()),
-            ("each", !request.each.is_empty()),
-            ("sample", request.sample.is_some()),
+            ("groups", !request.groups.is_empty()),
+            ("seed", request.seed.is_some()),
             ("constraint", request.constraint != Constraint::Trie),
         ];
         if let Some((field, _)) = conflicts.into_iter().find(|(_, is_given)| *is_given) {
@@ -226,9 +236,9 @@ impl Preparer {
             let unknown = || Error::UnknownItem { item: item.clone() };
             snapshot.find(item).ok_or_else(unknown)
         };
-        if request.candidates.len() > MAX_BEAMS {
-            let reason = format!("{} items, at most {MAX_BEAMS} go", request.candidates.len());
-            return Err(Error::InvalidField { field: "candidates", reason });
+        let len = request.candidates.len();
+        if len > MAX_BEAMS {
+            return Err(Error::LimitExceeded { what: "candidates", len, max: MAX_BEAMS });
         }
         let items = request.candidates.iter().map(find).collect::<Result<Vec<u32>>>()?;
         Ok(Some(Candidates::new(snapshot, &items)))
@@ -305,7 +315,7 @@ impl Preparer {
         let items = items.iter().map(find).collect::<Result<Vec<u32>>>()?;
         // A user without a history is asked for with what stands around every history.
         let prompt = &self.layout.prompt;
-        let newest = prompt.max_items.map_or(0, |max| items.len().saturating_sub(max));
+        let newest = self.num_skipped(items.len());
         let mut tokens = prompt.prefix.clone();
         for (position, &item) in items[newest..].iter().enumerate() {
             if position > 0 {
@@ -321,6 +331,18 @@ impl Preparer {
         }
         tokens.extend_from_slice(&prompt.suffix);
         Ok(tokens)
+    }
+
+    /// Items of a history that are left out, the oldest ones.
+    fn num_skipped(&self, items: usize) -> usize {
+        self.layout.prompt.max_items.map_or(0, |max| items.saturating_sub(max))
+    }
+
+    fn skipped_items(&self, input: &Input) -> usize {
+        match input {
+            Input::History(items) => self.num_skipped(items.len()),
+            _ => 0,
+        }
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -348,17 +370,17 @@ fn searches(request: &Request, snapshot: &Snapshot) -> Result<Vec<AllowedSet>> {
     excluded.sort_unstable();
     excluded.dedup();
     let filter = request.filter.as_deref();
-    if request.each.is_empty() {
+    if request.groups.is_empty() {
         return Ok(vec![snapshot.allowed_set(&excluded, filter)?]);
     }
-    let allowed_set = |each: &String| {
+    let allowed_set = |group: &String| {
         let both = match filter {
-            Some(filter) => &Filter::both(filter, each)?,
-            None => each,
+            Some(filter) => &Filter::both(filter, group)?,
+            None => group,
         };
         snapshot.allowed_set(&excluded, Some(both))
     };
-    request.each.iter().map(allowed_set).collect()
+    request.groups.iter().map(allowed_set).collect()
 }
 
 pub(super) fn micros(duration: Duration) -> Micros {

@@ -3,6 +3,7 @@
 use super::Engine;
 use super::batch::{self, SubBatch};
 use super::scheduler::{Running, Scheduled};
+use crate::answer::Answer;
 use crate::backend::{Backend, SlotSpec};
 use crate::error::Error;
 use crate::pages::Page;
@@ -83,14 +84,18 @@ impl<B: Backend> Engine<B> {
         let slots = finished.iter().flat_map(|running| running.slots.iter().flatten());
         let mut beams = self.backend.read_beams(&slots.collect::<Vec<_>>()).into_iter();
         let now_us = self.preparer.now_us();
-        for running in finished {
+        for mut running in finished {
+            let timings = running.timings(now_us);
             let Running { prepared, slots, cached_tokens, .. } = &running;
             let beams: Vec<_> = beams.by_ref().take(slots.len()).collect();
             let version = self.weights_version;
             let answer = self.codes.answer(prepared, *cached_tokens, version, beams.into_iter());
             let answer = match running.is_late(now_us) {
                 true => Err(prepared.deadline_exceeded()),
-                false => answer,
+                false => answer.map(|answer| Answer {
+                    timings: prepared.request.timings.then_some(timings),
+                    ..answer
+                }),
             };
             self.scheduler.end(running, answer, now_us);
         }

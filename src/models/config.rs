@@ -10,7 +10,7 @@ use crate::backend::{NO_TOKEN, StepTokens};
 use crate::catalog::Catalog;
 use crate::catalog::sid::MAX_LEVELS;
 use crate::error::{Error, Result};
-use crate::request::Normalization;
+use crate::search::Normalization;
 
 /// The largest size of any dimension that a configuration may give; guards the arithmetic.
 const MAX_DIMENSION: u64 = 1 << 24;

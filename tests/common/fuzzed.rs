@@ -91,7 +91,7 @@ pub fn look_around(catalog: &Catalog) {
             for place in places {
                 let mut below = allowed_set.below(&snapshot, place, depth);
                 for run in snapshot.children(place) {
-                    let children = (0..run.codes.len()).map(|at| run.child(at));
+                    let children = (0..run.labels.len()).map(|at| run.child(at));
                     next.extend(children.filter(|&child| below.is_match(child)));
                 }
             }

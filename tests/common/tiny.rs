@@ -205,7 +205,7 @@ pub fn random_request(
     }
     request.filter = rng.bool().then(|| format!("tag:{}", TAGS[rng.usize(0..3)]));
     if rng.u8(0..5) == 0 {
-        request.each = (0..rng.usize(1..4)).map(|tag| format!("tag:{}", TAGS[tag])).collect();
+        request.groups = (0..rng.usize(1..4)).map(|tag| format!("tag:{}", TAGS[tag])).collect();
     }
     request.user = rng.bool().then(|| rng.u8(0..4).to_string());
     request.priority = [Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)];

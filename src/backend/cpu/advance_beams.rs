@@ -6,8 +6,8 @@ use super::slot::{Beams, Sample};
 use super::{SearchRule, Slot};
 use crate::backend::step_columns::StepColumns;
 use crate::backend::{LogProb, Normalizer, noise};
-use crate::catalog::snapshot::Cursor;
-use crate::request::Constraint;
+use crate::catalog::cursor::Cursor;
+use crate::search::Constraint;
 
 pub(super) fn advance_beams(
     logits: &Logits,
@@ -207,7 +207,7 @@ impl Search<'_> {
         let mut allowed = allowed_set.below(snapshot, cursor, self.step);
         for run in snapshot.children(cursor) {
             let mut bar = self.bar(best.threshold, score, normalizer);
-            for (chunk, codes) in run.codes.chunks(LANES).enumerate() {
+            for (chunk, codes) in run.labels.chunks(LANES).enumerate() {
                 if !self.may_pass(logits, codes, bar) {
                     continue;
                 }
@@ -245,7 +245,7 @@ impl Search<'_> {
         let (cursor, logits) = (beams.cursors[beam], self.level_logits(beam));
         let mut allowed = allowed_set.below(snapshot, cursor, self.step);
         for run in snapshot.children(cursor) {
-            for (at, &code) in run.codes.iter().enumerate() {
+            for (at, &code) in run.labels.iter().enumerate() {
                 if allowed.is_match(run.child(at)) {
                     each(code, self.logit(logits, code));
                 }

@@ -8,7 +8,7 @@ use super::softmax::LogSumExpParts;
 use super::{Buffer, CpuBackend, Epilogue, SearchRule, Slot};
 use crate::backend::step_columns::StepColumns;
 use crate::backend::{NO_TOKEN, Normalizer};
-use crate::request::Constraint;
+use crate::search::Constraint;
 
 /// The logits of a step, one row a beam.
 #[derive(Default)]

@@ -1,5 +1,5 @@
 use crate::backend::{Beam, LogProb, SlotSpec};
-use crate::catalog::snapshot::Cursor;
+use crate::catalog::cursor::Cursor;
 use crate::error::{Error, Result};
 use crate::pages::TAIL_PAGE_LEN;
 

@@ -7,7 +7,7 @@ use super::handle::{Device, DeviceMemory};
 use super::tables::MAX_POSITIONS;
 use crate::backend::{StepTokens, step_columns};
 use crate::error::{Error, Result};
-use crate::request::Constraint;
+use crate::search::Constraint;
 use crate::tensor::{Dtype, Tensor};
 
 /// The output head, and what each step can choose from.

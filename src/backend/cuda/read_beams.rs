@@ -6,7 +6,7 @@ use super::memory::Beams;
 use super::tables::{self, BatchParams, MAX_POSITIONS};
 use super::{CudaBackend, Slot};
 use crate::backend::{Beam, LogProb};
-use crate::catalog::snapshot::{Cursor, Node};
+use crate::catalog::cursor::{Cursor, Node};
 use crate::error::{Error, Result};
 
 #[repr(C)]
@@ -92,7 +92,7 @@ fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32]) -> Result<Vec<Beam>> {
     let is_leaf = slot.follows_trie && steps >= slot.num_levels;
     let beam = |words: &[u32]| Beam {
         score: f32::from_bits(words[0]),
-        cursor: is_leaf.then(|| Cursor { base: Node::new(words[1]), added: Node::new(words[2]) }),
+        cursor: is_leaf.then(|| Cursor { base: Node::new(words[1]), delta: Node::new(words[2]) }),
         tokens: words[3..3 + steps].to_vec(),
         log_probs: match slot.keeps_log_probs {
             false => Vec::new(),

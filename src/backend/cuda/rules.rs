@@ -15,7 +15,7 @@ use crate::backend::{Normalizer, SearchRule};
 use crate::catalog::arrays::{AllowedArrays, Identity, TrieArrays};
 use crate::catalog::sid::MAX_LEVELS;
 use crate::error::Result;
-use crate::request::Constraint;
+use crate::search::Constraint;
 
 /// Continuations that a block of kernels/advance_beams.cu takes at a time.
 pub(super) const CHUNK: usize = 1024;
@@ -218,7 +218,7 @@ impl<D: Driver> SearchArrays<D> {
         rule: &SearchRule<'_>,
     ) -> Result<SearchArrays<D>> {
         let SearchRule { snapshot, allowed_set, candidates, .. } = rule;
-        let added_allowed = allowed_set.added_allowed();
+        let added_allowed = allowed_set.delta_allowed();
         let owners = allowed_set.base_identity();
         let base_allowed = (!owners.is_empty()).then(|| {
             let arrays = || allowed_set.base_allowed().expect("what has an owner is there");
@@ -227,7 +227,7 @@ impl<D: Driver> SearchArrays<D> {
         Ok(SearchArrays {
             base: uploads.trie(device, snapshot.base_trie())?,
             base_allowed: base_allowed.transpose()?,
-            added: snapshot.added_trie().map(|trie| uploads.trie(device, trie)).transpose()?,
+            added: snapshot.delta_trie().map(|trie| uploads.trie(device, trie)).transpose()?,
             added_words: added_allowed.as_ref().map_or(Vec::new(), |set| set.words().to_vec()),
             added_counts: added_allowed.as_ref().map_or(Vec::new(), |set| set.counts().to_vec()),
             excluded: allowed_set.base_excluded(),

@@ -1,50 +1,51 @@
-//! Items that were added since the catalog was compiled.
+//! The delta: items put since the base segment was compiled.
 //!
-//! They have a small trie of their own, laid over the compiled one: a beam's place is a node in
+//! They have a small trie of their own beside the base segment's: a beam's cursor is a node in
 //! either or both. The small trie is laid out again with every change, which costs a few
-//! nanoseconds per added item and keeps the search as simple as without changes; when it has
-//! grown, everything is compiled into one again.
+//! nanoseconds for each of its items and keeps the search as simple as without changes. Once it
+//! has grown, a compaction makes base segment and delta one.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use super::Item;
 use super::filter::Filter;
+use super::item::Item;
 use super::sid::{MAX_LEVELS, Sid};
 use super::texts::hash;
 use super::trie::{Trie, TrieBuilder};
 
-/// The items added to a compiled catalog, numbered in the order in which they came.
-pub(super) struct Added {
-    /// By number; those that were taken back or replaced keep theirs.
+/// The items beside a base segment, numbered in the order of their putting.
+pub(super) struct Delta {
+    /// By number. A deleted or replaced item keeps its number.
     items: Chunks<Arc<Item>>,
-    /// Bits by number: not taken back or replaced.
-    live: Vec<u64>,
-    /// Bits by number: live, and may be recommended.
+    /// Bits by number: neither deleted nor replaced.
+    present: Vec<u64>,
+    /// Bits by number: present and available.
     available: Vec<u64>,
-    num_live: u32,
-    /// The live items' semantic IDs and numbers, ascending.
+    num_present: u32,
+    /// The semantic IDs and numbers of the present items, ascending.
     order: Vec<(SidKey, u32)>,
-    /// `[num_live]`; the numbers of `order`.
+    /// `[num_present]`; the numbers of `order`.
     numbers: Vec<u32>,
-    /// Of `order`: the items below a node are a run of it.
+    /// The trie of `order`: the items below a node are a run of it.
     trie: Trie,
-    /// The live items' names, hashed, and numbers; ascending.
+    /// The hashed names and numbers of the present items, ascending.
     by_name: Vec<(u64, u32)>,
-    /// By text: which numbers pass a filter, for as many as were there when it was asked last.
+    /// By the text of a filter: which numbers pass.
     passing: Mutex<HashMap<Arc<str>, Passing>>,
 }
 
+/// The numbers that pass a filter, for the items that were there when the filter was last asked.
 #[derive(Clone, Default)]
 struct Passing {
     upto: u32,
     bits: Arc<Vec<u64>>,
 }
 
-/// Filters whose answers are kept.
+/// Filters whose passing numbers are cached.
 const MAX_PASSING: usize = 1024;
 
-/// A semantic ID as one number, in the same order.
+/// A semantic ID as one number; the order of numbers is that of semantic IDs.
 type SidKey = u128;
 
 fn key(sid: &Sid) -> SidKey {
@@ -53,30 +54,31 @@ fn key(sid: &Sid) -> SidKey {
     codes.map(|(level, &code)| SidKey::from(code) << shift(level)).sum()
 }
 
-/// What a batch of changes does to the added items.
+/// The effect of a batch of changes on the delta.
 #[derive(Default)]
-pub(super) struct Delta {
-    /// New items, to be numbered from the present count on.
+pub(super) struct Patch {
+    /// New items; the first gets the number after the last one of the delta.
     pub new: Vec<Arc<Item>>,
-    /// Numbers, old or new, that are taken back or replaced.
-    pub gone: Vec<u32>,
-    /// Numbers that may be recommended from now on, or no longer; each once.
+    /// Numbers, old or new, of deleted or replaced items.
+    pub deleted: Vec<u32>,
+    /// Numbers that become available or unavailable; each once.
     pub available: Vec<(u32, bool)>,
 }
 
-impl Delta {
+impl Patch {
     pub fn is_empty(&self) -> bool {
-        self.new.is_empty() && self.gone.is_empty() && self.available.is_empty()
+        self.new.is_empty() && self.deleted.is_empty() && self.available.is_empty()
     }
 }
 
-impl Added {
-    pub fn none(num_levels: usize) -> Added {
-        Added {
+impl Delta {
+    /// A delta without items.
+    pub fn empty(num_levels: usize) -> Delta {
+        Delta {
             items: Chunks::default(),
-            live: Vec::new(),
+            present: Vec::new(),
             available: Vec::new(),
-            num_live: 0,
+            num_present: 0,
             order: Vec::new(),
             numbers: Vec::new(),
             trie: TrieBuilder::new(num_levels).finish(),
@@ -85,36 +87,36 @@ impl Added {
         }
     }
 
-    /// These items after a batch of changes.
-    pub fn with(&self, delta: Delta) -> Added {
+    /// The delta after a batch of changes.
+    pub fn with(&self, patch: Patch) -> Delta {
         let first_new = self.items.len() as u32;
         let mut items = self.items.clone();
-        let (mut live, mut available) = (self.live.clone(), self.available.clone());
-        let num_items = items.len() + delta.new.len();
-        live.resize(num_items.div_ceil(64), 0);
+        let (mut present, mut available) = (self.present.clone(), self.available.clone());
+        let num_items = items.len() + patch.new.len();
+        present.resize(num_items.div_ceil(64), 0);
         available.resize(num_items.div_ceil(64), 0);
-        let mut order = Vec::with_capacity(delta.new.len());
-        let mut by_name = Vec::with_capacity(delta.new.len());
-        for (number, item) in (first_new..).zip(&delta.new) {
+        let mut order = Vec::with_capacity(patch.new.len());
+        let mut by_name = Vec::with_capacity(patch.new.len());
+        for (number, item) in (first_new..).zip(&patch.new) {
             order.push((key(&item.sid), number));
             by_name.push((hash(&item.name), number));
-            put(&mut live, number, true);
+            put(&mut present, number, true);
             put(&mut available, number, item.available);
         }
-        items.extend(delta.new);
-        for (number, is_available) in delta.available {
+        items.extend(patch.new);
+        for (number, is_available) in patch.available {
             put(&mut available, number, is_available);
         }
-        for &number in &delta.gone {
-            put(&mut live, number, false);
+        for &number in &patch.deleted {
+            put(&mut present, number, false);
             put(&mut available, number, false);
         }
-        let is_live = |number: u32| has(&live, number);
-        // Only the new ones are sorted; where none is new or gone, everything stays as it is.
+        let is_present = |number: u32| has(&present, number);
+        // Only new items need sorting; the old ones are in order.
         order.sort_unstable();
         by_name.sort_unstable();
-        let order = merge(&self.order, &order, |&(_, number)| is_live(number));
-        let by_name = merge(&self.by_name, &by_name, |&(_, number)| is_live(number));
+        let order = merge(&self.order, &order, |&(_, number)| is_present(number));
+        let by_name = merge(&self.by_name, &by_name, |&(_, number)| is_present(number));
         let mut trie = TrieBuilder::new(self.trie.num_levels());
         let mut codes = [0; MAX_LEVELS];
         for (key, _) in &order {
@@ -124,11 +126,11 @@ impl Added {
             trie.push(&codes[..self.trie.num_levels()]);
         }
         let passing = self.passing.lock().expect("no holder panics").clone();
-        Added {
+        Delta {
             items,
-            live,
+            present,
             available,
-            num_live: order.len() as u32,
+            num_present: order.len() as u32,
             numbers: order.iter().map(|&(_, number)| number).collect(),
             order,
             trie: trie.finish(),
@@ -137,13 +139,14 @@ impl Added {
         }
     }
 
-    /// Items that were ever added, taken back or not.
+    /// How many numbers are taken: items ever put, deleted or not.
     pub fn num_numbers(&self) -> u32 {
         self.items.len() as u32
     }
 
-    pub fn num_live(&self) -> u32 {
-        self.num_live
+    /// How many items are present.
+    pub fn num_present(&self) -> u32 {
+        self.num_present
     }
 
     pub fn trie(&self) -> &Trie {
@@ -158,7 +161,7 @@ impl Added {
         has(&self.available, number)
     }
 
-    /// The number of a live item.
+    /// The number of a present item.
     pub fn find(&self, name: &str) -> Option<u32> {
         let hash = hash(name);
         let start = self.by_name.partition_point(|&(other, _)| other < hash);
@@ -166,22 +169,22 @@ impl Added {
         same.map(|&(_, number)| number).find(|&number| self.item(number).name == name)
     }
 
-    /// The numbers of the live items below a node of the trie.
+    /// The numbers of the present items below a node of the trie.
     pub fn below(&self, node: u32, depth: usize) -> &[u32] {
         let run = self.trie.items(node, depth);
         &self.numbers[run.start as usize..run.end as usize]
     }
 
-    /// All live items' numbers, in the order of their semantic IDs, then of their coming.
+    /// The numbers of all present items, by semantic ID, then by number.
     pub fn in_order(&self) -> &[u32] {
         &self.numbers
     }
 
-    /// Which numbers pass a filter, as bits.
+    /// Bits by number: which items pass a filter.
     pub fn passing(&self, text: &str, filter: &Filter) -> Arc<Vec<u64>> {
         let mut passing = self.passing.lock().expect("no holder panics");
         if passing.len() >= MAX_PASSING && !passing.contains_key(text) {
-            passing.clear(); // what is asked for again is soon there again
+            passing.clear(); // the filters in use are soon there again
         }
         let entry = passing.entry(text.into()).or_default();
         let num_numbers = self.num_numbers();
@@ -208,11 +211,11 @@ fn has(bits: &[u64], at: u32) -> bool {
     bits[at as usize / 64] >> (at % 64) & 1 == 1
 }
 
-/// Two ascending lists in one, without what is not kept.
-fn merge<T: Ord + Copy>(old: &[T], new: &[T], is_kept: impl Fn(&T) -> bool) -> Vec<T> {
+/// Merges two ascending lists and leaves out the entries that are not to stay.
+fn merge<T: Ord + Copy>(old: &[T], new: &[T], stays: impl Fn(&T) -> bool) -> Vec<T> {
     let mut merged = Vec::with_capacity(old.len() + new.len());
-    let mut new = new.iter().copied().filter(&is_kept).peekable();
-    for &entry in old.iter().filter(|entry| is_kept(entry)) {
+    let mut new = new.iter().copied().filter(&stays).peekable();
+    for &entry in old.iter().filter(|entry| stays(entry)) {
         while let Some(earlier) = new.next_if(|other| *other < entry) {
             merged.push(earlier);
         }
@@ -222,7 +225,7 @@ fn merge<T: Ord + Copy>(old: &[T], new: &[T], is_kept: impl Fn(&T) -> bool) -> V
     merged
 }
 
-/// A list that grows at its end and whose copies share what was there before.
+/// A list that grows at its end and whose copies share the chunks that were full before.
 #[derive(Clone)]
 struct Chunks<T> {
     chunks: Vec<Arc<Vec<T>>>,

@@ -7,8 +7,8 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 
-use super::Item;
-use super::items::{Code, to_sid};
+use super::jsonl::{Code, to_sid};
+use crate::catalog::item::Item;
 use crate::error::{Error, Result};
 
 pub(super) fn read(

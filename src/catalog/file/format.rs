@@ -3,9 +3,9 @@
 //! ```text
 //! header | section table | checksum of both | sections, each at a multiple of 64 bytes
 //! ```
-//! Numbers are little-endian. Every byte of the file is under a checksum (XXH3, 64 bits), padding
-//! included, so a flipped bit is always found. A file that was made to deceive is found too: the
-//! structure is checked before anything is looked up in it.
+//! Numbers are little-endian. A checksum (XXH3, 64 bits) covers every byte of the file, padding
+//! included, so a flipped bit is always found. A forged file is found too: its structure is checked
+//! before anything is looked up in it.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -16,13 +16,14 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::base::Base;
-use super::bitmap::RankBitmap;
-use super::column::Column;
-use super::sid::MAX_LEVELS;
-use super::tags::Tags;
-use super::texts::{NameIndex, Texts};
-use super::trie::Trie;
+use super::replace::{partial_path, put_in_place};
+use crate::catalog::base_segment::BaseSegment;
+use crate::catalog::bitmap::RankBitmap;
+use crate::catalog::column::Column;
+use crate::catalog::sid::MAX_LEVELS;
+use crate::catalog::tags::Tags;
+use crate::catalog::texts::{NameIndex, Texts};
+use crate::catalog::trie::Trie;
 use crate::error::{Error, Result};
 use crate::mapping::Mapping;
 
@@ -32,7 +33,7 @@ compile_error!("catalog files are little-endian and mapped as they are");
 const MAGIC: [u8; 8] = *b"SIDEREAL";
 const VERSION: u32 = 2;
 const ALIGN: usize = 64;
-/// So that numbers can go on from any file.
+/// Leaves room for the snapshots that follow any file.
 const MAX_SNAPSHOT: u64 = 1 << 62;
 
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -43,9 +44,9 @@ struct Header {
     num_levels: u32,
     file_bytes: u64,
     num_items: u64,
-    /// Names the catalog through all its changes.
+    /// Identifies the catalog through all its changes.
     lineage: u64,
-    /// The number of the snapshot that was compiled.
+    /// The number of the compiled snapshot.
     snapshot: u64,
     /// As in [`Trie`]; zeros after the last level.
     depth_start: [u32; MAX_LEVELS + 2],
@@ -58,12 +59,12 @@ struct Header {
 struct Section {
     kind: u64,
     offset: u64,
-    /// Without the padding; the checksum covers the padding as well.
+    /// Without the padding, which the checksum covers too.
     bytes: u64,
     checksum: u64,
 }
 
-/// The sections, in the order in which they stand in a file.
+/// The sections in the order of the file.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     FirstEdge,
@@ -74,20 +75,20 @@ enum Kind {
     NameBytes,
     NameStart,
     NameIndex,
-    /// Absent without titles, as the texts after it.
+    /// Absent without titles, like `TitleStart`.
     TitleBytes,
     TitleStart,
-    /// Absent without tags, as the three after it.
+    /// Absent without tags, like the other sections of tags.
     TagBytes,
     TagStart,
     TagSets,
     TagSetStart,
-    /// Absent where every item may be recommended.
+    /// Absent where every item is available.
     Available,
 }
 
-/// The arrays of a catalog as a file has them.
-fn contents(base: &Base) -> Vec<(Kind, &[u8])> {
+/// The sections of a catalog with their bytes.
+fn contents(base: &BaseSegment) -> Vec<(Kind, &[u8])> {
     let trie = &base.trie;
     let mut contents: Vec<(Kind, &[u8])> = vec![
         (Kind::FirstEdge, bytemuck::cast_slice(&trie.first_edge)),
@@ -100,7 +101,7 @@ fn contents(base: &Base) -> Vec<(Kind, &[u8])> {
     contents.extend([
         (Kind::NameBytes, &*base.names.bytes),
         (Kind::NameStart, bytemuck::cast_slice(&base.names.start)),
-        (Kind::NameIndex, bytemuck::cast_slice(&base.index.places)),
+        (Kind::NameIndex, bytemuck::cast_slice(&base.index.buckets)),
     ]);
     if let Some(titles) = &base.titles {
         contents.push((Kind::TitleBytes, &titles.bytes));
@@ -118,8 +119,8 @@ fn contents(base: &Base) -> Vec<(Kind, &[u8])> {
     contents
 }
 
-/// A number that equal catalogs have in common, and others hardly.
-pub(super) fn fingerprint(base: &Base) -> u64 {
+/// A hash of all arrays: equal catalogs have the same, others almost surely another.
+pub(crate) fn fingerprint(base: &BaseSegment) -> u64 {
     let mut hasher = Xxh3::new();
     for (kind, bytes) in contents(base) {
         hasher.update(&[kind as u8]);
@@ -128,7 +129,11 @@ pub(super) fn fingerprint(base: &Base) -> u64 {
     hasher.digest()
 }
 
-pub(super) fn save(base: &Base, path: &Path) -> Result<()> {
+/// Writes a compiled catalog as one file; an existing file is replaced as a whole or not at all.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn save(base: &BaseSegment, path: &Path) -> Result<()> {
     let trie = &base.trie;
     let contents = contents(base);
     let mut offset = sections_start(contents.len());
@@ -158,33 +163,34 @@ pub(super) fn save(base: &Base, path: &Path) -> Result<()> {
     head.resize(sections_start(contents.len()) - size_of::<u64>(), 0);
     head.extend_from_slice(&xxh3_64(&head).to_le_bytes());
 
-    // Written beside the target and renamed: whoever has the old file mapped keeps it whole.
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = Path::new(&partial);
+    let partial = partial_path(path);
     let write = || -> std::io::Result<()> {
-        let mut file = BufWriter::new(File::create(partial)?);
+        let mut file = BufWriter::new(File::create(&partial)?);
         file.write_all(&head)?;
         for (_, bytes) in &contents {
             file.write_all(bytes)?;
             file.write_all(&[0; ALIGN][..padding(bytes.len())])?;
         }
         file.into_inner()?.sync_all()?;
-        std::fs::rename(partial, path)?;
-        super::change_log::sync_folder(path)
+        put_in_place(&partial, path)
     };
     write().map_err(|error| {
-        let _ = std::fs::remove_file(partial); // the first error is the one to report
+        let _ = std::fs::remove_file(&partial); // the first error is the one to report
         Error::io(path, error)
     })
 }
 
-pub(super) fn open(path: &Path) -> Result<Base> {
+/// Maps a compiled catalog into memory and checks all of it.
+///
+/// # Errors
+/// The operating system's; [`Error::CatalogFile`] where the file is foreign, damaged or of another
+/// version.
+pub(crate) fn open(path: &Path) -> Result<BaseSegment> {
     let mapping = Arc::new(Mapping::open(path)?);
     parse(&mapping).map_err(|reason| Error::CatalogFile { path: path.to_path_buf(), reason })
 }
 
-fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Base, String> {
+fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
     let bytes = mapping.bytes();
     if !bytes.starts_with(&MAGIC) {
         return Err("this is not a compiled Sidereal catalog".into());
@@ -255,7 +261,7 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Base, String> {
         return Err("the number of its snapshot is not one that counting reaches".into());
     }
     let names = sections.texts(Kind::NameBytes, Kind::NameStart)?;
-    let index = NameIndex { places: sections.column(Kind::NameIndex)? };
+    let index = NameIndex { buckets: sections.column(Kind::NameIndex)? };
     let titles =
         sections.optional(Kind::TitleStart, |s| s.texts(Kind::TitleBytes, Kind::TitleStart))?;
     let tags = sections.optional(Kind::TagSets, |s| {
@@ -279,13 +285,13 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<Base, String> {
             false => Err("the set of available items does not fit the items"),
         }
     });
-    Ok(Base {
+    Ok(BaseSegment {
         tags,
         available: available.transpose()?,
         lineage: header.lineage,
         snapshot: header.snapshot,
         file_bytes: Some(header.file_bytes),
-        ..Base::new(trie, names, index, titles)
+        ..BaseSegment::new(trie, names, index, titles)
     })
 }
 
@@ -304,7 +310,7 @@ impl Sections<'_> {
         column.ok_or_else(|| format!("section {} is missing or ragged", kind as u64))
     }
 
-    /// What `read` makes of the sections, if the one that stands for them is there.
+    /// The result of `read`, or `None` where the section `kind` is absent.
     fn optional<T>(
         &self,
         kind: Kind,

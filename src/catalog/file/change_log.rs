@@ -4,32 +4,35 @@
 //! header: magic | version | reserved | lineage | snapshot before the first record | checksum
 //! record: bytes of the payload | snapshot | checksum | payload
 //! ```
-//! Numbers are little-endian, checksums XXH3 (64 bits) of everything before them and, in a record,
-//! of the payload: a batch of changes in postcard's format. A record is one batch and makes one
-//! snapshot, so what is cut off in the middle did not happen. A file that ends inside its last
-//! record was being written when its process died; it reads as if that record had not begun. Any
-//! other damage is an error, because what comes after it was acknowledged.
+//! Numbers are little-endian. A checksum is XXH3 (64 bits) of everything before it and, in a
+//! record, of the payload too. The payload is a batch of changes in postcard's format. One record
+//! is one batch and makes one snapshot. A file that ends inside its last record was being written
+//! when its process died; it reads as if that record had not begun. Any other damage is an error,
+//! because the changes behind it were acknowledged.
 //!
-//! A compiled catalog knows which snapshot it is, and reading skips the records up to it. So a
-//! new compiled file and a new log need not appear in one instant.
+//! A compiled catalog knows its snapshot number, and a reader skips the records up to it. So a new
+//! compiled file and a new log need not appear in one instant.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::{Change, Snapshot};
+use super::lock::LockedFile;
+use super::logged::{from_payload, to_payload};
+use super::replace::{partial_path, put_in_place};
+use crate::catalog::{Change, Snapshot};
 use crate::error::{Error, Result};
 
 const MAGIC: [u8; 8] = *b"SIDCHNGE";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 40;
 const RECORD_HEADER_BYTES: usize = 20;
-/// Bytes of one batch.
+/// The most bytes of one batch.
 const MAX_PAYLOAD_BYTES: usize = 1 << 30;
 
-/// Where the changes of a compiled catalog are.
+/// The log's path beside a compiled catalog.
 pub fn path_of(catalog: &Path) -> PathBuf {
     let mut path = catalog.as_os_str().to_owned();
     path.push(".changes");
@@ -41,27 +44,27 @@ pub fn path_of(catalog: &Path) -> PathBuf {
 pub struct Batch {
     /// The snapshot after the batch.
     pub snapshot: u64,
-    /// What changed.
+    /// The changes, in the order in which they were applied.
     pub changes: Vec<Change>,
 }
 
-/// What a log holds.
+/// The contents of a log.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Contents {
     /// The catalog that the log belongs to.
     pub lineage: u64,
-    /// The snapshot that the first batch was applied to: a catalog that is older lacks changes.
+    /// The snapshot that the first batch was applied to; an older catalog lacks changes.
     pub after: u64,
-    /// In the order in which they happened.
+    /// The batches, oldest first.
     pub batches: Vec<Batch>,
-    /// Bytes up to the end of the last whole record; the rest was being written.
+    /// Bytes up to the end of the last whole record. The rest is an unfinished record.
     pub whole_bytes: u64,
 }
 
 /// Reads the bytes of a log.
 ///
 /// # Errors
-/// What is wrong with them, and from which byte on.
+/// The defect, with the first byte that it affects.
 pub fn parse(bytes: &[u8]) -> std::result::Result<Contents, String> {
     let header = bytes.get(..HEADER_BYTES).ok_or("the file is shorter than its header")?;
     if !header.starts_with(&MAGIC) {
@@ -106,7 +109,7 @@ pub fn parse(bytes: &[u8]) -> std::result::Result<Contents, String> {
         if before.checked_add(1) != Some(snapshot) {
             return Err(damaged("a record out of order"));
         }
-        let changes = postcard::from_bytes(payload)
+        let changes = from_payload(payload)
             .map_err(|error| damaged(&format!("an unreadable record ({error})")))?;
         contents.batches.push(Batch { snapshot, changes });
         at += end;
@@ -138,14 +141,14 @@ fn header(lineage: u64, after: u64) -> Vec<u8> {
 
 fn record(snapshot: u64, changes: &[Change]) -> Result<Vec<u8>> {
     let mut record = vec![0; RECORD_HEADER_BYTES];
-    record = postcard::to_extend(changes, record).expect("a vector takes all bytes");
+    record = to_payload(changes, record);
     let payload_bytes = record.len() - RECORD_HEADER_BYTES;
     if payload_bytes > MAX_PAYLOAD_BYTES {
-        let reason = format!(
-            "the batch takes {payload_bytes} bytes, at most {MAX_PAYLOAD_BYTES} go into one; \
-             apply it in parts"
-        );
-        return Err(Error::InvalidField { field: "changes", reason });
+        return Err(Error::LimitExceeded {
+            what: "bytes of changes in one batch",
+            len: payload_bytes,
+            max: MAX_PAYLOAD_BYTES,
+        });
     }
     let (head, payload) = record.split_at_mut(RECORD_HEADER_BYTES);
     head[..4].copy_from_slice(&(payload_bytes as u32).to_le_bytes());
@@ -155,7 +158,7 @@ fn record(snapshot: u64, changes: &[Change]) -> Result<Vec<u8>> {
     Ok(record)
 }
 
-/// The batches of the log beside `catalog` that came after `snapshot`; none without a log.
+/// The batches of a log that `snapshot` lacks.
 fn later_batches(log: &Path, contents: Contents, snapshot: &Snapshot) -> Result<Vec<Batch>> {
     let error = |reason: String| Error::ChangeLog { path: log.to_path_buf(), reason };
     if contents.lineage != snapshot.base().lineage {
@@ -190,7 +193,7 @@ fn apply(log: &Path, batches: Vec<Batch>, snapshot: &Snapshot) -> Result<Option<
 ///
 /// # Errors
 /// [`Error::ChangeLog`]; the operating system's.
-pub(super) fn replay(catalog: &Path, snapshot: &Snapshot) -> Result<Option<Snapshot>> {
+pub(crate) fn replay(catalog: &Path, snapshot: &Snapshot) -> Result<Option<Snapshot>> {
     let log = path_of(catalog);
     let bytes = match std::fs::read(&log) {
         Ok(bytes) => bytes,
@@ -205,16 +208,17 @@ pub(super) fn replay(catalog: &Path, snapshot: &Snapshot) -> Result<Option<Snaps
 /// The log of one catalog, open for writing by this process alone.
 pub(crate) struct ChangeLog {
     path: PathBuf,
-    file: File,
+    file: LockedFile,
     lineage: u64,
     len: u64,
-    /// Why nothing can be written any more.
+    /// The failure after which nothing can be written any more.
     broken: Option<String>,
 }
 
 impl ChangeLog {
-    /// Opens the log beside a compiled catalog, or begins one, and cuts off what a process that
-    /// died was writing. With it comes the catalog's state after the log.
+    /// Opens the log beside a compiled catalog or begins one. A record that a process left
+    /// unfinished is cut off. Returns the catalog's snapshot after the log, where the log has
+    /// changes that `snapshot` lacks.
     ///
     /// # Errors
     /// [`Error::ChangeLog`]: damaged, another catalog's, or in use by another process.
@@ -232,30 +236,37 @@ impl ChangeLog {
             }
             file => file.map_err(io)?,
         };
-        lock(&path, &file)?;
+        let file = LockedFile::new(file).map_err(|error| match error {
+            TryLockError::WouldBlock => Error::ChangeLog {
+                path: path.clone(),
+                reason: "another writer has the catalog open; there can be one at a time".into(),
+            },
+            TryLockError::Error(error) => io(error),
+        })?;
         let mut bytes = Vec::new();
-        (&file).read_to_end(&mut bytes).map_err(io)?;
+        (&*file).read_to_end(&mut bytes).map_err(io)?;
         let contents =
             parse(&bytes).map_err(|reason| Error::ChangeLog { path: path.clone(), reason })?;
         let len = contents.whole_bytes;
         let batches = later_batches(&path, contents, snapshot)?;
         let after = apply(&path, batches, snapshot)?;
         file.set_len(len).map_err(io)?;
-        (&file).seek(SeekFrom::Start(len)).map_err(io)?;
+        (&*file).seek(SeekFrom::Start(len)).map_err(io)?;
         Ok((ChangeLog { path, file, lineage, len, broken: None }, after))
     }
 
-    /// Appends a batch; when this returns, a process that dies does not lose it.
+    /// Appends a batch. Once this returns, the batch survives the end of the process.
     ///
     /// # Errors
     /// The operating system's; the batch is then not in the log.
     pub fn append(&mut self, snapshot: u64, changes: &[Change]) -> Result<()> {
         self.check()?;
         let record = record(snapshot, changes)?;
-        if let Err(error) = self.file.write_all(&record) {
-            // What was written of it must go, or the next record would stand behind it.
-            let undone = self.file.set_len(self.len).is_ok()
-                && self.file.seek(SeekFrom::Start(self.len)).is_ok();
+        let mut file = &*self.file;
+        if let Err(error) = file.write_all(&record) {
+            // A half-written record must go, or the next one would follow it.
+            let undone =
+                file.set_len(self.len).is_ok() && file.seek(SeekFrom::Start(self.len)).is_ok();
             if !undone {
                 self.broken = Some(format!("a write failed ({error}) and cannot be undone"));
             }
@@ -265,10 +276,11 @@ impl ChangeLog {
         Ok(())
     }
 
-    /// Returns when the disk has everything.
+    /// Returns when the disk has every appended batch.
     ///
     /// # Errors
-    /// The operating system's. Nothing can be written then, because nobody knows what the disk has.
+    /// The operating system's. The log then takes no further batch, because the disk's state is
+    /// unknown.
     pub fn sync(&mut self) -> Result<()> {
         self.check()?;
         self.file.sync_data().map_err(|error| {
@@ -287,7 +299,7 @@ impl ChangeLog {
         }
     }
 
-    /// Drops the batches up to a snapshot, which a compiled file has by now.
+    /// Drops the batches up to a snapshot that the compiled file now has.
     ///
     /// # Errors
     /// The operating system's; the log is then as it was.
@@ -297,12 +309,12 @@ impl ChangeLog {
         let bytes = std::fs::read(&self.path).map_err(io)?;
         let contents =
             parse(&bytes).map_err(|reason| Error::ChangeLog { path: self.path.clone(), reason })?;
-        let mut kept = header(self.lineage, snapshot.max(contents.after));
+        let mut later = header(self.lineage, snapshot.max(contents.after));
         for batch in contents.batches.iter().filter(|batch| batch.snapshot > snapshot) {
-            kept.extend_from_slice(&record(batch.snapshot, &batch.changes)?);
+            later.extend_from_slice(&record(batch.snapshot, &batch.changes)?);
         }
-        let file = create(&self.path, &kept).map_err(io)?;
-        (self.file, self.len) = (file, kept.len() as u64);
+        let file = create(&self.path, &later).map_err(io)?;
+        (self.file, self.len) = (file, later.len() as u64);
         Ok(())
     }
 
@@ -312,45 +324,14 @@ impl ChangeLog {
     }
 }
 
-impl Drop for ChangeLog {
-    /// Closing the file is not enough: a child process that another thread is starting has it open
-    /// as well until the child's program begins, and would keep the lock so long.
-    fn drop(&mut self) {
-        let _ = self.file.unlock(); // closing unlocks it too, in the end
-    }
-}
-
-/// A file of these bytes, on the disk before it has its name, locked, open for more.
-fn create(path: &Path, bytes: &[u8]) -> std::io::Result<File> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let mut file =
+/// A locked file of these bytes, open for more; the disk has the bytes before the name.
+fn create(path: &Path, bytes: &[u8]) -> std::io::Result<LockedFile> {
+    let partial = partial_path(path);
+    let file =
         OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&partial)?;
-    file.try_lock().map_err(std::io::Error::from)?;
-    file.write_all(bytes)?;
+    let file = LockedFile::new(file).map_err(std::io::Error::from)?;
+    (&*file).write_all(bytes)?;
     file.sync_all()?;
-    std::fs::rename(&partial, path)?;
-    sync_folder(path)?;
+    put_in_place(&partial, path)?;
     Ok(file)
-}
-
-/// Returns when the disk has the names of a file's folder.
-pub(super) fn sync_folder(path: &Path) -> std::io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    match cfg!(unix) {
-        true => File::open(folder.unwrap_or(Path::new(".")))?.sync_all(),
-        false => Ok(()), // elsewhere a folder cannot be opened
-    }
-}
-
-fn lock(path: &Path, file: &File) -> Result<()> {
-    match file.try_lock() {
-        Ok(()) => Ok(()),
-        Err(std::fs::TryLockError::WouldBlock) => Err(Error::ChangeLog {
-            path: path.to_path_buf(),
-            reason: "another writer has the catalog open; there can be one at a time".into(),
-        }),
-        Err(std::fs::TryLockError::Error(error)) => Err(Error::io(path, error)),
-    }
 }

@@ -1,0 +1,131 @@
+//! The base segment: a compiled catalog in arrays, in memory or as a file has them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use roaring::RoaringBitmap;
+
+use super::bitmap::RankBitmap;
+use super::filter::Filter;
+use super::selection::{Selection, SelectionCache};
+use super::tags::Tags;
+use super::texts::{NameIndex, Texts};
+use super::trie::Trie;
+use crate::error::Result;
+
+/// A compiled catalog. Its items are numbered in the order of their semantic IDs; items that share
+/// one are in the order in which they were added.
+pub struct BaseSegment {
+    pub(super) trie: Trie,
+    pub(super) names: Texts,
+    pub(super) index: NameIndex,
+    pub(super) titles: Option<Texts>,
+    pub(super) tags: Option<Tags>,
+    /// The available items; `None` where all are.
+    pub(super) available: Option<Arc<RankBitmap>>,
+    /// Identifies the catalog through all its changes: a log of changes belongs to one.
+    pub(super) lineage: u64,
+    /// The number of the compiled snapshot.
+    pub(super) snapshot: u64,
+    pub(super) file_bytes: Option<u64>,
+    pub(super) selections: SelectionCache,
+}
+
+impl BaseSegment {
+    /// The trie of semantic IDs.
+    pub fn trie(&self) -> &Trie {
+        &self.trie
+    }
+
+    /// The number of items.
+    pub fn num_items(&self) -> u32 {
+        self.names.len() as u32
+    }
+
+    /// Bytes of the file that the base segment was opened from; `None` where it was built in memory.
+    pub fn file_bytes(&self) -> Option<u64> {
+        self.file_bytes
+    }
+
+    /// The tags with the number of items that carry each.
+    ///
+    /// # Errors
+    /// [`CatalogContents`](crate::Error::CatalogContents) where the file's sets cannot be read.
+    pub fn tags(&self) -> Result<Vec<(String, u64)>> {
+        let Some(tags) = &self.tags else { return Ok(Vec::new()) };
+        let count = |tag| Ok((tags.names.get(tag).to_string(), tags.items(tag)?.len()));
+        (0..tags.len() as u32).map(count).collect()
+    }
+
+    pub(super) fn title(&self, item: u32) -> Option<&str> {
+        self.titles.as_ref().map(|titles| titles.get(item))
+    }
+
+    pub(super) fn tags_of(&self, item: u32) -> Vec<String> {
+        self.tags.iter().flat_map(|tags| tags.of_item(item)).map(str::to_string).collect()
+    }
+
+    pub(super) fn find(&self, name: &str) -> Option<u32> {
+        self.index.find(&self.names, name)
+    }
+
+    /// The items that pass a filter; worked out once, then cached.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`](crate::Error::InvalidField) where `text` is no filter;
+    /// [`Error::CatalogContents`](crate::Error::CatalogContents) where the file's sets are damaged.
+    pub(super) fn select(&self, text: &str) -> Result<Arc<Selection>> {
+        if let Some(selection) = self.selections.get(text) {
+            return Ok(selection);
+        }
+        let filter = Filter::parse(text)?;
+        let items = match &self.tags {
+            Some(tags) => tags.select(&filter, self.num_items())?,
+            None if filter.passes(&|_| false) => RankBitmap::full(self.num_items()),
+            None => {
+                let words = vec![0; self.num_items().div_ceil(64) as usize];
+                RankBitmap::new(words, self.num_items())
+            }
+        };
+        let selection = Arc::new(Selection::new(filter, items, &self.trie));
+        self.selections.insert(text, &selection);
+        Ok(selection)
+    }
+
+    /// Works out the filters that another base segment has cached, so that no request has to.
+    pub(crate) fn warm_up_like(&self, other: &BaseSegment) {
+        for text in other.selections.texts() {
+            let _ = self.select(&text); // on an error, the first request with the filter gets it
+        }
+    }
+
+    pub(super) fn new(
+        trie: Trie,
+        names: Texts,
+        index: NameIndex,
+        titles: Option<Texts>,
+    ) -> BaseSegment {
+        BaseSegment {
+            trie,
+            names,
+            index,
+            titles,
+            tags: None,
+            available: None,
+            lineage: 0,
+            snapshot: 1,
+            file_bytes: None,
+            selections: SelectionCache::default(),
+        }
+    }
+
+    pub(super) fn with_tags(self, tags: BTreeMap<String, RoaringBitmap>) -> BaseSegment {
+        let tags = Tags::build(tags);
+        BaseSegment { tags: (tags.len() > 0).then_some(tags), ..self }
+    }
+
+    pub(super) fn with_unavailable(self, unavailable: &[u32]) -> BaseSegment {
+        let without = || Arc::new(RankBitmap::full(self.num_items()).with(&[], unavailable));
+        BaseSegment { available: (!unavailable.is_empty()).then(without), ..self }
+    }
+}

@@ -1,0 +1,174 @@
+//! A catalog as engines and writers hold it: the snapshot of now, and what may replace it.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use arc_swap::ArcSwap;
+
+use super::base_segment::BaseSegment;
+use super::builder::CatalogBuilder;
+use super::change::Change;
+use super::compaction::compact;
+use super::file::{change_log, format};
+use super::items;
+use super::snapshot::Snapshot;
+use crate::error::{Error, Result};
+
+/// How often [`Catalog::open`] reads file and log until they belong together.
+const OPEN_ATTEMPTS: usize = 3;
+
+/// A catalog that may change while it is searched.
+///
+/// Readers take a [`Snapshot`], which costs a few nanoseconds and never waits; a
+/// [`CatalogWriter`](crate::CatalogWriter) publishes the next one.
+pub struct Catalog {
+    current: ArcSwap<Snapshot>,
+    /// For each model that searches the catalog: bits by level and code, whether the model has a
+    /// token for the code.
+    writable: Mutex<Vec<Vec<Vec<bool>>>>,
+}
+
+impl Catalog {
+    /// Opens a compiled catalog with the changes logged beside it, or compiles a file of items in
+    /// memory ([`items::is_items_file`]).
+    ///
+    /// # Errors
+    /// The file's: missing, damaged, of another version, or with items that cannot be read.
+    pub fn open(path: &Path) -> Result<Catalog> {
+        if items::is_items_file(path) {
+            let mut builder = CatalogBuilder::default();
+            items::read(path, |item| builder.add(item), |_| {})?;
+            builder.build().map_err(|error| items::whole_file_error(path, &error))
+        } else {
+            // A writer's compaction may end between reading the file and reading the log: the log
+            // is then too new for the file, and both are read again.
+            let mut attempts = OPEN_ATTEMPTS;
+            loop {
+                attempts -= 1;
+                let catalog = Catalog::open_without_log(path)?;
+                match change_log::replay(path, &catalog.snapshot()) {
+                    Ok(None) => return Ok(catalog),
+                    Ok(Some(after)) => {
+                        catalog.publish(after);
+                        return Ok(catalog);
+                    }
+                    Err(Error::ChangeLog { .. }) if attempts > 0 => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+    }
+
+    /// Opens a compiled catalog without the changes logged beside it.
+    pub(crate) fn open_without_log(path: &Path) -> Result<Catalog> {
+        Ok(Catalog::of(format::open(path)?))
+    }
+
+    fn of(base: BaseSegment) -> Catalog {
+        Catalog { current: ArcSwap::from_pointee(Snapshot::of(base)), writable: Mutex::default() }
+    }
+
+    /// Writes the catalog, with all its changes, as one file; an existing file is replaced as a
+    /// whole or not at all.
+    ///
+    /// # Errors
+    /// The operating system's; [`Error::CatalogContents`] where the old file's sets are damaged.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let snapshot = self.snapshot();
+        if snapshot.number() == snapshot.base().snapshot {
+            return format::save(snapshot.base(), path);
+        }
+        let base = compact(&snapshot, |_| true)?.expect("progress never stops it");
+        format::save(&base, path)
+    }
+
+    /// The state of the catalog now.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.current.load_full()
+    }
+
+    /// Makes `snapshot` the one that new requests see.
+    pub(crate) fn publish(&self, snapshot: Snapshot) {
+        self.current.store(Arc::new(snapshot));
+    }
+
+    /// Registers a model that searches the catalog: from now on, the catalog refuses items that
+    /// the model cannot write. `levels[l][c]` says whether the model has a token for code `c` of
+    /// level `l`.
+    ///
+    /// # Errors
+    /// [`Error::LevelsMismatch`] where the catalog already has items that the model cannot write.
+    pub fn require(&self, levels: Vec<Vec<bool>>) -> Result<()> {
+        // Registered before the check, so that an item put in between is checked by one of us.
+        let is_known = {
+            let mut writable = self.writable.lock().expect("no holder panics");
+            let is_known = writable.contains(&levels);
+            if !is_known {
+                writable.push(levels.clone());
+            }
+            is_known
+        };
+        let checked = check_levels(&levels, &self.snapshot());
+        if checked.is_err() && !is_known {
+            self.writable.lock().expect("no holder panics").retain(|other| *other != levels);
+        }
+        checked
+    }
+
+    /// Checks that every registered model can write the items that `changes` put.
+    ///
+    /// # Errors
+    /// [`Error::InvalidChange`] with the first item that one of them cannot.
+    pub(crate) fn check(&self, changes: &[Change]) -> Result<()> {
+        let writable = self.writable.lock().expect("no holder panics");
+        for (index, change) in changes.iter().enumerate() {
+            let Change::Put(item) = change else { continue };
+            for levels in writable.iter() {
+                let mut codes = item.sid.codes().iter().zip(levels).enumerate();
+                let unknown = |&(_, (&code, level)): &(usize, (&u16, &Vec<bool>))| {
+                    !level.get(usize::from(code)).copied().unwrap_or(false)
+                };
+                if let Some((level, (code, _))) = codes.find(unknown) {
+                    let reason = format!(
+                        "item {:?} has code {code} on level {level}, for which the model that \
+                         searches this catalog has no token",
+                        item.name
+                    );
+                    return Err(Error::InvalidChange { index, reason });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl CatalogBuilder {
+    /// Compiles the items.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] where there are none or two have the same name.
+    pub fn build(self) -> Result<Catalog> {
+        Ok(Catalog::of(self.compile()?))
+    }
+}
+
+fn check_levels(levels: &[Vec<bool>], snapshot: &Snapshot) -> Result<()> {
+    if snapshot.num_levels() != levels.len() {
+        let (model, catalog) = (levels.len(), snapshot.num_levels());
+        let reason = format!("the model writes {model} levels, the catalog has {catalog}");
+        return Err(Error::LevelsMismatch { reason });
+    }
+    for (level, known) in levels.iter().enumerate() {
+        let is_known = |code: u16| known.get(usize::from(code)).copied().unwrap_or(false);
+        let unknown = snapshot.codes_at(level).find(|&code| !is_known(code));
+        if let Some(code) = unknown {
+            let size = known.len();
+            let reason = format!(
+                "level {level} of the catalog uses code {code}, for which the model has no \
+                 token (its level has {size} codes)"
+            );
+            return Err(Error::LevelsMismatch { reason });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! Changes as the log has them: postcard's binary form, apart from their JSON, because logs stay
+//! readable when the JSON changes.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::sid::Sid;
+use crate::catalog::{Change, Item};
+
+/// Fields and variants by position: new ones go to the end, and none may move.
+#[derive(Serialize, Deserialize)]
+enum LoggedChange<'a> {
+    Put(LoggedItem<'a>),
+    Delete { item: Cow<'a, str> },
+    Availability { item: Cow<'a, str>, available: bool },
+    Tag { item: Cow<'a, str>, add: Cow<'a, [String]>, remove: Cow<'a, [String]> },
+}
+
+#[derive(Serialize, Deserialize)]
+struct LoggedItem<'a> {
+    name: Cow<'a, str>,
+    sid: Sid,
+    title: Cow<'a, str>,
+    tags: Cow<'a, [String]>,
+    available: bool,
+}
+
+impl<'a> From<&'a Change> for LoggedChange<'a> {
+    fn from(change: &'a Change) -> LoggedChange<'a> {
+        match change {
+            Change::Put(item) => LoggedChange::Put(LoggedItem {
+                name: (&item.name).into(),
+                sid: item.sid,
+                title: (&item.title).into(),
+                tags: (&item.tags).into(),
+                available: item.available,
+            }),
+            Change::Delete { item } => LoggedChange::Delete { item: item.into() },
+            &Change::Availability { ref item, available } => {
+                LoggedChange::Availability { item: item.into(), available }
+            }
+            Change::Tag { item, add, remove } => {
+                LoggedChange::Tag { item: item.into(), add: add.into(), remove: remove.into() }
+            }
+        }
+    }
+}
+
+impl From<LoggedChange<'_>> for Change {
+    fn from(change: LoggedChange<'_>) -> Change {
+        match change {
+            LoggedChange::Put(item) => Change::Put(Item {
+                name: item.name.into(),
+                sid: item.sid,
+                title: item.title.into(),
+                tags: item.tags.into(),
+                available: item.available,
+            }),
+            LoggedChange::Delete { item } => Change::Delete { item: item.into() },
+            LoggedChange::Availability { item, available } => {
+                Change::Availability { item: item.into(), available }
+            }
+            LoggedChange::Tag { item, add, remove } => {
+                Change::Tag { item: item.into(), add: add.into(), remove: remove.into() }
+            }
+        }
+    }
+}
+
+/// Appends a batch of changes to `bytes`.
+pub(super) fn to_payload(changes: &[Change], bytes: Vec<u8>) -> Vec<u8> {
+    let logged: Vec<LoggedChange<'_>> = changes.iter().map(LoggedChange::from).collect();
+    postcard::to_extend(&logged, bytes).expect("a vector takes all bytes")
+}
+
+/// Reads a batch of changes.
+///
+/// # Errors
+/// Postcard's, where the bytes are no batch.
+pub(super) fn from_payload(bytes: &[u8]) -> postcard::Result<Vec<Change>> {
+    let logged: Vec<LoggedChange<'_>> = postcard::from_bytes(bytes)?;
+    Ok(logged.into_iter().map(Change::from).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As version 0.1 wrote it before changes had a form of their own in the log.
+    const OLD_PAYLOAD: &[u8] = b"\x04\x00\x0217\x02\x03\xfa\x01\x06A lamp\x02\x06garden\x03new\x01\
+        \x02\x01a\x00\x03\x01b\x01\x01y\x01\x01x\x01\x0217";
+
+    #[test]
+    fn an_old_log_reads_and_new_ones_are_written_alike() {
+        let changes = from_payload(OLD_PAYLOAD).expect("an old log");
+        let mut lamp = Item::new("17", Sid::new(&[3, 250]).expect("two codes"));
+        lamp.title = "A lamp".into();
+        lamp.tags = vec!["garden".into(), "new".into()];
+        let expected = [
+            Change::Put(lamp),
+            Change::Availability { item: "a".into(), available: false },
+            Change::Tag { item: "b".into(), add: vec!["y".into()], remove: vec!["x".into()] },
+            Change::Delete { item: "17".into() },
+        ];
+        assert_eq!(changes, expected);
+        assert_eq!(to_payload(&changes, Vec::new()), OLD_PAYLOAD);
+    }
+}

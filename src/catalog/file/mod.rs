@@ -1,0 +1,7 @@
+//! A catalog on disk: the compiled file and, beside it, the log of later changes.
+
+pub mod change_log;
+pub(crate) mod format;
+mod lock;
+mod logged;
+mod replace;

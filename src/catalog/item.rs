@@ -1,0 +1,53 @@
+//! One item of a catalog.
+
+use serde::Serialize;
+
+use super::sid::Sid;
+use crate::error::{Error, Result};
+
+/// One item.
+///
+/// As JSON: `{"item": "17", "sid": [3, 250, 7], "title": "...", "tags": ["garden"], "available": true}`;
+/// a code may be a text that ends in a number, as `"<a_3>"`, and all but `item` and `sid` may be left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Item {
+    /// Its name in histories, exclusions and answers; unique in the catalog.
+    #[serde(rename = "item")]
+    pub name: String,
+    /// Its semantic ID; several items may share one.
+    pub sid: Sid,
+    /// A title for people to read; may be empty.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub title: String,
+    /// Tags that filters name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tags: Vec<String>,
+    /// Whether the item may be recommended. An unavailable item may still stand in histories.
+    pub available: bool,
+}
+
+impl Item {
+    /// An available item without title and tags.
+    pub fn new(name: impl Into<String>, sid: Sid) -> Item {
+        Item { name: name.into(), sid, title: String::new(), tags: Vec::new(), available: true }
+    }
+
+    /// Checks that the item can be in a catalog whose semantic IDs have `num_levels` codes.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] for an empty name or another number of levels.
+    pub(super) fn check(&self, num_levels: usize) -> Result<()> {
+        if self.name.is_empty() {
+            return Err(Error::InvalidField { field: "item", reason: "the name is empty".into() });
+        }
+        if self.sid.num_levels() != num_levels {
+            let reason = format!(
+                "item {:?} has {} levels, the catalog's items have {num_levels}",
+                self.name,
+                self.sid.num_levels()
+            );
+            return Err(Error::InvalidField { field: "sid", reason });
+        }
+        Ok(())
+    }
+}

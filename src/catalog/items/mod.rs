@@ -1,0 +1,64 @@
+//! Files of items: JSON lines, the field's `*.index.json`, or Parquet.
+
+use std::fs::File;
+use std::path::Path;
+
+use super::item::Item;
+use crate::error::{Error, Result};
+
+mod index;
+mod jsonl;
+#[cfg(feature = "parquet")]
+mod parquet;
+
+pub use jsonl::read_changes;
+pub(crate) use jsonl::{Code, to_sid};
+
+/// Whether the file's name says that it holds items rather than a compiled catalog.
+pub fn is_items_file(path: &Path) -> bool {
+    matches!(extension(path), Some("json" | "jsonl" | "ndjson" | "parquet"))
+}
+
+/// Reads every item of a file and gives it to `add`; `progress` is told how many bytes were read.
+///
+/// - `*.json`: one object, item to codes: `{"17": ["<a_3>", "<b_250>", "<c_7>"], ...}`. A code is
+///   the last number in its text, or a plain number.
+/// - `*.parquet`, with the feature `parquet`: columns `item`, `sid` (a list, or one column a
+///   level: `sid_0`, `sid_1` and so on), and the optional columns `title`, `tags` (a list) and
+///   `available`.
+/// - any other name: one object a line: `{"item": "17", "sid": [3, 250, 7], "title": "...",
+///   "tags": ["garden"], "available": true}`. Further fields are ignored.
+///
+/// # Errors
+/// [`Error::ItemsFile`] with the line or item; the operating system's; those of `add`.
+pub fn read(
+    path: &Path,
+    add: impl FnMut(Item) -> Result<()>,
+    progress: impl FnMut(u64),
+) -> Result<()> {
+    let file = File::open(path).map_err(|error| Error::io(path, error))?;
+    match extension(path) {
+        #[cfg(feature = "parquet")]
+        Some("parquet") => parquet::read(path, file, add, progress),
+        #[cfg(not(feature = "parquet"))]
+        Some("parquet") => Err(Error::Unsupported {
+            what: "Parquet".into(),
+            way_out: "build with `--features parquet`, or give the items as JSON lines".into(),
+        }),
+        Some("json") => index::read(path, file, add, progress),
+        _ => jsonl::read(path, file, add, progress),
+    }
+}
+
+/// An error that concerns all items of a file rather than one of them.
+pub fn whole_file_error(path: &Path, error: &Error) -> Error {
+    Error::ItemsFile {
+        path: path.to_path_buf(),
+        place: "all items".into(),
+        reason: error.to_string(),
+    }
+}
+
+fn extension(path: &Path) -> Option<&str> {
+    path.extension().and_then(|extension| extension.to_str())
+}

@@ -1,0 +1,46 @@
+//! The JSON of requests, answers, errors, items and changes: one form for every door.
+//!
+//! - A [`RequestLine`] reads `{"id": "u1", "history": ["17", "4"], "beams": 50, "top_k": 10}` and
+//!   becomes a [`Request`](crate::Request), which serialises in that form again.
+//! - An [`Answer`](crate::Answer) serialises as `{"items": [{"item": "9", "sid": [3, 250, 7],
+//!   "score": -2.31}], "snapshot": 1, "tokens": 7, "cached_tokens": 0}`; an [`AnswerLine`] puts the
+//!   request's `id` before it.
+//! - An [`ErrorBody`] is `{"code": "unknown_item", "message": "..."}`, with a `kind` for doors that
+//!   say it; an [`ErrorLine`] is the answer to a line that failed.
+//! - An [`Item`](crate::catalog::Item) is `{"item": "17", "sid": [3, 250, 7], "title": "...",
+//!   "tags": ["garden"], "available": true}`, and a [`Change`](crate::catalog::Change) is one of
+//!   `{"put": {...}}`, `{"delete": {...}}`, `{"availability": {...}}` and `{"tag": {...}}`.
+//!
+//! Scores are written with as many digits as an `f32` needs to be read back to the last bit.
+
+use serde::{Deserialize, Deserializer};
+
+mod answer;
+mod change;
+mod error;
+mod request;
+
+pub use answer::AnswerLine;
+pub use error::{ErrorBody, ErrorLine};
+pub use request::{RequestDefaults, RequestLine};
+
+/// An item's name: a JSON string or whole number.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected an item's name, a text or a whole number")]
+enum Name {
+    Text(String),
+    Number(u64),
+}
+
+impl From<Name> for String {
+    fn from(name: Name) -> String {
+        match name {
+            Name::Text(text) => text,
+            Name::Number(number) => number.to_string(),
+        }
+    }
+}
+
+fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(Name::deserialize(deserializer)?.into())
+}
