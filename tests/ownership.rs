@@ -539,7 +539,7 @@ fn demo() -> &'static Recommender {
 fn given_items_are_ranked_with_the_scores_that_a_search_gives_them() {
     let request = Request::from_history(["168", "278"]);
     let found = demo().recommend(&request).expect("a sound request");
-    let names: Vec<String> = found.items.iter().map(|item| item.item.clone()).collect();
+    let names: Vec<String> = found.items.iter().map(|found| found.item.clone()).collect();
     let ranked = demo().rank(request.input.clone(), names.iter().rev().cloned());
     let ranked = ranked.expect("known items");
     assert_eq!(ranked.items, found.items);
