@@ -35,6 +35,44 @@ impl ErrorKind {
     }
 }
 
+/// Every code, for counters by code.
+pub(crate) const CODES: [&str; 34] = [
+    "unknown_item",
+    "empty_input",
+    "token_out_of_range",
+    "history_too_long",
+    "beam_width",
+    "top_k",
+    "invalid_field",
+    "invalid_option",
+    "limit_exceeded",
+    "malformed_request",
+    "invalid_change",
+    "too_large",
+    "unsupported",
+    "overloaded",
+    "deadline_exceeded",
+    "shutting_down",
+    "io",
+    "catalog_file",
+    "catalog_contents",
+    "change_log",
+    "items_file",
+    "requests_file",
+    "output_file",
+    "model_folder",
+    "model_config",
+    "weights_file",
+    "missing_tensor",
+    "unexpected_tensor",
+    "tensor_shape",
+    "non_finite_weight",
+    "levels_mismatch",
+    "device",
+    "non_finite_scores",
+    "engine_failed",
+];
+
 /// Every error of this crate. The text says what happened, the limit, and the way out.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -385,5 +423,81 @@ impl Error {
             Error::NonFiniteScores { .. } => (Internal, "non_finite_scores"),
             Error::EngineFailed { .. } => (Internal, "engine_failed"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// One error of each variant, in the order of [`CODES`].
+    fn one_of_each() -> Vec<Error> {
+        let (path, reason) = (PathBuf::from("file"), String::from("why"));
+        let (name, device) = (String::from("w"), String::from("cuda:0"));
+        vec![
+            Error::UnknownItem { item: "x".into() },
+            Error::EmptyInput,
+            Error::TokenOutOfRange { token: 9, position: 1, vocab_size: 8 },
+            Error::HistoryTooLong { len: 9, max: 8 },
+            Error::BeamWidth { width: -1, max: 8 },
+            Error::TopK { top_k: 0 },
+            Error::InvalidField { field: "filter", reason: reason.clone() },
+            Error::InvalidOption { option: "--beams", reason: reason.clone() },
+            Error::LimitExceeded { what: "groups", len: 9, max: 8 },
+            Error::MalformedRequest { reason: reason.clone() },
+            Error::InvalidChange { index: 0, reason: reason.clone() },
+            Error::TooLarge { what: "tokens", needs: 9, limit: 8 },
+            Error::Unsupported { what: "this".into(), way_out: reason.clone() },
+            Error::Overloaded { queued: 9, limit: 8 },
+            Error::DeadlineExceeded { deadline_ms: 5 },
+            Error::ShuttingDown,
+            Error::io(&path, std::io::ErrorKind::NotFound.into()),
+            Error::CatalogFile { path: path.clone(), reason: reason.clone() },
+            Error::CatalogContents { reason: reason.clone() },
+            Error::ChangeLog { path: path.clone(), reason: reason.clone() },
+            Error::ItemsFile { path: path.clone(), place: "line 1".into(), reason: reason.clone() },
+            Error::RequestsFile { path: path.clone(), reason: reason.clone() },
+            Error::OutputFile { path: path.clone(), reason: reason.clone() },
+            Error::ModelFolder { path: path.clone(), reason: reason.clone() },
+            Error::ModelConfig { path: path.clone(), reason: reason.clone() },
+            Error::WeightsFile { path, reason: reason.clone() },
+            Error::MissingTensor { name: name.clone() },
+            Error::UnexpectedTensor { name: name.clone() },
+            Error::TensorShape { name: name.clone(), found: vec![1], expected: vec![2] },
+            Error::NonFiniteWeight { name, index: 3 },
+            Error::LevelsMismatch { reason: reason.clone() },
+            Error::Device { device, reason: reason.clone() },
+            Error::NonFiniteScores { step: 1 },
+            Error::EngineFailed { reason },
+        ]
+    }
+
+    #[test]
+    fn every_error_has_a_kind_and_a_code_of_its_own() {
+        let errors = one_of_each();
+        let codes: Vec<&str> = errors.iter().map(Error::code).collect();
+        assert_eq!(codes, CODES, "a new variant belongs here and into CODES");
+        assert_eq!(codes.iter().collect::<BTreeSet<_>>().len(), CODES.len(), "{codes:?}");
+        let kinds: BTreeSet<&str> = errors.iter().map(|error| error.kind().name()).collect();
+        assert_eq!(kinds, BTreeSet::from(["caller", "device", "files", "internal", "overloaded"]));
+    }
+
+    #[test]
+    fn a_clone_of_an_error_says_and_is_what_its_original_is() {
+        for error in one_of_each() {
+            let clone = error.clone();
+            assert_eq!(clone.to_string(), error.to_string());
+            assert_eq!((clone.kind(), clone.code()), (error.kind(), error.code()));
+            let source = |error: &Error| std::error::Error::source(error).map(|it| it.to_string());
+            assert_eq!(source(&clone), source(&error));
+        }
+        let Error::Io { source, .. } =
+            Error::io(Path::new("file"), std::io::ErrorKind::BrokenPipe.into()).clone()
+        else {
+            panic!("an error of the operating system stays one")
+        };
+        assert_eq!(source.kind(), std::io::ErrorKind::BrokenPipe);
     }
 }

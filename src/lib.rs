@@ -61,12 +61,16 @@ pub mod device;
 pub mod engine;
 mod error;
 mod mapping;
+pub mod metrics;
 pub mod models;
+#[doc(hidden)] // for tests and benchmarks
 pub mod pages;
+#[doc(hidden)] // for tests and benchmarks
 pub mod prefix_cache;
 pub mod quantizer;
 mod recommender;
 mod request;
+#[doc(hidden)] // for tests and benchmarks
 pub mod schedule;
 mod search;
 mod service;

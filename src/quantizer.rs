@@ -1,9 +1,9 @@
 //! From an item's embedding to its semantic ID: residual quantisation.
 //!
-//! Level by level, the nearest entry of a codebook is the code, and what it leaves of the vector
-//! goes to the next level (RQ-VAE, Zeghidour et al. 2021; for semantic IDs, Rajput et al. 2023).
-//! A quantiser is trained elsewhere and opened here, or its codebooks are [fitted](Quantizer::fit)
-//! by k-means on residuals (RQ-KMeans, as in OneRec).
+//! At each level the nearest entry of a codebook gives the code, and the difference to that entry,
+//! the residual, goes to the next level (RQ-VAE, Zeghidour et al. 2021; for semantic IDs, Rajput et
+//! al. 2023). A quantiser is trained elsewhere and opened here, or its codebooks are
+//! [fitted](Quantizer::fit) by k-means on residuals (RQ-KMeans, as in OneRec).
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -19,16 +19,16 @@ use crate::error::{Error, Result};
 use crate::models::weights::Weights;
 use crate::tensor::Tensor;
 
-/// What happens where two items get the same codes.
+/// The policy for two items with equal codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Collision {
-    /// They share the semantic ID.
+    /// The items share the semantic ID.
     Share,
-    /// A last level tells them apart: zero for the first, one for the second and so on (TIGER).
+    /// A last level distinguishes the items: code 0 for the first, 1 for the second and so on (TIGER).
     Append,
 }
 
-/// A residual quantiser: codebooks, and the encoder in front of them where it has one.
+/// A residual quantiser: a codebook for each level, and an optional encoder before them.
 pub struct Quantizer {
     encoder: Vec<Layer>,
     codebooks: Vec<Codebook>,
@@ -48,20 +48,20 @@ struct Codebook {
     dim: usize,
 }
 
-/// Names that codebooks of one level have, before the level's number.
+/// Prefixes of the names of codebooks of one level; the level's number follows.
 const CODEBOOK_NAMES: [&str; 5] =
     ["codebooks.", "codebook.", "codebooks_", "codebook_", "rq.vq_layers."];
-/// Names that the encoder's layers have, before their number.
+/// Prefix of the names of the encoder's layers; the layer's number follows.
 const ENCODER_NAME: &str = "encoder.mlp_layers.";
 
 impl Quantizer {
     /// Opens a safetensors file: codebooks as one tensor `codebooks` `[levels, codes, dim]`, or as
     /// one `[codes, dim]` for each level, `codebooks.0`, `codebook_0` or, as LC-Rec and MiniOneRec
-    /// train them, `rq.vq_layers.0.embedding.weight`; in front of them, if they are there, linear
-    /// layers `encoder.mlp_layers.*` with ReLU between. Other tensors (a decoder) are not read.
+    /// train them, `rq.vq_layers.0.embedding.weight`. Linear layers `encoder.mlp_layers.*`, with
+    /// ReLU between them, are the optional encoder. Other tensors (a decoder) are ignored.
     ///
     /// # Errors
-    /// The file's; [`Error::ModelConfig`] where it has no codebooks or they do not go together.
+    /// The file's; [`Error::ModelConfig`] where codebooks are missing or shapes do not agree.
     pub fn open(path: &Path) -> Result<Quantizer> {
         let mut weights = Weights::open_file(path)?;
         let bad = |reason: String| Error::ModelConfig { path: path.to_path_buf(), reason };
@@ -170,20 +170,20 @@ impl Quantizer {
         std::fs::write(path, bytes).map_err(|error| Error::io(path, error))
     }
 
-    /// Codes that an embedding gets.
+    /// The number of codes that an embedding gets.
     pub fn num_levels(&self) -> usize {
         self.codebooks.len()
     }
 
-    /// Numbers of an embedding.
+    /// The number of dimensions of an embedding.
     pub fn dim(&self) -> usize {
         self.encoder.first().map_or(self.codebooks[0].dim, |layer| layer.num_in)
     }
 
-    /// The codes of an embedding; of two entries as near, the one with the smaller code.
+    /// The codes of an embedding. Of two equally near entries, the smaller code counts.
     ///
     /// # Errors
-    /// [`Error::InvalidField`] where it has another length or a number that is not finite.
+    /// [`Error::InvalidField`] for another length, or a number that is not finite.
     pub fn codes(&self, embedding: &[f32]) -> Result<Vec<u16>> {
         let bad = |reason: String| Error::InvalidField { field: "embedding", reason };
         if embedding.len() != self.dim() {
@@ -225,7 +225,7 @@ impl Quantizer {
     ///
     /// # Errors
     /// Those of [`codes`](Quantizer::codes); [`Error::InvalidField`] where the catalog has another
-    /// number of levels, or no number is left to tell the item apart by.
+    /// number of levels, or all 65536 codes of the last level are taken.
     pub fn sid(
         &self,
         snapshot: &Snapshot,
@@ -244,9 +244,9 @@ impl Quantizer {
             return Err(Error::InvalidField { field: "sid", reason });
         }
         if collision == Collision::Append {
-            let place = snapshot.cursor(&codes);
+            let cursor = snapshot.cursor(&codes);
             let is_taken = |digit: u16| {
-                let leaf = place.and_then(|place| snapshot.child(place, digit));
+                let leaf = cursor.and_then(|cursor| snapshot.child(cursor, digit));
                 let items = leaf.into_iter().flat_map(|leaf| snapshot.items(leaf, num_levels));
                 items.into_iter().any(|item| {
                     let other = snapshot.name(item);
@@ -262,10 +262,10 @@ impl Quantizer {
         Sid::new(&codes)
     }
 
-    /// The semantic IDs of many embeddings, `[items, dim]`, none of which is in a catalog yet.
+    /// The semantic IDs of many embeddings, `[items, dim]`, for a new catalog.
     ///
     /// # Errors
-    /// Those of [`codes`](Quantizer::codes), with the item's place.
+    /// Those of [`codes`](Quantizer::codes), with the row.
     pub fn sids(&self, embeddings: &[f32], collision: Collision) -> Result<Vec<Sid>> {
         let rows = embeddings.par_chunks(self.dim()).enumerate();
         let codes = rows.map(|(row, embedding)| {
@@ -297,16 +297,16 @@ fn leading_number(text: &str) -> Option<usize> {
     text[..end].parse().ok()
 }
 
-/// How codebooks are fitted.
+/// Options of [`Quantizer::fit`].
 #[derive(Debug, Clone)]
 pub struct FitOptions {
-    /// Levels, each on what the ones before leave.
+    /// The number of levels; each is fitted to the residuals of the levels before.
     pub levels: usize,
-    /// Codes of a level; fewer come out where there are fewer embeddings.
+    /// The number of codes of a level, at most the number of embeddings.
     pub codes: usize,
-    /// Equal seeds give equal codebooks on one kind of machine.
+    /// Seed of the start: equal seeds give equal codebooks on one kind of machine.
     pub seed: u64,
-    /// Rounds of k-means at most; it ends where a round gains less than a ten-thousandth.
+    /// The most rounds of k-means. A level ends early once a round gains less than a ten-thousandth.
     pub max_rounds: usize,
 }
 
@@ -327,14 +327,14 @@ pub struct FitRound {
     pub error: f64,
 }
 
-/// Embeddings that k-means++ chooses from, for each code.
+/// How many embeddings k-means++ chooses from, for each code.
 const SEEDS_PER_CODE: usize = 16;
-/// Embeddings whose distances are worked out together.
+/// How many embeddings go into one matrix product of distances.
 const ROWS_PER_PRODUCT: usize = 512;
 
 impl Quantizer {
     /// Fits codebooks to embeddings `[items, dim]` by k-means on residuals, with a k-means++ start
-    /// (Arthur & Vassilvitskii 2007). `progress` hears of every round.
+    /// (Arthur & Vassilvitskii 2007). `progress` is told of every round.
     ///
     /// # Errors
     /// [`Error::InvalidOption`] for impossible options; [`Error::InvalidField`] for ragged
@@ -407,7 +407,7 @@ fn k_means(
             let sum = &mut sums[code * dim..(code + 1) * dim];
             sum.iter_mut().zip(point).for_each(|(sum, &x)| *sum += f64::from(x));
         }
-        // A center without points goes to the points that are farthest from theirs.
+        // A center without points moves to the point that is farthest from its own center.
         let mut farthest: Vec<u32> = (0..num_points as u32).collect();
         let num_empty = counts.iter().filter(|&&count| count == 0).count();
         if num_empty > 0 {
@@ -429,7 +429,8 @@ fn k_means(
     centers
 }
 
-/// Points far from one another: each is drawn with the square of its distance to those before.
+/// Start of k-means++: each point is drawn with a probability proportional to its squared distance
+/// from the points before.
 fn k_means_start(points: &[f32], dim: usize, codes: usize, rng: &mut fastrand::Rng) -> Vec<f32> {
     let num_points = points.len() / dim;
     let wanted = (codes * SEEDS_PER_CODE).min(num_points);
@@ -450,7 +451,7 @@ fn k_means_start(points: &[f32], dim: usize, codes: usize, rng: &mut fastrand::R
             rest -= f64::from(distance);
             rest < 0.0
         });
-        // Where all points are centers already, any will do.
+        // Where every point is a center already, any will do.
         let drawn = drawn.unwrap_or_else(|| rng.usize(0..sample.len()));
         centers.extend_from_slice(point(drawn));
     }
@@ -459,7 +460,7 @@ fn k_means_start(points: &[f32], dim: usize, codes: usize, rng: &mut fastrand::R
 
 /// For each point its nearest center, and the squared distance to it.
 fn nearest(points: &[f32], centers: &[f32], dim: usize) -> (Vec<u32>, Vec<f32>) {
-    // |x - c|² = |x|² - 2 x·c + |c|², and the products of all are one of matrices.
+    // |x - c|² = |x|² - 2 x·c + |c|²: all products x·c are one product of matrices.
     let backend = CpuBackend::default();
     let num_centers = centers.len() / dim;
     let matrix = backend

@@ -112,7 +112,7 @@ struct Churn {
     items: usize,
     changes: usize,
     changes_per_second: f64,
-    /// Times that the catalog was compiled anew meanwhile.
+    /// Times that the catalog was compacted meanwhile.
     compactions: u64,
     still_ms: Latency,
     changing_ms: Latency,
@@ -561,7 +561,7 @@ fn to_text(report: &Report) -> String {
     });
     let churn = report.churn.as_ref().map_or(String::new(), |churn| {
         format!(
-            "\nchanges  {:.0} a second, {} in all, on {} items, compiled anew {} times\n\
+            "\nchanges  {:.0} a second, {} in all, on {} items, compacted {} times\n\
              still    p50 {:.2} ms, p99 {:.2}; changing p50 {:.2}, p99 {:.2}: {:.2} times",
             churn.changes_per_second,
             churn.changes,

@@ -130,7 +130,7 @@ pub struct EngineStatus {
     pub tail_pages: usize,
     /// Pages of tails that are free.
     pub free_tail_pages: usize,
-    /// How often the prefix cache had a part of a context.
+    /// Hits and misses of the prefix cache.
     pub cache: CacheStats,
 }
 

@@ -84,3 +84,69 @@ impl Serialize for Column<'_> {
         list.end()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::answer::{Group, ReadToken, Timings};
+    use crate::catalog::sid::Sid;
+    use crate::catalog::{CatalogBuilder, Item};
+
+    fn answer() -> Answer {
+        let mut builder = CatalogBuilder::default();
+        let mut lamp = Item::new("17", Sid::new(&[3, 250]).expect("two codes"));
+        lamp.title = "A lamp".into();
+        builder.add(lamp).expect("a sound item");
+        let snapshot = builder.build().expect("a catalog").snapshot();
+        let item = snapshot.find("17").expect("just added");
+        Answer {
+            items: vec![Recommendation::new(&snapshot, item, -2.31, false)],
+            groups: Vec::new(),
+            read: Vec::new(),
+            snapshot,
+            tokens: 7,
+            cached_tokens: 5,
+            skipped_items: 2,
+            weights_version: 1,
+            timings: None,
+        }
+    }
+
+    #[test]
+    fn a_plain_answer_is_written_as_it_always_was() {
+        let (id, answer) = (Value::from("u1"), answer());
+        let line = serde_json::to_string(&AnswerLine::new(&id, &answer)).expect("a JSON form");
+        let expected = r#"{"id":"u1","items":[{"item":"17","sid":[3,250],"score":-2.31}],"snapshot":1,"tokens":7,"cached_tokens":5}"#;
+        assert_eq!(line, expected);
+    }
+
+    #[test]
+    fn an_answer_has_groups_titles_log_probabilities_and_timings_where_they_are_asked_for() {
+        let mut answer = answer();
+        let item = answer.snapshot.find("17").expect("an item of the catalog");
+        let mut found = Recommendation::new(&answer.snapshot, item, -0.5, true);
+        found.log_probs = vec![LogProb { vocabulary: -0.5, children: -0.25 }; 2];
+        answer.items.clear();
+        answer.groups = vec![Group { filter: "tag:a".into(), items: vec![found] }];
+        answer.read = vec![
+            ReadToken { token: 9, text: Some("Yes".into()), log_prob: -1.5 },
+            ReadToken { token: 10, text: None, log_prob: -0.5 },
+        ];
+        let (queued_us, prefill_us, total_us) = (1, 20, 51);
+        let levels_us = vec![10, 20];
+        answer.timings = Some(Timings { queued_us, prefill_us, levels_us, total_us });
+        let expected = json!({
+            "items": [],
+            "groups": [{"filter": "tag:a", "items": [{
+                "item": "17", "sid": [3, 250], "score": -0.5, "title": "A lamp",
+                "log_probs": {"vocabulary": [-0.5, -0.5], "children": [-0.25, -0.25]},
+            }]}],
+            "read": [{"token": 9, "text": "Yes", "log_prob": -1.5}, {"token": 10, "log_prob": -0.5}],
+            "snapshot": 1, "tokens": 7, "cached_tokens": 5, "skipped_items": 2,
+            "timings": {"queued_us": 1, "prefill_us": 20, "levels_us": [10, 20], "total_us": 51},
+        });
+        assert_eq!(serde_json::to_value(&answer).expect("a JSON form"), expected);
+    }
+}

@@ -190,8 +190,8 @@ pub(crate) fn open(path: &Path) -> Result<BaseSegment> {
     parse(&mapping).map_err(|reason| Error::CatalogFile { path: path.to_path_buf(), reason })
 }
 
-fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
-    let bytes = mapping.bytes();
+/// The header and the section table, once every checksum of the file is right.
+fn parse_head(bytes: &[u8]) -> std::result::Result<(Header, Vec<Section>), String> {
     if !bytes.starts_with(&MAGIC) {
         return Err("this is not a compiled Sidereal catalog".into());
     }
@@ -233,7 +233,11 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
     if end != header.file_bytes {
         return Err("the sections do not fill the file".into());
     }
+    Ok((header, table))
+}
 
+fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
+    let (header, table) = parse_head(mapping.bytes())?;
     let num_levels = header.num_levels as usize;
     if num_levels == 0 || num_levels > MAX_LEVELS {
         return Err(format!("the catalog has {num_levels} levels, 1 to {MAX_LEVELS} are possible"));

@@ -1,0 +1,196 @@
+//! The JSON of requests, changes and errors.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use sidereal::catalog::sid::Sid;
+use sidereal::catalog::{Change, Item};
+use sidereal::wire::{ErrorBody, ErrorLine, RequestDefaults, RequestLine};
+use sidereal::{
+    Constraint, Error, Forced, Input, NamedToken, Normalization, Priority, Request, Result,
+    SharedSid,
+};
+
+fn read(line: &str) -> Result<Request> {
+    RequestLine::parse(line)?.to_request(&RequestDefaults::default())
+}
+
+fn random_texts(rng: &mut fastrand::Rng) -> Vec<String> {
+    (0..rng.usize(0..4)).map(|_| format!("é\"{}\n", rng.u32(..))).collect()
+}
+
+fn random_request(rng: &mut fastrand::Rng) -> Request {
+    let input = match rng.bool() {
+        true => Input::History(random_texts(rng)),
+        false => Input::Tokens((0..rng.usize(0..4)).map(|_| rng.u32(..)).collect()),
+    };
+    let mut request = Request::new(input)
+        .with_exclude(random_texts(rng))
+        .with_groups(random_texts(rng))
+        .with_candidates(random_texts(rng))
+        .with_log_probs(rng.bool())
+        .with_titles(rng.bool())
+        .with_timings(rng.bool())
+        .with_beams(rng.usize(0..5000))
+        .with_top_k(rng.usize(0..5000))
+        .with_constraint([Constraint::Trie, Constraint::Level, Constraint::None][rng.usize(0..3)])
+        .with_temperature(rng.f32() * 3.0)
+        .with_shared_sid([SharedSid::All, SharedSid::First][rng.usize(0..2)])
+        .with_priority([Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)]);
+    if rng.bool() {
+        request = request.with_widths([rng.usize(0..100), rng.usize(0..100)]);
+    }
+    if rng.bool() {
+        request =
+            request.with_filter("tag:a & !tag:\"b c\"").with_user("u 1").with_seed(rng.u64(..));
+    }
+    if rng.bool() {
+        let tokens = [rng.u32(..), rng.u32(..)];
+        let forced = if rng.bool() { Forced::counted(tokens) } else { Forced::new(tokens) };
+        let named = [NamedToken::Text("Yes".into()), NamedToken::Id(rng.u32(..))];
+        request = request.with_forced(forced).with_read(named);
+    }
+    if rng.bool() {
+        request = request.with_deadline(Duration::from_micros(rng.u64(0..1 << 40)));
+    }
+    match rng.u8(0..4) {
+        0 => request.with_normalization(Normalization::Vocabulary),
+        1 => request.with_normalization(Normalization::Level),
+        2 => request.with_normalization(Normalization::Children),
+        _ => request,
+    }
+}
+
+#[test]
+fn a_request_survives_a_round_trip_whatever_the_readers_defaults_are() {
+    let mut rng = fastrand::Rng::with_seed(1);
+    let mut defaults = RequestDefaults::default();
+    (defaults.beams, defaults.widths, defaults.top_k) = (7, vec![3, 4, 7], 9);
+    (defaults.constraint, defaults.titles) = (Constraint::Level, true);
+    for case in 0..2000 {
+        let request = random_request(&mut rng);
+        let line = serde_json::to_string(&request).expect("requests have a JSON form");
+        let read = RequestLine::parse(&line).and_then(|line| line.to_request(&defaults));
+        assert_eq!(read.expect("a sound line"), request, "case {case}: {line}");
+    }
+}
+
+#[test]
+fn a_request_is_written_with_the_names_of_the_request_line() {
+    let request = Request::from_history(["17", "4"])
+        .with_groups(["tag:a"])
+        .with_seed(3)
+        .with_forced(Forced::counted([7, 8]))
+        .with_read([NamedToken::Text("Yes".into()), NamedToken::Id(9)])
+        .with_deadline(Duration::from_millis(20));
+    let expected = json!({
+        "history": ["17", "4"], "groups": ["tag:a"], "forced": {"tokens": [7, 8], "counted": true},
+        "read": ["Yes", 9], "seed": 3, "log_probs": false, "titles": false, "timings": false,
+        "beams": 50, "top_k": 10, "constraint": "trie", "temperature": 1.0, "shared_sid": "all",
+        "priority": "normal", "deadline_ms": 20.0,
+    });
+    assert_eq!(serde_json::to_value(&request).expect("a JSON form"), expected);
+}
+
+#[test]
+fn a_field_under_another_name_is_refused_with_its_own() {
+    for (other, own) in
+        [("each", "groups"), ("sample", "seed"), ("k", "top_k"), ("beam_width", "beams")]
+    {
+        let error = read(&format!(r#"{{"tokens": [1], "{other}": 1}}"#)).expect_err("refused");
+        let text = error.to_string();
+        assert_eq!(error.code(), "malformed_request");
+        assert!(text.contains(&format!("unknown field `{other}`")), "{text}");
+        assert!(text.contains(&format!("did you mean `{own}`?")), "{text}");
+    }
+    let text = read(r#"{"tokens": [1], "colour": 1}"#).expect_err("refused").to_string();
+    assert!(text.contains("unknown field `colour`") && !text.contains("did you mean"), "{text}");
+}
+
+#[test]
+fn forced_and_read_tokens_must_be_tokens() {
+    let request =
+        read(r#"{"tokens": [1], "forced": {"tokens": [5]}, "read": ["Yes", 4294967295]}"#)
+            .expect("a sound line");
+    assert_eq!(request.forced, Some(Forced::new([5])));
+    assert_eq!(request.read, [NamedToken::Text("Yes".into()), NamedToken::Id(u32::MAX)]);
+    for (fields, code, word) in [
+        (r#""forced": {"tokens": []}"#, "invalid_field", "at least one"),
+        (r#""forced": {"tokens": [4294967296]}"#, "invalid_field", "forced: 4294967296"),
+        (r#""forced": {"tokens": [1], "count": true}"#, "malformed_request", "count"),
+        (r#""forced": [1]"#, "malformed_request", "malformed"),
+        (r#""read": [1, -1]"#, "invalid_field", "read: -1 at position 1"),
+        (r#""read": [1.5]"#, "malformed_request", "expected a token"),
+        (r#""read": "Yes""#, "malformed_request", "malformed"),
+    ] {
+        let error = read(&format!(r#"{{"tokens": [1], {fields}}}"#)).expect_err(fields);
+        let text = error.to_string();
+        assert_eq!(error.code(), code, "{fields}: {text}");
+        assert!(text.contains(word), "{text}");
+    }
+}
+
+#[test]
+fn changes_survive_a_round_trip_in_the_documented_form() {
+    let mut item = Item::new("17", Sid::new(&[3, 250, 7]).expect("three codes"));
+    let put = json!({"put": {"item": "17", "sid": [3, 250, 7], "available": true}});
+    let mut cases = vec![(Change::Put(item.clone()), put)];
+    item.title = "A \"lamp\"".into();
+    item.tags = vec!["garden".into(), "new".into()];
+    item.available = false;
+    let put = json!({"put": {
+        "item": "17", "sid": [3, 250, 7], "title": "A \"lamp\"", "tags": ["garden", "new"],
+        "available": false,
+    }});
+    cases.push((Change::Put(item), put));
+    cases.push((Change::Delete { item: "17".into() }, json!({"delete": {"item": "17"}})));
+    cases.push((
+        Change::Availability { item: "17".into(), available: false },
+        json!({"availability": {"item": "17", "available": false}}),
+    ));
+    cases.push((
+        Change::Tag { item: "17".into(), add: vec!["new".into()], remove: vec![] },
+        json!({"tag": {"item": "17", "add": ["new"], "remove": []}}),
+    ));
+    for (change, expected) in cases {
+        let written = serde_json::to_value(&change).expect("changes have a JSON form");
+        assert_eq!(written, expected);
+        let read: Change = serde_json::from_value(written).expect("the documented form");
+        assert_eq!(read, change);
+        let text = serde_json::to_string(&change).expect("changes have a JSON form");
+        assert_eq!(serde_json::from_str::<Change>(&text).expect("the documented form"), change);
+    }
+}
+
+#[test]
+fn items_and_changes_are_read_leniently_where_files_of_the_field_differ() {
+    let item: Item = serde_json::from_str(r#"{"item": 17, "sid": ["<a_3>", 250], "price": 3}"#)
+        .expect("a number as name, a text as code, a field of others");
+    assert_eq!(item, Item::new("17", Sid::new(&[3, 250]).expect("two codes")));
+    let change: Change = serde_json::from_str(r#"{"tag": {"item": 17}}"#).expect("no tags");
+    assert_eq!(change, Change::Tag { item: "17".into(), add: vec![], remove: vec![] });
+    for (line, word) in [
+        (r#"{"put": {"item": "1", "sid": [70000]}}"#, "code 70000 is over 65535"),
+        (r#"{"put": {"item": "1", "sid": []}}"#, "levels"),
+        (r#"{"put": {"sid": [1]}}"#, "missing field `item`"),
+        (r#"{"drop": {"item": "1"}}"#, "unknown variant `drop`"),
+        (r#"{"delete": {"item": null}}"#, "expected an item's name"),
+    ] {
+        let text = serde_json::from_str::<Change>(line).expect_err(line).to_string();
+        assert!(text.contains(word), "{text}");
+    }
+}
+
+#[test]
+fn errors_are_written_with_code_and_message_and_for_servers_with_their_kind() {
+    let error = Error::UnknownItem { item: "x".into() };
+    let message = error.to_string();
+    let written = serde_json::to_string(&ErrorBody::new(&error)).expect("a JSON form");
+    let expected = format!(r#"{{"code":"unknown_item","message":{}}}"#, json!(message));
+    assert_eq!(written, expected);
+    let body = serde_json::to_value(ErrorBody::with_kind(&error)).expect("a JSON form");
+    assert_eq!(body, json!({"code": "unknown_item", "kind": "caller", "message": message}));
+    let id = Value::from(7);
+    let line = serde_json::to_string(&ErrorLine::new(&id, 3, &error)).expect("a JSON form");
+    assert_eq!(line, format!(r#"{{"id":7,"line":3,"error":{expected}}}"#));
+}
