@@ -9,9 +9,6 @@ constexpr uint32_t kPageLen = 64;  // tokens of a context's page
 constexpr uint32_t kTailPageLen = 16;  // rows of a tail's page
 constexpr uint32_t kMaxPositions = 16;  // of a tail: the start, and one for each step
 constexpr uint32_t kMaxLevels = 8;  // of a trie
-constexpr uint32_t kPlainRows = 16;  // of a tile of attention without tensor cores
-constexpr uint32_t kNarrowRows = 64;  // of a tile of attention, four warps
-constexpr uint32_t kWideRows = 128;  // of a tile of attention, eight warps
 constexpr uint32_t kContinuationsChunk = 1024;  // that a block of advance_beams_expand takes
 constexpr uint32_t kMaxParts = 64;  // that continuations are dealt out to
 constexpr uint32_t kSelectChunk = 4096;  // keys that advance_beams_select takes
@@ -24,6 +21,7 @@ constexpr uint32_t kOfTrie = 0;  // Rule::choices
 constexpr uint32_t kOfLevel = 1;  // Rule::choices
 constexpr uint32_t kOfVocabulary = 2;  // Rule::choices
 constexpr uint32_t kForced = 3;  // Rule::choices
+constexpr uint32_t kNamed = 4;  // Rule::choices
 constexpr uint32_t kHasAdded = 1;  // Rule::flags
 constexpr uint32_t kHasSeed = 2;  // Rule::flags
 constexpr uint32_t kKeepsLogProbs = 4;  // Rule::flags
@@ -111,23 +109,23 @@ static_assert(offsetof(Batch, num_searches) == 28);
 static_assert(offsetof(Batch, num_prompt_rows) == 32);
 static_assert(offsetof(Batch, num_rows) == 36);
 
-// Keys and values. A context's page: `[layers][kv heads][keys, values][kPageLen][head_dim]`; a
-// tail's: `[layers][kTailPageLen][keys, values][kv heads][head_dim]`.
+// Keys and values. A context's page: `[context sets][kv heads][keys, values][kPageLen][head_dim]`; a
+// tail's: `[tail layers][kTailPageLen][keys, values][kv heads][head_dim]`.
 struct Pages {
   void* contexts;
   void* tails;
-  uint32_t num_layers;
+  uint32_t context_sets;
+  uint32_t tail_layers;
   uint32_t num_kv_heads;
   uint32_t head_dim;
-  uint32_t padding;
 };
 static_assert(sizeof(Pages) == 32);
 static_assert(offsetof(Pages, contexts) == 0);
 static_assert(offsetof(Pages, tails) == 8);
-static_assert(offsetof(Pages, num_layers) == 16);
-static_assert(offsetof(Pages, num_kv_heads) == 20);
-static_assert(offsetof(Pages, head_dim) == 24);
-static_assert(offsetof(Pages, padding) == 28);
+static_assert(offsetof(Pages, context_sets) == 16);
+static_assert(offsetof(Pages, tail_layers) == 20);
+static_assert(offsetof(Pages, num_kv_heads) == 24);
+static_assert(offsetof(Pages, head_dim) == 28);
 
 // Beams, in arrays over the rows of all tail pages: a beam that stands at a position has the row
 // that its keys and values would have.
@@ -224,12 +222,13 @@ struct Rule {
   uint64_t seed;
   // Of the slot's first beam.
   const float* logits;
-  // By code: its column, or kNone; null where code c is column c.
+  // By code: its column, or kNone; null where code c is column c. Of named tokens, which are
+  // columns in their order: the tokens.
   const uint32_t* columns;
   uint32_t logits_stride;
   // Of the first column of the step.
   uint32_t first_token;
-  // That a level has, or tokens that a vocabulary has.
+  // That a level has, or tokens that are named or that a vocabulary has.
   uint32_t num_codes;
   uint32_t normalizer;
   uint32_t choices;
@@ -243,7 +242,8 @@ struct Rule {
   uint32_t first_key;
   // A candidate's place is its beam's rank times this, plus its choice.
   uint32_t num_choices;
-  uint32_t padding;
+  // Codes that lead to the beams' places.
+  uint32_t depth;
 };
 static_assert(sizeof(Rule) == 328);
 static_assert(offsetof(Rule, base) == 0);
@@ -264,7 +264,7 @@ static_assert(offsetof(Rule, width) == 308);
 static_assert(offsetof(Rule, room) == 312);
 static_assert(offsetof(Rule, first_key) == 316);
 static_assert(offsetof(Rule, num_choices) == 320);
-static_assert(offsetof(Rule, padding) == 324);
+static_assert(offsetof(Rule, depth) == 324);
 
 namespace embed {
 // A lookup of embeddings.
@@ -559,7 +559,7 @@ static_assert(offsetof(CombineParams, head_dim) == 68);
 namespace lm_head {
 // Sums of exponentials of logits.
 struct Params {
-  // `[rows, stride]`, where no level's are wanted.
+  // `[rows, stride]`, of a stretch of the vocabulary; those of levels are the rules' own.
   const float* logits;
   // By row: what `log_sum` makes the log of.
   float2* sums;
@@ -572,8 +572,11 @@ struct Params {
   uint32_t is_level;
   // Zero where earlier columns were summed already.
   uint32_t is_first;
+  // Of a stretch of the vocabulary.
+  uint32_t first_token;
+  uint32_t padding;
 };
-static_assert(sizeof(Params) == 80);
+static_assert(sizeof(Params) == 88);
 static_assert(offsetof(Params, logits) == 0);
 static_assert(offsetof(Params, sums) == 8);
 static_assert(offsetof(Params, rules) == 16);
@@ -582,6 +585,8 @@ static_assert(offsetof(Params, width) == 64);
 static_assert(offsetof(Params, stride) == 68);
 static_assert(offsetof(Params, is_level) == 72);
 static_assert(offsetof(Params, is_first) == 76);
+static_assert(offsetof(Params, first_token) == 80);
+static_assert(offsetof(Params, padding) == 84);
 }  // namespace lm_head
 
 namespace advance_beams {

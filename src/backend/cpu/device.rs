@@ -1,0 +1,117 @@
+//! The CPU as a device: weights, buffers, memory and slots.
+
+use std::sync::atomic::Ordering;
+
+use rten_simd::ops::BitOps;
+use rten_simd::{Isa, SimdOp};
+
+use super::{Buffer, CpuBackend, Head, Logits, Matrix, Memory, Slot};
+use crate::backend::{DeviceOps, MemorySpec, SlotSpec};
+use crate::error::Result;
+use crate::tensor::{Dtype, Tensor};
+
+/// Default memory for contexts.
+const CONTEXT_BYTES: usize = 256 << 20;
+
+/// The numbers of a register.
+struct Lanes;
+
+impl SimdOp for Lanes {
+    type Output = usize;
+
+    #[inline(always)]
+    fn eval<I: Isa>(self, isa: I) -> usize {
+        isa.f32().len()
+    }
+}
+
+impl DeviceOps for CpuBackend {
+    const COMPUTES_ON_CALLERS: bool = true;
+
+    type Buffer = Buffer;
+    type Matrix = Matrix;
+    type Vector = Vec<f32>;
+    type Table = Tensor;
+    type Head = Head;
+    type Logits = Logits;
+    type Memory = Memory;
+    type Slot = Slot;
+    type Pass = ();
+
+    fn description(&self) -> String {
+        format!("{} f32x{}", std::env::consts::ARCH, Lanes.dispatch())
+    }
+
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn matrix_flops(&self) -> u64 {
+        self.matrix_flops.load(Ordering::Relaxed)
+    }
+
+    fn take_failure(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn matrix(&self, parts: &[Tensor]) -> Result<Matrix> {
+        Ok(Matrix::stack(parts))
+    }
+
+    fn vector(&self, parts: &[Tensor]) -> Result<Vec<f32>> {
+        Ok(parts.iter().flat_map(Tensor::to_vec).collect())
+    }
+
+    fn table(&self, weight: Tensor) -> Result<Tensor> {
+        Ok(weight)
+    }
+
+    fn head(&self, weight: Tensor, levels: &[Vec<u32>], known_tokens: &[u32]) -> Result<Head> {
+        Ok(Head::new(&weight, levels, known_tokens))
+    }
+
+    fn buffer(&self) -> Buffer {
+        Buffer::default()
+    }
+
+    fn upload(&self, values: &[f32], columns: usize) -> Buffer {
+        Buffer::new(values.to_vec(), columns)
+    }
+
+    fn download(&self, buffer: &Buffer) -> Result<Vec<f32>> {
+        Ok(buffer.values().to_vec())
+    }
+
+    fn logits(&self) -> Logits {
+        Logits::default()
+    }
+
+    fn context_bytes(&self) -> Result<usize> {
+        Ok(CONTEXT_BYTES)
+    }
+
+    fn memory(&self, spec: &MemorySpec) -> Result<Memory> {
+        spec.kv.check()?;
+        Ok(Memory::new(spec))
+    }
+
+    fn max_steps(&self) -> usize {
+        usize::MAX
+    }
+
+    fn open_slot(&self, spec: SlotSpec) -> Result<Slot> {
+        Ok(Slot::new(spec))
+    }
+
+    fn num_beams(&self, slot: &Slot) -> usize {
+        slot.beams.len()
+    }
+
+    fn num_steps(&self, slot: &Slot) -> usize {
+        slot.beams.num_steps
+    }
+
+    fn context_len(&self, slot: &Slot) -> usize {
+        slot.spec.context_len
+    }
+}
