@@ -1,6 +1,6 @@
 use bytemuck::{Pod, Zeroable};
 
-use super::attend_prefill::{attention_bytes, attention_threads};
+use super::attend_prefill::{ATTENTION_THREADS, attention_bytes};
 use super::driver::Driver;
 use super::memory::{Beams, Pages};
 use super::tables::{BatchParams, MAX_POSITIONS, NARROW_ROWS, WIDE_ROWS};
@@ -41,6 +41,9 @@ struct CombineParams {
     num_splits: u32,
     padding: u32,
 }
+
+/// Rows and query heads that a block of `attend_beams_combine` puts together: one a warp.
+const COMBINE_ROWS: usize = 4;
 
 impl<D: Driver> CudaBackend<D> {
     pub(super) fn attend_beams(
@@ -97,7 +100,7 @@ impl<D: Driver> CudaBackend<D> {
         };
         let grid = [tables.num_beam_tiles, heads.num_kv_heads, num_splits];
         let shared = attention_bytes(tile_rows, heads.head_dim, MAX_POSITIONS);
-        self.device.launch(kernel, grid, attention_threads(tile_rows), shared, &params);
+        self.device.launch(kernel, grid, ATTENTION_THREADS, shared, &params);
         if num_splits > 1 {
             let params = CombineParams {
                 out: out.memory.at(0),
@@ -110,7 +113,8 @@ impl<D: Driver> CudaBackend<D> {
                 padding: 0,
             };
             let kernel = self.kernel("attend_beams_combine_f32", "attend_beams_combine_bf16");
-            self.device.launch(kernel, [num_rows, heads.num_heads, 1], 64, 0, &params);
+            let grid = [(num_rows * heads.num_heads).div_ceil(COMBINE_ROWS), 1, 1];
+            self.device.launch(kernel, grid, ATTENTION_THREADS, 0, &params);
         }
     }
 }

@@ -39,9 +39,7 @@ pub(super) fn attention_bytes(tile_rows: usize, head_dim: usize, positions: usiz
 }
 
 /// Threads of a block of attention.
-pub(super) fn attention_threads(tile_rows: usize) -> u32 {
-    if tile_rows == WIDE_ROWS { 256 } else { 128 }
-}
+pub(super) const ATTENTION_THREADS: u32 = 128;
 
 impl<D: Driver> CudaBackend<D> {
     pub(super) fn attend_prefill(
@@ -90,6 +88,6 @@ impl<D: Driver> CudaBackend<D> {
         };
         let grid = [tables.num_prompt_tiles, heads.num_kv_heads, 1];
         let shared = attention_bytes(tile_rows, heads.head_dim, 0);
-        self.device.launch(kernel, grid, attention_threads(tile_rows), shared, &params);
+        self.device.launch(kernel, grid, ATTENTION_THREADS, shared, &params);
     }
 }

@@ -74,15 +74,21 @@ impl Attention {
         attention_bytes(tile_rows, self.heads.head_dim, MAX_POSITIONS) <= self.max_shared_bytes
     }
 
-    /// Rows of a tile where the largest prompt or search has so many rows: tensor cores take more.
-    fn tile_rows(self, most: usize) -> usize {
+    /// Rows of a tile of a pass over prompts or searches with so many rows each: tensor cores take
+    /// more, and most of all where there are blocks for the whole device even so. A row's result
+    /// does not depend on it (`TensorAttention` in kernels/common/attention.cuh).
+    fn tile_rows(self, rows: impl Iterator<Item = usize>) -> usize {
         let has_tensor_kernel =
             self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim, 64 | 128);
-        match has_tensor_kernel {
-            true if most > NARROW_ROWS && self.has_room(WIDE_ROWS) => WIDE_ROWS,
-            true if self.has_room(NARROW_ROWS) => NARROW_ROWS,
-            _ => PLAIN_ROWS,
+        if !has_tensor_kernel || !self.has_room(NARROW_ROWS) {
+            return PLAIN_ROWS;
         }
+        let (num_tiles, most) = rows.fold((0, 0), |(num_tiles, most), rows| {
+            (num_tiles + rows.div_ceil(WIDE_ROWS), most.max(rows))
+        });
+        let num_blocks = num_tiles * self.heads.num_kv_heads;
+        let is_full = num_blocks >= self.blocks_at_once(WIDE_ROWS) && most > NARROW_ROWS;
+        if is_full && self.has_room(WIDE_ROWS) { WIDE_ROWS } else { NARROW_ROWS }
     }
 
     /// Blocks of so many rows that the device runs at a time: as many a processor as it has
@@ -90,8 +96,7 @@ impl Attention {
     fn blocks_at_once(self, tile_rows: usize) -> usize {
         // Registers: kernels/README.md. A block takes 1 KiB of shared memory for the system.
         let by_registers = match tile_rows {
-            WIDE_ROWS => 1,
-            NARROW_ROWS => 2,
+            WIDE_ROWS | NARROW_ROWS => 2,
             _ => 4,
         };
         let bytes = attention_bytes(tile_rows, self.heads.head_dim, MAX_POSITIONS) + 1024;
@@ -123,7 +128,7 @@ impl Attention {
     }
 }
 
-/// Rows of a tile without tensor cores, and with four and eight warps of them.
+/// Rows of a tile without tensor cores, and with them, of 16 and of 32 rows a warp.
 pub(super) const PLAIN_ROWS: usize = 16;
 pub(super) const NARROW_ROWS: usize = 64;
 pub(super) const WIDE_ROWS: usize = 128;
@@ -166,7 +171,7 @@ pub(super) fn padded_shape<D: Driver>(
     attention: Attention,
 ) -> Shape {
     let rows = |slot: &Slot<D>| slot.num_rows() * attention.group();
-    let tile_rows = attention.tile_rows(slots.iter().map(rows).max().unwrap_or(0));
+    let tile_rows = attention.tile_rows(slots.iter().map(rows));
     let tiles = |slot: &Slot<D>| rows(slot).div_ceil(tile_rows);
     let num_tiles = padded(slots.iter().map(tiles).sum());
     let longest = slots.iter().map(|slot| slot.spec.context_len).max().unwrap_or(0);
@@ -195,10 +200,9 @@ pub(super) fn write<D: Driver>(
         (Vec::new(), Vec::new());
     let mut row = 0;
     let slots: Vec<&Slot<D>> = slots.iter().map(Borrow::borrow).collect();
-    let longest = chunks.iter().map(Range::len).max().unwrap_or(0);
-    let widest = slots[chunks.len()..].iter().map(|slot| slot.num_rows()).max().unwrap_or(0);
-    let prompt_tile_rows = attention.tile_rows(longest * group);
-    let beam_tile_rows = attention.tile_rows(widest * group);
+    let beams_of = slots[chunks.len()..].iter().map(|slot| slot.num_rows() * group);
+    let prompt_tile_rows = attention.tile_rows(chunks.iter().map(|chunk| chunk.len() * group));
+    let beam_tile_rows = attention.tile_rows(beams_of);
     for (index, (chunk, slot)) in chunks.iter().zip(&slots).enumerate() {
         prompts.push(PromptEntry {
             first_row: row as u32,
