@@ -17,6 +17,7 @@ pub struct Emulator {
     recording: Mutex<Option<Vec<Asked>>>,
     /// Memory that nobody has taken, in bytes.
     free: Arc<AtomicUsize>,
+    num_processors: usize,
     max_shared_bytes: usize,
 }
 
@@ -33,6 +34,7 @@ impl Emulator {
             kernels,
             recording: Mutex::new(None),
             free: Arc::new(AtomicUsize::new(1 << 30)),
+            num_processors: 4,
             max_shared_bytes: 227 << 10,
         }
     }
@@ -40,6 +42,10 @@ impl Emulator {
     /// What of the device's memory is free, in bytes; it may be set.
     pub fn memory(&self) -> Arc<AtomicUsize> {
         Arc::clone(&self.free)
+    }
+
+    pub fn with_processors(self, num_processors: usize) -> Emulator {
+        Emulator { num_processors, ..self }
     }
 
     pub fn with_shared_bytes(self, max_shared_bytes: usize) -> Emulator {
@@ -69,7 +75,7 @@ impl Driver for Emulator {
     }
 
     fn num_processors(&self) -> usize {
-        4
+        self.num_processors
     }
 
     fn max_shared_bytes(&self) -> usize {
