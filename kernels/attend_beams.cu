@@ -6,15 +6,13 @@
 // put in another order. Where a slot alone has too few tiles to fill the device, its context is
 // split (Flash-Decoding, Dao et al. 2023) and attend_beams_combine merges the parts in order. The
 // parts follow from the slot alone, so its result does not depend on the other slots of the pass.
-// Grid: (tiles, KV heads, parts of the context that is split most). Block: 256 threads for tiles of
-// 128 rows, else 128. Bound by memory below about 150 rows a search and KV head, by tensor cores
-// above.
+// Grid: (tiles, KV heads, parts of the context that is split most). Block: 128 threads. Bound by
+// memory below about 150 rows a search and KV head, by tensor cores above.
 #include "common/attention.cuh"
 
 namespace attend_beams {
 
 constexpr uint32_t kThreads = 128;
-constexpr uint32_t kWideThreads = 256;
 
 __device__ __forceinline__ Tile tile_of(const Params& params, const uint2& place) {
   const Search& search = params.batch.searches[place.x];
@@ -62,16 +60,15 @@ struct Tail {
     len = is_wanted && from <= search.num_steps ? search.num_steps + 1 - from : 0;
   }
 
-  // By row of the tile and position: the row of its ancestor there, found from the newest back.
-  __device__ void find_ancestors(const Params& params, const Search& search, const Tile& tile,
-                                 uint32_t rows, uint32_t* ancestors) const {
-    for (uint32_t row = threadIdx.x; row < rows; row += blockDim.x) {
-      if (tile.first + row >= tile.num_rows) continue;
-      uint32_t beam = (tile.first + row) / tile.group;
+  // By beam, from one on, and position: the row of its ancestor there, found from the newest back.
+  __device__ void find_ancestors(const Params& params, const Search& search, uint32_t first_beam,
+                                 uint32_t count, uint32_t* ancestors) const {
+    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
+      uint32_t beam = first_beam + i;
       for (uint32_t back = 0; back < len; back++) {
         const uint32_t position = search.num_steps - back;
         const uint32_t at = beam_row(params.batch, search, position, beam);
-        ancestors[row * kMaxPositions + back] = at;
+        ancestors[i * kMaxPositions + back] = at;
         if (back + 1 < len) beam = params.beams.parents[at];
       }
     }
@@ -94,17 +91,21 @@ template <class T> __device__ __forceinline__ void run_plain(const Params& param
   uint32_t* ancestors = shared.take<uint32_t>(Attention::kRows * kMaxPositions, "ancestors");
   const Tile tile = tile_of(params, place);
   const Tail tail(params, search);
-  tail.find_ancestors(params, search, tile, Attention::kRows, ancestors);
+  const uint32_t first_beam = tile.first / tile.group;
+  const uint32_t end_row = min(tile.first + Attention::kRows, tile.num_rows);
+  tail.find_ancestors(params, search, first_beam, (end_row - 1) / tile.group - first_beam + 1,
+                      ancestors);
   attention.attend(tile, params.batch, params.pages, static_cast<const T*>(params.queries),
                    params.query_columns);
   const uint32_t rows = min(Attention::kRows, tile.num_rows - tile.first);
   const uint32_t lane = threadIdx.x % kWarpSize;
   for (uint32_t row = threadIdx.x / kWarpSize; row < rows; row += kThreads / kWarpSize) {
     const uint32_t head = tile.head_of(row);
+    const uint32_t beam = (tile.first + row) / tile.group - first_beam;
     float* accumulated = attention.accumulated + row * head_dim;
     float largest = attention.largest[row], sum = attention.sums[row];
     for (uint32_t back = 0; back < tail.len; back++) {
-      const T* keys = tail_keys<T>(params.pages, ancestors[row * kMaxPositions + back], tile.layer) +
+      const T* keys = tail_keys<T>(params.pages, ancestors[beam * kMaxPositions + back], tile.layer) +
                       tile.kv_head * head_dim;
       const T* values = keys + params.pages.num_kv_heads * head_dim;
       float score = 0;
@@ -132,9 +133,75 @@ template <class T> __device__ __forceinline__ void run_plain(const Params& param
   }
 }
 
-template <uint32_t kHeadDim, uint32_t kWarps>
+// Takes the beams' tails in. Keys and values of as many positions as there is room for are brought
+// where the context's pages were; a row sees its own beam's alone.
+template <class Attention>
+__device__ __forceinline__ void attend_tail(Attention& attention, const Params& params,
+                                            const Tail& tail, const Tile& tile,
+                                            const uint32_t* ancestors, uint32_t first_beam,
+                                            uint32_t num_tile_beams, uint32_t num_live) {
+  constexpr uint32_t kChunk = 16;  // tokens at a time
+  const uint32_t to_values = params.pages.num_kv_heads * Attention::kHead;
+  const uint32_t positions_at_once = max(Attention::kBufferRows / num_tile_beams, 1u);
+  const uint32_t first_row = tile.first + Attention::first_row_of_warp();
+  const uint32_t end_row = min(first_row + Attention::kWarpRows, tile.num_rows);
+  for (uint32_t from = 0; from < tail.len; from += positions_at_once) {
+    const uint32_t num_positions = min(positions_at_once, tail.len - from);
+    const uint32_t num_rows = num_positions * num_tile_beams;
+    __syncthreads();  // nobody reads the buffers any more
+    // What the last chunk holds too much is zero.
+    for (uint32_t row = Attention::copied_row();
+         row < min(num_rows + kChunk, Attention::kBufferRows); row += Attention::kRowsAtOnce) {
+      const uint32_t position = row / num_tile_beams, beam = row - position * num_tile_beams;
+      const bool is_wanted = row < num_rows && beam < num_live;
+      const bf16* keys = static_cast<const bf16*>(params.pages.tails);
+      if (is_wanted)
+        keys = tail_keys<bf16>(params.pages, ancestors[beam * kMaxPositions + from + position],
+                               tile.layer) +
+               tile.kv_head * Attention::kHead + Attention::copied_column();
+      const uint32_t to = row * Attention::kStride + Attention::copied_column();
+      copy_async(attention.keys + to, keys, is_wanted);
+      copy_async(attention.values + to, is_wanted ? keys + to_values : keys, is_wanted);
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    if (first_row >= end_row) continue;
+    const uint32_t end_beam = (end_row - 1) / tile.group - first_beam + 1;
+    for (uint32_t position = 0; position < num_positions; position++) {
+      for (uint32_t beam = first_row / tile.group - first_beam; beam < end_beam; beam += kChunk) {
+        const uint32_t wanted = position * num_tile_beams + beam;
+        const uint32_t at = min(wanted, Attention::kBufferRows - kChunk);
+        float scores[Attention::kLaneRows / 2][kChunk / 8][4];
+        attention.template score<kChunk>(at, scores);
+#pragma unroll
+        for (uint32_t which = 0; which < Attention::kLaneRows; which++) {
+          const uint32_t row = tile.first + Attention::row_in_tile(which), item = row / tile.group;
+          const uint32_t own = item - first_beam - beam;
+          const float bias =
+              tail_bias(params, tile.kv_head * tile.group + row - item * tile.group, from + position);
+#pragma unroll
+          for (uint32_t n = 0; n < kChunk / 8; n++) {
+#pragma unroll
+            for (uint32_t e = 0; e < 2; e++) {
+              const uint32_t token = n * 8 + Attention::first_column() + e;
+              float& score = scores[which / 2][n][which % 2 * 2 + e];
+              score = own < kChunk && token == own + wanted - at
+                          ? (score * tile.scale + bias) * kLog2E
+                          : -INFINITY_F;
+            }
+          }
+        }
+        attention.template weigh<kChunk>(scores, 1.0f);
+        attention.template accumulate<kChunk>(scores, at);
+      }
+    }
+  }
+}
+
+template <uint32_t kHeadDim, uint32_t kWarpRows>
 __device__ __forceinline__ void run_tensor(const Params& params) {
-  using Attention = TensorAttention<kHeadDim, kWarps>;
+  using Attention = TensorAttention<kHeadDim, kWarpRows>;
   const uint2 place = params.tiles[blockIdx.x];
   if (place.x == kNone) return;
   const Search& search = params.batch.searches[place.x];
@@ -144,73 +211,37 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
   uint32_t* ancestors = shared.take<uint32_t>(Attention::kRows * kMaxPositions, "ancestors");
   const Tile tile = tile_of(params, place);
   const Tail tail(params, search);
-  tail.find_ancestors(params, search, tile, Attention::kRows, ancestors);
-  attention.attend(tile, params.batch, params.pages, static_cast<const bf16*>(params.queries),
-                   params.query_columns);
-  const uint32_t first_column = Attention::first_column();
-  uint32_t heads[2];
-  bool is_wanted[2];
-#pragma unroll
-  for (uint32_t which = 0; which < 2; which++) {
-    const uint32_t row = Attention::row_in_tile(which);
-    is_wanted[which] = tile.first + row < tile.num_rows;
-    heads[which] = tile.head_of(row);
+  attention.begin(tile, params.batch, params.pages, static_cast<const bf16*>(params.queries),
+                  params.query_columns);
+  const uint32_t first_beam = tile.first / tile.group;
+  const uint32_t end_row = min(tile.first + Attention::kRows, tile.num_rows);
+  const uint32_t num_tile_beams = (end_row - 1) / tile.group - first_beam + 1;
+  uint32_t num_live = 0;
+  if (tail.len > 0) {
+    // What rows without a beam have in their tails may be no number, and must not be seen.
+    const uint32_t num_all = num_beams(params.batch, params.beams, search);
+    num_live = min(num_tile_beams, num_all > first_beam ? num_all - first_beam : 0);
+    tail.find_ancestors(params, search, first_beam, num_live, ancestors);
   }
-  for (uint32_t back = 0; back < tail.len; back++) {
-    // The four lanes of a row share its columns. All loads are on their way before one is needed.
-    bf16x2 keys[2][kHeadDim / 8], values[2][kHeadDim / 8];
-#pragma unroll
-    for (uint32_t which = 0; which < 2; which++) {
-      if (!is_wanted[which]) continue;
-      const uint32_t row = Attention::row_in_tile(which);
-      const bf16* of_ancestor =
-          tail_keys<bf16>(params.pages, ancestors[row * kMaxPositions + back], tile.layer) +
-          tile.kv_head * kHeadDim + first_column;
-      const uint32_t to_values = params.pages.num_kv_heads * kHeadDim;
-#pragma unroll
-      for (uint32_t d = 0; d < kHeadDim / 8; d++) {
-        keys[which][d] = *reinterpret_cast<const bf16x2*>(of_ancestor + d * 8);
-        values[which][d] = *reinterpret_cast<const bf16x2*>(of_ancestor + to_values + d * 8);
-      }
+  attention.attend(tile, params.batch, params.pages);
+  if (tail.len > 0) {
+    if (tile.page_from == tile.page_to) {
+      wait_for_copies<0>();
+      __syncthreads();
+      attention.keep_queries();
     }
-#pragma unroll
-    for (uint32_t which = 0; which < 2; which++) {
-      float score = 0;
-      if (is_wanted[which]) {
-        const bf16* query =
-            attention.queries + Attention::row_in_tile(which) * Attention::kStride + first_column;
-#pragma unroll
-        for (uint32_t d = 0; d < kHeadDim / 8; d++) {
-          const float2 q = __bfloat1622float2(*reinterpret_cast<const bf16x2*>(query + d * 8));
-          const float2 k = __bfloat1622float2(keys[which][d]);
-          score += q.x * k.x + q.y * k.y;
-        }
-      }
-      // Rows that are not wanted keep them company.
-      score += __shfl_xor_sync(kAllLanes, score, 1);
-      score += __shfl_xor_sync(kAllLanes, score, 2);
-      if (!is_wanted[which]) continue;
-      score = (score * tile.scale + tail_bias(params, heads[which], back)) * kLog2E;
-      const float most = fmaxf(attention.largest[which], score);
-      const float share = exp2f(attention.largest[which] - most), weight = exp2f(score - most);
-#pragma unroll
-      for (uint32_t d = 0; d < kHeadDim / 8; d++) {
-        const float2 v = __bfloat1622float2(values[which][d]);
-        float(&sums)[4] = attention.accumulated[d];
-        sums[2 * which] = sums[2 * which] * share + weight * v.x;
-        sums[2 * which + 1] = sums[2 * which + 1] * share + weight * v.y;
-      }
-      attention.sums[which] = attention.sums[which] * share + weight;
-      attention.largest[which] = most;
-    }
+    attend_tail(attention, params, tail, tile, ancestors, first_beam, num_tile_beams, num_live);
   }
+  wait_for_copies<0>();
+  attention.finish();
 #pragma unroll
-  for (uint32_t which = 0; which < 2; which++) {
-    if (!is_wanted[which]) continue;
-    const uint32_t row = tile.row_of(Attention::row_in_tile(which));
+  for (uint32_t which = 0; which < Attention::kLaneRows; which++) {
+    const uint32_t row_in_tile = Attention::row_in_tile(which);
+    if (tile.first + row_in_tile >= tile.num_rows) continue;
+    const uint32_t row = tile.row_of(row_in_tile), head = tile.head_of(row_in_tile);
     const float sum = attention.sums[which];
     if (num_splits(params, search) == 1) {
-      const size_t at = size_t(row) * params.num_heads + heads[which];
+      const size_t at = size_t(row) * params.num_heads + head;
       bf16* out = static_cast<bf16*>(params.out) + at * kHeadDim;
       attention.for_each_pair(which, sum > 0 ? 1.0f / sum : 0.0f,
                               [&](uint32_t column, float x, float y) {
@@ -219,44 +250,49 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
                               });
       continue;
     }
-    const size_t part = part_of(search, params.num_heads, blockIdx.z, row, heads[which]);
+    const size_t part = part_of(search, params.num_heads, blockIdx.z, row, head);
     float* out = params.parts + part * kHeadDim;
     attention.for_each_pair(which, 1.0f, [&](uint32_t column, float x, float y) {
       *reinterpret_cast<float2*>(out + column) = make_float2(x, y);
     });
-    if (first_column == 0) params.part_sums[part] = make_float2(attention.largest[which], sum);
+    if (Attention::first_column() == 0)
+      params.part_sums[part] = make_float2(attention.largest[which], sum);
   }
 }
 
-// Merges the parts of contexts that were split, in order.
-// Grid: (rows of beams, query heads). Block: 64 threads. Bound by memory: reads the parts once.
-constexpr uint32_t kCombineThreads = 64;
+// Merges the parts of contexts that were split, in order, a warp a row and query head.
+// Grid: (rows of beams times query heads, by four). Block: 128 threads. Bound by memory: reads the
+// parts once.
+constexpr uint32_t kCombineThreads = 128;
 
 template <class T> __device__ __forceinline__ void combine(const CombineParams& params) {
-  const uint32_t row = params.batch.num_prompt_rows + blockIdx.x;
+  const uint32_t lane = threadIdx.x % kWarpSize;
+  const uint32_t at = blockIdx.x * (kCombineThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  const uint32_t row = params.batch.num_prompt_rows + at / params.num_heads;
+  const uint32_t head = at % params.num_heads;
+  if (row >= params.batch.num_rows) return;
   const Search* search = search_of_row(params.batch, row);
   if (!search || search->num_splits == 1) return;
-  const size_t at = size_t(row) * params.num_heads + blockIdx.y;
-  auto part_in = [&](uint32_t split) {
-    return part_of(*search, params.num_heads, split, row, blockIdx.y);
-  };
-  float largest = -INFINITY_F, sum = 0;
-  for (uint32_t split = 0; split < search->num_splits; split++)
-    largest = fmaxf(largest, params.part_sums[part_in(split)].x);
-  const float offset = largest == -INFINITY_F ? 0.0f : largest;
-  for (uint32_t split = 0; split < search->num_splits; split++) {
-    const float2 part = params.part_sums[part_in(split)];
-    sum += part.y * exp2f(part.x - offset);
-  }
-  for (uint32_t d = threadIdx.x; d < params.head_dim; d += kCombineThreads) {
+  const size_t first_part = part_of(*search, params.num_heads, 0, row, head);
+  const size_t to_next = size_t(search->num_rows) * params.num_heads;
+  static_assert(kMaxSplits <= kWarpSize);  // a part a lane
+  float2 part = make_float2(-INFINITY_F, 0);
+  if (lane < search->num_splits) part = params.part_sums[first_part + lane * to_next];
+  const float largest = warp_max(part.x);
+  const float share = exp2_approx(part.x - (largest == -INFINITY_F ? 0.0f : largest));
+  const float sum = warp_sum(part.y * share);
+  T* out = static_cast<T*>(params.out) + (size_t(row) * params.num_heads + head) * params.head_dim;
+  for (uint32_t first = 0; first < params.head_dim; first += kWarpSize) {
+    const uint32_t d = first + lane;
     float value = 0;
+#pragma unroll 4
     for (uint32_t split = 0; split < search->num_splits; split++) {
-      const size_t part = part_in(split);
-      value += params.parts[part * params.head_dim + d] *
-               exp2f(params.part_sums[part].x - offset);
+      const float share_of_split = __shfl_sync(kAllLanes, share, split);
+      if (d < params.head_dim)
+        value += params.parts[(first_part + split * to_next) * params.head_dim + d] *
+                 share_of_split;
     }
-    static_cast<T*>(params.out)[at * params.head_dim + d] =
-        narrowed<T>(sum > 0 ? value / sum : 0.0f);
+    if (d < params.head_dim) out[d] = narrowed<T>(sum > 0 ? value / sum : 0.0f);
   }
 }
 
@@ -269,16 +305,16 @@ KERNEL(attend_beams_bf16, attend_beams::Params, attend_beams::kThreads) {
   attend_beams::run_plain<bf16>(params);
 }
 KERNEL(attend_beams_bf16_64, attend_beams::Params, attend_beams::kThreads) {
-  attend_beams::run_tensor<64, 4>(params);
+  attend_beams::run_tensor<64, 16>(params);
 }
 KERNEL(attend_beams_bf16_128, attend_beams::Params, attend_beams::kThreads) {
-  attend_beams::run_tensor<128, 4>(params);
+  attend_beams::run_tensor<128, 16>(params);
 }
-KERNEL(attend_beams_bf16_64_wide, attend_beams::Params, attend_beams::kWideThreads) {
-  attend_beams::run_tensor<64, 8>(params);
+KERNEL(attend_beams_bf16_64_wide, attend_beams::Params, attend_beams::kThreads) {
+  attend_beams::run_tensor<64, 32>(params);
 }
-KERNEL(attend_beams_bf16_128_wide, attend_beams::Params, attend_beams::kWideThreads) {
-  attend_beams::run_tensor<128, 8>(params);
+KERNEL(attend_beams_bf16_128_wide, attend_beams::Params, attend_beams::kThreads) {
+  attend_beams::run_tensor<128, 32>(params);
 }
 KERNEL(attend_beams_combine_f32, attend_beams::CombineParams, attend_beams::kCombineThreads) {
   attend_beams::combine<float>(params);

@@ -2,20 +2,22 @@
 // bidirectional, with a bias over relative positions where one is given; softmax in f32.
 // FlashAttention-2 (Dao 2023) over pages (vLLM, Kwon et al. 2023), prompts of any lengths.
 // Grid: (tiles, KV heads); a tile is 128 or 64 rows of (token, query head) for tensor cores, else
-// 16. Block: 256 threads for 128 rows, else 128. Bound by tensor cores for long prompts. Reads a
-// page of keys and values once a tile.
+// 16. Block: 128 threads. Bound by tensor cores for long prompts. Reads a page of keys and values
+// once a tile.
 #include "common/attention.cuh"
 
 namespace attend_prefill {
 
 __device__ __forceinline__ Tile tile_of(const Params& params, uint32_t rows_per_tile) {
-  const uint2 place = params.tiles[blockIdx.x];
+  // The longest tiles come first: those of all heads.
+  const uint32_t block = blockIdx.y * gridDim.x + blockIdx.x, num_kv_heads = gridDim.y;
+  const uint2 place = params.tiles[block / num_kv_heads];
   const Prompt& prompt = params.batch.prompts[place.x];
   Tile tile;
   tile.group = params.num_heads / params.pages.num_kv_heads;
   tile.first = place.y;
   tile.num_rows = prompt.num_rows * tile.group;
-  tile.kv_head = blockIdx.y;
+  tile.kv_head = block % num_kv_heads;
   tile.num_heads = params.num_heads;
   tile.layer = params.layer;
   tile.first_item_row = prompt.first_row;
@@ -48,16 +50,18 @@ template <class T> __device__ __forceinline__ void run_plain(const Params& param
   }
 }
 
-template <uint32_t kHeadDim, uint32_t kWarps>
+template <uint32_t kHeadDim, uint32_t kWarpRows>
 __device__ __forceinline__ void run_tensor(const Params& params) {
-  using Attention = TensorAttention<kHeadDim, kWarps>;
+  using Attention = TensorAttention<kHeadDim, kWarpRows>;
   SharedMemory shared;
   Attention attention(shared);
   const Tile tile = tile_of(params, Attention::kRows);
-  attention.attend(tile, params.batch, params.pages, static_cast<const bf16*>(params.queries),
-                   params.query_columns);
+  attention.begin(tile, params.batch, params.pages, static_cast<const bf16*>(params.queries),
+                  params.query_columns);
+  attention.attend(tile, params.batch, params.pages);
+  attention.finish();
 #pragma unroll
-  for (uint32_t which = 0; which < 2; which++) {
+  for (uint32_t which = 0; which < Attention::kLaneRows; which++) {
     const uint32_t row = Attention::row_in_tile(which);
     if (tile.first + row >= tile.num_rows) continue;
     bf16* out = static_cast<bf16*>(params.out) +
@@ -78,14 +82,14 @@ KERNEL(attend_prefill_bf16, attend_prefill::Params, 128) {
   attend_prefill::run_plain<bf16>(params);
 }
 KERNEL(attend_prefill_bf16_64, attend_prefill::Params, 128) {
-  attend_prefill::run_tensor<64, 4>(params);
+  attend_prefill::run_tensor<64, 16>(params);
 }
 KERNEL(attend_prefill_bf16_128, attend_prefill::Params, 128) {
-  attend_prefill::run_tensor<128, 4>(params);
+  attend_prefill::run_tensor<128, 16>(params);
 }
-KERNEL(attend_prefill_bf16_64_wide, attend_prefill::Params, 256) {
-  attend_prefill::run_tensor<64, 8>(params);
+KERNEL(attend_prefill_bf16_64_wide, attend_prefill::Params, 128) {
+  attend_prefill::run_tensor<64, 32>(params);
 }
-KERNEL(attend_prefill_bf16_128_wide, attend_prefill::Params, 256) {
-  attend_prefill::run_tensor<128, 8>(params);
+KERNEL(attend_prefill_bf16_128_wide, attend_prefill::Params, 128) {
+  attend_prefill::run_tensor<128, 32>(params);
 }

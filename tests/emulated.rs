@@ -6,6 +6,7 @@ mod common;
 
 use std::ops::Range;
 use std::slice;
+use std::sync::Arc;
 
 use common::emulator::{Emulator, Faults};
 use common::kernels::{Build, Kernels};
@@ -15,7 +16,7 @@ use sidereal::backend::cpu::CpuBackend;
 use sidereal::backend::cuda::CudaBackend;
 use sidereal::backend::prelude::*;
 use sidereal::backend::testing::{self, Cases, Fixture, OPERATIONS};
-use sidereal::backend::{AttentionSpec, Batch, Beam, Heads, KvScope, SearchRule};
+use sidereal::backend::{AttentionSpec, Batch, Beam, Heads, KvScope, Mask, SearchRule};
 use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
@@ -257,6 +258,86 @@ fn attention_holds_for_contexts_of_one_and_of_5000_and_widths_of_one_and_of_512(
     }
     // Heads of other sizes do without tensor cores.
     assert!(attend(Dtype::Bf16, heads(3, 3, 24), 200, 20) < 2e-2);
+}
+
+/// What attention makes of a prompt of 300 tokens, read in two passes and with and without a bias,
+/// and of 256 beams behind it, over three positions of their tails; and the bytes of contexts that
+/// it reads. A device of fewer processors is full with fewer tiles of more rows.
+fn attend_in_tiles(kernels: &Arc<Kernels>, heads: Heads, num_processors: usize) -> (Vec<f32>, u64) {
+    let device = Emulator::new(Arc::clone(kernels)).with_processors(num_processors);
+    let backend = CudaBackend::new(device, Dtype::Bf16);
+    let before = kernels.bytes_read("contexts");
+    let mut cases = Cases::new(9);
+    let mut fixture = Fixture::new(&backend, heads).expect("memory");
+    let mut found = Vec::new();
+    let qkv = cases.numbers(300 * heads.qkv_dim());
+    let bias = cases.numbers(heads.num_heads * 599);
+    let mut slots = [fixture.slot(300)];
+    for chunk in [0..130, 130..300] {
+        let rows = &qkv[chunk.start * heads.qkv_dim()..chunk.end * heads.qkv_dim()];
+        let x = backend.upload(rows, heads.qkv_dim());
+        let chunks = slice::from_ref(&chunk);
+        let batch = Batch::new(&fixture.memory, chunks, &mut slots);
+        backend.store_context(0, &x, heads.query_dim(), heads, &batch);
+        let mut out = backend.buffer();
+        for bias in [None, Some(&bias[..])] {
+            let mut causal = AttentionSpec::softmax(heads, Mask::Causal, 0.3);
+            causal.bias = bias;
+            backend.attend_prefill(0, &x, &causal, &batch, &mut out);
+            found.extend(backend.download(&out).expect("the device works"));
+        }
+    }
+
+    const WIDTH: usize = 256;
+    let catalog = catalog(&mut cases, 4 * WIDTH, 3, 512);
+    let snapshot = catalog.snapshot();
+    let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
+    let levels = [0, 512, 1024].map(|first| (first..first + 512).collect());
+    let head = Tensor::new(&[1536, 8], cases.numbers(1536 * 8));
+    let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
+    // A context of three pages is not split.
+    let mut slots = [fixture.slot(190)];
+    let kv = backend.upload(&cases.numbers(190 * 2 * heads.kv_dim()), 2 * heads.kv_dim());
+    let whole = 0..190;
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
+    backend.store_context(0, &kv, 0, heads, &batch);
+    for level in 0..3 {
+        let rules = [SearchRule::new(&snapshot, &allowed_set, level, WIDTH)];
+        let hidden =
+            backend.upload(&cases.numbers(WIDTH * 8)[..backend.num_beams(&slots[0]) * 8], 8);
+        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
+        backend.advance_beams(&logits, &head, &rules, &mut pass);
+        let rows = backend.num_beams(&slots[0]);
+        let x = backend.upload(&cases.numbers(rows * heads.qkv_dim()), heads.qkv_dim());
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.append_tail(0, &x, heads, &mut batch);
+        let mut out = backend.buffer();
+        let over_both = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
+        backend.attend_beams(0, &x, &over_both, &batch, &mut out);
+        let beams = backend.read_beams(&[&slots[0]]).remove(0).expect("finite scores");
+        let out = backend.download(&out).expect("the device works");
+        found.extend_from_slice(&out[..beams.len() * heads.query_dim()]);
+    }
+    (found, kernels.bytes_read("contexts") - before)
+}
+
+/// The company of a request chooses the size of tiles, and must not change its answer.
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn tiles_of_64_and_of_128_rows_give_the_same_bits() {
+    let kernels = Kernels::load(Build::Checked);
+    for (num_heads, num_kv_heads, head_dim) in [(4, 2, 64), (6, 2, 64), (4, 2, 128)] {
+        let heads = Heads::new(num_heads, num_kv_heads, head_dim);
+        let (wide, bytes_wide) = attend_in_tiles(&kernels, heads, 1);
+        let (narrow, bytes_narrow) = attend_in_tiles(&kernels, heads, 1000);
+        assert!(
+            2 * bytes_narrow > 3 * bytes_wide,
+            "tiles are smaller: {bytes_narrow} {bytes_wide}"
+        );
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&wide) == bits(&narrow), "{heads:?}");
+    }
 }
 
 /// GPUs of compute capability 8.6 and 8.9 have 99 KiB.

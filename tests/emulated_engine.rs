@@ -321,7 +321,7 @@ fn an_answer_has_the_same_bits_alone_and_beside_others() {
                 tiny.open_on(backend, Arc::clone(&tiny.catalog), &options)
             };
             let request = |index: u32| {
-                let len: u32 = [900, 3, 640, 70, 1100, 300, 257, 512, 20, 1][index as usize];
+                let len: u32 = [480, 3, 440, 70, 470, 300, 257, 400, 20, 1][index as usize];
                 let token = |i: u32| (i * 7 + index) % tiny.num_tokens();
                 let mut request = Request::from_tokens((0..len).map(token).collect::<Vec<u32>>());
                 request.beams = [9, 1, 20, 3, 2, 30, 5, 12, 1, 4][index as usize];

@@ -41,22 +41,40 @@ struct Tile {
   }
 };
 
-// On tensor cores: warps of 16 rows, pages of keys and values on their way while the one before is
-// worked on. Eight warps read a page half as often as four; four waste less on few rows.
-template <uint32_t kHeadDim, uint32_t kWarps> struct TensorAttention {
-  static constexpr uint32_t kThreads = kWarps * kWarpSize, kRows = kWarps * 16;
+// On tensor cores: four warps of 16 or 32 rows. With 32, a fragment of keys or values that a warp
+// fetches from shared memory serves two products; with 16 there are twice as many tiles for a device
+// that is not full. Both do the same arithmetic for a row in the same order, so a result does not
+// depend on the size of its tile. The next page is copied while one is worked on.
+template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
+  static constexpr uint32_t kHead = kHeadDim, kWarps = 4, kThreads = kWarps * kWarpSize;
+  static constexpr uint32_t kWarpRows = kRowsPerWarp, kMmas = kWarpRows / 16;
+  static constexpr uint32_t kRows = kWarps * kWarpRows;
   static constexpr uint32_t kStride = kHeadDim + 8;  // so that eight rows lie in distinct banks
   static constexpr uint32_t kPageElements = kPageLen * kStride;
+  static constexpr uint32_t kBufferRows = 2 * kPageLen;
+  static constexpr uint32_t kLaneRows = 2 * kMmas;
+  // Copies of 16 bytes: a thread copies one column of every kRowsAtOnce-th row.
+  static constexpr uint32_t kCopies = kHeadDim / 8, kRowsAtOnce = kThreads / kCopies;
+  // Tokens that are scored, weighed and summed up at a time; with 64, 32 rows a warp would spill.
+  static constexpr uint32_t kStep = 32;
+  // There are registers for the queries of 16 rows; those of 32 are fetched at each step.
+  static constexpr bool kKeepsQueries = kMmas == 1;
 
   bf16 *queries, *keys, *values;
-  float accumulated[kHeadDim / 8][4];
-  // Of rows lane / 4 and lane / 4 + 8 of the warp, in powers of two; sums over this lane's columns.
-  float largest[2], sums[2];
+  float accumulated[kMmas][kHeadDim / 8][4];
+  // Of this lane's rows, in powers of two: an offset near the largest score; sums over this lane's
+  // columns.
+  float largest[kLaneRows], sums[kLaneRows];
+  uint32_t fragments[kKeepsQueries ? kMmas : 1][kKeepsQueries ? kHeadDim / 16 : 1][4];
 
+  static __device__ uint32_t first_row_of_warp() { return threadIdx.x / kWarpSize * kWarpRows; }
+  // Of a lane's rows, one.
   static __device__ uint32_t row_in_tile(uint32_t which) {
-    return threadIdx.x / kWarpSize * 16 + threadIdx.x % kWarpSize / 4 + which * 8;
+    return first_row_of_warp() + which * 8 + threadIdx.x % kWarpSize / 4;
   }
   static __device__ uint32_t first_column() { return threadIdx.x % 4 * 2; }
+  static __device__ uint32_t copied_row() { return threadIdx.x / kCopies; }
+  static __device__ uint32_t copied_column() { return threadIdx.x % kCopies * 8; }
 
   __device__ explicit TensorAttention(SharedMemory& shared) {
     queries = shared.take<bf16>(kRows * kStride, "queries");
@@ -65,104 +83,160 @@ template <uint32_t kHeadDim, uint32_t kWarps> struct TensorAttention {
   }
 
   __device__ void load_queries(const Tile& tile, const bf16* all, uint32_t columns) {
-    for (uint32_t i = threadIdx.x; i < kRows * (kHeadDim / 8); i += kThreads) {
-      const uint32_t row = i / (kHeadDim / 8), column = i % (kHeadDim / 8) * 8;
+    const uint32_t group = tile.group;
+    uint32_t item = (tile.first + copied_row()) / group;
+    uint32_t head = tile.first + copied_row() - item * group;
+    const uint32_t items = kRowsAtOnce / group, heads = kRowsAtOnce - items * group;
+    all += tile.kv_head * group * kHeadDim + copied_column();
+#pragma unroll
+    for (uint32_t j = 0; j < kRows / kRowsAtOnce; j++) {
+      const uint32_t row = copied_row() + j * kRowsAtOnce;
       const bool is_wanted = tile.first + row < tile.num_rows;
-      const bf16* from = all;
-      if (is_wanted)
-        from += size_t(tile.row_of(row)) * columns + tile.head_of(row) * kHeadDim + column;
-      copy_async(queries + row * kStride + column, from, is_wanted);
-    }
-  }
-
-  __device__ void load_page(const Tile& tile, const Batch& batch, const Pages& pages,
-                            uint32_t page, uint32_t buffer) {
-    const bf16* from = context_keys<bf16>(pages, batch.pages[tile.first_page + page], tile.layer,
-                                          tile.kv_head);
-    for (uint32_t i = threadIdx.x; i < kPageLen * (kHeadDim / 8); i += kThreads) {
-      const uint32_t token = i / (kHeadDim / 8), column = i % (kHeadDim / 8) * 8;
-      const bool is_wanted = page * kPageLen + token < tile.context_len;
-      const uint32_t to = buffer * kPageElements + token * kStride + column;
-      const bf16* at = from + token * kHeadDim + column;
-      copy_async(keys + to, at, is_wanted);
-      copy_async(values + to, at + kPageLen * kHeadDim, is_wanted);
-    }
-  }
-
-  // The scores of the warp's rows with a page, times `scale`, in powers of two.
-  __device__ void score(const Tile& tile, const uint32_t (&fragments)[kHeadDim / 16][4],
-                        uint32_t page, uint32_t buffer, float (&scores)[kPageLen / 8][4]) const {
-    const uint32_t lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (uint32_t n = 0; n < kPageLen / 8; n++)
-      scores[n][0] = scores[n][1] = scores[n][2] = scores[n][3] = 0;
-#pragma unroll
-    for (uint32_t n = 0; n < kPageLen / 8; n += 2) {
-      const bf16* row = keys + buffer * kPageElements +
-                        (n * 8 + lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
-#pragma unroll
-      for (uint32_t k = 0; k < kHeadDim / 16; k++) {
-        uint32_t b[4];
-        ldmatrix(b, row + k * 16);
-        mma(scores[n], fragments[k], b[0], b[1]);
-        mma(scores[n + 1], fragments[k], b[2], b[3]);
+      const size_t at = size_t(tile.first_item_row + item) * columns + head * kHeadDim;
+      copy_async(queries + row * kStride + copied_column(), is_wanted ? all + at : all, is_wanted);
+      item += items;
+      head += heads;
+      if (head >= group) {
+        head -= group;
+        item++;
       }
     }
+  }
+
+  // Of the tokens behind a context's end, zeros.
+  __device__ void load_page(const bf16* from, uint32_t page, uint32_t context_len,
+                            uint32_t buffer) {
+    from += copied_row() * kHeadDim + copied_column();
+    const uint32_t to = buffer * kPageElements + copied_row() * kStride + copied_column();
+    const uint32_t first_token = page * kPageLen + copied_row();
 #pragma unroll
-    for (uint32_t which = 0; which < 2; which++) {
+    for (uint32_t j = 0; j < kPageLen / kRowsAtOnce; j++) {
+      const bool is_wanted = first_token + j * kRowsAtOnce < context_len;
+      copy_async(keys + to + j * kRowsAtOnce * kStride, from + j * kRowsAtOnce * kHeadDim,
+                 is_wanted);
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < kPageLen / kRowsAtOnce; j++) {
+      const bool is_wanted = first_token + j * kRowsAtOnce < context_len;
+      copy_async(values + to + j * kRowsAtOnce * kStride,
+                 from + (kPageLen + j * kRowsAtOnce) * kHeadDim, is_wanted);
+    }
+  }
+
+  __device__ void load_fragments(uint32_t (&a)[4], uint32_t tile, uint32_t k) const {
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    ldmatrix(a, queries + (first_row_of_warp() + tile * 16 + lane % 16) * kStride + k * 16 +
+                    lane / 16 * 8);
+  }
+  __device__ void keep_queries() {
+    if constexpr (kKeepsQueries) {
+#pragma unroll
+      for (uint32_t m = 0; m < kMmas; m++)
+#pragma unroll
+        for (uint32_t k = 0; k < kHeadDim / 16; k++) load_fragments(fragments[m][k], m, k);
+    }
+  }
+
+  // The products of the warp's rows with keys, from a row of the buffers on.
+  template <uint32_t kTokens>
+  __device__ void score(uint32_t first, float (&scores)[kMmas][kTokens / 8][4]) const {
+    const uint32_t lane = threadIdx.x % kWarpSize;
+    const bf16* row =
+        keys + (first + lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
+#pragma unroll
+    for (uint32_t m = 0; m < kMmas; m++)
+#pragma unroll
+      for (uint32_t n = 0; n < kTokens / 8; n++)
+        scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0;
+#pragma unroll
+    for (uint32_t k = 0; k < kHeadDim / 16; k++) {
+      uint32_t a[kMmas][4];
+#pragma unroll
+      for (uint32_t m = 0; m < kMmas; m++) {
+        if constexpr (kKeepsQueries) {
+#pragma unroll
+          for (uint32_t i = 0; i < 4; i++) a[m][i] = fragments[m][k][i];
+        } else {
+          load_fragments(a[m], m, k);
+        }
+      }
+#pragma unroll
+      for (uint32_t n = 0; n < kTokens / 8; n += 2) {
+        uint32_t b[4];
+        ldmatrix(b, row + n * 8 * kStride + k * 16);
+#pragma unroll
+        for (uint32_t m = 0; m < kMmas; m++) {
+          mma(scores[m][n], a[m], b[0], b[1]);
+          mma(scores[m][n + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Takes out what rows do not see. Where there is a bias, scores come out of it in powers of two.
+  template <uint32_t kTokens>
+  __device__ void mask(const Tile& tile, uint32_t first_token,
+                       float (&scores)[kMmas][kTokens / 8][4]) const {
+#pragma unroll
+    for (uint32_t which = 0; which < kLaneRows; which++) {
       const uint32_t row = row_in_tile(which), reach = tile.reach_of(row);
       const float* bias = tile.first + row < tile.num_rows ? tile.bias_of(row) : nullptr;
-      const uint32_t first_token = page * kPageLen + first_column();
-      if (!bias && first_token - first_column() + kPageLen <= reach) {
 #pragma unroll
-        for (uint32_t n = 0; n < kPageLen / 8; n++) {
-          scores[n][2 * which] *= tile.scale * kLog2E;
-          scores[n][2 * which + 1] *= tile.scale * kLog2E;
-        }
-        continue;
-      }
-#pragma unroll
-      for (uint32_t n = 0; n < kPageLen / 8; n++) {
+      for (uint32_t n = 0; n < kTokens / 8; n++) {
 #pragma unroll
         for (uint32_t e = 0; e < 2; e++) {
-          const uint32_t token = first_token + n * 8 + e;
-          float& score = scores[n][2 * which + e];
+          const uint32_t token = first_token + n * 8 + first_column() + e;
+          float& score = scores[which / 2][n][which % 2 * 2 + e];
           if (token >= reach) score = -INFINITY_F;
-          else score = (score * tile.scale + (bias ? bias[token] : 0.0f)) * kLog2E;
+          else if (bias) score = (score * tile.scale + bias[token]) * kLog2E;
         }
       }
     }
   }
 
-  // Takes scores into the running softmax; they become weights.
-  __device__ void weigh(float (&scores)[kPageLen / 8][4]) {
+  // Takes scores, times `factor` in powers of two, into the running softmax; they become weights.
+  template <uint32_t kTokens>
+  __device__ void weigh(float (&scores)[kMmas][kTokens / 8][4], float factor) {
+    float shares[kLaneRows];
+    bool is_larger = false;
 #pragma unroll
-    for (uint32_t which = 0; which < 2; which++) {
-      float most = largest[which];
+    for (uint32_t which = 0; which < kLaneRows; which++) {
+      float most = -INFINITY_F;
 #pragma unroll
-      for (uint32_t n = 0; n < kPageLen / 8; n++)
-        most = fmaxf(most, fmaxf(scores[n][2 * which], scores[n][2 * which + 1]));
+      for (uint32_t n = 0; n < kTokens / 8; n++)
+        most = fmaxf(most, fmaxf(scores[which / 2][n][which % 2 * 2],
+                                 scores[which / 2][n][which % 2 * 2 + 1]));
       most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2)) * factor;
+      // Weights of up to 2^8 are as exact as those of up to 1: sums are scaled anew only where a
+      // score is larger than that (FlashAttention-4). The first score always is.
+      shares[which] = 1;
+      if (most > largest[which] + 8) {
+        shares[which] = exp2_approx(largest[which] - most);
+        largest[which] = most;
+        is_larger = true;
+      }
       // A row that has seen no token yet keeps weights of zero.
-      const float offset = most == -INFINITY_F ? 0.0f : most;
-      const float share = exp2f(largest[which] - offset);
+      const float offset = largest[which] == -INFINITY_F ? 0.0f : largest[which];
       float sum = 0;
 #pragma unroll
-      for (uint32_t n = 0; n < kPageLen / 8; n++) {
+      for (uint32_t n = 0; n < kTokens / 8; n++) {
 #pragma unroll
         for (uint32_t e = 0; e < 2; e++) {
-          const float weight = exp2f(scores[n][2 * which + e] - offset);
-          scores[n][2 * which + e] = weight;
-          sum += weight;
+          float& score = scores[which / 2][n][which % 2 * 2 + e];
+          score = exp2_approx(fmaf(score, factor, -offset));
+          sum += score;
         }
       }
-      sums[which] = sums[which] * share + sum;
-      largest[which] = most;
+      sums[which] = fmaf(sums[which], shares[which], sum);
+    }
+    if (__ballot_sync(kAllLanes, is_larger) == 0) return;
+#pragma unroll
+    for (uint32_t which = 0; which < kLaneRows; which++) {
 #pragma unroll
       for (uint32_t d = 0; d < kHeadDim / 8; d++) {
-        accumulated[d][2 * which] *= share;
-        accumulated[d][2 * which + 1] *= share;
+        accumulated[which / 2][d][which % 2 * 2] *= shares[which];
+        accumulated[which / 2][d][which % 2 * 2 + 1] *= shares[which];
       }
     }
   }
@@ -174,64 +248,103 @@ template <uint32_t kHeadDim, uint32_t kWarps> struct TensorAttention {
     return bits;
   }
 
-  __device__ void accumulate(const float (&weights)[kPageLen / 8][4], uint32_t buffer) {
+  // Adds values times weights, from a row of the buffers on.
+  template <uint32_t kTokens>
+  __device__ void accumulate(const float (&weights)[kMmas][kTokens / 8][4], uint32_t first) {
     const uint32_t lane = threadIdx.x % kWarpSize;
+    const bf16* row = values + (first + lane % 16) * kStride + lane / 16 * 8;
 #pragma unroll
-    for (uint32_t n = 0; n < kPageLen / 8; n += 2) {
-      const uint32_t a[4] = {
-          pair(weights[n][0], weights[n][1]), pair(weights[n][2], weights[n][3]),
-          pair(weights[n + 1][0], weights[n + 1][1]), pair(weights[n + 1][2], weights[n + 1][3])};
-      const bf16* row =
-          values + buffer * kPageElements + (n * 8 + lane % 16) * kStride + lane / 16 * 8;
+    for (uint32_t n = 0; n < kTokens / 8; n += 2) {
+      uint32_t a[kMmas][4];
+#pragma unroll
+      for (uint32_t m = 0; m < kMmas; m++) {
+        const float(&w)[kTokens / 8][4] = weights[m];
+        a[m][0] = pair(w[n][0], w[n][1]);
+        a[m][1] = pair(w[n][2], w[n][3]);
+        a[m][2] = pair(w[n + 1][0], w[n + 1][1]);
+        a[m][3] = pair(w[n + 1][2], w[n + 1][3]);
+      }
 #pragma unroll
       for (uint32_t d = 0; d < kHeadDim / 8; d += 2) {
         uint32_t b[4];
-        ldmatrix_transposed(b, row + d * 8);
-        mma(accumulated[d], a, b[0], b[1]);
-        mma(accumulated[d + 1], a, b[2], b[3]);
+        ldmatrix_transposed(b, row + n * 8 * kStride + d * 8);
+#pragma unroll
+        for (uint32_t m = 0; m < kMmas; m++) {
+          mma(accumulated[m][d], a[m], b[0], b[1]);
+          mma(accumulated[m][d + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Asks for the queries and the first page: `attend` comes next, with something between that need
+  // not wait.
+  __device__ void begin(const Tile& tile, const Batch& batch, const Pages& pages,
+                        const bf16* all_queries, uint32_t query_columns) {
+    load_queries(tile, all_queries, query_columns);
+    if (tile.page_from < tile.page_to)
+      load_page(page_at(tile, batch, pages, tile.page_from), tile.page_from, tile.context_len, 0);
+    commit_copies();
+#pragma unroll
+    for (uint32_t m = 0; m < kMmas; m++)
+#pragma unroll
+      for (uint32_t d = 0; d < kHeadDim / 8; d++)
+        accumulated[m][d][0] = accumulated[m][d][1] = accumulated[m][d][2] = accumulated[m][d][3] =
+            0;
+#pragma unroll
+    for (uint32_t which = 0; which < kLaneRows; which++) {
+      largest[which] = -INFINITY_F;
+      sums[which] = 0;
+    }
+  }
+
+  static __device__ const bf16* page_at(const Tile& tile, const Batch& batch, const Pages& pages,
+                                        uint32_t page) {
+    return context_keys<bf16>(pages, batch.pages[tile.first_page + page], tile.layer,
+                              tile.kv_head);
+  }
+
+  // Takes in the pages of the context.
+  __device__ void attend(const Tile& tile, const Batch& batch, const Pages& pages) {
+    const uint32_t first_row = first_row_of_warp();
+    // What the first row of the warp sees, all of its rows see, and none more than the last.
+    const uint32_t seen_by_all = tile.bias ? 0 : tile.reach_of(first_row);
+    const uint32_t seen_by_any = tile.reach_of(first_row + kWarpRows - 1);
+    const float factor = tile.bias ? 1.0f : tile.scale * kLog2E;
+    // Where a page is, is asked for a page ahead: keys are on their way without a wait for it.
+    uint32_t next = 0;
+    if (tile.page_from + 1 < tile.page_to) next = batch.pages[tile.first_page + tile.page_from + 1];
+    for (uint32_t page = tile.page_from; page < tile.page_to; page++) {
+      const uint32_t buffer = (page - tile.page_from) % 2;
+      wait_for_copies<0>();
+      __syncthreads();  // the page is there, and nobody reads the one before any more
+      if (page + 1 < tile.page_to) {
+        load_page(context_keys<bf16>(pages, next, tile.layer, tile.kv_head), page + 1,
+                  tile.context_len, buffer ^ 1);
+        if (page + 2 < tile.page_to) next = batch.pages[tile.first_page + page + 2];
+      }
+      commit_copies();
+      if (page == tile.page_from) keep_queries();
+#pragma unroll
+      for (uint32_t step = 0; step < kPageLen; step += kStep) {
+        const uint32_t first_token = page * kPageLen + step, at = buffer * kPageLen + step;
+        if (first_token >= seen_by_any) break;
+        float scores[kMmas][kStep / 8][4];
+        score<kStep>(at, scores);
+        if (first_token + kStep > seen_by_all) mask<kStep>(tile, first_token, scores);
+        weigh<kStep>(scores, factor);
+        accumulate<kStep>(scores, at);
       }
     }
   }
 
   // Afterwards `accumulated` holds weighted sums, and `sums` the weights' sums of whole rows.
-  __device__ void attend(const Tile& tile, const Batch& batch, const Pages& pages,
-                         const bf16* all_queries, uint32_t query_columns) {
+  __device__ void finish() {
 #pragma unroll
-    for (uint32_t d = 0; d < kHeadDim / 8; d++)
-      accumulated[d][0] = accumulated[d][1] = accumulated[d][2] = accumulated[d][3] = 0;
-    largest[0] = largest[1] = -INFINITY_F;
-    sums[0] = sums[1] = 0;
-    load_queries(tile, all_queries, query_columns);
-    if (tile.page_from < tile.page_to) load_page(tile, batch, pages, tile.page_from, 0);
-    commit_copies();
-    uint32_t fragments[kHeadDim / 16][4];
-    for (uint32_t page = tile.page_from; page < tile.page_to; page++) {
-      const uint32_t buffer = (page - tile.page_from) % 2;
-      if (page + 1 < tile.page_to) load_page(tile, batch, pages, page + 1, buffer ^ 1);
-      commit_copies();
-      wait_for_copies<1>();
-      __syncthreads();
-      if (page == tile.page_from) load_fragments(fragments);
-      float scores[kPageLen / 8][4];
-      score(tile, fragments, page, buffer, scores);
-      weigh(scores);
-      accumulate(scores, buffer);
-      __syncthreads();  // nobody reads this buffer any more: the next round fills it
-    }
-    wait_for_copies<0>();
-    __syncthreads();
-#pragma unroll
-    for (uint32_t which = 0; which < 2; which++) {
+    for (uint32_t which = 0; which < kLaneRows; which++) {
       sums[which] += __shfl_xor_sync(kAllLanes, sums[which], 1);
       sums[which] += __shfl_xor_sync(kAllLanes, sums[which], 2);
     }
-  }
-
-  __device__ void load_fragments(uint32_t (&fragments)[kHeadDim / 16][4]) const {
-    const uint32_t warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (uint32_t k = 0; k < kHeadDim / 16; k++)
-      ldmatrix(fragments[k], queries + (warp * 16 + lane % 16) * kStride + k * 16 + lane / 16 * 8);
   }
 
   // Calls `each(column, x, y)` for this lane's pairs of columns of a row, times `factor`.
@@ -239,8 +352,8 @@ template <uint32_t kHeadDim, uint32_t kWarps> struct TensorAttention {
   __device__ void for_each_pair(uint32_t which, float factor, Each each) const {
 #pragma unroll
     for (uint32_t d = 0; d < kHeadDim / 8; d++)
-      each(d * 8 + first_column(), accumulated[d][2 * which] * factor,
-           accumulated[d][2 * which + 1] * factor);
+      each(d * 8 + first_column(), accumulated[which / 2][d][which % 2 * 2] * factor,
+           accumulated[which / 2][d][which % 2 * 2 + 1] * factor);
   }
 };
 

@@ -69,6 +69,12 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kGroups> __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroups) : "memory");
 }
+// 2^x, results below the smallest normal number as zero.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
 
 #else
 
@@ -105,6 +111,10 @@ inline void copy_async(void* to, const void* from, bool is_wanted, EMULATOR_SITE
 }
 inline void commit_copies() { ::emulator::cp_async_commit(); }
 template <int kGroups> inline void wait_for_copies() { ::emulator::cp_async_wait(kGroups); }
+inline float exp2_approx(float x) {
+  const float result = exp2f(x);
+  return result < 0x1p-126f ? 0.0f : result;
+}
 
 #endif
 

@@ -8,6 +8,7 @@
 constexpr uint32_t kPageLen = 64;  // tokens of a context's page
 constexpr uint32_t kTailPageLen = 16;  // rows of a tail's page
 constexpr uint32_t kMaxPositions = 16;  // of a tail: the start, and one for each step
+constexpr uint32_t kMaxSplits = 8;  // parts of a context
 constexpr uint32_t kMaxLevels = 8;  // of a trie
 constexpr uint32_t kContinuationsChunk = 1024;  // that a block of advance_beams_expand takes
 constexpr uint32_t kMaxParts = 64;  // that continuations are dealt out to

@@ -20,6 +20,7 @@ pub struct Emulator {
     capture: Mutex<Option<Vec<Asked>>>,
     /// Memory that nobody has taken, in bytes.
     free: Arc<AtomicUsize>,
+    num_processors: usize,
     max_shared_bytes: usize,
     /// Rows, columns and inner dimension of the products that were asked for outside captures.
     plans: Mutex<HashSet<[usize; 3]>>,
@@ -60,6 +61,7 @@ impl Emulator {
             kernels,
             capture: Mutex::new(None),
             free: Arc::new(AtomicUsize::new(1 << 30)),
+            num_processors: 4,
             max_shared_bytes: 227 << 10,
             plans: Mutex::default(),
             faults: Arc::default(),
@@ -78,6 +80,10 @@ impl Emulator {
     /// What of the device's memory is free, in bytes; it may be set.
     pub fn memory(&self) -> Arc<AtomicUsize> {
         Arc::clone(&self.free)
+    }
+
+    pub fn with_processors(self, num_processors: usize) -> Emulator {
+        Emulator { num_processors, ..self }
     }
 
     pub fn with_shared_bytes(self, max_shared_bytes: usize) -> Emulator {
@@ -111,7 +117,7 @@ impl Driver for Emulator {
     }
 
     fn num_processors(&self) -> usize {
-        4
+        self.num_processors
     }
 
     fn max_shared_bytes(&self) -> usize {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::slice;
 
 use super::tiny::random_catalog;
-use super::truth::{self, Matrix, relative_error};
+use super::truth::{self, Matrix, relative_error, worst_row};
 use super::walk::{Steps, Walk};
 use sidereal::Normalization;
 use sidereal::Tensor;
@@ -42,11 +42,13 @@ macro_rules! operation_tests {
         $crate::operation_tests!(@ $subject, $($attribute)?;
             embed_and_last_rows_copy_rows,
             rms_norm_is_the_formula,
+            rms_norm_loses_no_small_square_behind_large_ones,
             matmul_is_the_formula_with_every_epilogue,
             a_row_of_a_product_does_not_depend_on_the_other_rows,
             gate_is_the_formula,
             rotation_and_rotary_turn_query_and_key_heads_and_keep_keys_and_values,
             attend_prefill_is_the_formula_however_prompts_are_cut,
+            attention_is_the_formula_for_every_row_at_the_edges_of_pages,
             advance_beams_finds_the_best_and_attend_beams_follows_the_ancestors,
             embed_reads_each_beams_newest_token,
             rows_of_prompts_and_of_beams_leave_each_other_alone,
@@ -179,6 +181,22 @@ pub fn rms_norm_is_the_formula<S: Subject>() {
         let expected = truth::rms_norm(&Matrix::new(&x, columns), &weight.values, 1e-6);
         check::<S>(&backend, &out, &expected, &format!("rms_norm seed {seed}"));
     }
+}
+
+/// Sums of squares in fewer bits than f32 has would stop growing in these rows.
+pub fn rms_norm_loses_no_small_square_behind_large_ones<S: Subject>() {
+    let backend = S::open();
+    let rows = truth::rows_of_many_small_squares();
+    let columns = rows.columns;
+    let x: Vec<f32> = rows.values.iter().map(|&x| x as f32).collect();
+    let mut out = backend.buffer();
+    let weight = Tensor::new(&[columns], vec![1.0; columns]);
+    let weight = backend.vector(&[weight]).expect("memory");
+    backend.rms_norm(&backend.upload(&x, columns), &weight, 1e-6, &mut out);
+    let expected = truth::rms_norm(&rows, &vec![1.0; columns], 1e-6);
+    let found = values(&backend, &out);
+    let (row, error) = worst_row(&found, &expected.values, columns, "rms_norm");
+    assert!(error < S::TOLERANCE, "row {row}: relative error {error:.2e}");
 }
 
 pub fn matmul_is_the_formula_with_every_epilogue<S: Subject>() {
@@ -411,6 +429,67 @@ pub fn attend_prefill_is_the_formula_however_prompts_are_cut<S: Subject>() {
         );
         let whole = attend(&[whole]);
         assert_eq!(values(&backend, &out), values(&backend, &whole), "in parts, seed {seed}");
+    }
+}
+
+/// Each prompt is followed by a beam, which is what one more token of the prompt would be.
+pub fn attention_is_the_formula_for_every_row_at_the_edges_of_pages<S: Subject>() {
+    let backend = S::open();
+    let lens: Vec<usize> = (62..=66).chain(126..=130).collect();
+    for (num_heads, num_kv_heads, head_dim) in [(3, 1, 64), (2, 2, 128)] {
+        let heads = Heads::new(num_heads, num_kv_heads, head_dim);
+        let columns = heads.qkv_dim();
+        let mut cases = Cases::new(head_dim as u64);
+        let with_beam: Vec<usize> = lens.iter().map(|len| len + 1).collect();
+        let qkv = cases.numbers(with_beam.iter().sum::<usize>() * columns);
+        let prompts: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+        let ends: Vec<Range<usize>> = lens.iter().map(|&len| len..len + 1).collect();
+        let mut fixture = Fixture::new(&backend, heads).expect("memory");
+        let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| fixture.slot(len)).collect();
+        let prefill = |x: &[f32], chunks: &[Range<usize>], slots: &mut [SlotOf<S>]| {
+            let x = backend.upload(x, columns);
+            let batch = Batch::new(&fixture.memory, chunks, slots);
+            let mut out = backend.buffer();
+            let causal = AttentionSpec::softmax(heads, Mask::Causal, 0.3);
+            backend.store_context(0, &x, heads.query_dim(), heads, &batch);
+            backend.attend_prefill(0, &x, &causal, &batch, &mut out);
+            values(&backend, &out)
+        };
+        let x = rows_of(&qkv, columns, &with_beam, &prompts);
+        let together = prefill(&x, &prompts, &mut slots);
+        let (mut first, mut alone) = (0, Vec::new());
+        for (prompt, slot) in prompts.iter().zip(&mut slots) {
+            let x = &x[first * columns..(first + prompt.len()) * columns];
+            alone.extend(prefill(x, slice::from_ref(prompt), slice::from_mut(slot)));
+            first += prompt.len();
+        }
+        assert_eq!(together, alone, "a prompt's result depends on no other prompt");
+
+        let x = backend.upload(&rows_of(&qkv, columns, &with_beam, &ends), columns);
+        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
+        backend.append_tail(0, &x, heads, &mut batch);
+        let mut out = backend.buffer();
+        let over_both = AttentionSpec::softmax(heads, KvScope::Both, 0.3);
+        backend.attend_beams(0, &x, &over_both, &batch, &mut out);
+        let of_beams = values(&backend, &out);
+
+        let mut found = Vec::new();
+        let mut rest = &together[..];
+        for (len, of_beam) in lens.iter().zip(of_beams.chunks_exact(heads.query_dim())) {
+            let (of_prompt, others) = rest.split_at(len * heads.query_dim());
+            found.extend_from_slice(of_prompt);
+            found.extend_from_slice(of_beam);
+            rest = others;
+        }
+        let (qkv, scale) = (Matrix::new(&qkv, columns), f64::from(0.3f32));
+        let expected =
+            truth::attend_prefill(&qkv, heads, Mask::Causal, scale, |_, _| 0.0, &with_beam);
+        let (at, error) = worst_row(&found, &expected.values, head_dim, "attention");
+        let (row, head) = (at / num_heads, at % num_heads);
+        assert!(
+            error < S::TOLERANCE,
+            "row {row} of prompts of {with_beam:?}, head {head}: relative error {error:.2e}"
+        );
     }
 }
 

@@ -74,6 +74,15 @@ pub fn rms_norm(x: &Matrix, weight: &[f64], epsilon: f64) -> Matrix {
     Matrix { values, columns: x.columns }
 }
 
+/// Two rows of 4,096 numbers: all ones; and ones behind numbers whose squares are so large that bf16
+/// holds no sum of both.
+pub fn rows_of_many_small_squares() -> Matrix {
+    let columns = 4096;
+    let large = |at: usize| if at < columns / 2 && at % 8 == 0 { 16.0 } else { 1.0 };
+    let values = std::iter::repeat_n(1.0, columns).chain((0..columns).map(large)).collect();
+    Matrix { values, columns }
+}
+
 /// First and second half of a head turned as pairs. Angles are products in f32, as the operation and
 /// Hugging Face say.
 pub fn rotate(head: &[f64], position: usize, frequencies: &[f32]) -> Vec<f64> {
@@ -157,4 +166,13 @@ pub fn relative_error(found: &[f32], truth: &[f64], what: &str) -> f64 {
     }
     let norm: f64 = truth.iter().map(|x| x * x).sum();
     (difference / norm.max(1e-30)).sqrt()
+}
+
+/// The row of `columns` numbers that is furthest from the truth, and its relative error. A norm over
+/// all rows would hide one that is wrong.
+pub fn worst_row(found: &[f32], truth: &[f64], columns: usize, what: &str) -> (usize, f64) {
+    assert_eq!(found.len(), truth.len(), "{what}: length");
+    let rows = found.chunks_exact(columns).zip(truth.chunks_exact(columns));
+    let errors = rows.map(|(found, truth)| relative_error(found, truth, what)).enumerate();
+    errors.max_by(|(_, a), (_, b)| a.total_cmp(b)).expect("there are rows")
 }

@@ -6,7 +6,7 @@ use super::driver::Driver;
 use super::memory::{Beams, Pages};
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
-use super::tiling::{MAX_POSITIONS, NARROW_ROWS, WIDE_ROWS, attention_bytes, attention_threads};
+use super::tiling::{ATTENTION_THREADS, MAX_POSITIONS, NARROW_ROWS, WIDE_ROWS, attention_bytes};
 use crate::backend::{AttendBeams, AttentionSpec, Batch, BeamAttention, KvScope, ScoreRule};
 
 shared_struct! {
@@ -53,6 +53,9 @@ shared_struct! {
     }
 }
 
+/// Rows and query heads that a block of `attend_beams_combine` merges the parts of: one a warp.
+const COMBINE_ROWS: usize = 4;
+
 impl<D: Driver> AttendBeams for CudaBackend<D> {
     fn attend_beams(
         &self,
@@ -98,7 +101,7 @@ impl<D: Driver> AttendBeams for CudaBackend<D> {
         };
         let grid = [metadata.num_beam_tiles, heads.num_kv_heads, num_splits];
         let shared = attention_bytes(tile_rows, heads.head_dim(), MAX_POSITIONS);
-        self.device.launch(kernel, grid, attention_threads(tile_rows), shared, &params);
+        self.device.launch(kernel, grid, ATTENTION_THREADS, shared, &params);
         if num_splits > 1 {
             let params = CombineParams {
                 out: out.memory.at(0),
@@ -109,7 +112,8 @@ impl<D: Driver> AttendBeams for CudaBackend<D> {
                 head_dim: heads.head_dim() as u32,
             };
             let kernel = self.kernel("attend_beams_combine_f32", "attend_beams_combine_bf16");
-            self.device.launch(kernel, [num_rows, heads.num_heads, 1], 64, 0, &params);
+            let grid = [(num_rows * heads.num_heads).div_ceil(COMBINE_ROWS), 1, 1];
+            self.device.launch(kernel, grid, ATTENTION_THREADS, 0, &params);
         }
     }
 }

@@ -6,7 +6,7 @@ use super::driver::Driver;
 use super::memory::Pages;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
-use super::tiling::{NARROW_ROWS, WIDE_ROWS, attention_bytes, attention_threads};
+use super::tiling::{ATTENTION_THREADS, NARROW_ROWS, WIDE_ROWS, attention_bytes};
 use crate::backend::{AttendPrefill, AttentionSpec, Batch, Mask, PrefillAttention, ScoreRule};
 
 shared_struct! {
@@ -76,6 +76,6 @@ impl<D: Driver> AttendPrefill for CudaBackend<D> {
         };
         let grid = [metadata.num_prompt_tiles, heads.num_kv_heads, 1];
         let shared = attention_bytes(tile_rows, heads.head_dim(), 0);
-        self.device.launch(kernel, grid, attention_threads(tile_rows), shared, &params);
+        self.device.launch(kernel, grid, ATTENTION_THREADS, shared, &params);
     }
 }

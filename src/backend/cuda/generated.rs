@@ -26,6 +26,7 @@ fn constants() -> Vec<(&'static str, usize, &'static str)> {
         ("kPageLen", PAGE_LEN, "tokens of a context's page"),
         ("kTailPageLen", TAIL_PAGE_LEN, "rows of a tail's page"),
         ("kMaxPositions", tiling::MAX_POSITIONS, "of a tail: the start, and one for each step"),
+        ("kMaxSplits", tiling::MAX_SPLITS, "parts of a context"),
         ("kMaxLevels", MAX_LEVELS, "of a trie"),
         ("kContinuationsChunk", plan::CHUNK, "that a block of advance_beams_expand takes"),
         ("kMaxParts", plan::MAX_PARTS, "that continuations are dealt out to"),

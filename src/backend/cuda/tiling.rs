@@ -10,12 +10,12 @@ use crate::tensor::Dtype;
 
 /// Positions that a tail may have: the start, and one for each step.
 pub(super) const MAX_POSITIONS: usize = 16;
-/// Rows of a tile without tensor cores, and with four and eight warps of them.
+/// Rows of a tile without tensor cores, and with them, of 16 and of 32 rows a warp.
 pub(super) const PLAIN_ROWS: usize = 16;
 pub(super) const NARROW_ROWS: usize = 64;
 pub(super) const WIDE_ROWS: usize = 128;
 /// Parts of a context at most: each is written in f32 and read again.
-const MAX_SPLITS: usize = 8;
+pub(super) const MAX_SPLITS: usize = 8;
 /// Pages of a part at least: it reads its queries and writes its sums once more, and that wants
 /// pages to pay for it.
 const MIN_SPLIT_PAGES: usize = 4;
@@ -48,17 +48,22 @@ impl Tiling {
         self.heads.num_heads / self.heads.num_kv_heads
     }
 
-    /// Rows of a tile in a pass over prompts or slots with `counts` tokens or beams: kernels for
-    /// tensor cores take more. A row's result does not depend on it.
+    /// Rows of a tile in a pass over prompts or slots with `counts` tokens or beams: tensor cores
+    /// take more, and most where there are blocks for the whole device even so. A row's result does
+    /// not depend on it (`TensorAttention` in kernels/common/attention.cuh).
     pub fn tile_rows(self, counts: impl IntoIterator<Item = usize>) -> usize {
-        let most = counts.into_iter().max().unwrap_or(0);
         let has_tensor_kernel =
             self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim(), 64 | 128);
-        match has_tensor_kernel {
-            true if most * self.group() > NARROW_ROWS && self.has_room(WIDE_ROWS) => WIDE_ROWS,
-            true if self.has_room(NARROW_ROWS) => NARROW_ROWS,
-            _ => PLAIN_ROWS,
+        if !has_tensor_kernel || !self.has_room(NARROW_ROWS) {
+            return PLAIN_ROWS;
         }
+        let rows = counts.into_iter().map(|count| count * self.group());
+        let (num_tiles, most) = rows.fold((0, 0), |(num_tiles, most), rows| {
+            (num_tiles + rows.div_ceil(WIDE_ROWS), most.max(rows))
+        });
+        let num_blocks = num_tiles * self.heads.num_kv_heads;
+        let is_full = num_blocks >= self.blocks_at_once(WIDE_ROWS) && most > NARROW_ROWS;
+        if is_full && self.has_room(WIDE_ROWS) { WIDE_ROWS } else { NARROW_ROWS }
     }
 
     /// Blocks of a tile of `tile_rows` that the device runs at a time: as many a processor as it
@@ -66,8 +71,7 @@ impl Tiling {
     fn blocks_at_once(self, tile_rows: usize) -> usize {
         // Registers: kernels/README.md. A block takes 1 KiB of shared memory for the system.
         let by_registers = match tile_rows {
-            WIDE_ROWS => 1,
-            NARROW_ROWS => 2,
+            WIDE_ROWS | NARROW_ROWS => 2,
             _ => 4,
         };
         let bytes = attention_bytes(tile_rows, self.heads.head_dim(), MAX_POSITIONS) + 1024;
@@ -119,9 +123,7 @@ pub(super) fn attention_bytes(tile_rows: usize, head_dim: usize, positions: usiz
 }
 
 /// Threads of a block of attention.
-pub(super) fn attention_threads(tile_rows: usize) -> u32 {
-    if tile_rows == WIDE_ROWS { 256 } else { 128 }
-}
+pub(super) const ATTENTION_THREADS: u32 = 128;
 
 /// Bytes of dynamic shared memory for arrays of these sizes, as `SharedMemory` in
 /// kernels/common/device.cuh lays them out.
