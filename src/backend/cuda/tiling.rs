@@ -18,7 +18,7 @@ pub(super) const WIDE_ROWS: usize = 128;
 pub(super) const MAX_SPLITS: usize = 8;
 /// Pages of a part at least: it reads its queries and writes its sums once more, and that wants
 /// pages to pay for it.
-const MIN_SPLIT_PAGES: usize = 4;
+const MIN_SPLIT_PAGES: usize = 8;
 
 /// What chooses the kernels of attention: heads, number type and device.
 #[derive(Debug, Clone, Copy)]
@@ -222,8 +222,9 @@ mod tests {
         let heads = Heads::new(16, 8, 128);
         let (dtype, num_processors, max_shared_bytes) = (Dtype::Bf16, 132, 227 << 10);
         let tiling = Tiling { heads, dtype, num_processors, max_shared_bytes };
-        // Four tiles for each of eight KV heads, in four parts: 128 blocks.
-        assert_eq!(tiling.splits(1000, 256), Splits { count: 4, pages: 4 });
+        // Four tiles for each of eight KV heads, in four parts: 128 blocks. A short context has fewer
+        // parts, which cost a full device more than they give an empty one.
+        assert_eq!(tiling.splits(1000, 256), Splits { count: 2, pages: 8 });
         assert_eq!(tiling.splits(5000, 256), Splits { count: 4, pages: 20 });
         // With many beams there are enough tiles.
         assert_eq!(tiling.splits(5000, 1024), Splits { count: 1, pages: 79 });
