@@ -14,8 +14,9 @@ use sidereal::catalog::{CatalogBuilder, Item};
 use sidereal::device::WithBackend;
 use sidereal::{Dtype, Engine, Recommendation, Request, Result, Tensor};
 
+use super::arguments::{ModelArguments, Outcome, write_error};
+use super::device::DeviceArguments;
 use super::measure::matrix_gflops;
-use super::{DeviceArguments, ModelArguments, Outcome, write_error};
 
 /// The demo model, so that the binary alone is enough.
 const DEMO: [(&str, &[u8]); 4] = [
