@@ -259,6 +259,8 @@ fn weights_that_are_replaced_while_requests_run_answer_as_on_the_cpu() {
     let backend = Emulator::backend(Build::Plain, Dtype::F32);
     let emulated = Engine::open_on(backend, &folder, Arc::clone(&catalog), &options());
     let mut emulated = emulated.expect("a model");
+    let opened = emulated.metrics();
+    assert_eq!((opened.answered, opened.step_us.count(), opened.cache_misses), (0, 0, 0));
     (0..4).for_each(|_| drop(emulated.recommend(&requests[0]).expect("a sound request")));
     assert!(emulated.run(|backend| backend.traffic().replays) > 0, "steps are replayed");
     let emulated = Recommender::from_engine(emulated, &RecommenderOptions::default());

@@ -128,7 +128,9 @@ impl<B: Backend> Worker<B> {
         self.shared.queue.close();
         for message in self.shared.queue.take(0, false).entries {
             if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {
-                reply.send(Err(self.shared.end()));
+                let error = self.shared.end();
+                self.engine.preparer().metrics().request_failed(&error);
+                reply.send(Err(error));
             }
         }
         self.feeds.clear();
