@@ -18,6 +18,7 @@ use weights::Weights;
 pub mod config;
 pub mod decoder_only;
 pub mod t5;
+pub mod vocabulary;
 pub mod weights;
 
 /// How a network reads its prompt.
