@@ -124,7 +124,7 @@ impl<B: Backend> DecoderOnly<B> {
             embedding: backend.table(embedding)?,
             layers,
             norm: backend.vector(&[norm])?,
-            head: backend.head(head, &layout.levels, &layout.suffix)?,
+            head: backend.head(head, &layout.levels, &layout.known_tokens())?,
         })
     }
 

@@ -19,6 +19,7 @@ pub mod config;
 pub mod decoder_only;
 mod network;
 pub mod t5;
+pub mod vocabulary;
 pub mod weights;
 
 pub use network::{Activations, ForwardPass, Model, ModelOutput, ModelSpec, Network, PromptKind};

@@ -197,7 +197,7 @@ impl<B: Backend> T5<B> {
             decoder,
             decoder_bias: backend.vector(&[decoder_bias])?,
             decoder_norm: backend.vector(&[Tensor::new(&[d_model], final_norm)])?,
-            head: backend.head(head, &layout.levels, &layout.suffix)?,
+            head: backend.head(head, &layout.levels, &layout.known_tokens())?,
         })
     }
 
