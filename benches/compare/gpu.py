@@ -247,9 +247,9 @@ class SharedContext:
         residual = self.embedding[tokens]
         return residual, F.rms_norm(residual, residual.shape[-1:], self.norms[0][0], self.epsilon)
 
-    def attend_prefill(self, q, k, v, is_causal):
+    def attend_prefill(self, q, k, v):
         with sdpa_kernel(self.prefill_kernel) if self.prefill_kernel else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def prefill(self, prompts):
         """Keys and values of each layer, `[batch, kv_heads, tokens, head_dim]`, and logits `[batch, vocabulary]`."""
@@ -264,7 +264,7 @@ class SharedContext:
             is_last = layer + 1 == len(self.qkv)
             if is_last:  # nothing behind it reads any token but the last one
                 q, residual = q[:, :, -1:], residual.unflatten(0, (batch, length))[:, -1]
-            mixed = self.attend_prefill(q, k, v, not is_last)
+            mixed = attend_context(q, k, v)[0] if is_last else self.attend_prefill(q, k, v)
             residual, x = self.finish_layer(layer, residual, mixed.transpose(1, 2).reshape(len(residual), -1))
         return contexts, F.linear(x, self.head)
 
@@ -330,7 +330,7 @@ def pick_prefill_kernel(shared, batch, length):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 for _ in range(3):
-                    shared.attend_prefill(*operands, True)
+                    shared.attend_prefill(*operands)
                 torch.cuda.synchronize()
                 seconds[kernel] = time.perf_counter() - start
         except RuntimeError as error:
@@ -349,7 +349,7 @@ def record_graph(shared, prompts):
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         sequences, scores = shared.search(own)
 
     def run(new):
@@ -382,6 +382,7 @@ def prepare(shared, prompts, others, notes):
         except Exception as error:  # whatever a compiler or a capture says, the plain way goes on
             notes.append(f"{name} failed: {str(error).strip().splitlines()[0][:120]}")
             print(f"{name}: {error}", file=sys.stderr)
+            shared.prefill_kernel = None  # what torch itself would take
             torch.cuda.empty_cache()
     shared.fused = plain
     return "not compiled, no graph", eager
@@ -399,6 +400,8 @@ def nvidia_libraries():
 
 def run_sidereal(options, shape, history, batch, seconds):
     """The report of `sidereal bench`, with `ms`, the time of a group."""
+    if seconds < 0.5:
+        raise OutOfTime("no time was left for sidereal")
     device = "cuda:0" if options.device == "cuda" else options.device
     # 16 histories are gone through; the first groups of a shape run before their steps are recorded.
     repeat = 1 if options.tiny else 3 if batch == 1 else 6
@@ -408,7 +411,7 @@ def run_sidereal(options, shape, history, batch, seconds):
     paths = nvidia_libraries() + [os.environ[name] for name in ("LD_LIBRARY_PATH",) if os.environ.get(name)]
     environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(paths)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 0.5), env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
         raise OutOfTime(f"sidereal took over {seconds:.0f} s") from None
     if done.returncode != 0:
