@@ -8,9 +8,9 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::EngineStatus;
 use super::answer::Reply;
 use super::prepare::Prepared;
+use super::status::EngineStatus;
 use crate::answer::{Answer, Timings};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
