@@ -3,6 +3,7 @@
 
     python golden.py exact FOLDER...      add `exact_scores` to the golden.json of existing folders
     python golden.py make CASE...         make the folders of the cases below
+    python golden.py programs FOLDER...   make programs.json in existing folders: named tokens and forced tokens
 
 Needs torch and transformers (5.x). The scores of the first five folders are those of Hugging Face's `generate` in
 f32 with `prefix_allowed_tokens_fn`; `exact_scores` beside them are the same network's in f64, which tells how far
@@ -144,6 +145,44 @@ def save(case, folder):
         os.remove(path)
 
 
+def search(network, ids, forced, children, num_steps, width, is_children):
+    """The best prefixes after forced tokens, which are in no prefix and no score."""
+    beams = [((), 0.0)]
+    for _ in range(num_steps):
+        logits = network.logits(ids, [(*forced, *prefix) for prefix, _ in beams])[:, -1]
+        grown = [((*prefix, token), score + log_p(row, token, sorted(children[prefix]) if is_children else None).item())
+                 for row, (prefix, score) in zip(logits, beams) for token in sorted(children[prefix])]
+        beams = sorted(grown, key=lambda beam: (-beam[1], beam[0]))[:width]
+    return beams
+
+
+def add_programs(folder):
+    """Log-probabilities of named tokens, and searches with forced tokens before the codes, by the network in f64."""
+    golden, layout = (json.load(open(os.path.join(folder, name))) for name in ("golden.json", "sidereal.json"))
+    first, suffix = [level["first_token"] for level in layout["levels"]], layout.get("suffix", [])
+    children = {}
+    for sid in read_codes(folder, golden["items_index"]).values():
+        sequence = [f + code for f, code in zip(first, sid)] + suffix
+        for end in range(len(sequence)):
+            children.setdefault(tuple(sequence[:end]), set()).add(sequence[end])
+    network, read, searches = Network(folder), [], []
+    cases = [case["input_ids"] for case in golden.get("cases", []) + golden.get("children", [])][:3]
+    for ids, forced in zip(cases, ([], [11], [4, 13, 3])):
+        tokens = [7, 3, first[1] + 5, 2, 3, first[0]]
+        row = torch.log_softmax(network.logits(ids, [tuple(forced)])[0, -1], 0)
+        read.append(dict(input_ids=ids, forced=forced, tokens=tokens, log_probs=[row[token].item() for token in tokens]))
+        forced = forced or [5]
+        rows = network.logits(ids, [tuple(forced)])[0, -len(forced) - 1:]
+        counted = sum(log_p(row, token, None).item() for row, token in zip(rows, forced))
+        beams = search(network, ids, forced, children, len(first) + len(suffix), 20, False)
+        for is_counted in (False, True):
+            searches.append(dict(input_ids=ids, forced=forced, is_counted=is_counted, width=20,
+                                 sequences=[prefix[:len(first)] for prefix, _ in beams],
+                                 scores=[score + counted * is_counted for _, score in beams]))
+    with open(os.path.join(folder, "programs.json"), "w") as file:
+        json.dump(dict(read=read, searches=searches), file)
+
+
 def make(name):
     case, folder = CASES[name], os.path.join(HERE, name)
     save(case, folder)
@@ -165,12 +204,7 @@ def make(name):
         for at, item in enumerate(kept):
             ids += (prompt.get("separator", []) if at else []) + tokens[item]
         ids += prompt.get("suffix", [])
-        beams = [((), 0.0)]
-        for _ in range(len(LEVELS) + len(layout.get("suffix", []))):
-            logits = network.logits(ids, [prefix for prefix, _ in beams])[:, -1]
-            grown = [((*prefix, token), score + log_p(row, token, sorted(children[prefix]) if is_children else None).item())
-                     for row, (prefix, score) in zip(logits, beams) for token in sorted(children[prefix])]
-            beams = sorted(grown, key=lambda beam: (-beam[1], beam[0]))[:width]
+        beams = search(network, ids, (), children, len(LEVELS) + len(layout.get("suffix", [])), width, is_children)
         golden.append(dict(input_ids=ids, history=history, width=width, scores=[score for _, score in beams],
                            sequences=[prefix[:len(LEVELS)] for prefix, _ in beams]))
     kind = "children" if is_children else "cases"
@@ -179,11 +213,11 @@ def make(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("exact", "make"))
+    parser.add_argument("action", choices=("exact", "make", "programs"))
     parser.add_argument("names", nargs="+", help="folders, or cases: " + ", ".join(CASES))
     options = parser.parse_args()
     for name in options.names:
-        (add_exact if options.action == "exact" else make)(name)
+        dict(exact=add_exact, make=make, programs=add_programs)[options.action](name)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ pub struct Recommendation {
     pub sid: Sid,
     /// Natural log of the probability of the semantic ID (and of the forced tokens that count).
     pub score: f32,
-    /// Of each code (and each forced token), where the request asks for them.
+    /// Of each code (and each forced token that counts), where the request asks for them.
     pub log_probs: Vec<LogProb>,
     /// Its title, where the request asks for titles and the catalog has one.
     pub title: Option<String>,
@@ -84,7 +84,7 @@ pub struct Timings {
 #[non_exhaustive]
 pub struct Answer {
     /// Best first; equal scores by smaller semantic ID, then by the catalog's order. Empty where
-    /// the request asks for groups.
+    /// the request asks for groups, or reads named tokens instead of searching.
     pub items: Vec<Recommendation>,
     /// The recommendations of each of the request's `groups`, in their order.
     pub groups: Vec<Group>,
@@ -92,7 +92,7 @@ pub struct Answer {
     pub read: Vec<ReadToken>,
     /// The state of the catalog that was searched.
     pub snapshot: Arc<Snapshot>,
-    /// Tokens of the request's context.
+    /// Tokens of the request's context, those included that are forced into it.
     pub tokens: usize,
     /// Tokens of the context that the prefix cache had from earlier requests.
     pub cached_tokens: usize,

@@ -107,10 +107,20 @@ pub struct Request {
     /// that each would have in a search. Those that are not available are left out. `beams` and
     /// `top_k` have no effect. Empty for a search.
     pub candidates: Vec<String>,
-    /// Tokens that the model is made to write before the codes of every item.
+    /// Tokens that the model is made to write before the codes of every item, and before `read`.
+    /// `None` takes the model's own (`forced` in its `sidereal.json`), which stand before codes
+    /// alone.
+    ///
+    /// Tokens that do not count extend the context of a decoder-only model, where the prefix cache
+    /// finds them; all others are steps of the search. Counted ones add their log-probabilities over
+    /// the vocabulary, and nothing where scores are normalised over less.
     pub forced: Option<Forced>,
-    /// Tokens whose log-probabilities right after the input the answer gives, over the whole
-    /// vocabulary. Empty for none.
+    /// Tokens whose log-probabilities the answer gives, over the whole vocabulary, right after the
+    /// input and the request's `forced` tokens. Empty for none.
+    ///
+    /// They replace the search, unless the request names `groups` or `candidates`: then both are
+    /// answered from one context. Fields that belong to a search (`filter`, `exclude`, `seed`,
+    /// `log_probs`) are refused without one; `beams` and `top_k` have no effect then.
     pub read: Vec<NamedToken>,
     /// Draws the beams instead of keeping the best, without replacement and with the probabilities
     /// of the legal continuations (Kool et al. 2019); equal seeds draw equal beams. Items come in

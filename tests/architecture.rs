@@ -12,18 +12,16 @@ use source::{Library, SourceFile, files, module_of, root, sources};
 
 /// Circles of files that are still there, each as the files that reach one another. A mended circle
 /// must be taken off this list; a new one does not come onto it.
-const KNOWN_CIRCLES: &[&[&str]] = &[
-    &["src/engine/batch.rs", "src/engine/feed.rs", "src/engine/mod.rs", "src/engine/scheduler.rs"],
-    &["src/models/decoder_only.rs", "src/models/mod.rs", "src/models/t5.rs"],
-];
+const KNOWN_CIRCLES: &[&[&str]] = &[&[
+    "src/engine/batch.rs",
+    "src/engine/feed.rs",
+    "src/engine/mod.rs",
+    "src/engine/scheduler.rs",
+]];
 
 /// Functions of more than [`MAX_FUNCTION_LINES`] that are still there, as `file: function`. A
 /// function that was cut must be taken off this list; a new one does not come onto it.
-const KNOWN_LONG_FUNCTIONS: &[&str] = &[
-    "src/backend/cuda/rules.rs: write",
-    "src/cli/selftest.rs: measure_operations",
-    "src/models/t5.rs: load",
-];
+const KNOWN_LONG_FUNCTIONS: &[&str] = &[];
 
 const MAX_FILE_LINES: usize = 600;
 const MAX_FUNCTION_LINES: usize = 80;
@@ -310,7 +308,7 @@ fn an_operation_has_one_name_everywhere() {
 
 #[test]
 fn a_family_has_one_name_everywhere() {
-    let shared = ["models", "config", "weights"];
+    let shared = ["models", "config", "network", "weights"];
     let golden = std::fs::read_to_string(root().join("tests/golden.rs")).expect("the tests");
     for (file, _) in sources("src/models") {
         let family = module_of(&file).get(1).cloned().unwrap_or("models".into());

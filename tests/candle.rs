@@ -24,7 +24,7 @@ use serde_json::{Map, Value};
 use sidereal::backend::cpu::CpuBackend;
 use sidereal::backend::prelude::*;
 use sidereal::backend::testing::Fixture;
-use sidereal::backend::{Batch, Beam, SearchRule};
+use sidereal::backend::{Batch, Beam, SearchRule, StepChoice};
 use sidereal::catalog::Catalog;
 use sidereal::models;
 use sidereal::models::config::{Config, SidLayout};
@@ -163,7 +163,8 @@ impl Checkpoint {
         let (mut pass, mut scores) = (Arc::clone(&model).new_pass(&backend), backend.logits());
         let mut truth = Truth::new(network, tolerance);
         let whole: Vec<_> = prompts.iter().map(|prompt| 0..prompt.len()).collect();
-        for step in 0..layout.num_steps() {
+        let num_levels = layout.levels.len();
+        for step in 0..num_levels + layout.suffix.len() {
             let (tokens, chunks) = match step {
                 0 => (prompts.concat(), &whole[..]),
                 _ => (Vec::new(), &[][..]),
@@ -179,7 +180,14 @@ impl Checkpoint {
                 }
             }
             assert!(rows.next().is_none(), "every row is a beam's");
-            let (choice, depth) = layout.choice(step);
+            let depth = step.min(num_levels);
+            let choice = match step {
+                level if level < num_levels => StepChoice::Level(level),
+                _ => {
+                    let token = layout.suffix[step - num_levels];
+                    StepChoice::Forced { token, is_counted: true }
+                }
+            };
             let rule =
                 SearchRule { choice, depth, ..SearchRule::new(&catalog, &allowed_set, 0, BEAMS) };
             let rules = vec![rule; prompts.len()];

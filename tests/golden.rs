@@ -5,13 +5,18 @@
 //! (`cases`) and over the legal children (`children`). Five folders are answers of Hugging Face's
 //! `generate` (transformers 5.23, f32), with the same network's scores in f64 beside them; the
 //! others are a plain search over the network in f64. `models/golden.py` makes them.
+//!
+//! Some folders have `programs.json` as well: log-softmax of named tokens after prompts and forced
+//! tokens, and searches with forced tokens before the codes, all by the published network in f64.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
 use sidereal::catalog::Catalog;
-use sidereal::{Engine, EngineOptions, Input, Normalization, Request};
+use sidereal::{
+    Engine, EngineOptions, Forced, Input, NamedToken, Normalization, Recommendation, Request,
+};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -30,6 +35,7 @@ struct Case {
     input_ids: Vec<u32>,
     width: usize,
     /// Where the answer is to a history rather than to `input_ids` themselves.
+    #[serde(default)]
     history: Vec<String>,
     sequences: Vec<Vec<u32>>,
     scores: Vec<f32>,
@@ -93,16 +99,7 @@ fn check(folder: &str) {
                 by_history.input = Input::History(case.history.clone());
                 assert_eq!(engine.recommend(&by_history).expect("known items"), answer);
             }
-            // One beam is one semantic ID; items that share it follow one another.
-            let mut beams: Vec<(Vec<u32>, f32)> = Vec::new();
-            for item in &answer.items {
-                let levels = layout.levels.iter().zip(item.sid.codes());
-                let tokens: Vec<u32> =
-                    levels.map(|(level, &code)| level.first_token + u32::from(code)).collect();
-                if beams.last().is_none_or(|(last, _)| *last != tokens) {
-                    beams.push((tokens, item.score));
-                }
-            }
+            let beams = beams_of(&answer.items, &layout);
             compare(
                 &beams,
                 case,
@@ -111,6 +108,98 @@ fn check(folder: &str) {
             );
         }
     }
+}
+
+/// One beam is one semantic ID; items that share it follow one another.
+fn beams_of(items: &[Recommendation], layout: &Layout) -> Vec<(Vec<u32>, f32)> {
+    let mut beams: Vec<(Vec<u32>, f32)> = Vec::new();
+    for item in items {
+        let levels = layout.levels.iter().zip(item.sid.codes());
+        let tokens: Vec<u32> =
+            levels.map(|(level, &code)| level.first_token + u32::from(code)).collect();
+        if beams.last().is_none_or(|(last, _)| *last != tokens) {
+            beams.push((tokens, item.score));
+        }
+    }
+    beams
+}
+
+#[derive(Deserialize)]
+struct Programs {
+    read: Vec<Read>,
+    searches: Vec<ForcedCase>,
+}
+
+#[derive(Deserialize)]
+struct Read {
+    input_ids: Vec<u32>,
+    forced: Vec<u32>,
+    tokens: Vec<u32>,
+    log_probs: Vec<f64>,
+}
+
+#[derive(Deserialize)]
+struct ForcedCase {
+    forced: Vec<u32>,
+    is_counted: bool,
+    #[serde(flatten)]
+    case: Case,
+}
+
+fn check_programs(folder: &str) {
+    let folder = models().join(folder);
+    let programs: Programs = read(&folder.join("programs.json"));
+    let golden: Golden = read(&folder.join("golden.json"));
+    let layout: Layout = read(&folder.join("sidereal.json"));
+    let catalog = Catalog::open(&folder.join(&golden.items_index)).expect("a real catalogue");
+    let mut engine = Engine::open(&folder, Arc::new(catalog), &EngineOptions::default());
+    let engine = engine.as_mut().expect("a checkpoint");
+    assert!(programs.read.len() == 3 && programs.searches.len() == 6);
+    let mut worst: f64 = 0.0;
+    for case in &programs.read {
+        let mut request = Request::from_tokens(case.input_ids.clone())
+            .with_read(case.tokens.iter().map(|&token| NamedToken::Id(token)));
+        if !case.forced.is_empty() {
+            request = request.with_forced(Forced::counted(case.forced.clone()));
+        }
+        let answer = engine.recommend(&request).expect("a sound request");
+        assert_eq!(answer.read.len(), case.log_probs.len());
+        for ((found, token), expected) in answer.read.iter().zip(&case.tokens).zip(&case.log_probs)
+        {
+            assert_eq!(found.token, *token);
+            worst = worst.max((f64::from(found.log_prob) - expected).abs());
+        }
+    }
+    assert!(worst < 1e-5, "{}: named tokens are off by {worst}", folder.display());
+    for ForcedCase { forced, is_counted, case } in &programs.searches {
+        let forced = match is_counted {
+            true => Forced::counted(forced.clone()),
+            false => Forced::new(forced.clone()),
+        };
+        let request = Request::from_tokens(case.input_ids.clone())
+            .with_forced(forced)
+            .with_beams(case.width)
+            .with_top_k(usize::MAX)
+            .with_normalization(Normalization::Vocabulary);
+        let answer = engine.recommend(&request).expect("a sound request");
+        let what = format!("{} {:?}", folder.display(), request.forced);
+        compare(&beams_of(&answer.items, &layout), case, 1e-4, &what);
+    }
+}
+
+#[test]
+fn named_and_forced_tokens_of_t5_are_those_of_the_published_network() {
+    check_programs("t5/uneven-depth");
+}
+
+#[test]
+fn named_and_forced_tokens_of_qwen3_are_those_of_the_published_network() {
+    check_programs("decoder_only/qwen3-suffix");
+}
+
+#[test]
+fn named_and_forced_tokens_of_llama_are_those_of_the_published_network() {
+    check_programs("decoder_only/llama-tied");
 }
 
 /// Rank by rank; neighbours may stand the other way round where their scores are as good as equal.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 use sidereal::wire::RequestLine;
-use sidereal::{Answer, Error, Result};
+use sidereal::{Answer, Error, Request, Result};
 
 use super::arguments::{ModelArguments, Outcome, SearchArguments, say, write_error};
 use super::requests::{Requests, answer_file};
@@ -91,7 +91,15 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let (mut by_sid, mut by_item) = (Tally::default(), Tally::default());
     let (mut requests, mut failed) = (0, 0);
     let defaults = arguments.search.defaults(usize::MAX >> 1);
-    answer_file(&recommender, Requests::open(&arguments.requests)?, &defaults, Ok, |answered| {
+    let check = |request: Request| match request.read.is_empty() {
+        true => Ok(request),
+        false => {
+            let reason = "its answers are no items to evaluate; leave it out".into();
+            Err(Error::InvalidField { field: "read", reason })
+        }
+    };
+    let lines = Requests::open(&arguments.requests)?;
+    answer_file(&recommender, lines, &defaults, check, |answered| {
         let line = answered.line_number;
         let target = answered.line.as_ref().and_then(RequestLine::target);
         match (&answered.answer, target) {

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use sidereal::catalog::Snapshot;
 use sidereal::wire::{AnswerLine, ErrorLine, RequestDefaults, RequestLine};
-use sidereal::{Answer, Error, Recommendation, Request, Result};
+use sidereal::{Answer, Error, ReadToken, Recommendation, Request, Result};
 
 use super::arguments::{
     ModelArguments, NormalizationName, Outcome, SearchArguments, refuse_same_file, write_error,
@@ -23,6 +23,8 @@ A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"exclude\": [\"
                  \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\",
                  \"beams\": [16, 64, 128] for a width by level, \"log_probs\": true,
                  \"seed\": a number, to draw the beams by chance, \"titles\": false, \"timings\": true,
+                 \"forced\": {\"tokens\": [9], \"counted\": true}, tokens that stand before the codes,
+                 \"read\": [\"Yes\", \"No\"], for the log-probabilities of these tokens instead of items,
                  \"user\": a name, to find the context of an earlier request again
 An answer line:  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250, 7], \"score\": -2.31}], ...}
 A bad line is answered in its place with {\"id\": ..., \"error\": {\"code\": ..., \"message\": ...}}.
@@ -138,9 +140,11 @@ fn answer(
     Ok(outcome)
 }
 
-/// Each list of an answer with its filter; one list without one where there are no groups.
+/// Each list of an answer with its filter; one list without one where there are no groups, none
+/// where named tokens alone were read.
 fn lists(answer: &Answer) -> Vec<(Option<&str>, &[Recommendation])> {
     match &answer.groups[..] {
+        [] if answer.items.is_empty() && !answer.read.is_empty() => Vec::new(),
         [] => vec![(None, &answer.items)],
         groups => groups.iter().map(|group| (Some(&*group.filter), &*group.items)).collect(),
     }
@@ -177,6 +181,9 @@ fn write_table(
     }
     match &answered.answer {
         Ok(answer) => {
+            if !answer.read.is_empty() {
+                writeln!(writer, "{}\n", read_table(&answer.read))?;
+            }
             for (filter, items) in lists(answer) {
                 if let Some(filter) = filter {
                     writeln!(writer, "  {filter}")?;
@@ -200,13 +207,42 @@ fn label(catalog: &Snapshot, item: &str) -> String {
 /// How wide a table is where no terminal says so.
 const COLUMNS_WITHOUT_TERMINAL: u16 = 120;
 
-fn table(items: &[Recommendation], line: Option<&RequestLine>) -> Table {
+fn empty_table() -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_BORDERS_ONLY);
     table.set_content_arrangement(ContentArrangement::Dynamic);
     if !std::io::stdout().is_terminal() {
         table.set_width(COLUMNS_WITHOUT_TERMINAL);
     }
+    table
+}
+
+/// Named tokens, in the request's order.
+fn read_table(tokens: &[ReadToken]) -> Table {
+    let mut table = empty_table();
+    table.set_header(["token", "text", "log-probability", "probability"]);
+    for ReadToken { token, text, log_prob, .. } in tokens {
+        table.add_row([
+            token.to_string(),
+            text.clone().unwrap_or_default(),
+            format!("{log_prob:.3}"),
+            format!("{:.2} %", log_prob.exp() * 100.0),
+        ]);
+    }
+    align_right(&mut table, &[0, 2, 3]);
+    table
+}
+
+fn align_right(table: &mut Table, columns: &[usize]) {
+    for &column in columns {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+fn table(items: &[Recommendation], line: Option<&RequestLine>) -> Table {
+    let mut table = empty_table();
     table.set_header(["", "item", "title", "semantic ID", "score", "probability"]);
     let target = line.and_then(RequestLine::target);
     for (rank, found) in items.iter().enumerate() {
@@ -221,10 +257,6 @@ fn table(items: &[Recommendation], line: Option<&RequestLine>) -> Table {
             format!("{:.2} %", found.score.exp() * 100.0),
         ]);
     }
-    for column in [0, 4, 5] {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
+    align_right(&mut table, &[0, 4, 5]);
     table
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item};
 use sidereal::models::config::{Config, Prompt, SidLayout};
+use sidereal::models::vocabulary::Vocabulary;
 use sidereal::models::weights::Weights;
 use sidereal::{Normalization, Recommender, RecommenderOptions, Result};
 
@@ -84,7 +85,9 @@ impl Shape {
         let layout = SidLayout {
             levels: (0..num_levels as u32).map(level).collect(),
             prompt: Prompt { prefix: vec![1], ..Prompt::default() },
+            forced: None,
             suffix: Vec::new(),
+            vocabulary: Vocabulary::default(),
             normalization: Normalization::Vocabulary,
         };
         let keys = self.config().as_object().cloned().unwrap_or_default();

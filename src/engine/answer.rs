@@ -5,13 +5,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::prepare::Prepared;
-use crate::answer::{Answer, Group, Recommendation};
+use super::program::Output;
+use crate::answer::{Answer, Group, ReadToken, Recommendation};
 use crate::backend::{Beam, NO_TOKEN};
 use crate::catalog::Snapshot;
-use crate::catalog::allowed::AllowedSet;
 use crate::catalog::cursor::Cursor;
 use crate::error::{Error, Result};
 use crate::models::config::SidLayout;
+use crate::request::NamedToken;
 
 type Callback = Box<dyn FnOnce(Result<Answer>) + Send>;
 
@@ -88,23 +89,25 @@ impl Codes {
         weights_version: u64,
         beams: impl Iterator<Item = Result<Vec<Beam>>>,
     ) -> Result<Answer> {
-        let of_search = |(allowed_set, beams): (&AllowedSet, Result<Vec<Beam>>)| {
-            Ok(self.items(prepared, allowed_set, &beams?))
-        };
-        let mut groups =
-            prepared.searches.iter().zip(beams).map(of_search).collect::<Result<Vec<_>>>()?;
+        let (mut groups, mut read) = (Vec::new(), Vec::new());
+        for (slot, beams) in beams.enumerate() {
+            match prepared.program.slots()[slot].output {
+                Output::Items => groups.push(self.items(prepared, slot, &beams?)),
+                Output::LogProbs => read = read_tokens(prepared, &beams?),
+            }
+        }
         let filters = &prepared.request.groups;
         let items = match filters.is_empty() {
-            true => groups.pop().expect("a request without groups is one search"),
+            true => groups.pop().unwrap_or_default(), // none where named tokens alone are read
             false => Vec::new(),
         };
         let group = |(filter, items): (&String, _)| Group { filter: filter.clone(), items };
         Ok(Answer {
             items,
             groups: filters.iter().zip(groups).map(group).collect(),
-            read: Vec::new(),
+            read,
             snapshot: Arc::clone(&prepared.snapshot),
-            tokens: prepared.tokens.len(),
+            tokens: prepared.tokens().len(),
             cached_tokens,
             skipped_items: prepared.skipped_items,
             weights_version,
@@ -113,16 +116,16 @@ impl Codes {
     }
 
     /// The items that the beams name.
-    fn items<'a>(
-        &self,
-        prepared: &'a Prepared,
-        allowed_set: &'a AllowedSet,
-        beams: &'a [Beam],
-    ) -> Vec<Recommendation> {
-        let snapshot = &*prepared.snapshot;
+    fn items(&self, prepared: &Prepared, slot: usize, beams: &[Beam]) -> Vec<Recommendation> {
+        let (snapshot, allowed_set) = (&*prepared.snapshot, &prepared.allowed_sets[slot]);
+        let program = &prepared.program.slots()[slot];
+        let (before_codes, uncounted) = (program.num_before_codes(), program.num_uncounted());
         let most = prepared.max_items_per_sid();
-        let of_beam = |beam: &'a Beam| {
-            let cursor = beam.cursor.or_else(|| self.cursor(snapshot, &beam.tokens));
+        let of_beam = |beam: &Beam| {
+            let log_probs = beam.log_probs.get(uncounted..).unwrap_or_default().to_vec();
+            let score = beam.score;
+            let cursor =
+                beam.cursor.or_else(|| self.cursor(snapshot, &beam.tokens[before_codes..]));
             let items =
                 cursor.into_iter().flat_map(|cursor| snapshot.items(cursor, snapshot.num_levels()));
             let is_wanted = move |&item: &u32| match &prepared.candidates {
@@ -130,8 +133,8 @@ impl Codes {
                 None => allowed_set.allows(snapshot, item),
             };
             items.filter(is_wanted).take(most).map(move |item| Recommendation {
-                log_probs: beam.log_probs.clone(),
-                ..Recommendation::new(snapshot, item, beam.score, prepared.request.titles)
+                log_probs: log_probs.clone(),
+                ..Recommendation::new(snapshot, item, score, prepared.request.titles)
             })
         };
         let most = match &prepared.candidates {
@@ -140,4 +143,21 @@ impl Codes {
         };
         beams.iter().flat_map(of_beam).take(most).collect()
     }
+}
+
+/// The log-probabilities of the tokens that a request names, in its order. A beam of the slot that
+/// read them ends with each.
+fn read_tokens(prepared: &Prepared, beams: &[Beam]) -> Vec<ReadToken> {
+    let newest = beams.iter().filter_map(|beam| Some((*beam.tokens.last()?, beam.score)));
+    let log_probs: HashMap<u32, f32> = newest.collect();
+    let named = prepared.request.read.iter().zip(&prepared.read);
+    let read = named.map(|(name, &token)| ReadToken {
+        token,
+        text: match name {
+            NamedToken::Text(text) => Some(text.clone()),
+            NamedToken::Id(_) => None,
+        },
+        log_prob: log_probs[&token],
+    });
+    read.collect()
 }

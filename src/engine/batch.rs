@@ -7,8 +7,7 @@ use std::time::Instant;
 
 use super::scheduler::{Running, Scheduled, Scheduler};
 use super::{Engine, PhaseClocks};
-use crate::backend::{Backend, Batch, SearchRule};
-use crate::models::config::SidLayout;
+use crate::backend::{Backend, Batch, SearchRule, StepChoice};
 use crate::models::{ForwardPass, Model};
 
 /// Rows below which a step is not worth being split.
@@ -26,9 +25,23 @@ pub(super) struct SubBatch<B: Backend> {
     chunks: Vec<Range<usize>>,
     /// Slots whose prompt goes on, slots whose prompt ends, slots with beams.
     slots: Vec<B::Slot>,
-    /// Of each slot: the request among those that run, and its search.
+    /// Of each slot: the request among those that run, and which of its slots it is.
     owners: Vec<(usize, usize)>,
     num_unfinished: usize,
+}
+
+/// Whether a slot has taken all steps of its program, or broke off. Its request may have others.
+pub(super) fn has_ended<B: Backend>(backend: &B, running: &Running<B::Slot>, slot: usize) -> bool {
+    let num_steps = running.prepared.program.slots()[slot].num_steps();
+    running.slots[slot]
+        .as_ref()
+        .is_none_or(|slot| backend.num_steps(slot) == num_steps || backend.num_beams(slot) == 0)
+}
+
+/// Rows that the slots of a request have in the next step, its context being read.
+pub(super) fn num_decode_rows<B: Backend>(backend: &B, running: &Running<B::Slot>) -> usize {
+    let slots = (0..running.slots.len()).filter(|&slot| !has_ended(backend, running, slot));
+    slots.flat_map(|slot| &running.slots[slot]).map(|slot| backend.num_beams(slot)).sum()
 }
 
 /// Splits a step into groups with about as many rows each, one a worker, where that pays.
@@ -59,20 +72,23 @@ impl<B: Backend> SubBatch<B> {
         let running = scheduler.running();
         let (mut tokens, mut chunks, mut owners) = (Vec::new(), Vec::new(), Vec::new());
         let mut beams = Vec::new();
-        let prompt_len = |scheduled: &Scheduled| running[scheduled.request].prepared.tokens.len();
+        let prompt_len = |scheduled: &Scheduled| running[scheduled.request].prepared.tokens().len();
         let goes_on = |scheduled: &&&Scheduled| scheduled.chunk.end < prompt_len(scheduled);
         let (unfinished, rest): (Vec<&Scheduled>, Vec<&Scheduled>) =
             group.iter().partition(|scheduled| goes_on(scheduled));
         for scheduled in unfinished.iter().chain(&rest) {
-            let Running { prepared, slots, .. } = &running[scheduled.request];
-            let len = prepared.tokens.len();
-            for search in 0..slots.len() {
-                let owner = (scheduled.request, search);
-                let chunk = match search {
+            let running = &running[scheduled.request];
+            let (prepared, len) = (&running.prepared, running.prepared.tokens().len());
+            for slot in 0..running.slots.len() {
+                if has_ended(backend, running, slot) {
+                    continue;
+                }
+                let owner = (scheduled.request, slot);
+                let chunk = match slot {
                     _ if scheduled.chunk.is_empty() => None,
                     0 => Some(scheduled.chunk.clone()),
-                    // The searches of one request have its context in common; the first reads it.
-                    // Its last row scores the first step of all, unless a decoder does.
+                    // The slots of one request have its context in common; the first reads it. Its
+                    // last row scores the first step of all, unless a decoder does.
                     _ if scheduled.chunk.end < len => continue,
                     _ if has_encoder => None,
                     _ => Some(len - 1..len),
@@ -80,20 +96,26 @@ impl<B: Backend> SubBatch<B> {
                 match chunk {
                     None => beams.push(owner),
                     Some(chunk) => {
-                        tokens.extend_from_slice(&prepared.tokens[chunk.clone()]);
+                        tokens.extend_from_slice(&prepared.tokens()[chunk.clone()]);
                         chunks.push(chunk);
                         owners.push(owner);
                     }
                 }
             }
         }
-        // Searches at the same step stand together: one product gives the logits of all.
-        beams.sort_by_key(|&(request, search)| {
-            running[request].slots[search].as_ref().map(|slot| backend.num_steps(slot))
+        // Slots that choose from the same tokens stand together: one product gives the logits of all.
+        beams.sort_by_key(|&(request, slot)| {
+            let running = &running[request];
+            let step = running.slots[slot].as_ref().map_or(0, |slot| backend.num_steps(slot));
+            match running.prepared.program.slots()[slot].step(step).0 {
+                StepChoice::Level(level) => (0, level as u32),
+                StepChoice::Forced { token, .. } => (1, token),
+                StepChoice::Tokens(tokens) => (2, tokens.len() as u32),
+            }
         });
         owners.extend(beams);
-        let slots = owners.iter().map(|&(request, search)| {
-            scheduler.slots_mut(request)[search].take().expect("a slot is in one sub-batch")
+        let slots = owners.iter().map(|&(request, slot)| {
+            scheduler.slots_mut(request)[slot].take().expect("a slot is in one sub-batch")
         });
         let (slots, num_unfinished) = (slots.collect(), unfinished.len());
         SubBatch { tokens, chunks, slots, owners, num_unfinished }
@@ -101,20 +123,15 @@ impl<B: Backend> SubBatch<B> {
 
     /// Gives the slots back to their requests.
     pub fn return_slots(self, scheduler: &mut Scheduler<B::Slot>) {
-        for (slot, (request, search)) in self.slots.into_iter().zip(self.owners) {
-            scheduler.slots_mut(request)[search] = Some(slot);
+        for (lent, (request, slot)) in self.slots.into_iter().zip(self.owners) {
+            scheduler.slots_mut(request)[slot] = Some(lent);
         }
     }
 
     /// How the slots whose prompt has been read take their next step.
-    fn rules<'a>(
-        &self,
-        backend: &B,
-        layout: &'a SidLayout,
-        running: &'a [Running<B::Slot>],
-    ) -> Vec<SearchRule<'a>> {
-        let rule = |(&(request, search), slot): (&(usize, usize), &B::Slot)| {
-            running[request].prepared.rule(search, backend.num_steps(slot), layout)
+    fn rules<'a>(&self, backend: &B, running: &'a [Running<B::Slot>]) -> Vec<SearchRule<'a>> {
+        let rule = |(&(request, slot), lent): (&(usize, usize), &B::Slot)| {
+            running[request].prepared.rule(slot, backend.num_steps(lent))
         };
         self.owners.iter().zip(&self.slots).skip(self.num_unfinished).map(rule).collect()
     }
@@ -126,8 +143,8 @@ impl<B: Backend> SubBatch<B> {
         running: &[Running<B::Slot>],
         workspace: &mut Workspace<B>,
     ) {
-        let Pass { backend, model, layout, memory, phases } = pass;
-        let rules = self.rules(backend, layout, running);
+        let Pass { backend, model, memory, phases } = pass;
+        let rules = self.rules(backend, running);
         let SubBatch { tokens, chunks, slots, num_unfinished, .. } = self;
         let Workspace { forward, logits } = workspace;
         let clock = match chunks.is_empty() {
@@ -154,7 +171,6 @@ impl<B: Backend> SubBatch<B> {
 struct Pass<'a, B: Backend> {
     backend: &'a B,
     model: &'a dyn Model<B>,
-    layout: &'a SidLayout,
     memory: &'a B::Memory,
     phases: &'a PhaseClocks,
 }
@@ -177,8 +193,7 @@ impl<B: Backend> Engine<B> {
             self.workspaces.push(workspace);
         }
         let (model, memory, phases) = (&*self.model, &self.memory, &self.phases);
-        let layout = &self.preparer.layout;
-        let pass = Pass { backend, model, layout, memory, phases };
+        let pass = Pass { backend, model, memory, phases };
         let (running, workspaces) = (self.scheduler.running(), &mut self.workspaces);
         match sub_batches {
             [sub_batch] => self.pool.install(|| sub_batch.run(pass, running, &mut workspaces[0])),

@@ -16,6 +16,7 @@
 //! | file | what it holds |
 //! | --- | --- |
 //! | `prepare` | a request is checked and becomes work, on any thread |
+//! | `program` | the stages of a request, and what they lease |
 //! | `scheduler` | requests that wait and run, their pages: host state alone |
 //! | `step` | one step: admit, plan, batch, run, complete |
 //! | `batch` | the rows of a step and the pass over them |
@@ -50,6 +51,7 @@ mod batch;
 mod feed;
 mod options;
 mod prepare;
+mod program;
 mod scheduler;
 mod step;
 mod weights;
@@ -61,6 +63,7 @@ pub(crate) use feed::Feed;
 pub use options::{EngineOptions, MAX_THREADS};
 pub(crate) use prepare::Arrival;
 pub use prepare::{Prepared, Preparer};
+use program::Program;
 use scheduler::{Scheduler, SchedulerSpec};
 use weights::Loader;
 pub(crate) use weights::ReplaceWeights;
@@ -205,32 +208,21 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Engine<B>> {
         options.check()?;
         layout.check(&catalog)?;
-        let num_steps = layout.num_steps();
-        if num_steps > backend.max_steps() {
-            return Err(Error::Unsupported {
-                what: format!("a search of {num_steps} steps on this device"),
-                way_out: format!("at most {} are; use the CPU", backend.max_steps()),
-            });
-        }
         let (backend, pool) = (Arc::new(backend), Arc::new(thread_pool(options.threads)?));
         let loader =
             Loader::new(Arc::clone(&backend), Arc::clone(&pool), config, weights, layout.clone());
         let model = loader.load()?;
         // What the decoder writes takes positions as well: all steps but the last are read again.
         let spec = *model.spec();
+        let program = Program::of_layout(&layout, spec.prompt);
+        let (num_steps, max_steps) = (program.max_steps(), backend.max_steps());
+        if num_steps > max_steps {
+            return Err(prepare::too_many_steps(num_steps, max_steps));
+        }
         let max_positions = spec.max_positions.map(|max| max.saturating_sub(num_steps - 1));
         let max_context = options.max_context.min(max_positions.unwrap_or(usize::MAX));
         let memory = options.memory(&*backend, &spec, max_context, num_steps)?;
-        let workers = match pool.current_num_threads() {
-            threads
-                if B::COMPUTES_ON_CALLERS
-                    && threads > 1
-                    && spec.num_weights <= MOST_SMALL_WEIGHTS =>
-            {
-                (0..threads).map(|_| thread_pool(1)).collect::<Result<_>>()?
-            }
-            _ => Vec::new(),
-        };
+        let workers = worker_pools::<B>(pool.current_num_threads(), spec.num_weights)?;
         let metrics = Arc::new(Metrics::default());
         let scheduler = SchedulerSpec {
             limits: Limits {
@@ -249,7 +241,11 @@ impl<B: Backend> Engine<B> {
                 catalog,
                 layout,
                 vocab_size: spec.vocab_size,
+                prompt: spec.prompt,
+                max_positions: spec.max_positions,
+                max_steps,
                 max_context,
+                forced_len: program.tokens().len(),
                 context_pages: memory.context_pages,
                 tail_pages: memory.tail_pages,
                 opened: Instant::now(),
@@ -279,8 +275,8 @@ impl<B: Backend> Engine<B> {
     /// Runs a request, so that a device has taken all memory that steps need, and fails here where
     /// it has too little.
     fn warm_up(&mut self, options: &EngineOptions) -> Result<()> {
-        let Preparer { max_context, context_pages, .. } = *self.preparer;
-        let most = max_context.min(context_pages * pages::PAGE_LEN);
+        let Preparer { max_context, context_pages, forced_len, .. } = *self.preparer;
+        let most = max_context.min(context_pages * pages::PAGE_LEN).saturating_sub(forced_len);
         let mut request = Request::from_tokens(vec![0; most]);
         request.beams = options.rows_per_step.min(options.max_beam_rows).min(MAX_BEAMS);
         request.top_k = 1;
@@ -539,4 +535,12 @@ fn thread_pool(threads: usize) -> Result<ThreadPool> {
     let name = |index: usize| format!("sidereal-{index}");
     let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build();
     pool.map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })
+}
+
+/// A thread for each sub-batch of a step, where small weights make that pay.
+fn worker_pools<B: Backend>(threads: usize, num_weights: usize) -> Result<Vec<ThreadPool>> {
+    match B::COMPUTES_ON_CALLERS && threads > 1 && num_weights <= MOST_SMALL_WEIGHTS {
+        true => (0..threads).map(|_| thread_pool(1)).collect(),
+        false => Ok(Vec::new()),
+    }
 }

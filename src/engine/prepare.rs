@@ -4,12 +4,15 @@
 //! changes: a [`Preparer`] is shared, and callers prepare on their own threads while the engine
 //! steps.
 
+use std::collections::HashSet;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tracing::Span;
 
+use super::program::{Output, Program, Search, Stage};
 use crate::backend::{NO_TOKEN, SearchRule};
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
@@ -17,9 +20,10 @@ use crate::catalog::filter::Filter;
 use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
+use crate::models::PromptKind;
 use crate::models::config::SidLayout;
 use crate::pages;
-use crate::request::{Input, MAX_BEAMS, Request, SharedSid};
+use crate::request::{Forced, Input, MAX_BEAMS, NamedToken, Request, SharedSid};
 use crate::schedule::{Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
 
@@ -35,14 +39,14 @@ pub struct Prepared {
     pub(super) id: RequestId,
     pub(super) request: Request,
     pub(super) snapshot: Arc<Snapshot>,
-    pub(super) tokens: Vec<u32>,
-    /// What may come back, search by search: one, or one for each of the request's groups.
-    pub(super) searches: Vec<AllowedSet>,
+    /// What it does: its context and its slots.
+    pub(super) program: Program,
+    /// By slot: the items that it may be answered with.
+    pub(super) allowed_sets: Vec<AllowedSet>,
     /// Items to score instead of searching.
     pub(super) candidates: Option<Candidates>,
-    normalization: Normalization,
-    /// The beam width by step; as many steps as the request takes.
-    widths: Vec<usize>,
+    /// Tokens whose log-probabilities are asked for, in the request's order.
+    pub(super) read: Vec<u32>,
     pub(super) needs: Needs,
     /// Items of the history that were left out, the oldest ones.
     pub(super) skipped_items: usize,
@@ -58,14 +62,9 @@ impl Prepared {
         self.id
     }
 
-    /// Steps that each search of the request takes.
-    pub(super) fn num_steps(&self) -> usize {
-        self.widths.len()
-    }
-
-    /// Pages that the tails of each search take.
-    pub(super) fn tail_pages_per_search(&self) -> usize {
-        self.needs.tail_pages / self.searches.len()
+    /// The tokens of its context.
+    pub(super) fn tokens(&self) -> &[u32] {
+        self.program.tokens()
     }
 
     /// The request as the scheduler's pure functions see it.
@@ -93,26 +92,23 @@ impl Prepared {
         }
     }
 
-    /// How a step of a search is done.
-    pub(super) fn rule<'a>(
-        &'a self,
-        search: usize,
-        step: usize,
-        layout: &'a SidLayout,
-    ) -> SearchRule<'a> {
-        let (choice, depth) = layout.choice(step);
+    /// How a step of a slot is done.
+    pub(super) fn rule(&self, slot: usize, step: usize) -> SearchRule<'_> {
+        let program = &self.program.slots()[slot];
+        let is_search = program.output == Output::Items;
+        let (choice, depth, beams) = program.step(step);
         SearchRule {
             choice,
             depth,
             snapshot: &self.snapshot,
-            allowed_set: &self.searches[search],
-            beams: self.widths[step],
-            normalization: self.normalization,
-            constraint: self.request.constraint,
+            allowed_set: &self.allowed_sets[slot],
+            beams,
+            normalization: program.normalization,
+            constraint: program.constraint,
             temperature: self.request.temperature,
-            candidates: self.candidates.as_ref(),
-            seed: self.request.seed,
-            log_probs: self.request.log_probs,
+            candidates: self.candidates.as_ref().filter(|_| is_search),
+            seed: self.request.seed.filter(|_| is_search),
+            log_probs: self.request.log_probs && is_search,
         }
     }
 }
@@ -130,7 +126,15 @@ pub struct Preparer {
     pub(super) catalog: Arc<Catalog>,
     pub(super) layout: SidLayout,
     pub(super) vocab_size: usize,
+    pub(super) prompt: PromptKind,
+    /// Of input and output together, where the network has a limit.
+    pub(super) max_positions: Option<usize>,
+    /// Of a slot, on this device.
+    pub(super) max_steps: usize,
+    /// Tokens of a context.
     pub(super) max_context: usize,
+    /// Tokens of a context that are forced into it where a request does not say.
+    pub(super) forced_len: usize,
     pub(super) context_pages: usize,
     pub(super) tail_pages: usize,
     pub(super) opened: Instant,
@@ -146,7 +150,7 @@ impl Preparer {
 
     /// The most tokens that an input may have.
     pub fn max_context(&self) -> usize {
-        self.max_context
+        self.max_context.saturating_sub(self.forced_len)
     }
 
     /// What the engine counts.
@@ -186,32 +190,82 @@ impl Preparer {
     }
 
     fn check(&self, arrival: Arrival, request: Request, span: Span) -> Result<Prepared> {
-        let Request { top_k, temperature, constraint, .. } = request;
-        // Stages that no program runs yet.
-        let stages = [("forced", request.forced.is_some()), ("read", !request.read.is_empty())];
-        if let Some((stage, _)) = stages.into_iter().find(|(_, is_asked)| *is_asked) {
-            let way_out = "leave the field out".into();
-            return Err(Error::Unsupported { what: format!("{stage:?} in a request"), way_out });
-        }
         let snapshot = self.catalog.snapshot();
         let candidates = self.candidates(&request, &snapshot)?;
-        let widths = self.widths(&request, candidates.as_ref())?;
+        let read = self.read_tokens(&request)?;
+        let search = self.search(&request, candidates.as_ref())?;
+        check_fields(&request, search.is_some())?;
+        let tokens = self.tokens(&request.input, &snapshot)?;
+        let allowed_sets = allowed_sets(&request, &snapshot, search.is_some())?;
+        let program = Program::new(self.stages(&request, tokens, &read, search)?, self.prompt);
+        let needs = self.needs(&program)?;
+        Ok(Prepared {
+            id: arrival.id,
+            skipped_items: self.skipped_items(&request.input),
+            request,
+            snapshot,
+            program,
+            allowed_sets,
+            candidates,
+            read,
+            needs,
+            arrived_us: arrival.arrived_us,
+            span,
+        })
+    }
+
+    /// The request's stages.
+    fn stages(
+        &self,
+        request: &Request,
+        tokens: Vec<u32>,
+        read: &[u32],
+        search: Option<Search>,
+    ) -> Result<Vec<Stage>> {
+        let mut stages = vec![Stage::Read(tokens)];
+        let is_own = request.forced.is_some();
+        if let Some(Forced { tokens, is_counted }) = &request.forced {
+            self.check_forced(tokens)?;
+            // Nothing is counted where nothing is searched for.
+            let is_counted = *is_counted && search.is_some();
+            stages.push(Stage::Forced { tokens: tokens.clone(), is_counted });
+        }
+        if !read.is_empty() {
+            let mut distinct = Vec::new();
+            let mut seen = HashSet::new();
+            distinct.extend(read.iter().copied().filter(|&token| seen.insert(token)));
+            stages.push(Stage::ReadNamed(distinct));
+        }
+        let Some(search) = search else { return Ok(stages) };
+        // The model's own forced tokens stand before codes alone.
+        if let Some(Forced { tokens, is_counted }) = self.layout.forced.as_ref().filter(|_| !is_own)
+        {
+            stages.push(Stage::Forced { tokens: tokens.clone(), is_counted: *is_counted });
+        }
+        stages.push(Stage::Search(search));
+        let suffix = self.layout.suffix.clone();
+        stages.push(Stage::Forced { tokens: suffix, is_counted: true });
+        Ok(stages)
+    }
+
+    /// The searches of a request. A request that reads named tokens has some only where it names
+    /// groups or candidates.
+    fn search(&self, request: &Request, candidates: Option<&Candidates>) -> Result<Option<Search>> {
+        let Request { constraint, .. } = *request;
+        if !request.read.is_empty() && request.groups.is_empty() && candidates.is_none() {
+            return Ok(None);
+        }
+        let widths = self.widths(request, candidates)?;
         let most = widths.iter().copied().max().unwrap_or(0);
-        if top_k == 0 {
-            return Err(Error::TopK { top_k: 0 });
-        }
-        if !(temperature.is_finite() && temperature > 0.0 && (1.0 / temperature).is_finite()) {
-            let reason = format!("{temperature} is not a number above zero");
-            return Err(Error::InvalidField { field: "temperature", reason });
-        }
         let normalization = request.normalization.unwrap_or(self.layout.normalization);
+        let count = request.groups.len().max(1);
         if constraint == Constraint::None {
             if normalization == Normalization::Level {
                 let reason = "\"level\" needs a constraint to the level or the trie".into();
                 return Err(Error::InvalidField { field: "normalize", reason });
             }
             let vocab_size = self.vocab_size;
-            if most * request.groups.len().max(1) * vocab_size > MAX_UNCONSTRAINED_LOGITS {
+            if most * count * vocab_size > MAX_UNCONSTRAINED_LOGITS {
                 let max = MAX_UNCONSTRAINED_LOGITS / vocab_size;
                 return Err(Error::BeamWidth { width: most as i64, max });
             }
@@ -220,27 +274,62 @@ impl Preparer {
         if len > MAX_GROUPS {
             return Err(Error::LimitExceeded { what: "groups", len, max: MAX_GROUPS });
         }
-        if constraint != Constraint::Trie && (request.seed.is_some() || request.log_probs) {
-            let reason = "samples and log-probabilities need the trie".into();
-            return Err(Error::InvalidField { field: "constraint", reason });
+        Ok(Some(Search { widths, count, normalization, constraint }))
+    }
+
+    /// The tokens that the request reads, by number.
+    fn read_tokens(&self, request: &Request) -> Result<Vec<u32>> {
+        let len = request.read.len();
+        if len > MAX_BEAMS {
+            return Err(Error::LimitExceeded { what: "tokens to read", len, max: MAX_BEAMS });
         }
-        let tokens = self.tokens(&request.input, &snapshot)?;
-        let searches = searches(&request, &snapshot)?;
-        let needs = self.needs(tokens.len(), &widths, searches.len())?;
-        Ok(Prepared {
-            id: arrival.id,
-            skipped_items: self.skipped_items(&request.input),
-            request,
-            snapshot,
-            tokens,
-            searches,
-            candidates,
-            normalization,
-            widths,
-            needs,
-            arrived_us: arrival.arrived_us,
-            span,
-        })
+        let tokens = request.read.iter().map(|token| match token {
+            NamedToken::Id(token) => Ok(*token),
+            NamedToken::Text(text) => self.token(text),
+        });
+        let tokens = tokens.collect::<Result<Vec<u32>>>()?;
+        self.check_vocabulary("read", &tokens)?;
+        Ok(tokens)
+    }
+
+    /// The one token of a text.
+    fn token(&self, text: &str) -> Result<u32> {
+        let invalid = |reason: String| Err(Error::InvalidField { field: "read", reason });
+        match self.layout.vocabulary.token(text) {
+            Ok(Some(token)) => Ok(token),
+            Ok(None) => invalid(format!(
+                "{text:?} is not one token of the model's tokenizer.json; give a text as its \
+                 vocabulary writes it (a leading space may be \"Ġ\" or \"▁\"), or the token's number"
+            )),
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                invalid(format!(
+                    "{text:?} cannot be looked up, as the model folder has no tokenizer.json; \
+                     give the token's number, or add the file"
+                ))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn check_forced(&self, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
+            let reason = "has no tokens; give at least one, or leave the field out".into();
+            return Err(Error::InvalidField { field: "forced", reason });
+        }
+        self.check_vocabulary("forced", tokens)
+    }
+
+    fn check_vocabulary(&self, field: &'static str, tokens: &[u32]) -> Result<()> {
+        let vocab_size = self.vocab_size;
+        match tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            None => Ok(()),
+            Some(token) => {
+                let reason = format!(
+                    "token {token} is outside the model's vocabulary of {vocab_size} tokens"
+                );
+                Err(Error::InvalidField { field, reason })
+            }
+        }
     }
 
     /// The items to score, if the request names some.
@@ -271,7 +360,7 @@ impl Preparer {
         Ok(Some(Candidates::new(snapshot, &items)))
     }
 
-    /// The beam width by step: forced steps keep what the last level has.
+    /// The beam width by level.
     fn widths(&self, request: &Request, candidates: Option<&Candidates>) -> Result<Vec<usize>> {
         let num_levels = self.layout.levels.len();
         let mut widths = match candidates {
@@ -289,22 +378,24 @@ impl Preparer {
         if let Some(&width) = widths.iter().find(|&&width| width == 0 || width > MAX_BEAMS) {
             return Err(Error::BeamWidth { width: width as i64, max: MAX_BEAMS });
         }
-        widths.resize(num_levels + self.layout.suffix.len(), widths[num_levels - 1]);
         Ok(widths)
     }
 
     /// What a request takes, if the engine has it.
-    fn needs(&self, context_len: usize, widths: &[usize], searches: usize) -> Result<Needs> {
-        // A position for the start and for each step, whether anything reads it again or not: a
-        // device may keep the beams themselves there.
-        let tail_pages = pages::tail_pages(std::iter::once(1).chain(widths.iter().copied()));
-        let needs = Needs {
-            context_pages: pages::context_pages(context_len),
-            tail_pages: searches * tail_pages,
-            beam_rows: searches * widths.iter().copied().max().unwrap_or(0),
-        };
+    fn needs(&self, program: &Program) -> Result<Needs> {
+        let (needs, num_steps) = (program.needs(), program.max_steps());
+        if num_steps > self.max_steps {
+            return Err(too_many_steps(num_steps, self.max_steps));
+        }
+        // All steps but the last are read again.
+        let positions = self.max_positions.map(|max| max.saturating_sub(num_steps - 1));
+        let max = positions.unwrap_or(usize::MAX).min(self.max_context);
+        let context_len = program.tokens().len();
+        if context_len > max {
+            return Err(Error::HistoryTooLong { len: context_len, max });
+        }
         let limits = [
-            ("tokens of context", context_len, self.context_pages * pages::PAGE_LEN),
+            ("tokens of context", program.context_capacity(), self.context_pages * pages::PAGE_LEN),
             (
                 "rows of beams' memory",
                 needs.tail_pages * pages::TAIL_PAGE_LEN,
@@ -376,8 +467,9 @@ impl Preparer {
         if tokens.is_empty() {
             return Err(Error::EmptyInput);
         }
-        if tokens.len() > self.max_context {
-            return Err(Error::HistoryTooLong { len: tokens.len(), max: self.max_context });
+        let (len, max) = (tokens.len(), self.max_context());
+        if len > max {
+            return Err(Error::HistoryTooLong { len, max });
         }
         let vocab_size = self.vocab_size;
         match tokens.iter().position(|&token| token as usize >= vocab_size) {
@@ -388,6 +480,61 @@ impl Preparer {
             None => Ok(()),
         }
     }
+}
+
+/// Refuses values that no request may have, and fields that the request's program has no use for.
+fn check_fields(request: &Request, has_search: bool) -> Result<()> {
+    let Request { top_k, temperature, constraint, .. } = *request;
+    if top_k == 0 {
+        return Err(Error::TopK { top_k: 0 });
+    }
+    if !(temperature.is_finite() && temperature > 0.0 && (1.0 / temperature).is_finite()) {
+        let reason = format!("{temperature} is not a number above zero");
+        return Err(Error::InvalidField { field: "temperature", reason });
+    }
+    if constraint != Constraint::Trie && (request.seed.is_some() || request.log_probs) {
+        let reason = "samples and log-probabilities need the trie".into();
+        return Err(Error::InvalidField { field: "constraint", reason });
+    }
+    let of_searches = [
+        ("filter", request.filter.is_some()),
+        ("exclude", !request.exclude.is_empty()),
+        ("seed", request.seed.is_some()),
+        ("log_probs", request.log_probs),
+    ];
+    match of_searches.into_iter().find(|(_, is_given)| *is_given && !has_search) {
+        Some((field, _)) => {
+            let reason = "goes with a search, which \"read\" replaces; leave it out, or ask for \
+                          items as well by \"groups\" or \"candidates\""
+                .into();
+            Err(Error::InvalidField { field, reason })
+        }
+        None => Ok(()),
+    }
+}
+
+/// A search takes more steps than a device can.
+pub(super) fn too_many_steps(num_steps: usize, max: usize) -> Error {
+    Error::Unsupported {
+        what: format!("a search of {num_steps} steps on this device"),
+        way_out: format!("at most {max} are; force fewer tokens, or use the CPU"),
+    }
+}
+
+/// By slot, what may come back. Named tokens are read whatever the catalog has.
+fn allowed_sets(
+    request: &Request,
+    snapshot: &Snapshot,
+    has_search: bool,
+) -> Result<Vec<AllowedSet>> {
+    let mut all = Vec::new();
+    if !request.read.is_empty() {
+        all.push(snapshot.allowed_set(&[], None)?);
+    }
+    if has_search {
+        all.extend(searches(request, snapshot)?);
+    }
+    Ok(all)
 }
 
 /// What may come back, search by search.

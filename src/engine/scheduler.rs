@@ -14,7 +14,7 @@ use super::prepare::Prepared;
 use crate::answer::{Answer, Timings};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
-use crate::pages::{Page, Pool};
+use crate::pages::{self, Page, Pool};
 use crate::prefix_cache::{CacheStats, Found, PrefixCache};
 use crate::schedule::{self, Limits, Micros, Reading, RequestId, Room, RunTime, Waiting};
 
@@ -51,7 +51,7 @@ pub(super) struct Running<S> {
     deadline_us: Option<Micros>,
     pub context: Vec<Page>,
     pub tails: Vec<Page>,
-    /// One for each search; lent to the sub-batch that works on it.
+    /// Those of its program; each is lent to the sub-batch that works on it.
     pub slots: Vec<Option<S>>,
     /// Tokens of the context that are there.
     num_read: usize,
@@ -65,7 +65,7 @@ pub(super) struct Running<S> {
 impl<S> Running<S> {
     /// Prompt tokens that are not read yet.
     pub fn num_unread(&self) -> usize {
-        self.prepared.tokens.len() - self.num_read
+        self.prepared.tokens().len() - self.num_read
     }
 
     pub fn is_late(&self, now_us: Micros) -> bool {
@@ -203,12 +203,12 @@ impl<S> Scheduler<S> {
         self.run_time = RunTime::default();
     }
 
-    /// Admits the requests for which there is room. `open` opens the slot of a search (by its
-    /// number) on the pages of its context and of its tails.
+    /// Admits the requests for which there is room. `open` opens a slot of a request's program (by
+    /// its number) on the pages of its context and of its tails.
     pub fn admit(
         &mut self,
         now_us: Micros,
-        mut open: impl FnMut(&Prepared, &[Page], &[Page]) -> S,
+        mut open: impl FnMut(&Prepared, usize, &[Page], &[Page]) -> S,
     ) {
         if self.waiting.is_empty() {
             return;
@@ -223,13 +223,15 @@ impl<S> Scheduler<S> {
             let at = self.waiting.iter().position(|(waiting, ..)| waiting.id == id);
             let (waiting, prepared, reply) = self.waiting.remove(at.expect("one that waits"));
             let found = self.lease_context(&prepared);
-            let num_tokens = prepared.tokens.len();
+            let num_tokens = prepared.tokens().len();
             prepared.span.in_scope(|| self.metrics.request_admitted(num_tokens, found.tokens));
             let tails = self.tail_pages.take(prepared.needs.tail_pages);
             let tails = tails.expect("admitted with room");
-            let slots = tails
-                .chunks(prepared.tail_pages_per_search())
-                .map(|tails| Some(open(&prepared, &found.pages, tails)));
+            let mut rest = &tails[..];
+            let mut lease = |count: usize| rest.split_off(..count).expect("pages for all slots");
+            let slots = prepared.program.slots().iter().enumerate().map(|(slot, program)| {
+                Some(open(&prepared, slot, &found.pages, lease(program.tail_pages())))
+            });
             self.running.push(Running {
                 reply,
                 deadline_us: waiting.deadline_us,
@@ -242,7 +244,7 @@ impl<S> Scheduler<S> {
                 stepped_us: now_us,
                 timings: Timings {
                     queued_us: now_us.saturating_sub(prepared.arrived_us),
-                    levels_us: Vec::with_capacity(prepared.num_steps()),
+                    levels_us: Vec::with_capacity(prepared.program.max_steps()),
                     ..Timings::default()
                 },
                 prepared,
@@ -250,8 +252,8 @@ impl<S> Scheduler<S> {
         }
     }
 
-    /// What each request does in the next step. `num_beams` says how many rows a slot has.
-    pub fn schedule(&self, num_beams: impl Fn(&S) -> usize) -> Vec<Scheduled> {
+    /// What each request does in the next step. `num_rows` says how many rows one has in decode.
+    pub fn schedule(&self, num_rows: impl Fn(&Running<S>) -> usize) -> Vec<Scheduled> {
         let reading = self.running.iter().filter(|running| running.num_unread() > 0);
         let reading: Vec<Reading> = reading
             .map(|running| Reading {
@@ -262,8 +264,8 @@ impl<S> Scheduler<S> {
         let mut tokens = schedule::share_tokens(&reading, &self.limits).into_iter();
         let scheduled = |(request, running): (usize, &Running<S>)| match running.num_unread() {
             0 => {
-                let num_rows = running.slots.iter().flatten().map(&num_beams).sum();
-                Some(Scheduled { request, chunk: running.num_read..running.num_read, num_rows })
+                let chunk = running.num_read..running.num_read;
+                Some(Scheduled { request, chunk, num_rows: num_rows(running) })
             }
             _ => {
                 let num_rows = tokens.next().expect("tokens for each prompt");
@@ -347,8 +349,8 @@ impl<S> Scheduler<S> {
     fn lease_context(&mut self, prepared: &Prepared) -> Found {
         let mut found = match &mut self.cache {
             None => Found::default(),
-            Some(cache) if self.is_prompt_whole => cache.match_whole(&prepared.tokens),
-            Some(cache) => cache.match_prefix(&prepared.tokens, prepared.request.user.as_deref()),
+            Some(cache) if self.is_prompt_whole => cache.match_whole(prepared.tokens()),
+            Some(cache) => cache.match_prefix(prepared.tokens(), prepared.request.user.as_deref()),
         };
         let rest = prepared.needs.context_pages - found.pages.len();
         while self.context_pages.num_free() < rest {
@@ -361,12 +363,14 @@ impl<S> Scheduler<S> {
 
     fn keep_context(&mut self, request: usize) {
         let Running { prepared, context, .. } = &self.running[request];
+        // Pages that a later stage may fill hold none of the prompt.
+        let context = &context[..pages::context_pages(prepared.tokens().len())];
         match &mut self.cache {
             None => {}
-            Some(cache) if self.is_prompt_whole => cache.insert_whole(&prepared.tokens, context),
+            Some(cache) if self.is_prompt_whole => cache.insert_whole(prepared.tokens(), context),
             Some(cache) => {
                 let user = prepared.request.user.as_deref();
-                cache.insert_prefix(&prepared.tokens, context, user);
+                cache.insert_prefix(prepared.tokens(), context, user);
             }
         }
     }
@@ -394,7 +398,9 @@ mod tests {
     use super::*;
     use crate::catalog::sid::Sid;
     use crate::catalog::{CatalogBuilder, Item};
+    use crate::models::PromptKind;
     use crate::models::config::{Prompt, SidLayout};
+    use crate::models::vocabulary::Vocabulary;
     use crate::request::Request;
     use crate::search::Normalization;
 
@@ -414,11 +420,17 @@ mod tests {
             layout: SidLayout {
                 levels: vec![vec![1, 2], vec![3, 4]],
                 prompt: Prompt::default(),
+                forced: None,
                 suffix: Vec::new(),
+                vocabulary: Vocabulary::default(),
                 normalization: Normalization::Vocabulary,
             },
             vocab_size: 5,
+            prompt: PromptKind::Chunked,
+            max_positions: None,
+            max_steps: 10,
             max_context: 1000,
+            forced_len: 0,
             context_pages: SPEC.context_pages,
             tail_pages: SPEC.tail_pages,
             opened: Instant::now(),
@@ -450,7 +462,7 @@ mod tests {
     fn requests_run_when_there_is_room_and_give_their_pages_back() {
         let mut scheduler: Scheduler<usize> = Scheduler::new(&SPEC, Arc::default());
         let told: Vec<Told> = (1..5).map(|id| enqueue(&mut scheduler, id, 128, u64::MAX)).collect();
-        scheduler.admit(5, |_, context, tails| context.len() + tails.len());
+        scheduler.admit(5, |_, _, context, tails| context.len() + tails.len());
         // Two pages of context and three of tails each: two requests have room.
         assert_eq!(ids(&scheduler), [1, 2]);
         assert_eq!(scheduler.running()[0].slots, [Some(5)]);
@@ -485,7 +497,7 @@ mod tests {
 
         // The first context is cached, and evicted for those that wait.
         assert!(scheduler.status().cached_context_pages > 0);
-        scheduler.admit(22, |_, _, _| 0);
+        scheduler.admit(22, |_, _, _, _| 0);
         assert_eq!(ids(&scheduler), [3, 4]);
         scheduler.check_integrity().expect("all pages");
         scheduler.end_all(|| Error::ShuttingDown);
@@ -498,7 +510,7 @@ mod tests {
     fn a_deadline_that_goes_by_ends_a_request_that_waits_or_runs() {
         let mut scheduler: Scheduler<usize> = Scheduler::new(&SPEC, Arc::default());
         let runs = enqueue(&mut scheduler, 1, 10, 50);
-        scheduler.admit(0, |_, _, _| 0);
+        scheduler.admit(0, |_, _, _, _| 0);
         let waits = enqueue(&mut scheduler, 2, 10, 40);
         scheduler.expire(39);
         assert!(scheduler.take_ended().is_empty());

@@ -27,21 +27,22 @@ impl<B: Backend> Engine<B> {
     fn admit(&mut self, now_us: u64) {
         let (backend, start_token) = (&self.backend, self.spec.prompt.start_token());
         let indices = |pages: &[Page]| pages.iter().map(Page::index).collect();
-        self.scheduler.admit(now_us, |prepared, context, tails| {
+        self.scheduler.admit(now_us, |prepared, slot, context, tails| {
             let slot = backend.open_slot(SlotSpec {
                 context_pages: indices(context),
-                context_len: prepared.tokens.len(),
+                context_len: prepared.tokens().len(),
                 tail_pages: indices(tails),
-                num_steps: prepared.num_steps(),
+                num_steps: prepared.program.slots()[slot].num_steps(),
                 start_token,
             });
-            slot.expect("an engine is opened for as many steps as its device takes")
+            slot.expect("a request is checked for as many steps as the device takes")
         });
     }
 
     fn step_running(&mut self) {
         let backend = &self.backend;
-        let scheduled = self.scheduler.schedule(|slot| backend.num_beams(slot));
+        let scheduled =
+            self.scheduler.schedule(|running| batch::num_decode_rows(&**backend, running));
         if scheduled.is_empty() {
             return;
         }
@@ -72,10 +73,7 @@ impl<B: Backend> Engine<B> {
         }
         let backend = &*self.backend;
         let is_finished = |running: &Running<B::Slot>| {
-            running.slots.iter().flatten().all(|slot| {
-                backend.num_steps(slot) == running.prepared.num_steps()
-                    || backend.num_beams(slot) == 0
-            })
+            (0..running.slots.len()).all(|slot| batch::has_ended(backend, running, slot))
         };
         self.scheduler.complete(scheduled, self.preparer.now_us());
         let finished = self.scheduler.take_finished(is_finished);

@@ -1,15 +1,16 @@
 //! `config.json` and `sidereal.json`: what a model folder says of itself.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::backend::{NO_TOKEN, StepChoice};
+use super::vocabulary::Vocabulary;
+use crate::backend::NO_TOKEN;
 use crate::catalog::Catalog;
 use crate::catalog::sid::MAX_LEVELS;
 use crate::error::{Error, Result};
+use crate::request::Forced;
 use crate::search::Normalization;
 
 /// The largest size of any dimension that a configuration may give; guards the arithmetic.
@@ -155,8 +156,12 @@ pub struct SidLayout {
     pub levels: Vec<Vec<u32>>,
     /// How a history becomes the model's input.
     pub prompt: Prompt,
+    /// Tokens that are forced before the codes where a request does not say.
+    pub forced: Option<Forced>,
     /// Tokens that are forced after the codes and count in the score.
     pub suffix: Vec<u32>,
+    /// The texts of the model's tokens.
+    pub vocabulary: Vocabulary,
     /// What scores are normalised over where a request does not say.
     pub normalization: Normalization,
 }
@@ -182,10 +187,20 @@ struct LayoutFile {
     levels: Vec<LevelEntry>,
     #[serde(default)]
     prompt: Prompt,
+    forced: Option<ForcedEntry>,
     #[serde(default)]
     suffix: Vec<u32>,
     #[serde(default)]
     normalize: Option<Normalization>,
+}
+
+/// Tokens before the codes, and whether they are part of the scores.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ForcedEntry {
+    tokens: Vec<u32>,
+    #[serde(default)]
+    counted: bool,
 }
 
 /// One level: its size and either the first token or a template.
@@ -219,11 +234,7 @@ impl SidLayout {
                 "level {number} must have either \"first_token\" or \"template\""
             )));
         }
-        let needs_tokenizer = file.levels.iter().any(|level| level.template.is_some());
-        let vocabulary = match needs_tokenizer {
-            true => read_vocabulary(&folder.join("tokenizer.json"))?,
-            false => HashMap::new(),
-        };
+        let vocabulary = Vocabulary::of_folder(folder);
         let mut levels = Vec::new();
         for (number, level) in file.levels.iter().enumerate() {
             let size = level.size;
@@ -237,8 +248,8 @@ impl SidLayout {
                     return Err(error(format!("template {template:?} has no {{}} for the code")));
                 }
                 let token = |code: usize| template.replace("{}", &code.to_string());
-                let known = |code| vocabulary.get(&token(code)).copied().unwrap_or(NO_TOKEN);
-                (0..size).map(known).collect()
+                let known = |code| Ok(vocabulary.token(&token(code))?.unwrap_or(NO_TOKEN));
+                (0..size).map(known).collect::<Result<_>>()?
             } else {
                 let first = level.first_token.unwrap_or_default();
                 let end = first as usize + size;
@@ -262,36 +273,30 @@ impl SidLayout {
         }
         let named = levels.iter().flatten().filter(|&&token| token != NO_TOKEN);
         let named = named.chain(prefix).chain(suffix).chain(separator).chain(&file.suffix);
+        let forced = file
+            .forced
+            .map(|ForcedEntry { tokens, counted }| Forced { tokens, is_counted: counted });
+        if forced.as_ref().is_some_and(|forced| forced.tokens.is_empty()) {
+            return Err(error("\"forced\" has no tokens; leave it out".into()));
+        }
+        let named = named.chain(forced.iter().flat_map(|forced| &forced.tokens));
         if let Some(token) = named.max().filter(|&&token| token as usize >= vocab_size) {
             return Err(error(format!("token {token} is outside the vocabulary of {vocab_size}")));
         }
         Ok(SidLayout {
             levels,
             prompt: file.prompt,
+            forced,
             suffix: file.suffix,
+            vocabulary,
             normalization: file.normalize.unwrap_or_default(),
         })
     }
 
-    /// Steps of a search for a semantic ID: its levels, then the tokens forced after them.
-    pub fn num_steps(&self) -> usize {
-        self.levels.len() + self.suffix.len()
-    }
-
-    /// The tokens that a step of a search for a semantic ID may choose from, and the levels chosen
-    /// before it.
-    ///
-    /// # Panics
-    /// Where there is no such step.
-    pub fn choice(&self, step: usize) -> (StepChoice<'_>, usize) {
-        let num_levels = self.levels.len();
-        match step {
-            level if level < num_levels => (StepChoice::Level(level), level),
-            forced => {
-                let token = self.suffix[forced - num_levels];
-                (StepChoice::Forced { token, is_counted: true }, num_levels)
-            }
-        }
+    /// Single tokens that steps of most requests ask for.
+    pub fn known_tokens(&self) -> Vec<u32> {
+        let forced = self.forced.iter().flat_map(|forced| &forced.tokens);
+        forced.chain(&self.suffix).copied().collect()
     }
 
     /// Checks that every code of the catalog has a token, and has it refuse others from now on.
@@ -302,46 +307,4 @@ impl SidLayout {
         let has_token = |tokens: &Vec<u32>| tokens.iter().map(|&token| token != NO_TOKEN).collect();
         catalog.require(self.levels.iter().map(has_token).collect())
     }
-}
-
-/// Stands for all larger ones: no vocabulary goes so far.
-const LARGEST_TOKEN: u64 = NO_TOKEN as u64 - 1;
-
-/// The tokens of a `tokenizer.json`, added ones included.
-fn read_vocabulary(path: &Path) -> Result<HashMap<String, u32>> {
-    #[derive(Deserialize)]
-    struct File {
-        #[serde(default)]
-        added_tokens: Vec<AddedToken>,
-        model: Option<ModelVocabulary>,
-    }
-    #[derive(Deserialize)]
-    struct AddedToken {
-        id: u32,
-        content: String,
-    }
-    #[derive(Deserialize)]
-    struct ModelVocabulary {
-        #[serde(default)]
-        vocab: Value,
-    }
-    let file: File = read_json(path)?;
-    let mut vocabulary = HashMap::new();
-    match file.model.map(|model| model.vocab) {
-        // Byte-pair and word-level models map texts to numbers, unigram models list pairs.
-        Some(Value::Object(entries)) => {
-            let number =
-                |(text, id): (String, Value)| Some((text, id.as_u64()?.min(LARGEST_TOKEN) as u32));
-            vocabulary.extend(entries.into_iter().filter_map(number));
-        }
-        Some(Value::Array(entries)) => {
-            let texts = entries.into_iter().enumerate();
-            let number =
-                |(id, entry): (usize, Value)| Some((entry[0].as_str()?.to_string(), id as u32));
-            vocabulary.extend(texts.filter_map(number));
-        }
-        _ => {}
-    }
-    vocabulary.extend(file.added_tokens.into_iter().map(|token| (token.content, token.id)));
-    Ok(vocabulary)
 }

@@ -5,8 +5,8 @@
 //! biases on queries, keys and values; Qwen3 norms each query and key head before its rotation.
 
 use super::config::{Config, SidLayout};
+use super::network::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
 use super::weights::Weights;
-use super::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Epilogue, HeadNorms, Heads, KvLayout, KvScope, Mask,
 };
@@ -124,7 +124,7 @@ impl<B: Backend> DecoderOnly<B> {
             embedding: backend.table(embedding)?,
             layers,
             norm: backend.vector(&[norm])?,
-            head: backend.head(head, &layout.levels, &layout.suffix)?,
+            head: backend.head(head, &layout.levels, &layout.known_tokens())?,
         })
     }
 

@@ -10,6 +10,7 @@ use sidereal::backend::cpu::CpuBackend;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, Snapshot};
 use sidereal::models::config::{Config, Prompt, SidLayout};
+use sidereal::models::vocabulary::Vocabulary;
 use sidereal::models::weights::Weights;
 use sidereal::pages::PAGE_LEN;
 use sidereal::{
@@ -43,7 +44,9 @@ impl Tiny {
                 separator: some(1),
                 max_items: None,
             },
+            forced: None,
             suffix: some(2),
+            vocabulary: Vocabulary::default(),
             normalization: Normalization::Vocabulary,
         };
         let vocab_size = first(num_levels) + 3;
