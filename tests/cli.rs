@@ -591,6 +591,37 @@ fn candidates_are_ranked_and_the_bad_lines_are_answered_in_their_place() {
 }
 
 #[test]
+fn named_tokens_are_read_instead_of_items_or_beside_them() {
+    let small = Folder::small();
+    small.write("tokenizer.json", r#"{"model": {"vocab": {"Yes": 3, "No": 4}}}"#);
+    let input = r#"{"tokens": [1], "read": ["Yes", 4, "Yes"]}
+        {"tokens": [1], "read": ["Yes"], "candidates": ["i0"], "forced": {"tokens": [5]}}"#;
+    let answers = recommend_small(&small, input, &[]);
+    let read = answers[0]["read"].as_array().expect("named tokens");
+    assert!(items(&answers[0]).is_empty());
+    let named: Vec<_> = read.iter().map(|read| (&read["token"], &read["text"])).collect();
+    let (yes, no) = ((&json!(3), &json!("Yes")), (&json!(4), &Value::Null));
+    assert_eq!(named, [yes, no, yes]);
+    assert!(read[0]["log_prob"].as_f64().expect("a number") < 0.0);
+    assert_eq!(read[0], read[2]);
+    assert_eq!(names(&answers[1]), ["i0"]);
+    assert_eq!(answers[1]["tokens"], 2, "the forced token extends the input");
+    assert_ne!(answers[1]["read"][0]["log_prob"], read[0]["log_prob"]);
+
+    let model = ["recommend", "--model", plain(small.path()), "--requests", "-"];
+    let output = run_with(&[&model[..], &["--format", "table"]].concat(), input.as_bytes());
+    let table = String::from_utf8(output.stdout).expect("text");
+    assert_eq!(table.matches("log-probability").count(), 2, "{table}");
+    assert_eq!(table.matches("semantic ID").count(), 1, "{table}");
+    assert_eq!(table.matches("Yes").count(), 3, "{table}");
+
+    let input = r#"{"tokens": [1], "read": ["Yes"], "target": "i0"}"#;
+    let evaluate = ["evaluate", "--model", plain(small.path()), "--requests", "-"];
+    let output = run_with(&evaluate, input.as_bytes());
+    assert!(errors(&output).contains("read: its answers are no items"), "{}", errors(&output));
+}
+
+#[test]
 fn a_width_for_each_level_and_a_seed_are_taken_from_the_line() {
     let input = concat!(
         r#"{"history": ["17", "4"], "beams": [3, 5, 7], "top_k": 100, "shared_sid": "first"}"#,

@@ -17,8 +17,8 @@ use sidereal::catalog::{Catalog, Change};
 use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::weights::Weights;
 use sidereal::{
-    Answer, CatalogWriter, Constraint, Dtype, Engine, EngineOptions, Error, Recommendation,
-    Recommender, RecommenderOptions, Request, Result, Tensor, WriterOptions,
+    Answer, CatalogWriter, Constraint, Dtype, Engine, EngineOptions, Error, Forced, NamedToken,
+    Recommendation, Recommender, RecommenderOptions, Request, Result, Tensor, WriterOptions,
 };
 
 /// Little memory: the emulator's is that of the machine.
@@ -82,6 +82,12 @@ fn assert_all_alike(
             (Ok(cpu), Ok(found)) => {
                 assert_alike(&cpu.items, &found.items, tolerance, &what);
                 assert_eq!(cpu.groups.len(), found.groups.len(), "{what}");
+                assert_eq!(cpu.read.len(), found.read.len(), "{what}");
+                for (cpu, found) in cpu.read.iter().zip(&found.read) {
+                    assert_eq!((cpu.token, &cpu.text), (found.token, &found.text), "{what}");
+                    let difference = (cpu.log_prob - found.log_prob).abs();
+                    assert!(difference < tolerance, "{what}: {found:?}, not {cpu:?}");
+                }
                 assert_eq!(cpu.snapshot.number(), found.snapshot.number(), "{what}");
                 for (cpu, found) in cpu.groups.iter().zip(&found.groups) {
                     assert_eq!(cpu.filter, found.filter, "{what}");
@@ -152,6 +158,69 @@ fn answers_of_tiny_models_are_those_of_the_cpu_checked() {
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn answers_of_tiny_models_are_those_of_the_cpu_at_length() {
     answers_of_tiny_models_are_those_of_the_cpu(Build::Plain, 60, 12);
+}
+
+/// Tokens that are forced before the codes and tokens that are read, with searches and without.
+fn programs(rng: &mut fastrand::Rng, tiny: &Tiny, count: usize) -> Vec<Request> {
+    let mut programs = requests(rng, tiny, count);
+    for request in &mut programs {
+        let mut tokens =
+            |most: usize| (0..rng.usize(1..=most)).map(|_| rng.u32(0..tiny.num_tokens())).collect();
+        let (forced, read): (Vec<u32>, Vec<u32>) = (tokens(3), tokens(6));
+        request.forced = match rng.u8(0..3) {
+            0 => None,
+            1 => Some(Forced::new(forced)),
+            _ => Some(Forced::counted(forced)),
+        };
+        if rng.bool() {
+            request.read = read.into_iter().map(NamedToken::Id).collect();
+        }
+        if !request.read.is_empty() && request.groups.is_empty() && request.candidates.is_empty() {
+            (request.filter, request.exclude) = (None, Vec::new());
+            (request.seed, request.log_probs) = (None, false);
+        }
+    }
+    programs
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn programs_of_forced_and_named_tokens_are_answered_as_on_the_cpu() {
+    let (mut num_read, mut num_forced, mut num_replays) = (0, 0, 0);
+    for seed in 0..40 {
+        let build = if seed < 10 { Build::Checked } else { Build::Plain };
+        let tiny = Tiny::new(seed);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let requests = programs(&mut rng, &tiny, 12);
+        let catalog = || Arc::clone(&tiny.catalog);
+        let mut cpu = tiny.open_as(catalog(), &options());
+        let mut emulated =
+            tiny.open_on(Emulator::backend(build, Dtype::F32), catalog(), &options());
+        let expected = answers(&mut cpu, &requests);
+        // Again with cached contexts, and steps that are replayed.
+        for round in 0..2 {
+            let found = answers(&mut emulated, &requests);
+            let what = format!("seed {seed} round {round}");
+            assert_all_alike(&requests, &expected, &found, 1e-3, &what);
+        }
+        emulated.check_integrity().expect("all pages are in one place");
+        num_replays += emulated.run(|backend| backend.traffic().replays);
+        num_read += expected.iter().flatten().filter(|answer| !answer.read.is_empty()).count();
+        num_forced += requests.iter().filter(|request| request.forced.is_some()).count();
+    }
+    assert!(num_read > 150 && num_forced > 250 && num_replays > 0, "{num_read} {num_forced}");
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn a_program_of_more_steps_than_a_device_takes_is_refused() {
+    let tiny = Tiny::new(1);
+    let backend = Emulator::backend(Build::Plain, Dtype::F32);
+    let mut emulated = tiny.open_on(backend, Arc::clone(&tiny.catalog), &options());
+    let request = Request::from_tokens([1]).with_forced(Forced::counted([1; 40]));
+    let error = emulated.recommend(&request).expect_err("too many steps");
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("force fewer tokens"), "{error}");
 }
 
 #[test]
