@@ -35,44 +35,6 @@ impl ErrorKind {
     }
 }
 
-/// Every code, for counters by code.
-pub(crate) const CODES: [&str; 34] = [
-    "unknown_item",
-    "empty_input",
-    "token_out_of_range",
-    "history_too_long",
-    "beam_width",
-    "top_k",
-    "invalid_field",
-    "invalid_option",
-    "limit_exceeded",
-    "malformed_request",
-    "invalid_change",
-    "too_large",
-    "unsupported",
-    "overloaded",
-    "deadline_exceeded",
-    "shutting_down",
-    "io",
-    "catalog_file",
-    "catalog_contents",
-    "change_log",
-    "items_file",
-    "requests_file",
-    "output_file",
-    "model_folder",
-    "model_config",
-    "weights_file",
-    "missing_tensor",
-    "unexpected_tensor",
-    "tensor_shape",
-    "non_finite_weight",
-    "levels_mismatch",
-    "device",
-    "non_finite_scores",
-    "engine_failed",
-];
-
 /// Every error of this crate. The text says what happened, the limit, and the way out.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -381,49 +343,62 @@ impl Error {
     pub fn code(&self) -> &'static str {
         self.kind_and_code().1
     }
+}
 
-    fn kind_and_code(&self) -> (ErrorKind, &'static str) {
-        use ErrorKind::{Caller, Device, Files, Internal, Overloaded};
-        match self {
-            Error::UnknownItem { .. } => (Caller, "unknown_item"),
-            Error::EmptyInput => (Caller, "empty_input"),
-            Error::TokenOutOfRange { .. } => (Caller, "token_out_of_range"),
-            Error::HistoryTooLong { .. } => (Caller, "history_too_long"),
-            Error::BeamWidth { .. } => (Caller, "beam_width"),
-            Error::TopK { .. } => (Caller, "top_k"),
-            Error::InvalidField { .. } => (Caller, "invalid_field"),
-            Error::InvalidOption { .. } => (Caller, "invalid_option"),
-            Error::LimitExceeded { .. } => (Caller, "limit_exceeded"),
-            Error::MalformedRequest { .. } => (Caller, "malformed_request"),
-            Error::InvalidChange { .. } => (Caller, "invalid_change"),
-            Error::TooLarge { .. } => (Caller, "too_large"),
-            Error::Unsupported { .. } => (Caller, "unsupported"),
-            Error::Cancelled => (Caller, "cancelled"),
-            Error::CalledFromCallback => (Caller, "called_from_callback"),
-            Error::Forked => (Caller, "forked"),
-            Error::Overloaded { .. } => (Overloaded, "overloaded"),
-            Error::DeadlineExceeded { .. } => (Overloaded, "deadline_exceeded"),
-            Error::ShuttingDown => (Overloaded, "shutting_down"),
-            Error::Io { .. } => (Files, "io"),
-            Error::CatalogFile { .. } => (Files, "catalog_file"),
-            Error::CatalogContents { .. } => (Files, "catalog_contents"),
-            Error::ChangeLog { .. } => (Files, "change_log"),
-            Error::ItemsFile { .. } => (Files, "items_file"),
-            Error::RequestsFile { .. } => (Files, "requests_file"),
-            Error::OutputFile { .. } => (Files, "output_file"),
-            Error::ModelFolder { .. } => (Files, "model_folder"),
-            Error::ModelConfig { .. } => (Files, "model_config"),
-            Error::WeightsFile { .. } => (Files, "weights_file"),
-            Error::MissingTensor { .. } => (Files, "missing_tensor"),
-            Error::UnexpectedTensor { .. } => (Files, "unexpected_tensor"),
-            Error::TensorShape { .. } => (Files, "tensor_shape"),
-            Error::NonFiniteWeight { .. } => (Files, "non_finite_weight"),
-            Error::LevelsMismatch { .. } => (Files, "levels_mismatch"),
-            Error::Device { .. } => (Device, "device"),
-            Error::NonFiniteScores { .. } => (Internal, "non_finite_scores"),
-            Error::EngineFailed { .. } => (Internal, "engine_failed"),
+/// Makes the list of all codes and the match over all variants of one table: neither can lack one.
+macro_rules! kinds_and_codes {
+    ($($variant:ident: $kind:ident $code:literal,)*) => {
+        /// The codes of all errors.
+        pub(crate) const CODES: [&str; [$($code),*].len()] = [$($code),*];
+
+        impl Error {
+            fn kind_and_code(&self) -> (ErrorKind, &'static str) {
+                match self {
+                    $(Error::$variant { .. } => (ErrorKind::$kind, $code),)*
+                }
+            }
         }
-    }
+    };
+}
+
+kinds_and_codes! {
+    UnknownItem: Caller "unknown_item",
+    EmptyInput: Caller "empty_input",
+    TokenOutOfRange: Caller "token_out_of_range",
+    HistoryTooLong: Caller "history_too_long",
+    BeamWidth: Caller "beam_width",
+    TopK: Caller "top_k",
+    InvalidField: Caller "invalid_field",
+    InvalidOption: Caller "invalid_option",
+    LimitExceeded: Caller "limit_exceeded",
+    MalformedRequest: Caller "malformed_request",
+    InvalidChange: Caller "invalid_change",
+    TooLarge: Caller "too_large",
+    Unsupported: Caller "unsupported",
+    Cancelled: Caller "cancelled",
+    CalledFromCallback: Caller "called_from_callback",
+    Forked: Caller "forked",
+    Overloaded: Overloaded "overloaded",
+    DeadlineExceeded: Overloaded "deadline_exceeded",
+    ShuttingDown: Overloaded "shutting_down",
+    Io: Files "io",
+    CatalogFile: Files "catalog_file",
+    CatalogContents: Files "catalog_contents",
+    ChangeLog: Files "change_log",
+    ItemsFile: Files "items_file",
+    RequestsFile: Files "requests_file",
+    OutputFile: Files "output_file",
+    ModelFolder: Files "model_folder",
+    ModelConfig: Files "model_config",
+    WeightsFile: Files "weights_file",
+    MissingTensor: Files "missing_tensor",
+    UnexpectedTensor: Files "unexpected_tensor",
+    TensorShape: Files "tensor_shape",
+    NonFiniteWeight: Files "non_finite_weight",
+    LevelsMismatch: Files "levels_mismatch",
+    Device: Device "device",
+    NonFiniteScores: Internal "non_finite_scores",
+    EngineFailed: Internal "engine_failed",
 }
 
 #[cfg(test)]
@@ -450,6 +425,9 @@ mod tests {
             Error::InvalidChange { index: 0, reason: reason.clone() },
             Error::TooLarge { what: "tokens", needs: 9, limit: 8 },
             Error::Unsupported { what: "this".into(), way_out: reason.clone() },
+            Error::Cancelled,
+            Error::CalledFromCallback,
+            Error::Forked,
             Error::Overloaded { queued: 9, limit: 8 },
             Error::DeadlineExceeded { deadline_ms: 5 },
             Error::ShuttingDown,
@@ -478,7 +456,7 @@ mod tests {
     fn every_error_has_a_kind_and_a_code_of_its_own() {
         let errors = one_of_each();
         let codes: Vec<&str> = errors.iter().map(Error::code).collect();
-        assert_eq!(codes, CODES, "a new variant belongs here and into CODES");
+        assert_eq!(codes, CODES, "a new variant belongs here");
         assert_eq!(codes.iter().collect::<BTreeSet<_>>().len(), CODES.len(), "{codes:?}");
         let kinds: BTreeSet<&str> = errors.iter().map(|error| error.kind().name()).collect();
         assert_eq!(kinds, BTreeSet::from(["caller", "device", "files", "internal", "overloaded"]));

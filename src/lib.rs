@@ -90,3 +90,30 @@ pub use search::{Constraint, Normalization};
 pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
 pub use writer::{CatalogWriter, Durability, WriterOptions};
+
+/// The Rust code of the pages, compiled by `cargo test --doc`.
+#[cfg(doctest)]
+mod code_of_pages {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../ARCHITECTURE.md")]
+    struct Architecture;
+    #[doc = include_str!("../CONTRIBUTING.md")]
+    struct Contributing;
+    #[doc = include_str!("../SECURITY.md")]
+    struct Security;
+    #[doc = include_str!("../docs/benchmarks.md")]
+    struct Benchmarks;
+    #[doc = include_str!("../docs/catalog.md")]
+    struct CatalogPage;
+    #[doc = include_str!("../docs/cli.md")]
+    struct CommandLine;
+    #[doc = include_str!("../docs/gpu.md")]
+    struct Gpu;
+    #[doc = include_str!("../docs/models.md")]
+    struct Models;
+    #[doc = include_str!("../docs/ranking.md")]
+    struct Ranking;
+    #[doc = include_str!("../docs/serving.md")]
+    struct Serving;
+}

@@ -9,7 +9,7 @@
 //! | --- | --- |
 //! | [`submit`](Recommender::submit), [`submit_with`](Recommender::submit_with), [`submit_all`](Recommender::submit_all) | nothing; checks the request, which takes time in proportion to the catalog where a filter is new |
 //! | [`submit_deferred`](Recommender::submit_deferred) | nothing; the request is checked on the engine's thread |
-//! | [`cancel`](Recommender::cancel), [`status`](Recommender::status), [`close`](Recommender::close) | nothing |
+//! | [`cancel`](Recommender::cancel), [`status`](Recommender::status), [`metrics`](Recommender::metrics), [`close`](Recommender::close) | nothing |
 //! | [`Handle::wait`], [`recommend`](Recommender::recommend), [`recommend_all`](Recommender::recommend_all), [`rank`](Recommender::rank) | the answer, and before it room in the queue |
 //! | [`replace_weights`](Recommender::replace_weights) | the new network, and the requests that run |
 //! | [`check_integrity`](Recommender::check_integrity) | the step under way |
@@ -35,6 +35,7 @@ use crate::engine::{
     Engine, EngineOptions, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply,
 };
 use crate::error::{Error, Result};
+use crate::metrics::{Gauges, MetricsSnapshot};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::request::{Input, Request};
@@ -343,7 +344,7 @@ impl Recommender {
                 Err(all) => (all.len(), &|| shared.end()),
             };
         let refused = handles.iter_mut().rev().filter(|handle| handle.is_ok());
-        refused.take(num_refused).for_each(|handle| *handle = Err(error()));
+        refused.take(num_refused).for_each(|handle| *handle = Err(self.refused(error())));
         handles
     }
 
@@ -354,7 +355,7 @@ impl Recommender {
     /// [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`];
     /// the request's own come as the answer.
     pub fn submit_deferred(&self, request: Request) -> Result<Handle> {
-        self.shared().check_process()?;
+        self.shared().check_process().map_err(|error| self.refused(error))?;
         let arrival = self.inner.preparer.arrival();
         let (handle, reply) = self.handle(arrival.id);
         self.push(Message::Submit(request, arrival, reply))?;
@@ -378,11 +379,12 @@ impl Recommender {
     /// The request's; [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`],
     /// [`Error::CalledFromCallback`].
     pub fn recommend(&self, request: &Request) -> Result<Answer> {
-        self.shared().check_waiting()?;
+        self.shared().check_waiting().map_err(|error| self.refused(error))?;
         let prepared = self.prepare(request.clone())?;
         let (handle, reply) = self.handle(prepared.id());
         let message = Message::Enqueue(prepared, reply);
-        self.shared().queue.push_wait(message).map_err(|_| self.shared().end())?;
+        let pushed = self.shared().queue.push_wait(message);
+        pushed.map_err(|_| self.refused(self.shared().end()))?;
         handle.wait()
     }
 
@@ -414,7 +416,7 @@ impl Recommender {
                 Err(error) => error,
                 Ok(()) => shared.end(),
             };
-            deliver(index, Err(error));
+            deliver(index, Err(self.refused(error)));
         }
     }
 
@@ -433,7 +435,7 @@ impl Recommender {
         request.candidates = candidates.into_iter().map(Into::into).collect();
         if request.candidates.is_empty() {
             let reason = "name the items to score".into();
-            return Err(Error::InvalidField { field: "candidates", reason });
+            return Err(self.refused(Error::InvalidField { field: "candidates", reason }));
         }
         self.recommend(&request)
     }
@@ -476,6 +478,19 @@ impl Recommender {
         })
     }
 
+    /// What the engine counted since it was opened, and what it held at the end of its last step:
+    /// for doors to export, as [Prometheus text](MetricsSnapshot::to_prometheus) for example. This
+    /// does not wait for the step under way.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn metrics(&self) -> Result<MetricsSnapshot> {
+        let Status { queued, engine, weights_version, .. } = self.status()?;
+        let gauges = engine.gauges(self.catalog(), weights_version);
+        let gauges = Gauges { waiting: queued as u64, ..gauges };
+        Ok(self.inner.preparer.metrics().snapshot(gauges))
+    }
+
     /// Checks that every page of memory is in exactly one place: free, or held by those who share
     /// it. For tests and for operators who suspect a leak; it takes time in proportion to the pages.
     ///
@@ -512,8 +527,14 @@ impl Recommender {
     }
 
     fn prepare(&self, request: Request) -> Result<Prepared> {
-        self.shared().check_process()?;
+        self.shared().check_process().map_err(|error| self.refused(error))?;
         self.inner.preparer.prepare(request)
+    }
+
+    /// Counts a request that was refused before the engine had it.
+    fn refused(&self, error: Error) -> Error {
+        self.inner.preparer.metrics().request_refused(&error);
+        error
     }
 
     /// A handle, and the reply that answers it.
@@ -535,7 +556,7 @@ impl Recommender {
         if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {
             reply.disarm();
         }
-        Err(error)
+        Err(self.refused(error))
     }
 
     /// Asks the engine's thread for something and waits for it.

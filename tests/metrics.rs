@@ -2,10 +2,17 @@
 
 use std::collections::HashMap;
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex};
+use std::path::Path;
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
-use sidereal::metrics::{Metrics, Outcome, PageCounts};
-use sidereal::{Error, Timings};
+use serde_json::Value;
+use sidereal::catalog::Catalog;
+use sidereal::metrics::{Gauges, Metrics, MetricsSnapshot};
+use sidereal::pages::PAGE_LEN;
+use sidereal::{
+    Engine, EngineOptions, Error, Input, Recommender, RecommenderOptions, Request, Timings,
+};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
@@ -24,30 +31,32 @@ fn day(metrics: &Metrics) {
     metrics.request_admitted(9, 0);
     metrics.step(29, 13, 1_500);
     metrics.step(4, 0, 250);
-    metrics.request_finished(&timings(10, 1_500, &[250, 260, 300]), Outcome::Answered);
-    metrics.request_finished(&timings(90, 20_000_000, &[250; 11]), Outcome::Answered);
+    metrics.request_answered(&timings(10, 1_500, &[250, 260, 300]));
+    metrics.request_answered(&timings(90, 20_000_000, &[250; 11]));
     metrics.request_refused(&Error::EmptyInput);
     metrics.request_refused(&Error::Overloaded { queued: 3, limit: 3 });
     metrics.request_refused(&Error::EmptyInput);
-    let none = Timings::default();
-    metrics.request_finished(&none, Outcome::Failed(&Error::NonFiniteScores { step: 1 }));
-    let late = Error::DeadlineExceeded { deadline_ms: 5 };
-    metrics.request_finished(&none, Outcome::Failed(&late));
-    metrics.request_finished(&none, Outcome::Cancelled);
-    metrics.set_requests(5, 2);
-    let mut pages = PageCounts::default();
+    metrics.request_failed(&Error::NonFiniteScores { step: 1 });
+    metrics.request_failed(&Error::DeadlineExceeded { deadline_ms: 5 });
+    metrics.request_failed(&Error::Cancelled);
+}
+
+/// What the engine holds in the evening.
+fn evening() -> Gauges {
+    let mut gauges = Gauges::default();
+    (gauges.waiting, gauges.running) = (5, 2);
+    let pages = &mut gauges.pages;
     (pages.context_free, pages.context_cached, pages.context_running) = (100, 20, 3);
     (pages.tail_free, pages.tail_running) = (7, 1);
-    metrics.set_pages(pages);
-    metrics.set_catalog_snapshot(4);
-    metrics.set_weights_version(2);
+    (gauges.catalog_snapshot, gauges.weights_version) = (4, 2);
+    gauges
 }
 
 #[test]
 fn a_snapshot_holds_what_was_counted() {
     let metrics = Metrics::default();
     day(&metrics);
-    let snapshot = metrics.snapshot();
+    let snapshot = metrics.snapshot(evening());
     assert_eq!((snapshot.answered, snapshot.cancelled, snapshot.deadline_exceeded), (2, 1, 1));
     assert_eq!(snapshot.refused, [("empty_input", 2), ("overloaded", 1)]);
     assert_eq!(snapshot.failed, [("non_finite_scores", 1)]);
@@ -60,17 +69,16 @@ fn a_snapshot_holds_what_was_counted() {
     assert_eq!((snapshot.prompt_tokens, snapshot.step_us.sum), (13, 1_750));
     assert_eq!((snapshot.cache_hits, snapshot.cache_misses), (1, 1));
     assert_eq!((snapshot.cache_hit_tokens, snapshot.cache_tokens), (16, 29));
-    assert_eq!((snapshot.waiting, snapshot.running), (5, 2));
-    assert_eq!((snapshot.catalog_snapshot, snapshot.weights_version), (4, 2));
+    assert_eq!(snapshot.gauges, evening());
 }
 
 #[test]
 fn a_value_on_a_bound_belongs_to_its_bucket() {
     let metrics = Metrics::default();
     for total_us in [100, 101] {
-        metrics.request_finished(&timings(total_us, 0, &[]), Outcome::Answered);
+        metrics.request_answered(&timings(total_us, 0, &[]));
     }
-    let histogram = metrics.snapshot().request_us;
+    let histogram = metrics.snapshot(Gauges::default()).request_us;
     assert_eq!((histogram.bounds[0], &histogram.counts[..3]), (100, &[1, 1, 0][..]));
 }
 
@@ -107,9 +115,9 @@ fn samples(text: &str) -> HashMap<String, f64> {
 #[test]
 fn prometheus_text_is_sound_and_says_what_was_counted() {
     let metrics = Metrics::default();
-    samples(&metrics.snapshot().to_prometheus());
+    samples(&metrics.snapshot(Gauges::default()).to_prometheus());
     day(&metrics);
-    let text = metrics.snapshot().to_prometheus();
+    let text = metrics.snapshot(evening()).to_prometheus();
     let samples = samples(&text);
     for (name, value) in [
         ("sidereal_requests_answered_total", 2.0),
@@ -147,7 +155,7 @@ fn prometheus_text_is_sound_and_says_what_was_counted() {
     assert_eq!(count(buckets.last().expect("+Inf")), samples["sidereal_step_seconds_count"]);
 }
 
-/// Collects the fields of events as text.
+/// Collects the fields of events as text, and names and fields of spans.
 #[derive(Clone, Default)]
 struct Collector(Arc<Mutex<Vec<String>>>);
 
@@ -164,7 +172,10 @@ impl Subscriber for Collector {
         metadata.target() == "sidereal"
     }
 
-    fn new_span(&self, _: &Attributes<'_>) -> Id {
+    fn new_span(&self, attributes: &Attributes<'_>) -> Id {
+        let mut fields = Fields(format!("span={} ", attributes.metadata().name()));
+        attributes.record(&mut fields);
+        self.0.lock().expect("no holder panics").push(fields.0);
         Id::from_u64(1)
     }
 
@@ -195,7 +206,171 @@ fn what_is_counted_is_told_to_a_subscriber_as_well() {
     has(&["request answered", "queued_us=10 ", "prefill_us=1500 ", "levels_us=[250, 260, 300] "]);
     has(&["request refused", "code=\"overloaded\"", "3 requests wait already"]);
     has(&["request failed", "code=\"deadline_exceeded\""]);
-    has(&["request cancelled"]);
+    has(&["request failed", "code=\"cancelled\""]);
     has(&["step", "rows=29 ", "prompt_tokens=13 ", "took_us=1500 "]);
     has(&["request admitted", "tokens=20 ", "cached_tokens=16 "]);
+}
+
+fn catalog_and_folder() -> (Arc<Catalog>, std::path::PathBuf) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/decoder_only/qwen3-tied");
+    let golden = std::fs::read(folder.join("golden.json")).expect("golden answers");
+    let golden: Value = serde_json::from_slice(&golden).expect("golden answers");
+    let items = folder.join(golden["items_index"].as_str().expect("a path"));
+    (Arc::new(Catalog::open(&items).expect("a catalog")), folder)
+}
+
+fn open() -> Engine {
+    let (catalog, folder) = catalog_and_folder();
+    let options = EngineOptions::default().with_threads(1);
+    Engine::open(&folder, catalog, &options).expect("a model")
+}
+
+fn request() -> Request {
+    let mut request = Request::from_tokens((0..100).map(|n| n % 40).collect::<Vec<u32>>());
+    request.beams = 5;
+    request
+}
+
+/// Checks what must hold of every engine that nothing waits for.
+fn check_sums(metrics: &MetricsSnapshot) {
+    let answered = metrics.answered;
+    for histogram in [&metrics.request_us, &metrics.queued_us, &metrics.prefill_us] {
+        assert_eq!(histogram.count(), answered);
+    }
+    assert_eq!((metrics.gauges.waiting, metrics.gauges.running), (0, 0));
+    assert_eq!((metrics.gauges.pages.context_running, metrics.gauges.pages.tail_running), (0, 0));
+    assert_eq!(metrics.step_us.count(), metrics.step_rows.count());
+    // Each sample of the text format is there, whatever the numbers are.
+    let samples = samples(&metrics.to_prometheus());
+    assert_eq!(samples["sidereal_requests_answered_total"], answered as f64);
+    assert_eq!(samples["sidereal_step_rows_sum"], metrics.step_rows.sum as f64);
+    let of_code = |(family, codes): (&str, &Vec<(&str, u64)>)| {
+        for (code, count) in codes {
+            let name = format!("sidereal_requests_{family}_total{{code=\"{code}\"}}");
+            assert_eq!(samples[&name], *count as f64);
+        }
+    };
+    [("refused", &metrics.refused), ("failed", &metrics.failed)].into_iter().for_each(of_code);
+}
+
+#[test]
+fn an_engine_counts_its_requests_and_steps() {
+    let mut engine = open();
+    let opened = engine.metrics();
+    assert_eq!((opened.step_us.count(), opened.answered), (0, 0));
+    assert_eq!((opened.gauges.catalog_snapshot, opened.gauges.weights_version), (1, 1));
+    assert_eq!(opened.gauges.pages.tail_free, engine.status().tail_pages as u64);
+
+    let answers: Vec<_> =
+        (0..2).map(|_| engine.recommend(&request()).expect("a sound request")).collect();
+    assert_eq!((answers[0].cached_tokens, answers[1].cached_tokens), (0, PAGE_LEN));
+    assert!(matches!(engine.recommend(&Request::from_tokens([])), Err(Error::EmptyInput)));
+    let steps = engine.metrics().step_us.count();
+
+    // One is given up while it waits, one while it runs; a deadline goes by.
+    let (sender, told) = mpsc::channel();
+    let submit = |request: Request, engine: &mut Engine| {
+        let sender = sender.clone();
+        let told = move |answer| sender.send(answer).expect("the test listens");
+        engine.submit(request, told).expect("a sound request")
+    };
+    let waits = submit(request(), &mut engine);
+    engine.cancel(waits);
+    let runs = submit(request(), &mut engine);
+    engine.step().expect("a step");
+    let pages = engine.metrics().gauges.pages;
+    assert!(pages.context_running > 0 && pages.tail_running > 0, "{pages:?}");
+    assert_eq!(engine.metrics().gauges.running, 1);
+    engine.cancel(runs);
+    let mut late = request();
+    late.deadline = Some(Duration::ZERO);
+    submit(late, &mut engine);
+    assert_eq!(engine.metrics().gauges.waiting, 1);
+    engine.step().expect("a step");
+    let codes: Vec<&str> = told.try_iter().map(|answer| answer.expect_err("none").code()).collect();
+    assert_eq!(codes, ["cancelled", "cancelled", "deadline_exceeded"]);
+
+    let metrics = engine.metrics();
+    check_sums(&metrics);
+    assert_eq!((metrics.answered, metrics.cancelled, metrics.deadline_exceeded), (2, 2, 1));
+    assert_eq!(
+        (metrics.refused.clone(), metrics.failed.clone()),
+        (vec![("empty_input", 1)], vec![])
+    );
+    // Three were admitted, two of which found the first page of their context.
+    assert_eq!((metrics.cache_hits, metrics.cache_misses), (2, 1));
+    assert_eq!((metrics.cache_hit_tokens, metrics.cache_tokens), (2 * PAGE_LEN as u64, 300));
+    assert_eq!(metrics.prompt_tokens, 300 - 2 * PAGE_LEN as u64);
+    assert_eq!(metrics.step_us.count(), steps + 1, "a step without a request is none");
+    // The rows are the tokens of prompts, and the beams: one count a level that follows another.
+    let num_levels = metrics.level_us.iter().filter(|level| level.count() > 0).count() as u64;
+    assert!(metrics.level_us.iter().all(|level| [0, 2].contains(&level.count())));
+    assert_eq!(steps, 2 * (1 + num_levels), "a step for the prompt, and one a level");
+    assert!(metrics.step_rows.sum > metrics.prompt_tokens);
+    assert_eq!(metrics.gauges.pages.context_cached, engine.status().cached_context_pages as u64);
+}
+
+#[test]
+fn a_recommender_counts_what_it_refuses() {
+    let (catalog, folder) = catalog_and_folder();
+    let (opened, gate) = mpsc::channel::<()>();
+    let gate = Mutex::new(gate);
+    let options = RecommenderOptions::new("cpu").with_threads(1).with_max_queued(2);
+    let options = options.with_before_step(move |step| {
+        if step == 0 {
+            let _ = gate.lock().expect("no holder panics").recv(); // open either way
+        }
+    });
+    let recommender = Recommender::open(&folder, catalog, &options).expect("a model");
+    let unsound = Request::from_tokens([]);
+    assert!(recommender.submit(unsound.clone()).is_err());
+    let deferred = recommender.submit_deferred(unsound).expect("room");
+    // The engine's thread takes what is queued until its first step, which waits for the gate.
+    let first = recommender.submit(request()).or_else(|_| recommender.submit(request()));
+    assert_eq!(deferred.wait().expect_err("it is unsound").code(), "empty_input");
+    let mut handles = vec![first.expect("room")];
+    let mut overloaded = 0;
+    while overloaded < 3 {
+        match recommender.submit(request()) {
+            Ok(handle) => handles.push(handle),
+            Err(error) => {
+                assert_eq!(error.code(), "overloaded");
+                overloaded += 1;
+            }
+        }
+    }
+    let all = recommender.submit_all(vec![request(); 2]);
+    assert!(all.into_iter().all(|handle| handle.is_err_and(|error| error.code() == "overloaded")));
+    assert_eq!(recommender.metrics().expect("one process").gauges.waiting, 2);
+    drop(opened);
+    let accepted = handles.len() as u64;
+    for handle in handles {
+        handle.wait().expect("a sound request");
+    }
+    assert!(recommender.rank(Input::Tokens(vec![1]), [""; 0]).is_err());
+    recommender.shutdown(Duration::from_secs(60)).expect("one process");
+    assert!(recommender.recommend(&request()).is_err());
+    recommender.recommend_all(&[request(), request()], |_, answer| assert!(answer.is_err()));
+    let metrics = recommender.metrics().expect("one process");
+    let expected =
+        [("empty_input", 2), ("invalid_field", 1), ("overloaded", 5), ("shutting_down", 3)];
+    let mut refused = metrics.refused.clone();
+    refused.sort_unstable();
+    assert_eq!(refused, expected);
+    assert_eq!((metrics.answered, metrics.failed.len()), (accepted, 0));
+    check_sums(&metrics);
+}
+
+#[test]
+fn requests_and_steps_are_spans() {
+    let collector = Collector::default();
+    let mut engine = open();
+    tracing::subscriber::with_default(collector.clone(), || {
+        engine.recommend(&request()).expect("a sound request")
+    });
+    let lines = collector.0.lock().expect("no holder panics");
+    let count = |start: &str| lines.iter().filter(|line| line.starts_with(start)).count() as u64;
+    assert_eq!(count("span=request id=1 "), 1, "{lines:#?}");
+    assert_eq!(count("span=step rows="), engine.metrics().step_us.count(), "{lines:#?}");
+    assert_eq!(count("span=step rows=100 prompt_tokens=100 "), 1, "{lines:#?}");
 }

@@ -97,7 +97,7 @@ pub trait Glu: DeviceOps {
     fn glu(&self, x: &Self::Buffer, activation: Activation, out: &mut Self::Buffer);
 }
 
-/// Computes the angles of a rotary position embedding.
+/// Computes the angles of RoPE.
 pub trait RopeTables: DeviceOps {
     /// The cosines, then the sines, of each row's position times `frequencies[i]`, for
     /// [`apply_rope`](ApplyRope::apply_rope); the product in f32. A beam's newest token stands

@@ -3,13 +3,14 @@
 
 use std::ops::Range;
 use std::slice;
+use std::sync::Arc;
 
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Beam, Epilogue, HeadNorms, Heads, KvLayout, KvScope,
     Mask, MemorySpec, SearchRule, SlotSpec, StepChoice,
 };
 use crate::catalog::sid::Sid;
-use crate::catalog::{CatalogBuilder, Item};
+use crate::catalog::{CatalogBuilder, Item, Snapshot};
 use crate::error::Result;
 use crate::pages;
 use crate::tensor::Tensor;
@@ -41,6 +42,16 @@ impl Cases {
     /// The cases of a seed.
     pub fn new(seed: u64) -> Cases {
         Cases { rng: fastrand::Rng::with_seed(seed) }
+    }
+
+    /// A catalog of up to 600 items with three levels of so many codes.
+    fn snapshot(&mut self, num_codes: u16) -> Result<Arc<Snapshot>> {
+        let mut builder = CatalogBuilder::default();
+        for item in 0..self.size(600) {
+            let codes: Vec<u16> = (0..3).map(|_| self.rng.u16(0..num_codes)).collect();
+            builder.add(Item::new(item.to_string(), Sid::new(&codes)?))?;
+        }
+        Ok(builder.build()?.snapshot())
     }
 
     /// Numbers between -1 and 1 that 16 bits hold exactly.
@@ -284,18 +295,44 @@ fn prompt<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     Ok(found)
 }
 
+/// Columns of the hidden state that searches are given.
+const HIDDEN: usize = 64;
+
+/// Hidden states that are unit vectors, so that their logits are weights.
+fn unit_rows<B: Backend>(backend: &B, rows: usize) -> B::Buffer {
+    let mut hidden = vec![0.0; rows * HIDDEN];
+    (0..rows).for_each(|row| hidden[row * HIDDEN + row % HIDDEN] = 1.0);
+    backend.upload(&hidden, HIDDEN)
+}
+
+/// The scores of a search of one step that reads named tokens.
+fn named_tokens<B: Backend>(
+    backend: &B,
+    cases: &mut Cases,
+    fixture: &mut Fixture<'_, B>,
+    head: &B::Head,
+    vocab: usize,
+    rule: SearchRule<'_>,
+) -> Result<Vec<f32>> {
+    let mut named: Vec<u32> = (0..vocab as u32).collect();
+    cases.rng.shuffle(&mut named);
+    named.truncate(cases.size(10));
+    let rules = [SearchRule { choice: StepChoice::Tokens(&named), beams: named.len(), ..rule }];
+    let mut slots = [fixture.slot(1)];
+    let mut logits = backend.logits();
+    let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.lm_head(&unit_rows(backend, 1), head, &rules, &mut pass, &mut logits);
+    backend.advance_beams(&logits, head, &rules, &mut pass);
+    let beams = backend.read_beams(&[&slots[0]]).remove(0)?;
+    Ok(beams.iter().map(|beam| beam.score).collect())
+}
+
 /// A search of three levels, perhaps behind forced tokens, whose logits are weights themselves, so
 /// that every number type ranks them alike; its beams attend to their context and tails. Then a
 /// search that reads named tokens. Returns what one of the operations made of them.
 fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result<Vec<f32>> {
-    const HIDDEN: usize = 64;
     let (heads, num_codes) = (cases.heads(), cases.rng.u16(2..40));
-    let mut builder = CatalogBuilder::default();
-    for item in 0..cases.size(600) {
-        let codes: Vec<u16> = (0..3).map(|_| cases.rng.u16(0..num_codes)).collect();
-        builder.add(Item::new(item.to_string(), Sid::new(&codes)?))?;
-    }
-    let snapshot = builder.build()?.snapshot();
+    let snapshot = cases.snapshot(num_codes)?;
     let share = cases.rng.f32() * 0.5;
     let excluded: Vec<u32> = snapshot.all_items().filter(|_| cases.rng.f32() < share).collect();
     let allowed_set = snapshot.allowed_set(&excluded, None)?;
@@ -314,12 +351,6 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     backend.store_context(0, &kv, 0, heads, &batch);
     let width = cases.size(200);
     let bias = vector(backend, cases.numbers(heads.num_heads * 4))?;
-    // A row of the hidden state is a unit vector, so that its logits are weights.
-    let hidden_of = |rows: usize| {
-        let mut hidden = vec![0.0; rows * HIDDEN];
-        (0..rows).for_each(|row| hidden[row * HIDDEN + row % HIDDEN] = 1.0);
-        backend.upload(&hidden, HIDDEN)
-    };
     // Tokens are forced before the codes, counted or not.
     let forced = (0..cases.rng.usize(0..3)).map(|_| {
         let (token, is_counted) = (cases.rng.u32(0..vocab as u32), cases.rng.bool());
@@ -329,7 +360,7 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
     let steps = forced.into_iter().chain((0..3).map(|level| (StepChoice::Level(level), level)));
     let mut found = Vec::new();
     for (choice, depth) in steps {
-        let hidden = hidden_of(backend.num_beams(&slots[0]));
+        let hidden = unit_rows(backend, backend.num_beams(&slots[0]));
         let rule = SearchRule::new(&snapshot, &allowed_set, 0, width);
         let rules = [SearchRule { choice, depth, ..rule }];
         let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
@@ -364,21 +395,9 @@ fn search<B: Backend>(backend: &B, cases: &mut Cases, operation: &str) -> Result
             found.extend_from_slice(&out[..beams.len() * heads.query_dim()]);
         }
     }
-    // A search of one step that reads named tokens.
-    let mut named: Vec<u32> = (0..vocab as u32).collect();
-    cases.rng.shuffle(&mut named);
-    named.truncate(cases.size(10));
-    let rules = [SearchRule {
-        choice: StepChoice::Tokens(&named),
-        ..SearchRule::new(&snapshot, &allowed_set, 0, named.len())
-    }];
-    let mut slots = [fixture.slot(1)];
-    let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
-    backend.lm_head(&hidden_of(1), &head, &rules, &mut pass, &mut logits);
-    backend.advance_beams(&logits, &head, &rules, &mut pass);
-    let beams = backend.read_beams(&[&slots[0]]).remove(0)?;
     if matches!(operation, "lm_head" | "advance_beams") {
-        found.extend(beams.iter().map(|beam| beam.score));
+        let rule = SearchRule::new(&snapshot, &allowed_set, 0, 1);
+        found.extend(named_tokens(backend, cases, &mut fixture, &head, vocab, rule)?);
     }
     Ok(found)
 }

@@ -16,10 +16,11 @@ use sidereal::{
     CatalogWriter, Constraint, Error, Input, Normalization, Phases, Recommender, Request, Result,
 };
 
+use super::arguments::{ModelArguments, Outcome, SearchArguments, write_error};
+use super::device::DeviceArguments;
 use super::load::{self, LoadArguments, OpenReport, Source};
 use super::measure::{Machine, cpu_time, peak_memory_bytes};
 use super::shapes::Shape;
-use super::{DeviceArguments, ModelArguments, Outcome, SearchArguments, write_error};
 
 #[derive(Args)]
 #[command(after_help = "\

@@ -13,8 +13,8 @@ use sidereal::models::weights::Weights;
 use sidereal::quantizer::{Collision, FitOptions, FitRound, Quantizer};
 use sidereal::{CatalogWriter, Error, Result, WriterOptions};
 
+use super::arguments::{Outcome, refuse_same_file, say, write_error};
 use super::requests::{count_bar, progress_bar, spinner};
-use super::{Outcome, refuse_same_file, say, write_error};
 
 #[derive(Subcommand)]
 pub enum Command {

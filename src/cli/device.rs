@@ -1,10 +1,8 @@
 //! Where commands compute.
 
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use sidereal::device::WithBackend;
 use sidereal::{Device, Dtype, EngineOptions, Error, RecommenderOptions, Result};
-
-use super::DeviceArguments;
 
 /// A device by its name, for the parser of arguments.
 pub fn parse(name: &str) -> std::result::Result<Device, String> {
@@ -21,12 +19,32 @@ pub enum DtypeName {
     Bf16,
 }
 
+#[derive(Args, Clone)]
+pub struct DeviceArguments {
+    /// Device to compute on: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu", value_parser = parse)]
+    pub device: Device,
+    /// Number type of activations; by default bf16 on GPUs and f32 on the CPU, which has no other
+    #[arg(long)]
+    pub dtype: Option<DtypeName>,
+    /// Threads to compute on; 0 for all cores
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u16).range(..=1024))]
+    pub threads: u16,
+    /// The most input tokens of a request
+    #[arg(long, default_value_t = EngineOptions::default().max_context, value_name = "TOKENS")]
+    pub max_context: usize,
+    /// Tokens of all contexts together, of requests that run and of users who may return; by default what
+    /// 256 MiB hold, or half of a GPU's free memory
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "TOKENS")]
+    pub context_tokens: usize,
+}
+
 impl DeviceArguments {
     /// The number type that was asked for, if the device has it.
     fn dtype(&self) -> Result<Option<Dtype>> {
         match (self.device, self.dtype) {
-            (Device::Cpu, Some(DtypeName::Bf16)) => Err(Error::InvalidField {
-                field: "--dtype",
+            (Device::Cpu, Some(DtypeName::Bf16)) => Err(Error::InvalidOption {
+                option: "--dtype",
                 reason: "the CPU computes in f32; bf16 is for GPUs".into(),
             }),
             (_, dtype) => Ok(dtype.map(|dtype| match dtype {

@@ -8,8 +8,8 @@ use serde::Serialize;
 use sidereal::wire::RequestLine;
 use sidereal::{Answer, Error, Request, Result};
 
+use super::arguments::{ModelArguments, Outcome, SearchArguments, say, write_error};
 use super::requests::{Requests, answer_file};
-use super::{ModelArguments, Outcome, SearchArguments, say, write_error};
 
 #[derive(Args)]
 #[command(after_help = "\

@@ -7,7 +7,7 @@ use sidereal::backend::{Backend, Epilogue};
 use sidereal::device::WithBackend;
 use sidereal::{Error, Recommender, Result, Tensor};
 
-use super::DeviceArguments;
+use super::device::DeviceArguments;
 
 /// The machine that figures belong to.
 #[derive(Serialize)]

@@ -10,10 +10,10 @@ use sidereal::catalog::Snapshot;
 use sidereal::wire::{AnswerLine, ErrorLine, RequestDefaults, RequestLine};
 use sidereal::{Answer, Error, ReadToken, Recommendation, Request, Result};
 
-use super::requests::{Answered, Requests, answer_file};
-use super::{
+use super::arguments::{
     ModelArguments, NormalizationName, Outcome, SearchArguments, refuse_same_file, write_error,
 };
+use super::requests::{Answered, Requests, answer_file};
 
 #[derive(Args)]
 #[command(after_help = "\

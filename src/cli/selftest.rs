@@ -3,19 +3,22 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::slice;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
 use sidereal::backend::cpu::CpuBackend;
 use sidereal::backend::testing::{self, Cases, Fixture, OPERATIONS};
 use sidereal::backend::{AttentionSpec, Backend, Batch, Heads, KvScope, Mask, SearchRule};
+use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
-use sidereal::catalog::{CatalogBuilder, Item};
+use sidereal::catalog::{CatalogBuilder, Item, Snapshot};
 use sidereal::device::WithBackend;
 use sidereal::{Dtype, Engine, Recommendation, Request, Result, Tensor};
 
+use super::arguments::{ModelArguments, Outcome, write_error};
+use super::device::DeviceArguments;
 use super::measure::matrix_gflops;
-use super::{DeviceArguments, ModelArguments, Outcome, write_error};
 
 /// The demo model, so that the binary alone is enough.
 const DEMO: [(&str, &[u8]); 4] = [
@@ -243,106 +246,160 @@ fn seconds<B: Backend>(backend: &B, mut work: impl FnMut()) -> Result<f64> {
 const HEADS: Heads = Heads::new(16, 8, 128);
 
 fn measure_operations<B: Backend>(backend: &B) -> Result<()> {
-    let number_bytes = backend.dtype().size() as f64;
     let mut cases = Cases::new(1);
-    let peak = matrix_gflops(backend)? / 1e3;
-    // Copying: every row of a table once.
-    let (rows, columns) = if B::COMPUTES_ON_CALLERS { (2048, 2048) } else { (32_768, 4096) };
-    let table = backend.table(Tensor::new(&[rows, columns], cases.numbers(rows * columns)))?;
-    let tokens: Vec<u32> = (0..rows as u32).collect();
-    let mut out = backend.buffer();
-    let mut fixture = Fixture::new(backend, HEADS)?;
-    let (chunks, mut slots) = ([0..rows], [fixture.slot(1)]);
-    let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
-    let time = seconds(backend, || backend.embed(&table, &tokens, &batch, &mut out))?;
-    let bandwidth = 2.0 * (rows * columns) as f64 * number_bytes / time / 1e9;
-    say(&format!(
-        "matrix products  {peak:.2} TFLOP/s; copies {bandwidth:.0} GB/s ({rows} rows of {columns})"
-    ))?;
-    drop((table, out));
-    let line = |what: &str, time: f64, flops: f64, bytes: f64| {
+    let rates = Rates::measure(backend, &mut cases)?;
+    let most = if B::COMPUTES_ON_CALLERS { 500 } else { 4000 };
+    for tokens in [1000, most] {
+        measure_prefill(backend, &mut cases, &rates, tokens)?;
+    }
+    let searches = Searches::new(backend, &mut cases)?;
+    for (width, context) in [(32, 1000), (256, 1000), (256, most), (512, 1000)] {
+        measure_beams(backend, &mut cases, &rates, &searches, [width, context])?;
+    }
+    Ok(())
+}
+
+/// The yardsticks: what the device itself reaches.
+struct Rates {
+    /// TFLOP/s of a large matrix product.
+    peak: f64,
+    /// GB/s of copies.
+    bandwidth: f64,
+    number_bytes: f64,
+}
+
+impl Rates {
+    fn measure<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Rates> {
+        let number_bytes = backend.dtype().size() as f64;
+        let peak = matrix_gflops(backend)? / 1e3;
+        // Copying: every row of a table once.
+        let (rows, columns) = if B::COMPUTES_ON_CALLERS { (2048, 2048) } else { (32_768, 4096) };
+        let table = backend.table(Tensor::new(&[rows, columns], cases.numbers(rows * columns)))?;
+        let tokens: Vec<u32> = (0..rows as u32).collect();
+        let mut out = backend.buffer();
+        let mut fixture = Fixture::new(backend, HEADS)?;
+        let (chunks, mut slots) = ([0..rows], [fixture.slot(1)]);
+        let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+        let time = seconds(backend, || backend.embed(&table, &tokens, &batch, &mut out))?;
+        let bandwidth = 2.0 * (rows * columns) as f64 * number_bytes / time / 1e9;
+        say(&format!(
+            "matrix products  {peak:.2} TFLOP/s; copies {bandwidth:.0} GB/s ({rows} rows of {columns})"
+        ))?;
+        Ok(Rates { peak, bandwidth, number_bytes })
+    }
+
+    /// Prints a line for an operation that moves so many numbers.
+    fn say(&self, what: &str, time: f64, flops: f64, numbers: usize) -> Result<()> {
+        let bytes = numbers as f64 * self.number_bytes;
         let (rate, moved) = (flops / time / 1e12, bytes / time / 1e9);
         say(&format!(
             "{what:<34} {:9.1} us {rate:8.2} TFLOP/s ({:3.0} %) {moved:8.1} GB/s ({:3.0} %)",
             time * 1e6,
-            100.0 * rate / peak,
-            100.0 * moved / bandwidth
+            100.0 * rate / self.peak,
+            100.0 * moved / self.bandwidth
         ))
-    };
-    let most = if B::COMPUTES_ON_CALLERS { 500 } else { 4000 };
-    for tokens in [1000, most] {
-        let mut fixture = Fixture::new(backend, HEADS)?;
-        let mut slots = vec![fixture.slot(tokens)];
-        let qkv = backend.upload(&cases.numbers(tokens * HEADS.qkv_dim()), HEADS.qkv_dim());
-        let (whole, mut out) = (0..tokens, backend.buffer());
-        let chunks = slice::from_ref(&whole);
-        let batch = Batch::new(&fixture.memory, chunks, &mut slots);
-        backend.store_context(0, &qkv, HEADS.query_dim(), HEADS, &batch);
-        let attention = AttentionSpec::softmax(HEADS, Mask::Causal, 0.1);
-        let time = seconds(backend, || {
-            backend.attend_prefill(0, &qkv, &attention, &batch, &mut out);
-        })?;
-        let flops = 2.0 * (tokens * tokens * HEADS.query_dim()) as f64;
-        let bytes = (tokens * (2 * HEADS.query_dim() + 2 * HEADS.kv_dim())) as f64 * number_bytes;
-        line(&format!("attend_prefill, {tokens} tokens"), time, flops, bytes)?;
     }
-    let mut builder = CatalogBuilder::default();
-    for item in 0..200_000 {
-        let codes: Vec<u16> = (0..3).map(|_| cases.rng.u16(0..8192)).collect();
-        builder.add(Item::new(item.to_string(), Sid::new(&codes)?))?;
-    }
-    let snapshot = builder.build()?.snapshot();
-    let allowed_set = snapshot.allowed_set(&[], None)?;
-    const CODES: u32 = 8192;
-    let levels: Vec<Vec<u32>> =
-        (0..3).map(|level| (level * CODES..(level + 1) * CODES).collect()).collect();
-    let head = Tensor::new(&[3 * CODES as usize, 64], cases.numbers(3 * CODES as usize * 64));
-    let (head, mut logits) = (backend.head(head, &levels, &[])?, backend.logits());
-    for (width, context) in [(32, 1000), (256, 1000), (256, most), (512, 1000)] {
-        let mut fixture = Fixture::new(backend, HEADS)?;
-        let spec = fixture.spec(context);
-        let kv = cases.numbers(context * 2 * HEADS.kv_dim());
-        let kv = backend.upload(&kv, 2 * HEADS.kv_dim());
-        let mut slots = vec![backend.open_slot(spec.clone())?];
-        let whole = 0..context;
-        let chunks = slice::from_ref(&whole);
-        let batch = Batch::new(&fixture.memory, chunks, &mut slots);
-        backend.store_context(0, &kv, 0, HEADS, &batch);
-        let rules = [0, 1].map(|level| [SearchRule::new(&snapshot, &allowed_set, level, width)]);
-        let first = backend.upload(&cases.numbers(64), 64);
-        let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
-        backend.lm_head(&first, &head, &rules[0], &mut pass, &mut logits);
-        backend.advance_beams(&logits, &head, &rules[0], &mut pass);
-        let hidden = backend.upload(&cases.numbers(width * 64), 64);
-        let qkv = backend.upload(&cases.numbers(width * HEADS.qkv_dim()), HEADS.qkv_dim());
-        let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
-        backend.append_tail(0, &qkv, HEADS, &mut batch);
-        let mut out = backend.buffer();
-        let attention = AttentionSpec::softmax(HEADS, KvScope::Both, 0.1);
-        let time = seconds(backend, || {
-            backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
-        })?;
-        let flops = 4.0 * (width * context * HEADS.query_dim()) as f64;
-        let bytes = (context * 2 * HEADS.kv_dim() + 2 * width * HEADS.query_dim()) as f64;
-        line(&format!("attend_beams, {width} over {context}"), time, flops, bytes * number_bytes)?;
-        if context == 1000 {
-            let start = Instant::now();
-            let count = if B::COMPUTES_ON_CALLERS { 5 } else { 50 };
-            for _ in 0..count {
-                let mut again = [backend.open_slot(spec.clone())?];
-                for (hidden, rule) in [&first, &hidden].into_iter().zip(&rules) {
-                    let mut pass = Batch::new(&fixture.memory, &[], &mut again);
-                    backend.lm_head(hidden, &head, rule, &mut pass, &mut logits);
-                    backend.advance_beams(&logits, &head, rule, &mut pass);
-                }
-                backend.read_beams(&[&again[0]]).remove(0)?;
-            }
-            let time = start.elapsed().as_secs_f64() / f64::from(count);
-            say(&format!(
-                "two levels of a search, {width} beams, 200,000 items, with the head, read back: {:.0} us",
-                time * 1e6
-            ))?;
+}
+
+fn measure_prefill<B: Backend>(
+    backend: &B,
+    cases: &mut Cases,
+    rates: &Rates,
+    tokens: usize,
+) -> Result<()> {
+    let mut fixture = Fixture::new(backend, HEADS)?;
+    let mut slots = vec![fixture.slot(tokens)];
+    let qkv = backend.upload(&cases.numbers(tokens * HEADS.qkv_dim()), HEADS.qkv_dim());
+    let (whole, mut out) = (0..tokens, backend.buffer());
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
+    backend.store_context(0, &qkv, HEADS.query_dim(), HEADS, &batch);
+    let attention = AttentionSpec::softmax(HEADS, Mask::Causal, 0.1);
+    let time = seconds(backend, || {
+        backend.attend_prefill(0, &qkv, &attention, &batch, &mut out);
+    })?;
+    let flops = 2.0 * (tokens * tokens * HEADS.query_dim()) as f64;
+    let numbers = tokens * (2 * HEADS.query_dim() + 2 * HEADS.kv_dim());
+    rates.say(&format!("attend_prefill, {tokens} tokens"), time, flops, numbers)
+}
+
+/// A catalog to search, and an output head for it.
+struct Searches<B: Backend> {
+    snapshot: Arc<Snapshot>,
+    allowed_set: AllowedSet,
+    head: B::Head,
+}
+
+impl<B: Backend> Searches<B> {
+    fn new(backend: &B, cases: &mut Cases) -> Result<Searches<B>> {
+        const CODES: u32 = 8192;
+        let mut builder = CatalogBuilder::default();
+        for item in 0..200_000 {
+            let codes: Vec<u16> = (0..3).map(|_| cases.rng.u16(0..CODES as u16)).collect();
+            builder.add(Item::new(item.to_string(), Sid::new(&codes)?))?;
         }
+        let snapshot = builder.build()?.snapshot();
+        let levels: Vec<Vec<u32>> =
+            (0..3).map(|level| (level * CODES..(level + 1) * CODES).collect()).collect();
+        let head = Tensor::new(&[3 * CODES as usize, 64], cases.numbers(3 * CODES as usize * 64));
+        Ok(Searches {
+            allowed_set: snapshot.allowed_set(&[], None)?,
+            head: backend.head(head, &levels, &[])?,
+            snapshot,
+        })
     }
-    Ok(())
+}
+
+fn measure_beams<B: Backend>(
+    backend: &B,
+    cases: &mut Cases,
+    rates: &Rates,
+    searches: &Searches<B>,
+    [width, context]: [usize; 2],
+) -> Result<()> {
+    let (head, mut logits) = (&searches.head, backend.logits());
+    let mut fixture = Fixture::new(backend, HEADS)?;
+    let spec = fixture.spec(context);
+    let kv = cases.numbers(context * 2 * HEADS.kv_dim());
+    let kv = backend.upload(&kv, 2 * HEADS.kv_dim());
+    let mut slots = vec![backend.open_slot(spec.clone())?];
+    let whole = 0..context;
+    let batch = Batch::new(&fixture.memory, slice::from_ref(&whole), &mut slots);
+    backend.store_context(0, &kv, 0, HEADS, &batch);
+    let rule = |level| SearchRule::new(&searches.snapshot, &searches.allowed_set, level, width);
+    let rules = [0, 1].map(|level| [rule(level)]);
+    let first = backend.upload(&cases.numbers(64), 64);
+    let mut pass = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.lm_head(&first, head, &rules[0], &mut pass, &mut logits);
+    backend.advance_beams(&logits, head, &rules[0], &mut pass);
+    let hidden = backend.upload(&cases.numbers(width * 64), 64);
+    let qkv = backend.upload(&cases.numbers(width * HEADS.qkv_dim()), HEADS.qkv_dim());
+    let mut batch = Batch::new(&fixture.memory, &[], &mut slots);
+    backend.append_tail(0, &qkv, HEADS, &mut batch);
+    let mut out = backend.buffer();
+    let attention = AttentionSpec::softmax(HEADS, KvScope::Both, 0.1);
+    let time = seconds(backend, || {
+        backend.attend_beams(0, &qkv, &attention, &batch, &mut out);
+    })?;
+    let flops = 4.0 * (width * context * HEADS.query_dim()) as f64;
+    let numbers = context * 2 * HEADS.kv_dim() + 2 * width * HEADS.query_dim();
+    rates.say(&format!("attend_beams, {width} over {context}"), time, flops, numbers)?;
+    if context != 1000 {
+        return Ok(());
+    }
+    let start = Instant::now();
+    let count = if B::COMPUTES_ON_CALLERS { 5 } else { 50 };
+    for _ in 0..count {
+        let mut again = [backend.open_slot(spec.clone())?];
+        for (hidden, rule) in [&first, &hidden].into_iter().zip(&rules) {
+            let mut pass = Batch::new(&fixture.memory, &[], &mut again);
+            backend.lm_head(hidden, head, rule, &mut pass, &mut logits);
+            backend.advance_beams(&logits, head, rule, &mut pass);
+        }
+        backend.read_beams(&[&again[0]]).remove(0)?;
+    }
+    let time = start.elapsed().as_secs_f64() / f64::from(count);
+    say(&format!(
+        "two levels of a search, {width} beams, 200,000 items, with the head, read back: {:.0} us",
+        time * 1e6
+    ))
 }

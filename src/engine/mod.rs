@@ -36,6 +36,7 @@ use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
 use crate::catalog::Catalog;
 use crate::error::{Error, Result};
+use crate::metrics::{Gauges, Metrics, MetricsSnapshot, PageCounts};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::models::{self, Model, ModelSpec};
@@ -145,6 +146,26 @@ pub struct EngineStatus {
     pub cache: CacheStats,
 }
 
+impl EngineStatus {
+    /// What metrics show of it.
+    pub(crate) fn gauges(&self, catalog: &Catalog, weights_version: u64) -> Gauges {
+        let EngineStatus { context_pages, free_context_pages, cached_context_pages, .. } = *self;
+        Gauges {
+            waiting: self.waiting as u64,
+            running: self.running as u64,
+            pages: PageCounts {
+                context_free: free_context_pages as u64,
+                context_cached: cached_context_pages as u64,
+                context_running: (context_pages - free_context_pages - cached_context_pages) as u64,
+                tail_free: self.free_tail_pages as u64,
+                tail_running: (self.tail_pages - self.free_tail_pages) as u64,
+            },
+            catalog_snapshot: catalog.snapshot().number(),
+            weights_version,
+        }
+    }
+}
+
 impl Engine<CpuBackend> {
     /// Opens a model folder (`config.json`, `sidereal.json`, safetensors) on the CPU.
     ///
@@ -201,17 +222,9 @@ impl<B: Backend> Engine<B> {
         let max_positions = spec.max_positions.map(|max| max.saturating_sub(num_steps - 1));
         let max_context = options.max_context.min(max_positions.unwrap_or(usize::MAX));
         let memory = options.memory(&*backend, &spec, max_context, num_steps)?;
-        let workers = match pool.current_num_threads() {
-            threads
-                if B::COMPUTES_ON_CALLERS
-                    && threads > 1
-                    && spec.num_weights <= MOST_SMALL_WEIGHTS =>
-            {
-                (0..threads).map(|_| thread_pool(1)).collect::<Result<_>>()?
-            }
-            _ => Vec::new(),
-        };
-        let scheduler = Scheduler::new(&SchedulerSpec {
+        let workers = workers::<B>(&pool, &spec)?;
+        let metrics = Arc::new(Metrics::default());
+        let scheduler = SchedulerSpec {
             limits: Limits {
                 beam_rows: options.rows_per_step,
                 prompt_tokens: options.tokens_per_step,
@@ -221,7 +234,7 @@ impl<B: Backend> Engine<B> {
             tail_pages: memory.tail_pages,
             has_cache: options.prefix_cache,
             is_prompt_whole: spec.prompt.is_whole(),
-        });
+        };
         let mut engine = Engine {
             codes: Codes::new(&layout),
             preparer: Arc::new(Preparer {
@@ -237,12 +250,13 @@ impl<B: Backend> Engine<B> {
                 tail_pages: memory.tail_pages,
                 opened: Instant::now(),
                 last_id: AtomicU64::new(0),
+                metrics: Arc::clone(&metrics),
             }),
             memory: backend.memory(&memory)?,
             loader: Arc::new(loader),
             model,
             weights_version: 1,
-            scheduler,
+            scheduler: Scheduler::new(&scheduler, metrics),
             workspaces: Vec::new(),
             pool,
             workers,
@@ -272,7 +286,9 @@ impl<B: Backend> Engine<B> {
             // or weights that make no sense.
             _ => Ok(()),
         };
-        self.scheduler.forget();
+        let metrics = Arc::new(Metrics::default());
+        self.scheduler.forget(Arc::clone(&metrics));
+        Arc::get_mut(&mut self.preparer).expect("nobody else has it yet").metrics = metrics;
         self.phases = PhaseClocks::default();
         failure
     }
@@ -377,7 +393,7 @@ impl<B: Backend> Engine<B> {
         callback: impl FnOnce(Result<Answer>) + Send + 'static,
     ) -> Result<RequestId> {
         let prepared = self.preparer.prepare(request)?;
-        self.ready()?;
+        self.ready().inspect_err(|error| self.preparer.metrics().request_refused(error))?;
         let id = prepared.id();
         self.enqueue(prepared, Reply::new(callback));
         Ok(id)
@@ -485,6 +501,12 @@ impl<B: Backend> Engine<B> {
         self.scheduler.status()
     }
 
+    /// What the engine counted since it was opened, and what it holds now.
+    pub fn metrics(&self) -> MetricsSnapshot {
+        let status = self.status();
+        self.preparer.metrics().snapshot(status.gauges(self.catalog(), self.weights_version))
+    }
+
     /// Checks that every page of memory is in exactly one place: free, or held by those who share
     /// it. For tests and for operators who suspect a leak; it takes time in proportion to the pages.
     ///
@@ -506,6 +528,15 @@ impl<B: Backend> Engine<B> {
             }
             false => Ok(()),
         }
+    }
+}
+
+/// A thread each for the sub-batches of a small network, where the calling threads compute.
+fn workers<B: Backend>(pool: &ThreadPool, spec: &ModelSpec) -> Result<Vec<ThreadPool>> {
+    let threads = pool.current_num_threads();
+    match B::COMPUTES_ON_CALLERS && threads > 1 && spec.num_weights <= MOST_SMALL_WEIGHTS {
+        true => (0..threads).map(|_| thread_pool(1)).collect(),
+        false => Ok(Vec::new()),
     }
 }
 

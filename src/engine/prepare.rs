@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use tracing::Span;
+
 use super::program::{Output, Program, Search, Stage};
 use crate::backend::{NO_TOKEN, SearchRule};
 use crate::catalog::allowed::AllowedSet;
@@ -17,6 +19,7 @@ use crate::catalog::candidates::Candidates;
 use crate::catalog::filter::Filter;
 use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
+use crate::metrics::Metrics;
 use crate::models::PromptKind;
 use crate::models::config::SidLayout;
 use crate::pages;
@@ -49,6 +52,8 @@ pub struct Prepared {
     pub(super) skipped_items: usize,
     /// When it was handed over.
     pub(super) arrived_us: Micros,
+    /// From submission to the end, inside the span that its caller was in.
+    pub(super) span: Span,
 }
 
 impl Prepared {
@@ -134,6 +139,7 @@ pub struct Preparer {
     pub(super) tail_pages: usize,
     pub(super) opened: Instant,
     pub(super) last_id: AtomicU64,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 impl Preparer {
@@ -145,6 +151,11 @@ impl Preparer {
     /// The most tokens that an input may have.
     pub fn max_context(&self) -> usize {
         self.max_context.saturating_sub(self.forced_len)
+    }
+
+    /// What the engine counts.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Time since the engine was opened.
@@ -172,6 +183,13 @@ impl Preparer {
     /// # Errors
     /// The request's.
     pub(crate) fn prepare_at(&self, arrival: Arrival, request: Request) -> Result<Prepared> {
+        let span = tracing::debug_span!(target: "sidereal", "request", id = arrival.id);
+        let _entered = span.clone().entered();
+        let prepared = self.check(arrival, request, span);
+        prepared.inspect_err(|error| self.metrics.request_refused(error))
+    }
+
+    fn check(&self, arrival: Arrival, request: Request, span: Span) -> Result<Prepared> {
         let snapshot = self.catalog.snapshot();
         let candidates = self.candidates(&request, &snapshot)?;
         let read = self.read_tokens(&request)?;
@@ -192,6 +210,7 @@ impl Preparer {
             read,
             needs,
             arrived_us: arrival.arrived_us,
+            span,
         })
     }
 

@@ -6,12 +6,14 @@
 
 use std::collections::HashSet;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::EngineStatus;
 use super::answer::Reply;
 use super::prepare::Prepared;
 use crate::answer::{Answer, Timings};
 use crate::error::{Error, Result};
+use crate::metrics::Metrics;
 use crate::pages::{self, Page, Pool};
 use crate::prefix_cache::{CacheStats, Found, PrefixCache};
 use crate::schedule::{self, Limits, Micros, Reading, RequestId, Room, RunTime, Waiting};
@@ -39,6 +41,7 @@ pub(super) struct Scheduler<S> {
     /// Requests that ended, whose callers are not told yet.
     ended: Vec<(Reply, Result<Answer>)>,
     run_time: RunTime,
+    metrics: Arc<Metrics>,
 }
 
 /// A request that was admitted. Its pages are free when it is dropped.
@@ -86,7 +89,7 @@ pub(super) struct Scheduled {
 }
 
 impl<S> Scheduler<S> {
-    pub fn new(spec: &SchedulerSpec) -> Scheduler<S> {
+    pub fn new(spec: &SchedulerSpec, metrics: Arc<Metrics>) -> Scheduler<S> {
         Scheduler {
             limits: spec.limits,
             is_prompt_whole: spec.is_prompt_whole,
@@ -97,6 +100,7 @@ impl<S> Scheduler<S> {
             running: Vec::new(),
             ended: Vec::new(),
             run_time: RunTime::default(),
+            metrics,
         }
     }
 
@@ -136,14 +140,12 @@ impl<S> Scheduler<S> {
         let waiting = self.waiting.extract_if(.., |(waiting, _, _)| {
             schedule::is_hopeless(waiting, &run_time, is_busy, now_us)
         });
-        let late = |(_, prepared, reply): (_, Prepared, _)| {
-            let error = prepared.deadline_exceeded();
-            (reply, Err(error))
-        };
-        self.ended.extend(waiting.map(late));
+        let waiting = waiting.map(|(_, prepared, reply)| (prepared, reply));
         let running = self.running.extract_if(.., |running| running.is_late(now_us));
-        self.ended.extend(running.map(|Running { prepared, reply, .. }| {
+        let late = waiting.chain(running.map(|Running { prepared, reply, .. }| (prepared, reply)));
+        self.ended.extend(late.map(|(prepared, reply)| {
             let error = prepared.deadline_exceeded();
+            prepared.span.in_scope(|| self.metrics.request_failed(&error));
             (reply, Err(error))
         }));
     }
@@ -157,17 +159,28 @@ impl<S> Scheduler<S> {
 
     /// Ends the requests for which there is an error; `error` gets the ID and whether it runs.
     fn end_if(&mut self, error: impl Fn(RequestId, bool) -> Option<Error>) {
+        let metrics = &self.metrics;
+        let mut end = |prepared: Prepared, reply, error| {
+            prepared.span.in_scope(|| metrics.request_failed(&error));
+            self.ended.push((reply, Err(error)));
+        };
         let mut at = 0;
         while let Some((waiting, _, _)) = self.waiting.get(at) {
             match error(waiting.id, false) {
-                Some(error) => self.ended.push((self.waiting.remove(at).2, Err(error))),
+                Some(error) => {
+                    let (_, prepared, reply) = self.waiting.remove(at);
+                    end(prepared, reply, error);
+                }
                 None => at += 1,
             }
         }
         at = 0;
         while let Some(running) = self.running.get(at) {
             match error(running.prepared.id, true) {
-                Some(error) => self.ended.push((self.running.remove(at).reply, Err(error))),
+                Some(error) => {
+                    let Running { prepared, reply, .. } = self.running.remove(at);
+                    end(prepared, reply, error);
+                }
                 None => at += 1,
             }
         }
@@ -183,8 +196,9 @@ impl<S> Scheduler<S> {
         self.cache.iter_mut().for_each(PrefixCache::clear);
     }
 
-    /// Forgets what was computed and measured.
-    pub fn forget(&mut self) {
+    /// Forgets what was computed and measured, and counts in `metrics` from now on.
+    pub fn forget(&mut self, metrics: Arc<Metrics>) {
+        self.metrics = metrics;
         self.cache = self.cache.as_ref().map(|_| PrefixCache::default());
         self.run_time = RunTime::default();
     }
@@ -209,6 +223,8 @@ impl<S> Scheduler<S> {
             let at = self.waiting.iter().position(|(waiting, ..)| waiting.id == id);
             let (waiting, prepared, reply) = self.waiting.remove(at.expect("one that waits"));
             let found = self.lease_context(&prepared);
+            let num_tokens = prepared.tokens().len();
+            prepared.span.in_scope(|| self.metrics.request_admitted(num_tokens, found.tokens));
             let tails = self.tail_pages.take(prepared.needs.tail_pages);
             let tails = tails.expect("admitted with room");
             let mut rest = &tails[..];
@@ -374,8 +390,8 @@ fn check_pages(what: &str, pool: &Pool, held: HashSet<u32>) -> std::result::Resu
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
     use std::sync::mpsc::{Receiver, channel};
-    use std::sync::{Arc, atomic::AtomicU64};
     use std::time::Instant;
 
     use super::super::prepare::{Arrival, Preparer};
@@ -419,6 +435,7 @@ mod tests {
             tail_pages: SPEC.tail_pages,
             opened: Instant::now(),
             last_id: AtomicU64::new(0),
+            metrics: Arc::default(),
         }
     }
 
@@ -443,7 +460,7 @@ mod tests {
 
     #[test]
     fn requests_run_when_there_is_room_and_give_their_pages_back() {
-        let mut scheduler: Scheduler<usize> = Scheduler::new(&SPEC);
+        let mut scheduler: Scheduler<usize> = Scheduler::new(&SPEC, Arc::default());
         let told: Vec<Told> = (1..5).map(|id| enqueue(&mut scheduler, id, 128, u64::MAX)).collect();
         scheduler.admit(5, |_, _, context, tails| context.len() + tails.len());
         // Two pages of context and three of tails each: two requests have room.
@@ -491,7 +508,7 @@ mod tests {
 
     #[test]
     fn a_deadline_that_goes_by_ends_a_request_that_waits_or_runs() {
-        let mut scheduler: Scheduler<usize> = Scheduler::new(&SPEC);
+        let mut scheduler: Scheduler<usize> = Scheduler::new(&SPEC, Arc::default());
         let runs = enqueue(&mut scheduler, 1, 10, 50);
         scheduler.admit(0, |_, _, _, _| 0);
         let waits = enqueue(&mut scheduler, 2, 10, 40);

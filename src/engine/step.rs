@@ -46,9 +46,15 @@ impl<B: Backend> Engine<B> {
         if scheduled.is_empty() {
             return;
         }
+        let rows = scheduled.iter().map(|scheduled| scheduled.num_rows).sum();
+        let prompt_tokens = scheduled.iter().map(|scheduled| scheduled.chunk.len()).sum();
+        let _span = tracing::debug_span!(target: "sidereal", "step", rows, prompt_tokens).entered();
+        let began_us = self.preparer.now_us();
         let mut sub_batches = self.sub_batches(&scheduled);
         self.run_sub_batches(&mut sub_batches);
         self.complete(&scheduled, sub_batches);
+        let took_us = self.preparer.now_us().saturating_sub(began_us);
+        self.preparer.metrics().step(rows, prompt_tokens, took_us);
     }
 
     fn sub_batches(&mut self, scheduled: &[Scheduled]) -> Vec<SubBatch<B>> {
@@ -92,11 +98,15 @@ impl<B: Backend> Engine<B> {
             let answer = self.codes.answer(prepared, *cached_tokens, version, beams.into_iter());
             let answer = match running.is_late(now_us) {
                 true => Err(prepared.deadline_exceeded()),
-                false => answer.map(|answer| Answer {
-                    timings: prepared.request.timings.then_some(timings),
-                    ..answer
-                }),
+                false => answer,
             };
+            let metrics = self.preparer.metrics();
+            prepared.span.in_scope(|| match &answer {
+                Ok(_) => metrics.request_answered(&timings),
+                Err(error) => metrics.request_failed(error),
+            });
+            let timings = prepared.request.timings.then_some(timings);
+            let answer = answer.map(|answer| Answer { timings, ..answer });
             self.scheduler.end(running, answer, now_us);
         }
     }

@@ -5,8 +5,8 @@
 //! biases on queries, keys and values; Qwen3 norms each query and key head before its rotation.
 
 use super::config::{Config, SidLayout};
+use super::network::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
 use super::weights::Weights;
-use super::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Epilogue, HeadNorms, Heads, KvLayout, KvScope, Mask,
 };

@@ -7,8 +7,8 @@
 //! 1/sqrt(d_model).
 
 use super::config::{Config, SidLayout};
+use super::network::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
 use super::weights::Weights;
-use super::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Epilogue, Heads, KvLayout, KvScope, Mask,
 };
@@ -109,6 +109,7 @@ impl<B: Backend> T5<B> {
     ///
     /// # Errors
     /// See [`super::load`].
+    // long: the parts of a checkpoint, one after the other, each in a line or two.
     pub fn load(
         backend: &B,
         config: &Config,

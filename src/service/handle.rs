@@ -5,7 +5,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use super::{Shared, oneshot};
+use super::oneshot;
+use super::shared::Shared;
 use crate::answer::Answer;
 use crate::error::Result;
 use crate::schedule::RequestId;

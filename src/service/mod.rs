@@ -5,103 +5,27 @@
 //! else can step the engine.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::thread::{JoinHandle, ThreadId};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::answer::Answer;
 use crate::backend::Backend;
-use crate::engine::{Arrival, Engine, EngineStatus, Feed, Phases, Prepared, Reply};
+use crate::engine::{Engine, Feed};
 use crate::error::{Error, Result};
 use crate::request::Request;
 use queue::{Queue, Taken};
 
 pub use handle::Handle;
+pub(crate) use shared::{Message, Published, Shared};
 
 mod handle;
 pub mod oneshot;
 pub mod queue;
+mod shared;
 mod sync;
 
 /// Called on the engine's thread before each step with the number of steps before it.
 pub(crate) type BeforeStep = Arc<dyn Fn(u64) + Send + Sync>;
-
-/// What the engine's thread is asked for.
-pub(crate) enum Message {
-    /// Answer a request that was prepared.
-    Enqueue(Prepared, Reply),
-    /// Check a request and answer it, on the engine's thread.
-    Submit(Request, Arrival, Reply),
-    /// Answer many requests, a few at a time.
-    Feed(Vec<Request>, Sender<(usize, Result<Answer>)>),
-    /// Take the weights that were loaded.
-    InstallWeights(oneshot::Sender<Result<u64>>),
-    /// Check that no page is lost.
-    CheckIntegrity(oneshot::Sender<Result<()>>),
-}
-
-/// What the engine's thread last said of itself.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Published {
-    pub engine: EngineStatus,
-    pub phases: Phases,
-    pub matrix_flops: u64,
-    pub weights_version: u64,
-    pub num_steps: u64,
-}
-
-/// What callers and the engine's thread share.
-pub(crate) struct Shared {
-    pub queue: Queue<Message>,
-    pub max_queued: usize,
-    published: Mutex<Published>,
-    /// Until when accepted requests are finished once no more are taken in.
-    until: Mutex<Option<Instant>>,
-    /// Why the thread ended before its time.
-    failure: OnceLock<String>,
-    /// The engine's own thread.
-    thread: OnceLock<ThreadId>,
-    /// The process of that thread.
-    process: u32,
-}
-
-impl Shared {
-    /// The error of a child that was forked: the engine's thread does not exist there, and locks
-    /// may be held for ever.
-    pub fn check_process(&self) -> Result<()> {
-        match self.process == std::process::id() {
-            true => Ok(()),
-            false => Err(Error::Forked),
-        }
-    }
-
-    /// The error of a call that waits for the engine where that would never end.
-    pub fn check_waiting(&self) -> Result<()> {
-        self.check_process()?;
-        match self.thread.get() == Some(&std::thread::current().id()) {
-            true => Err(Error::CalledFromCallback),
-            false => Ok(()),
-        }
-    }
-
-    /// The error for requests once the thread is at its end.
-    pub fn end(&self) -> Error {
-        match self.failure.get() {
-            Some(reason) => Error::EngineFailed { reason: reason.clone() },
-            None => Error::ShuttingDown,
-        }
-    }
-
-    pub fn published(&self) -> Published {
-        *self.published.lock().expect("no holder panics")
-    }
-
-    fn is_over_time(&self) -> bool {
-        let until = self.until.lock().expect("no holder panics");
-        until.is_some_and(|until| Instant::now() >= until)
-    }
-}
 
 /// A thread that owns an engine. Dropped, it is shut down at once.
 pub(crate) struct Service {
@@ -204,7 +128,9 @@ impl<B: Backend> Worker<B> {
         self.shared.queue.close();
         for message in self.shared.queue.take(0, false).entries {
             if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {
-                reply.send(Err(self.shared.end()));
+                let error = self.shared.end();
+                self.engine.preparer().metrics().request_failed(&error);
+                reply.send(Err(error));
             }
         }
         self.feeds.clear();

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Deserializer};
 
-use super::name;
+use super::name::name;
 use crate::catalog::items::{Code, to_sid};
 use crate::catalog::{Change, Item};
 use crate::error::{Error, Result};

@@ -13,34 +13,12 @@
 //!
 //! Scores are written with as many digits as an `f32` needs to be read back to the last bit.
 
-use serde::{Deserialize, Deserializer};
-
 mod answer;
 mod change;
 mod error;
+mod name;
 mod request;
 
 pub use answer::AnswerLine;
 pub use error::{ErrorBody, ErrorLine};
 pub use request::{RequestDefaults, RequestLine};
-
-/// An item's name: a JSON string or whole number.
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "expected an item's name, a text or a whole number")]
-enum Name {
-    Text(String),
-    Number(u64),
-}
-
-impl From<Name> for String {
-    fn from(name: Name) -> String {
-        match name {
-            Name::Text(text) => text,
-            Name::Number(number) => number.to_string(),
-        }
-    }
-}
-
-fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    Ok(Name::deserialize(deserializer)?.into())
-}

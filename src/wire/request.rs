@@ -6,7 +6,7 @@ use serde::ser::SerializeStruct;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::Name;
+use super::name::Name;
 use crate::error::{Error, Result};
 use crate::request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
 use crate::search::{Constraint, Normalization};

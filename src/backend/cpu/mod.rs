@@ -4,13 +4,12 @@
 //! All are written on `rten-simd`, so one binary uses AVX-512, AVX2 or NEON as the machine has it.
 //! There is no unsafe code here.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 mod advance_beams;
 mod append_tail;
 mod apply_rope;
 mod attend_beams;
 mod attend_prefill;
+mod backend;
 mod buffer;
 mod context;
 mod device;
@@ -30,21 +29,10 @@ mod softmax;
 mod step;
 mod store_context;
 
+pub use backend::CpuBackend;
 pub use buffer::Buffer;
 pub use head::Head;
 pub use lm_head::Logits;
 pub use matmul::Matrix;
 pub use memory::Memory;
 pub use slot::Slot;
-
-/// The operations on the CPU, on the threads of the rayon pool that calls them.
-#[derive(Debug, Default)]
-pub struct CpuBackend {
-    matrix_flops: AtomicU64,
-}
-
-impl CpuBackend {
-    fn count_flops(&self, rows: usize, inner: usize, columns: usize) {
-        self.matrix_flops.fetch_add(2 * (rows * inner * columns) as u64, Ordering::Relaxed);
-    }
-}

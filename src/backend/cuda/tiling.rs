@@ -18,7 +18,7 @@ pub(super) const WIDE_ROWS: usize = 128;
 pub(super) const MAX_SPLITS: usize = 8;
 /// Pages of a part at least: it reads its queries and writes its sums once more, and that wants
 /// pages to pay for it.
-const MIN_SPLIT_PAGES: usize = 4;
+const MIN_SPLIT_PAGES: usize = 8;
 
 /// What chooses the kernels of attention: heads, number type and device.
 #[derive(Debug, Clone, Copy)]
@@ -203,12 +203,28 @@ mod tests {
     }
 
     #[test]
+    fn a_pass_that_fills_the_device_takes_wide_tiles() {
+        for (num_heads, num_kv_heads, head_dim) in [(4, 2, 64), (6, 2, 64), (4, 2, 128)] {
+            let heads = Heads::new(num_heads, num_kv_heads, head_dim);
+            let tile_rows = |num_processors, counts: &[usize]| {
+                let (dtype, max_shared_bytes) = (Dtype::Bf16, 227 << 10);
+                let tiling = Tiling { heads, dtype, num_processors, max_shared_bytes };
+                tiling.tile_rows(counts.iter().copied())
+            };
+            assert_eq!((tile_rows(1, &[256]), tile_rows(1000, &[256])), (WIDE_ROWS, NARROW_ROWS));
+            assert_eq!(tile_rows(16, &[256; 100]), WIDE_ROWS);
+            assert_eq!(tile_rows(1, &[4; 100]), NARROW_ROWS, "each would waste most of a tile");
+        }
+    }
+
+    #[test]
     fn a_slot_alone_gives_an_h200_work_for_all_its_processors() {
         let heads = Heads::new(16, 8, 128);
         let (dtype, num_processors, max_shared_bytes) = (Dtype::Bf16, 132, 227 << 10);
         let tiling = Tiling { heads, dtype, num_processors, max_shared_bytes };
-        // Four tiles for each of eight KV heads, in four parts: 128 blocks.
-        assert_eq!(tiling.splits(1000, 256), Splits { count: 4, pages: 4 });
+        // Four tiles for each of eight KV heads, in four parts: 128 blocks. A short context has fewer
+        // parts, which cost a full device more than they give an empty one.
+        assert_eq!(tiling.splits(1000, 256), Splits { count: 2, pages: 8 });
         assert_eq!(tiling.splits(5000, 256), Splits { count: 4, pages: 20 });
         // With many beams there are enough tiles.
         assert_eq!(tiling.splits(5000, 1024), Splits { count: 1, pages: 79 });

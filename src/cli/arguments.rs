@@ -1,0 +1,152 @@
+//! What commands have in common: arguments, opening of models and catalogs, outcomes.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+use sidereal::catalog::Catalog;
+use sidereal::wire::RequestDefaults;
+use sidereal::{Constraint, Error, Normalization, Recommender, RecommenderOptions, Result};
+
+use super::device::DeviceArguments;
+use super::requests::spinner;
+
+/// How a command that could run ended.
+pub enum Outcome {
+    Done,
+    SomeFailed,
+}
+
+#[derive(Args)]
+pub struct ModelArguments {
+    /// Model folder: config.json, sidereal.json, safetensors
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Catalog: a built one, or a file of items; by default the one beside the model
+    #[arg(long, value_name = "FILE")]
+    pub catalog: Option<PathBuf>,
+    #[command(flatten)]
+    pub device: DeviceArguments,
+}
+
+#[derive(Args)]
+pub struct SearchArguments {
+    /// Beam width: prefixes kept at each level; or one width for each, as 16,64,128
+    #[arg(long, default_value = "50", value_name = "W", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=sidereal::MAX_BEAMS as i64))]
+    pub beams: Vec<u16>,
+    /// What may follow a prefix
+    #[arg(long, default_value = "trie")]
+    pub constraint: ConstraintName,
+    /// What scores are normalised over; by default what the model's sidereal.json says, else vocabulary
+    #[arg(long)]
+    pub normalize: Option<NormalizationName>,
+}
+
+impl SearchArguments {
+    pub fn defaults(&self, top_k: usize) -> RequestDefaults {
+        let widths: Vec<usize> = self.beams.iter().map(|&width| width.into()).collect();
+        let mut defaults = RequestDefaults::default();
+        defaults.beams = *widths.last().expect("clap has a default");
+        defaults.widths = if widths.len() == 1 { Vec::new() } else { widths };
+        defaults.top_k = top_k;
+        defaults.normalization = self.normalize.map(NormalizationName::normalization);
+        defaults.constraint = match self.constraint {
+            ConstraintName::Trie => Constraint::Trie,
+            ConstraintName::Level => Constraint::Level,
+            ConstraintName::None => Constraint::None,
+        };
+        defaults
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ConstraintName {
+    /// Codes that lead to an item that exists and is allowed
+    Trie,
+    /// Any code of the level
+    Level,
+    /// Any token of the vocabulary
+    None,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum NormalizationName {
+    /// The model's whole vocabulary
+    Vocabulary,
+    /// The codes of the level
+    Level,
+    /// The codes that are legal after the prefix
+    Children,
+}
+
+impl NormalizationName {
+    pub fn normalization(self) -> Normalization {
+        match self {
+            NormalizationName::Vocabulary => Normalization::Vocabulary,
+            NormalizationName::Level => Normalization::Level,
+            NormalizationName::Children => Normalization::Children,
+        }
+    }
+}
+
+/// Names under which a catalog is looked for beside a model, the first that exists.
+const CATALOG_NAMES: [&str; 3] = ["catalog.sidereal", "items.jsonl", "items.index.json"];
+
+impl ModelArguments {
+    pub fn open_catalog(&self) -> Result<Arc<Catalog>> {
+        let path = match &self.catalog {
+            Some(path) => path.clone(),
+            None => catalog_beside(&self.model)?,
+        };
+        Ok(Arc::new(Catalog::open(&path)?))
+    }
+
+    pub fn open(&self) -> Result<Recommender> {
+        self.open_with(&self.device.options()?)
+    }
+
+    pub fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
+        let spinner = spinner("opening the model");
+        let recommender = Recommender::open(&self.model, self.open_catalog()?, options)?;
+        spinner.finish_and_clear();
+        Ok(recommender)
+    }
+}
+
+fn catalog_beside(model: &Path) -> Result<PathBuf> {
+    if !model.is_dir() {
+        let reason = "there is no such model folder".into();
+        return Err(Error::ModelFolder { path: model.to_path_buf(), reason });
+    }
+    let candidates = CATALOG_NAMES.map(|name| model.join(name));
+    candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::ModelFolder {
+        path: model.to_path_buf(),
+        reason: format!(
+            "no catalog is beside the model ({}); name one with --catalog",
+            CATALOG_NAMES.join(", ")
+        ),
+    })
+}
+
+/// An error of writing to `path`, or to the standard output.
+pub fn write_error(path: Option<&Path>) -> impl Fn(std::io::Error) -> Error + '_ {
+    move |source| Error::io(path.unwrap_or(Path::new("standard output")), source)
+}
+
+/// Tells the user something beside the output; nobody may be listening.
+pub fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Refuses to write over what is being read.
+pub fn refuse_same_file(option: &'static str, output: Option<&Path>, input: &Path) -> Result<()> {
+    let is_input = |output| same_file::is_same_file(output, input).unwrap_or(false);
+    match output.is_some_and(is_input) {
+        true => Err(Error::InvalidOption {
+            option,
+            reason: format!("{} is the input; name another file", input.display()),
+        }),
+        false => Ok(()),
+    }
+}
