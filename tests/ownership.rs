@@ -177,7 +177,7 @@ fn a_callback_may_submit_and_is_told_where_it_would_wait_for_itself() {
             note(own.check_integrity().err());
             note(own.replace_weights([]).err());
             note(own.status().err());
-            own.recommend_all(&[again.clone()], |_, answer| note(answer.err()));
+            own.recommend_all(std::slice::from_ref(&again), |_, answer| note(answer.err()));
             let sender_of_next = sender.clone();
             let next = own.submit_with(again.clone(), move |answer| {
                 let code = answer.map_or_else(|error| error.code(), |_| "answered");

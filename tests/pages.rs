@@ -78,11 +78,54 @@ fn a_link_leads_to_a_file_and_to_a_heading() {
 }
 
 #[test]
+fn a_path_in_a_page_is_there() {
+    const FOLDERS: [&str; 9] =
+        ["src/", "tests/", "benches/", "kernels/", "docs/", "models/", "examples/", ".ci/", "cli/"];
+    let mut checked = 0;
+    for page in pages() {
+        let name = page.file_name().expect("a page has a name");
+        if name == "CHANGELOG.md" {
+            continue; // names what was there once
+        }
+        let text = read(&page);
+        // A section that walks through what does not exist yet.
+        let is_planned = |section: &&str| !section.starts_with("Where further systems fit");
+        let sections: String = text.split("### ").filter(is_planned).collect();
+        let text = prose(&sections);
+        let code = text.split('`').enumerate().filter(|(index, _)| index % 2 == 1);
+        for path in code.flat_map(|(_, code)| code.split_whitespace()) {
+            let is_path = FOLDERS.iter().any(|folder| path.starts_with(folder));
+            let is_pattern = path.contains("FAMILY") || path.contains("/name.");
+            if !is_path || is_pattern {
+                continue;
+            }
+            checked += 1;
+            let is_there = root().join(path).exists() || root().join(format!("{path}.rs")).exists();
+            assert!(is_there, "{} names {path}, which is not there", page.display());
+        }
+    }
+    assert!(checked > 40, "only {checked} paths were found");
+}
+
+#[test]
+fn contributing_says_what_every_test_is_for() {
+    let page = read(&root().join("CONTRIBUTING.md"));
+    let (_, rest) = page.split_once("| subject | tests |").expect("the table of tests");
+    let (table, _) = rest.split_once("\n\n").expect("the end of the table");
+    let words: BTreeSet<&str> = table.split('`').collect();
+    for file in files_in("tests", "rs") {
+        let name = file.file_stem().expect("a name").to_string_lossy().into_owned();
+        assert!(words.contains(&*name), "CONTRIBUTING.md has no row with `{name}`");
+    }
+}
+
+#[test]
 fn the_page_of_the_command_line_has_every_error_code() {
     let page = read(&root().join("docs/cli.md"));
     let source = read(&root().join("src/error.rs"));
-    let arms = source.lines().filter(|line| line.contains("Error::") && line.contains("=>"));
-    let codes: Vec<&str> = arms.filter_map(|line| line.split('"').nth(1)).collect();
+    let (_, table) = source.split_once("\nkinds_and_codes! {\n").expect("the table of codes");
+    let (table, _) = table.split_once("\n}\n").expect("the end of the table");
+    let codes: Vec<&str> = table.lines().filter_map(|line| line.split('"').nth(1)).collect();
     assert!(codes.len() > 20, "only {} codes were found", codes.len());
     for code in codes {
         assert!(page.contains(&format!("`{code}`")), "docs/cli.md does not list {code:?}");

@@ -46,7 +46,7 @@ def hugging_face(model, trie, levels, width, prompt):
         node = trie.nodes.get(tuple(sequence[start:].tolist()))
         return trie.allowed[node] if node is not None else []
 
-    tokens = torch.tensor([prompt])
+    tokens = torch.tensor([prompt], device=model.device)
     output = model.generate(
         input_ids=tokens, attention_mask=torch.ones_like(tokens), num_beams=width, num_return_sequences=width,
         max_new_tokens=levels, do_sample=False, length_penalty=0.0, early_stopping=False,
@@ -196,3 +196,13 @@ def shared_context(network, trie, levels, width, prompt):
         tails = [(keys[parents], values[parents]) for keys, values in tails]
         tokens = beams.newest
     return beams.answer()
+
+
+def check_equal(name, found, expected):
+    """Rank by rank; neighbours may swap where their scores are as good as equal."""
+    expected = [(tokens, score) for tokens, score in expected if score > -1e8]  # padding of `generate`
+    scores = dict(expected)
+    assert len(found) == len(expected), f"{name}: {len(found)} answers, not {len(expected)}"
+    for (tokens, score), (_, at_rank) in zip(found, expected):
+        assert tokens in scores and abs(scores[tokens] - score) < 1e-4 and abs(at_rank - score) < 1e-4, \
+            f"{name}: {tokens} scores {score}, not {scores.get(tokens)} (rank's {at_rank})"

@@ -101,16 +101,6 @@ class Case:
         return json.loads(self.sidereal(binary, "bench", "--json", "--repeat", str(repeat)))
 
 
-def check_equal(name, found, expected):
-    """Rank by rank; neighbours may swap where their scores are as good as equal."""
-    expected = [(tokens, score) for tokens, score in expected if score > -1e8]  # padding of `generate`
-    scores = dict(expected)
-    assert len(found) == len(expected), f"{name}: {len(found)} answers, not {len(expected)}"
-    for (tokens, score), (_, at_rank) in zip(found, expected):
-        assert tokens in scores and abs(scores[tokens] - score) < 1e-4 and abs(at_rank - score) < 1e-4, \
-            f"{name}: {tokens} scores {score}, not {scores.get(tokens)} (rank's {at_rank})"
-
-
 def cpu_ms(work):
     start = time.process_time()
     work()
@@ -144,7 +134,7 @@ def run(case, options):
             answer = []
             elapsed = cpu_ms(lambda: answer.extend(contender()))
             if turn == 0:
-                check_equal(f"{case_name} {name}", ours, answer)
+                baselines.check_equal(f"{case_name} {name}", ours, answer)
             if turn > 0 or is_large:  # otherwise the first turn warms up
                 times[name].append(elapsed)
         report = case.sidereal_ms(options.sidereal, 2 if is_large else 20)

@@ -99,7 +99,7 @@ mod tests {
         let layout = KvLayout::new(2, Heads::new(4, 2, 8));
         assert!(layout.check().is_ok());
         let wide = KvLayout { heads: Heads { value_dim: 16, ..layout.heads }, ..layout };
-        assert!(wide.check().unwrap_err().to_string().contains("values of 16"));
+        assert!(wide.check().expect_err("too wide").to_string().contains("values of 16"));
         let shared = KvLayout { values_are_keys: true, ..layout };
         assert!(matches!(shared.check(), Err(Error::Unsupported { .. })));
     }

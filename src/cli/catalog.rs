@@ -1,4 +1,4 @@
-//! `sidereal catalog`: build and inspect.
+//! `sidereal catalog`: build, inspect and change catalogs; fit codebooks and assign semantic IDs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -22,11 +22,11 @@ pub enum Command {
     Build(Build),
     /// Print what a catalog holds
     Inspect(Inspect),
-    /// Apply changes: items that come, go, are tagged anew
+    /// Put, delete and tag items, and set their availability
     Change(Changes),
     /// Fit the codebooks of a residual quantiser to embeddings
     Fit(Fit),
-    /// Give items their semantic IDs by their embeddings
+    /// Assign semantic IDs to items by their embeddings
     Assign(Assign),
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
@@ -318,12 +319,13 @@ struct Sent {
 }
 
 impl Sent {
-    fn new(mut handle: Handle, start: Instant) -> std::result::Result<Sent, Result<Answer>> {
+    /// The answer, where it is there already.
+    fn new(mut handle: Handle, start: Instant) -> ControlFlow<Result<Answer>, Sent> {
         let stamp = Arc::new(Stamp::default());
         let waker = Waker::from(Arc::clone(&stamp));
         match Pin::new(&mut handle).poll(&mut Context::from_waker(&waker)) {
-            Poll::Ready(answer) => Err(answer),
-            Poll::Pending => Ok(Sent { start, handle, stamp }),
+            Poll::Ready(answer) => ControlFlow::Break(answer),
+            Poll::Pending => ControlFlow::Continue(Sent { start, handle, stamp }),
         }
     }
 
@@ -362,8 +364,10 @@ fn open_loop(
             bar.set_position(before + (due * 1e3) as u64);
             // Whoever sends late has waited since the request was due.
             match recommender.submit(request).map(|handle| Sent::new(handle, arrival)) {
-                Ok(Ok(sent)) => sender.send(sent).expect("the collector outlives the loop"),
-                Ok(Err(answer)) => own.note(answer, arrival.elapsed()),
+                Ok(ControlFlow::Continue(sent)) => {
+                    sender.send(sent).expect("the collector outlives the loop");
+                }
+                Ok(ControlFlow::Break(answer)) => own.note(answer, arrival.elapsed()),
                 Err(error) => own.note(Err(error), Duration::ZERO),
             }
             due -= (1.0 - source.rng.f64()).ln() / rate;

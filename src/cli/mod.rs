@@ -39,19 +39,20 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Answer requests: histories in, items out
+    /// Recommend items for each history
     Recommend(recommend::Arguments),
     /// Score given items for each history
     Rank(recommend::RankArguments),
-    /// Build and inspect catalogs
+    /// Build, inspect and change catalogs; make semantic IDs from embeddings
     #[command(
         subcommand,
         after_help = "\
-Example:
-  sidereal catalog build --items items.index.json --output items.sidereal"
+Examples:
+  sidereal catalog build --items items.index.json --output items.sidereal
+  sidereal catalog change items.sidereal --changes today.jsonl --compact"
     )]
     Catalog(catalog::Command),
-    /// Recall and NDCG over requests whose next item is known
+    /// Compute recall and NDCG over requests whose next item is known
     Evaluate(evaluate::Arguments),
     /// Measure latency, throughput and where the time goes
     Bench(bench::Arguments),

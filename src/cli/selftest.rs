@@ -278,8 +278,8 @@ impl Rates {
         let tokens: Vec<u32> = (0..rows as u32).collect();
         let mut out = backend.buffer();
         let mut fixture = Fixture::new(backend, HEADS)?;
-        let (chunks, mut slots) = ([0..rows], [fixture.slot(1)]);
-        let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+        let (chunk, mut slots) = (0..rows, [fixture.slot(1)]);
+        let batch = Batch::new(&fixture.memory, std::slice::from_ref(&chunk), &mut slots);
         let time = seconds(backend, || backend.embed(&table, &tokens, &batch, &mut out))?;
         let bandwidth = 2.0 * (rows * columns) as f64 * number_bytes / time / 1e9;
         say(&format!(

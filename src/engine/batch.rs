@@ -1,12 +1,11 @@
 //! The rows of a step: which threads work on which of them, and the pass over them.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::scheduler::{Running, Scheduled, Scheduler};
-use super::{Engine, PhaseClocks};
+use super::status::PhaseClocks;
 use crate::backend::{Backend, Batch, SearchRule, StepChoice};
 use crate::models::{ForwardPass, Model};
 
@@ -15,8 +14,8 @@ const ROWS_PER_SUB_BATCH: usize = 16;
 
 /// Activations of one sub-batch, kept from step to step.
 pub(super) struct Workspace<B: Backend> {
-    forward: Box<dyn ForwardPass<B>>,
-    logits: B::Logits,
+    pub forward: Box<dyn ForwardPass<B>>,
+    pub logits: B::Logits,
 }
 
 /// The rows of a step that one thread works on, or all threads together.
@@ -137,7 +136,7 @@ impl<B: Backend> SubBatch<B> {
     }
 
     /// The pass over the rows.
-    fn run(
+    pub fn run(
         &mut self,
         pass: Pass<'_, B>,
         running: &[Running<B::Slot>],
@@ -168,11 +167,11 @@ impl<B: Backend> SubBatch<B> {
 }
 
 /// What the passes of a step have in common.
-struct Pass<'a, B: Backend> {
-    backend: &'a B,
-    model: &'a dyn Model<B>,
-    memory: &'a B::Memory,
-    phases: &'a PhaseClocks,
+pub(super) struct Pass<'a, B: Backend> {
+    pub backend: &'a B,
+    pub model: &'a dyn Model<B>,
+    pub memory: &'a B::Memory,
+    pub phases: &'a PhaseClocks,
 }
 
 impl<B: Backend> Clone for Pass<'_, B> {
@@ -182,33 +181,6 @@ impl<B: Backend> Clone for Pass<'_, B> {
 }
 
 impl<B: Backend> Copy for Pass<'_, B> {}
-
-impl<B: Backend> Engine<B> {
-    /// Runs one sub-batch on all threads, or several on a thread each.
-    pub(super) fn run_sub_batches(&mut self, sub_batches: &mut [SubBatch<B>]) {
-        let backend = &*self.backend;
-        while self.workspaces.len() < sub_batches.len() {
-            let forward = Arc::clone(&self.model).new_pass(backend);
-            let workspace = Workspace { forward, logits: backend.logits() };
-            self.workspaces.push(workspace);
-        }
-        let (model, memory, phases) = (&*self.model, &self.memory, &self.phases);
-        let pass = Pass { backend, model, memory, phases };
-        let (running, workspaces) = (self.scheduler.running(), &mut self.workspaces);
-        match sub_batches {
-            [sub_batch] => self.pool.install(|| sub_batch.run(pass, running, &mut workspaces[0])),
-            sub_batches => self.pool.in_place_scope(|scope| {
-                for ((sub_batch, workspace), worker) in
-                    sub_batches.iter_mut().zip(workspaces).zip(&self.workers)
-                {
-                    scope.spawn(move |_| {
-                        worker.install(|| sub_batch.run(pass, running, workspace));
-                    });
-                }
-            }),
-        }
-    }
-}
 
 fn timed(clock: &AtomicU64, work: impl FnOnce()) {
     let start = Instant::now();

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{self, Sender};
 
-use super::Engine;
+use super::engine::Engine;
 use crate::answer::Answer;
 use crate::backend::Backend;
 use crate::error::Result;
@@ -60,5 +60,26 @@ impl<I: Iterator<Item = Request>> Feed<I> {
             }
         }
         self.in_flight.load(Ordering::Relaxed) > 0
+    }
+}
+
+impl<B: Backend> Engine<B> {
+    /// Answers many requests and hands each answer to `deliver` with the request's index, in the
+    /// order in which they finish.
+    pub fn recommend_all(
+        &mut self,
+        requests: &[Request],
+        mut deliver: impl FnMut(usize, Result<Answer>),
+    ) {
+        let (sender, answers) = mpsc::channel();
+        let mut feed = Feed::new(requests.iter().cloned(), sender);
+        while feed.refill(self) {
+            let stepped = self.step();
+            answers.try_iter().for_each(|(index, answer)| deliver(index, answer));
+            if stepped.is_err() {
+                return; // every request was told
+            }
+        }
+        answers.try_iter().for_each(|(index, answer)| deliver(index, answer));
     }
 }

@@ -1,7 +1,7 @@
 //! One step of all requests: admit, plan, batch, run, complete.
 
-use super::Engine;
 use super::batch::{self, SubBatch};
+use super::engine::Engine;
 use super::scheduler::{Running, Scheduled};
 use crate::answer::Answer;
 use crate::backend::{Backend, SlotSpec};

@@ -39,9 +39,11 @@ impl Handle {
     /// Waits for the answer.
     ///
     /// # Errors
-    /// The request's; [`Error::DeadlineExceeded`]; [`Error::ShuttingDown`] and
-    /// [`Error::EngineFailed`] where the engine ended first; [`Error::CalledFromCallback`] on the
-    /// engine's own thread where the answer is not there yet; [`Error::Forked`].
+    /// The request's; [`DeadlineExceeded`](crate::Error::DeadlineExceeded);
+    /// [`ShuttingDown`](crate::Error::ShuttingDown) and
+    /// [`EngineFailed`](crate::Error::EngineFailed) where the engine ended first;
+    /// [`CalledFromCallback`](crate::Error::CalledFromCallback) on the engine's own thread where the
+    /// answer is not there yet; [`Forked`](crate::Error::Forked).
     pub fn wait(mut self) -> Result<Answer> {
         self.shared.check_process()?;
         if !self.receiver.is_ready() {

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::request::Request;
 
 /// What the engine's thread is asked for.
+#[allow(clippy::large_enum_variant)] // nearly all messages are of the largest variant
 pub(crate) enum Message {
     /// Answer a request that was prepared.
     Enqueue(Prepared, Reply),

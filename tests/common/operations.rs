@@ -722,8 +722,9 @@ pub fn embed_reads_each_beams_newest_token<S: Subject>() {
         let mut pass = Batch::new(&fixture.memory, &[], &mut slots[1..]);
         backend.lm_head(&hidden, &head, &rules, &mut pass, &mut logits);
         backend.advance_beams(&logits, &head, &rules, &mut pass);
-        let chunks = [0..1];
-        backend.embed(&table, &[7], &Batch::new(&fixture.memory, &chunks, &mut slots), &mut rows);
+        let chunk = 0..1;
+        let pass = Batch::new(&fixture.memory, std::slice::from_ref(&chunk), &mut slots);
+        backend.embed(&table, &[7], &pass, &mut rows);
         let beams = beams_of(&backend, &slots[1]);
         let newest = beams.iter().map(|beam| beam.tokens[step] as usize);
         let expected: Vec<f32> = std::iter::once(7)

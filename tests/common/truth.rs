@@ -78,7 +78,7 @@ pub fn rms_norm(x: &Matrix, weight: &[f64], epsilon: f64) -> Matrix {
 /// holds no sum of both.
 pub fn rows_of_many_small_squares() -> Matrix {
     let columns = 4096;
-    let large = |at: usize| if at < columns / 2 && at % 8 == 0 { 16.0 } else { 1.0 };
+    let large = |at: usize| if at < columns / 2 && at.is_multiple_of(8) { 16.0 } else { 1.0 };
     let values = std::iter::repeat_n(1.0, columns).chain((0..columns).map(large)).collect();
     Matrix { values, columns }
 }

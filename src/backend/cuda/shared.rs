@@ -83,28 +83,6 @@ pub(super) struct Field {
 }
 
 #[cfg(test)]
-mod in_cpp {
-    use super::InCpp;
-
-    macro_rules! in_cpp {
-        ($($type:ty = $cpp:literal),*) => {
-            $(impl InCpp for $type {
-                fn in_cpp() -> (String, usize) {
-                    ($cpp.into(), 0)
-                }
-            })*
-        };
-    }
-    in_cpp!(u32 = "uint32_t", u64 = "uint64_t", f32 = "float");
-
-    impl<const N: usize> InCpp for [u32; N] {
-        fn in_cpp() -> (String, usize) {
-            ("uint32_t".into(), N)
-        }
-    }
-}
-
-#[cfg(test)]
 impl Declaration {
     /// The declaration in C++.
     pub fn in_cpp(&self) -> String {
@@ -139,5 +117,27 @@ impl Declaration {
             text += &format!("}}  // namespace {namespace}\n");
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod in_cpp {
+    use super::InCpp;
+
+    macro_rules! in_cpp {
+        ($($type:ty = $cpp:literal),*) => {
+            $(impl InCpp for $type {
+                fn in_cpp() -> (String, usize) {
+                    ($cpp.into(), 0)
+                }
+            })*
+        };
+    }
+    in_cpp!(u32 = "uint32_t", u64 = "uint64_t", f32 = "float");
+
+    impl<const N: usize> InCpp for [u32; N] {
+        fn in_cpp() -> (String, usize) {
+            ("uint32_t".into(), N)
+        }
     }
 }
