@@ -187,11 +187,11 @@ fn programs(rng: &mut fastrand::Rng, tiny: &Tiny, count: usize) -> Vec<Request> 
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn programs_of_forced_and_named_tokens_are_answered_as_on_the_cpu() {
     let (mut num_read, mut num_forced, mut num_replays) = (0, 0, 0);
-    for seed in 0..40 {
-        let build = if seed < 10 { Build::Checked } else { Build::Plain };
+    for seed in 0..20 {
+        let build = if seed < 3 { Build::Checked } else { Build::Plain };
         let tiny = Tiny::new(seed);
         let mut rng = fastrand::Rng::with_seed(seed);
-        let requests = programs(&mut rng, &tiny, 12);
+        let requests = programs(&mut rng, &tiny, 8);
         let catalog = || Arc::clone(&tiny.catalog);
         let mut cpu = tiny.open_as(catalog(), &options());
         let mut emulated =
@@ -208,7 +208,7 @@ fn programs_of_forced_and_named_tokens_are_answered_as_on_the_cpu() {
         num_read += expected.iter().flatten().filter(|answer| !answer.read.is_empty()).count();
         num_forced += requests.iter().filter(|request| request.forced.is_some()).count();
     }
-    assert!(num_read > 150 && num_forced > 250 && num_replays > 0, "{num_read} {num_forced}");
+    assert!(num_read > 50 && num_forced > 80 && num_replays > 0, "{num_read} {num_forced}");
 }
 
 #[test]

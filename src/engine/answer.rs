@@ -157,7 +157,7 @@ fn read_tokens(prepared: &Prepared, beams: &[Beam]) -> Vec<ReadToken> {
             NamedToken::Text(text) => Some(text.clone()),
             NamedToken::Id(_) => None,
         },
-        log_prob: log_probs[&token],
+        log_prob: log_probs.get(&token).copied().unwrap_or(f32::NEG_INFINITY),
     });
     read.collect()
 }
