@@ -28,7 +28,7 @@ pub fn main() -> Result<()> {
     assert_eq!(answer.items.len(), 5);
     assert!(answer.items.is_sorted_by(|a, b| a.score >= b.score), "best first");
 
-    // What the user has bought already does not come back.
+    // Items that the user has bought do not come back.
     let best = answer.items[0].item.clone();
     let without = recommender.recommend(&request.clone().with_exclude([best.clone()]))?;
     assert!(without.items.iter().all(|found| found.item != best));

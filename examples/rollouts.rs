@@ -37,7 +37,7 @@ pub fn main() -> Result<()> {
             assert_eq!(answer.weights_version, round);
             assert_eq!(answer, recommender.recommend(&request)?, "equal seeds draw equal items");
             for found in &answer.items {
-                // What a policy gradient needs: the sampled item and its log-probability.
+                // A policy gradient needs the sampled item and its log-probability.
                 let log_prob: f32 = found.log_probs.iter().map(|code| code.children).sum();
                 assert!(log_prob <= 0.0);
                 sampled.push((user, found.item.clone(), log_prob));

@@ -149,7 +149,7 @@ __device__ __forceinline__ void attend_tail(Attention& attention, const Params& 
     const uint32_t num_positions = min(positions_at_once, tail.len - from);
     const uint32_t num_rows = num_positions * num_tile_beams;
     __syncthreads();  // nobody reads the buffers any more
-    // What the last chunk holds too much is zero.
+    // The last chunk is padded with zeros.
     for (uint32_t row = Attention::copied_row();
          row < min(num_rows + kChunk, Attention::kBufferRows); row += Attention::kRowsAtOnce) {
       const uint32_t position = row / num_tile_beams, beam = row - position * num_tile_beams;
@@ -218,7 +218,7 @@ __device__ __forceinline__ void run_tensor(const Params& params) {
   const uint32_t num_tile_beams = (end_row - 1) / tile.group - first_beam + 1;
   uint32_t num_live = 0;
   if (tail.len > 0) {
-    // What rows without a beam have in their tails may be no number, and must not be seen.
+    // Tails of rows without a beam may hold NaN, which must not reach the sums.
     const uint32_t num_all = num_beams(params.batch, params.beams, search);
     num_live = min(num_tile_beams, num_all > first_beam ? num_all - first_beam : 0);
     tail.find_ancestors(params, search, first_beam, num_live, ancestors);

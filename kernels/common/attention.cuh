@@ -62,13 +62,13 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
 
   bf16 *queries, *keys, *values;
   float accumulated[kMmas][kHeadDim / 8][4];
-  // Of this lane's rows, in powers of two: an offset near the largest score; sums over this lane's
+  // Softmax of this lane's rows, in powers of two: an offset near the largest score; sums over its
   // columns.
   float largest[kLaneRows], sums[kLaneRows];
   uint32_t fragments[kKeepsQueries ? kMmas : 1][kKeepsQueries ? kHeadDim / 16 : 1][4];
 
   static __device__ uint32_t first_row_of_warp() { return threadIdx.x / kWarpSize * kWarpRows; }
-  // Of a lane's rows, one.
+  // Returns one of a lane's rows.
   static __device__ uint32_t row_in_tile(uint32_t which) {
     return first_row_of_warp() + which * 8 + threadIdx.x % kWarpSize / 4;
   }
@@ -103,7 +103,7 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
     }
   }
 
-  // Of the tokens behind a context's end, zeros.
+  // Copies a page of keys and values; tokens behind the context's end become zeros.
   __device__ void load_page(const bf16* from, uint32_t page, uint32_t context_len,
                             uint32_t buffer) {
     from += copied_row() * kHeadDim + copied_column();
@@ -307,7 +307,7 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
   // Takes in the pages of the context.
   __device__ void attend(const Tile& tile, const Batch& batch, const Pages& pages) {
     const uint32_t first_row = first_row_of_warp();
-    // What the first row of the warp sees, all of its rows see, and none more than the last.
+    // All rows of the warp see what its first row sees; none sees more than the last.
     const uint32_t seen_by_all = tile.bias ? 0 : tile.reach_of(first_row);
     const uint32_t seen_by_any = tile.reach_of(first_row + kWarpRows - 1);
     const float factor = tile.bias ? 1.0f : tile.scale * kLog2E;

@@ -1,4 +1,4 @@
-// What a step of a search may choose from, and how choices are ordered.
+// The continuations of a step of a search, and their order.
 #pragma once
 
 #include "batch.cuh"

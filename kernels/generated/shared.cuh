@@ -91,7 +91,7 @@ static_assert(offsetof(Search, num_splits) == 96);
 static_assert(offsetof(Search, pages_per_split) == 100);
 static_assert(offsetof(Search, first_part_row) == 104);
 
-// What the rows of a pass are.
+// Names the prompt or slot of each row of a pass.
 struct Batch {
   const Prompt* prompts;
   const Search* searches;
@@ -144,9 +144,9 @@ struct Beams {
   uint32_t* by_rank;
   // Log-probability over legal continuations; the same with its noise.
   float2* samples;
-  // Of the newest token: over the vocabulary, over legal continuations.
+  // Log-probabilities of the newest token: over the vocabulary, over legal continuations.
   float2* log_probs;
-  // Of the tokens, mixed with the seed of a sample.
+  // A hash of the tokens, mixed with the seed of a sample.
   uint64_t* prefixes;
   // By page, at the first page of a position: its beams.
   uint32_t* counts;

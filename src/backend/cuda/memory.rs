@@ -70,9 +70,9 @@ shared_struct! {
         by_rank: u64 = "uint32_t*",
         /// Log-probability over legal continuations; the same with its noise.
         samples: u64 = "float2*",
-        /// Of the newest token: over the vocabulary, over legal continuations.
+        /// Log-probabilities of the newest token: over the vocabulary, over legal continuations.
         log_probs: u64 = "float2*",
-        /// Of the tokens, mixed with the seed of a sample.
+        /// A hash of the tokens, mixed with the seed of a sample.
         prefixes: u64 = "uint64_t*",
         /// By page, at the first page of a position: its beams.
         counts: u64 = "uint32_t*",

@@ -60,7 +60,7 @@ shared_struct! {
 }
 
 shared_struct! {
-    /// What the rows of a pass are.
+    /// Names the prompt or slot of each row of a pass.
     struct BatchParams = "Batch" {
         prompts: u64 = "const Prompt*",
         searches: u64 = "const Search*",
