@@ -86,6 +86,7 @@ fn searches(
     snapshot: &Snapshot,
     unknown_items: &mut UnknownByField,
 ) -> Result<Vec<AllowedSet>> {
+    check_filters(request)?;
     let excluded = Known::of(&request.exclude, snapshot).into_sorted();
     let only = request.only.as_ref().map(|names| {
         let mut known = Known::of(names, snapshot);
@@ -108,4 +109,18 @@ fn searches(
         None => allowed_set(Some(group)),
     };
     request.groups.iter().map(of_group).collect()
+}
+
+/// Refuses filters that say nothing. They may be templates that were filled in wrongly, and what they
+/// were to keep out must not slip through.
+fn check_filters(request: &Request) -> Result<()> {
+    let groups = request.groups.iter().map(|group| ("groups", group));
+    let mut filters = request.filter.iter().map(|filter| ("filter", filter)).chain(groups);
+    match filters.find(|(_, filter)| filter.trim().is_empty()) {
+        None => Ok(()),
+        Some((field, _)) => {
+            let reason = "a filter is empty; leave the field out, or write \"all\" for every item";
+            Err(Error::InvalidField { field, reason: reason.into() })
+        }
+    }
 }
