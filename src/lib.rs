@@ -80,9 +80,7 @@ mod tensor;
 pub mod wire;
 mod writer;
 
-pub use answer::{
-    Answer, Group, ReadToken, Recommendation, Timings, UnknownByField, UnknownNames,
-};
+pub use answer::{Answer, Group, ReadToken, Recommendation, Timings, UnknownByField, UnknownNames};
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};

@@ -784,8 +784,7 @@ fn excluding_everything_leaves_an_empty_answer() {
     let mut request = Request::from_history(["i0"]);
     let catalog = folder.catalog();
     request.exclude = catalog.all_items().map(|item| catalog.name(item).to_string()).collect();
-    for constraint in
-        [Constraint::Trie, Constraint::Occurring, Constraint::Level, Constraint::None]
+    for constraint in [Constraint::Trie, Constraint::Occurring, Constraint::Level, Constraint::None]
     {
         for normalization in [Normalization::Vocabulary, Normalization::Children] {
             request.constraint = constraint;

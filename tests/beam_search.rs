@@ -74,9 +74,10 @@ fn allowed(snapshot: &Snapshot, request: &Request) -> BTreeMap<Sid, Vec<u32>> {
         let filter = request.filter.as_deref();
         if snapshot.is_available(item)
             && !request.exclude.iter().any(|name| name == snapshot.name(item))
-            && request.only.as_ref().is_none_or(|only| {
-                only.iter().any(|name| name == snapshot.name(item))
-            })
+            && request
+                .only
+                .as_ref()
+                .is_none_or(|only| only.iter().any(|name| name == snapshot.name(item)))
             && filter.is_none_or(|filter| passes(filter, &snapshot.tags(item)))
         {
             allowed.entry(snapshot.sid(item)).or_default().push(item);

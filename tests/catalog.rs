@@ -244,9 +244,8 @@ fn large_catalogs_agree_with_brute_force_as_well() {
             let excluded: BTreeSet<u32> = (0..excluded).map(|_| rng.u32(0..20_000)).collect();
             let list: Vec<u32> = excluded.iter().copied().collect();
             let mut allowed_set = snapshot.allowed_set(&list, filter).expect("a sound filter");
-            let only = only.map(|count| -> BTreeSet<u32> {
-                (0..count).map(|_| rng.u32(0..20_000)).collect()
-            });
+            let only = only
+                .map(|count| -> BTreeSet<u32> { (0..count).map(|_| rng.u32(0..20_000)).collect() });
             if let Some(only) = &only {
                 let list: Vec<u32> = only.iter().copied().collect();
                 allowed_set = allowed_set.restricted_to(&snapshot, &list);

@@ -8,8 +8,8 @@ use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item};
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
-    Answer, CatalogWriter, Constraint, Engine, Error, LongHistory, Normalization, Request, Result,
-    UnknownItems,
+    Answer, CatalogWriter, Constraint, Engine, EngineOptions, Error, LongHistory, Normalization,
+    Request, Result, UnknownItems,
 };
 
 #[path = "common/folders.rs"]
@@ -111,7 +111,9 @@ fn names_of_any_number_and_length_make_a_bounded_answer() {
 #[test]
 fn unknown_candidates_are_left_out_and_an_error_where_none_is_known() {
     let (_, mut engine) = small();
-    let rank = |candidates: &[&str]| Request::from_history(["i4", "z"]).with_candidates(candidates.to_vec());
+    let rank = |candidates: &[&str]| {
+        Request::from_history(["i4", "z"]).with_candidates(candidates.to_vec())
+    };
     let mixed = answer(&mut engine, &rank(&["x", "i1", "i2", "i1", "y"]));
     assert_eq!(mixed, answer(&mut engine, &rank(&["i1", "i2"])));
     assert_eq!(mixed.items.len(), 2);
@@ -154,8 +156,7 @@ fn an_allow_list_leaves_exactly_its_items_with_the_scores_of_a_search() {
     let (folder, mut engine) = small();
     let all = answer(&mut engine, &everything());
     let listed: Vec<&str> = names(&all).into_iter().step_by(7).collect();
-    for constraint in
-        [Constraint::Trie, Constraint::Occurring, Constraint::Level, Constraint::None]
+    for constraint in [Constraint::Trie, Constraint::Occurring, Constraint::Level, Constraint::None]
     {
         let request = everything().with_only(listed.clone()).with_constraint(constraint);
         let found = answer(&mut engine, &request);
@@ -291,10 +292,8 @@ fn occurring_codes_are_chosen_from_as_if_the_model_had_no_others() {
             (Normalization::Children, Normalization::Level),
         ] {
             let request = Request::from_history(["i0", "i3"]).with_beams(beams).with_top_k(99);
-            let occurring = request
-                .clone()
-                .with_constraint(Constraint::Occurring)
-                .with_normalization(own);
+            let occurring =
+                request.clone().with_constraint(Constraint::Occurring).with_normalization(own);
             let level = request.with_constraint(Constraint::Level).with_normalization(others);
             let (found, expected) = (answer(&mut engine, &occurring), answer(&mut masked, &level));
             assert_eq!(names(&found), names(&expected), "{beams} beams, {own:?}");
@@ -335,12 +334,14 @@ fn codes_occur_from_the_put_of_their_first_item_to_the_deletion_of_their_last() 
 
 #[test]
 fn a_long_history_is_cut_to_what_fits_where_the_request_asks_for_it() {
-    for folder in [Folder::small(), Folder::of(T5)] {
+    // The model has 2,048 positions, and the engine takes 90 tokens of the other one's.
+    for (folder, max_context) in [(Folder::small(), 8192), (Folder::of(T5), 90)] {
         folder.edit("sidereal.json", |layout| {
             layout["prompt"] = json!({"prefix": [1], "separator": [0], "suffix": [1]});
         });
-        let mut engine = folder.open().expect("a sound checkpoint");
         let snapshot = folder.catalog();
+        let options = EngineOptions::default().with_threads(1).with_max_context(max_context);
+        let mut engine = folder.open_as(&options).expect("a sound checkpoint");
         let item = snapshot.name(snapshot.all_items().next().expect("an item")).to_string();
         let history = Request::from_history(vec![item.clone(); 5000]);
         let error = engine.recommend(&history).expect_err("too long");
@@ -371,10 +372,11 @@ fn ask(engine: &mut Engine, fields: &str) -> Result<Answer> {
 fn what_can_only_mean_one_thing_is_read_as_that() {
     let (_, mut engine) = small();
     let numbers = catalog(
-        few_codes().into_iter().zip([4u32, 9, 17, 1, 2]).map(|(item, name)| Item {
-            name: name.to_string(),
-            ..item
-        }).collect(),
+        few_codes()
+            .into_iter()
+            .zip([4u32, 9, 17, 1, 2])
+            .map(|(item, name)| Item { name: name.to_string(), ..item })
+            .collect(),
     );
     let (folder, _) = small();
     let mut by_number = folder.open_with(&numbers).expect("a sound checkpoint");
@@ -383,9 +385,15 @@ fn what_can_only_mean_one_thing_is_read_as_that() {
         (r#""history": [4, 9]"#, r#""history": ["4", "9"]"#),
         (r#""history": [4.0, 9.0]"#, r#""history": ["4", "9"]"#),
         (r#""history": [4, null, 9, "", -1]"#, r#""history": ["4", "9"]"#),
-        (r#""history": [4], "exclude": [9, null, 9, "no such item"]"#, r#""history": ["4"], "exclude": ["9"]"#),
+        (
+            r#""history": [4], "exclude": [9, null, 9, "no such item"]"#,
+            r#""history": ["4"], "exclude": ["9"]"#,
+        ),
         (r#""history": [4], "only": [9, 9.0, null]"#, r#""history": ["4"], "only": ["9"]"#),
-        (r#""history": [4], "candidates": [9, "9", 17]"#, r#""history": ["4"], "candidates": ["9", "17"]"#),
+        (
+            r#""history": [4], "candidates": [9, "9", 17]"#,
+            r#""history": ["4"], "candidates": ["9", "17"]"#,
+        ),
     ] {
         let (found, expected) = (ask(&mut by_number, loose), ask(&mut by_number, plain));
         assert_eq!(found.expect(loose), expected.expect(plain), "{loose}");
@@ -423,7 +431,9 @@ fn what_can_only_mean_one_thing_is_read_as_that() {
     let loose = ask(&mut engine, &format!("{plain}, \"seed\": \"7\"")).expect("a seed");
     assert_eq!(loose, seeded);
     // A tag that no item carries passes nothing; equal groups are answered twice.
-    assert!(ask(&mut engine, &format!("{plain}, \"filter\": \"tag:x\"")).expect("x").items.is_empty());
+    assert!(
+        ask(&mut engine, &format!("{plain}, \"filter\": \"tag:x\"")).expect("x").items.is_empty()
+    );
     let twice = ask(&mut engine, &format!("{plain}, \"groups\": [\"all\", \"all\"]")).expect("two");
     assert_eq!(twice.groups[0], twice.groups[1]);
 }

@@ -33,7 +33,9 @@ fn random_request(rng: &mut fastrand::Rng) -> Request {
         .with_timings(rng.bool())
         .with_beams(rng.usize(0..5000))
         .with_top_k(rng.usize(0..5000))
-        .with_constraint([Constraint::Trie, Constraint::Occurring, Constraint::None][rng.usize(0..3)])
+        .with_constraint(
+            [Constraint::Trie, Constraint::Occurring, Constraint::None][rng.usize(0..3)],
+        )
         .with_temperature(rng.f32() * 3.0)
         .with_shared_sid([SharedSid::All, SharedSid::First][rng.usize(0..2)])
         .with_priority([Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)]);

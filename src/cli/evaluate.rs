@@ -150,7 +150,8 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     writeln!(std::io::stdout(), "{text}").map_err(write_error(None))?;
     let is_nothing_known = failed + unknown_targets == requests;
     if is_nothing_known && unknown_targets > 0 {
-        say("the catalog has none of the targets, so nothing was evaluated; are requests and catalog of one data set?");
+        say("the catalog has none of the targets, so nothing was evaluated; \
+             are requests and catalog of one data set?");
     }
     Ok(if failed == 0 && !is_nothing_known { Outcome::Done } else { Outcome::SomeFailed })
 }

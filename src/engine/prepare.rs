@@ -412,8 +412,8 @@ impl Preparer {
     /// The most tokens of an input that these stages can follow.
     fn room_for_input(&self, stages: &[Stage]) -> usize {
         let rest = Program::new(stages.to_vec(), self.prompt);
-        let room = self.max_context_of(rest.max_steps()).saturating_sub(rest.tokens().len());
-        room.min(self.max_context())
+        let most = self.max_context_of(rest.max_steps()).min(self.context_pages * pages::PAGE_LEN);
+        most.saturating_sub(rest.tokens().len()).min(self.max_context())
     }
 
     /// What a request takes, if the engine has it.
@@ -477,8 +477,7 @@ impl Preparer {
         // Cut first, so that an item that is not read anyway can fail nothing.
         let max_items = self.layout.prompt.max_items.unwrap_or(usize::MAX);
         let mut num_cut = names.len().saturating_sub(max_items);
-        let Known { items, unknown } =
-            Known::required(&names[num_cut..], snapshot, unknown_items)?;
+        let Known { items, unknown } = Known::required(&names[num_cut..], snapshot, unknown_items)?;
         let mut items = &items[..];
         let mut tokens = self.history_tokens(items, snapshot);
         while tokens.len() > room && items.len() > 1 {

@@ -316,10 +316,7 @@ impl SidLayout {
 
 /// Checks that tokens tell codes apart: within a level always, and between levels unless one token
 /// is one code wherever it stands, which `is_shared` must say.
-fn check_tokens_of_codes(
-    levels: &[Vec<u32>],
-    is_shared: bool,
-) -> std::result::Result<(), String> {
+fn check_tokens_of_codes(levels: &[Vec<u32>], is_shared: bool) -> std::result::Result<(), String> {
     // By token: the first level and code that are written with it.
     let mut codes: HashMap<u32, (usize, usize)> = HashMap::new();
     for (level, tokens) in levels.iter().enumerate() {

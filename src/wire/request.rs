@@ -129,12 +129,11 @@ fn names<'de, D: Deserializer<'de>>(
     Ok(names.map(|names| names.into_iter().map(|name| name.0).collect()))
 }
 
-fn seed<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> std::result::Result<Option<u64>, D::Error> {
+fn seed<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u64>, D::Error> {
     let seed = Option::<Whole>::deserialize(deserializer)?;
     let checked = seed.map(|Whole(seed)| {
-        let out_of_range = |_| D::Error::custom(format!("seed: {seed} is not between 0 and 2^64 - 1"));
+        let out_of_range =
+            |_| D::Error::custom(format!("seed: {seed} is not between 0 and 2^64 - 1"));
         u64::try_from(seed).map_err(out_of_range)
     });
     checked.transpose()

@@ -158,16 +158,15 @@ impl Walk {
                     Constraint::None => (0..logits.len() as u32).collect(),
                     Constraint::Level => known.clone(),
                     Constraint::Occurring => {
-                        let items = self.snapshot.all_items();
-                        let occurs = |token: u32| {
-                            let code = tokens.iter().position(|&t| t == token);
-                            let has_code = |item| {
-                                let codes = self.snapshot.sid(item);
-                                Some(usize::from(codes.codes()[level])) == code
-                            };
-                            items.clone().any(has_code)
+                        let token = |item| {
+                            let codes = self.snapshot.sid(item);
+                            tokens[usize::from(codes.codes()[level])]
                         };
-                        known.iter().copied().filter(|&token| occurs(token)).collect()
+                        let items = self.snapshot.all_items();
+                        let mut occurring: Vec<u32> = items.map(token).collect();
+                        occurring.sort_unstable();
+                        occurring.dedup();
+                        occurring
                     }
                     Constraint::Trie => {
                         let codes = steps.codes(prefix);
