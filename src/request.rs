@@ -35,6 +35,30 @@ pub enum Priority {
     Low,
 }
 
+/// What becomes of names in a history or among candidates that the catalog does not have: items that
+/// were deleted, that have not arrived yet, or that another replica knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UnknownItems {
+    /// They are left out, counted and listed in the answer. The request fails only where it names
+    /// items and none of them is known.
+    #[default]
+    Skip,
+    /// The first one fails the request.
+    Error,
+}
+
+/// What becomes of a history whose tokens are more than model or engine take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LongHistory {
+    /// It fails the request.
+    #[default]
+    Error,
+    /// As many of its newest items are read as fit.
+    Cut,
+}
+
 /// The input of the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -94,9 +118,20 @@ impl Forced {
 pub struct Request {
     /// The input of the model.
     pub input: Input,
+    /// What becomes of names in the history and among the candidates that the catalog does not have.
+    ///
+    /// A history is cut to the model's `max_items` first and looked up then, so that only names count
+    /// that would be read.
+    pub unknown_items: UnknownItems,
+    /// What becomes of a history that is longer than model or engine take.
+    pub long_history: LongHistory,
     /// Items that must not come back. Names that the catalog does not have are ignored, because
     /// an unknown item cannot be recommended.
     pub exclude: Vec<String>,
+    /// The only items that may come back, beside what `filter`, `groups` and `exclude` say; `None`
+    /// for all. Names that the catalog does not have are ignored and counted in the answer; an empty
+    /// list allows nothing, and the answer is empty.
+    pub only: Option<Vec<String>>,
     /// Only items that pass come back: tags, combined ([`Filter`](crate::catalog::filter::Filter)),
     /// as `tag:garden & !tag:adult`. Where none passes the answer is empty.
     pub filter: Option<String>,
@@ -119,8 +154,8 @@ pub struct Request {
     /// input and the request's `forced` tokens. Empty for none.
     ///
     /// They replace the search, unless the request names `groups` or `candidates`: then both are
-    /// answered from one context. Fields that belong to a search (`filter`, `exclude`, `seed`,
-    /// `log_probs`) are refused without one; `beams` and `top_k` have no effect then.
+    /// answered from one context. Fields that belong to a search (`filter`, `exclude`, `only`,
+    /// `seed`, `log_probs`) are refused without one; `beams` and `top_k` have no effect then.
     pub read: Vec<NamedToken>,
     /// Draws the beams instead of keeping the best, without replacement and with the probabilities
     /// of the legal continuations (Kool et al. 2019); equal seeds draw equal beams. Items come in
@@ -161,7 +196,10 @@ impl Request {
     pub fn new(input: Input) -> Request {
         Request {
             input,
+            unknown_items: UnknownItems::Skip,
+            long_history: LongHistory::Error,
             exclude: Vec::new(),
+            only: None,
             filter: None,
             groups: Vec::new(),
             candidates: Vec::new(),
@@ -201,6 +239,27 @@ impl Request {
     #[must_use]
     pub fn with_exclude<S: Into<String>>(mut self, items: impl IntoIterator<Item = S>) -> Request {
         self.exclude = texts(items);
+        self
+    }
+
+    /// Sets [`unknown_items`](Request::unknown_items).
+    #[must_use]
+    pub fn with_unknown_items(mut self, unknown_items: UnknownItems) -> Request {
+        self.unknown_items = unknown_items;
+        self
+    }
+
+    /// Sets [`long_history`](Request::long_history).
+    #[must_use]
+    pub fn with_long_history(mut self, long_history: LongHistory) -> Request {
+        self.long_history = long_history;
+        self
+    }
+
+    /// Sets [`only`](Request::only).
+    #[must_use]
+    pub fn with_only<S: Into<String>>(mut self, items: impl IntoIterator<Item = S>) -> Request {
+        self.only = Some(texts(items));
         self
     }
 

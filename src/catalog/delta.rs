@@ -180,6 +180,24 @@ impl Delta {
         &self.numbers
     }
 
+    /// Where present items are in the order of the trie, ascending; `numbers` ascend as well.
+    ///
+    /// Takes time in proportion to these items and to those that share their semantic IDs.
+    pub fn positions(&self, numbers: &[u32]) -> Vec<u32> {
+        let mut sids: Vec<SidKey> =
+            numbers.iter().map(|&number| key(&self.item(number).sid)).collect();
+        sids.sort_unstable();
+        sids.dedup();
+        let of_sid = |sid: SidKey| {
+            let first = self.order.partition_point(|entry| entry.0 < sid);
+            let run = self.order[first..].iter().take_while(move |entry| entry.0 == sid);
+            (first as u32..).zip(run.map(|entry| entry.1))
+        };
+        let is_wanted = |(_, number): &(u32, u32)| numbers.binary_search(number).is_ok();
+        let entries = sids.into_iter().flat_map(of_sid).filter(is_wanted);
+        entries.map(|(position, _)| position).collect()
+    }
+
     /// Bits by number: which items pass a filter.
     pub fn passing(&self, text: &str, filter: &Filter) -> Arc<Vec<u64>> {
         let mut passing = self.passing.lock().expect("no holder panics");

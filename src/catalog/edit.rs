@@ -1,7 +1,7 @@
 //! A batch of changes applied to a snapshot, which makes the next snapshot.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::bitmap::RankBitmap;
 use super::change::Change;
@@ -157,6 +157,7 @@ impl<'a> Edit<'a> {
             (false, Some(before)) => Some(Arc::new(before.with(patch))),
             (false, None) => Some(Arc::new(Delta::empty(snapshot.num_levels()).with(patch))),
         };
-        Snapshot { number, base: Arc::clone(&snapshot.base), available, deleted, delta }
+        let (base, occurring) = (Arc::clone(&snapshot.base), OnceLock::new());
+        Snapshot { number, base, available, deleted, delta, occurring }
     }
 }

@@ -26,6 +26,7 @@ pub mod file;
 pub mod filter;
 mod item;
 pub mod items;
+mod occurring;
 mod selection;
 pub mod sid;
 pub mod snapshot;

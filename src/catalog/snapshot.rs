@@ -1,7 +1,7 @@
 //! One immutable state of the catalog.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::base_segment::BaseSegment;
 use super::bitmap::RankBitmap;
@@ -9,6 +9,7 @@ use super::change::Change;
 use super::cursor::{Cursor, Node, Runs};
 use super::delta::Delta;
 use super::item::Item;
+use super::occurring::OccurringCodes;
 use super::sid::Sid;
 use super::trie::Trie;
 
@@ -25,6 +26,8 @@ pub struct Snapshot {
     /// The base segment's deleted or replaced items; `None` where none is.
     pub(super) deleted: Option<Arc<RankBitmap>>,
     pub(super) delta: Option<Arc<Delta>>,
+    /// Worked out when it is first asked for.
+    pub(super) occurring: OnceLock<Arc<OccurringCodes>>,
 }
 
 impl Snapshot {
@@ -35,6 +38,7 @@ impl Snapshot {
             available: base.available.clone(),
             deleted: None,
             delta: None,
+            occurring: OnceLock::new(),
             base: Arc::new(base),
         }
     }
@@ -190,6 +194,12 @@ impl Snapshot {
     #[inline]
     pub(super) fn base_items(&self, cursor: Cursor, depth: usize) -> Range<u32> {
         cursor.base.get().map_or(0..0, |node| self.base.trie.items(node, depth))
+    }
+
+    /// The delta's items below a cursor, as positions in the order of its trie.
+    pub(super) fn delta_positions(&self, cursor: Cursor, depth: usize) -> Range<u32> {
+        let delta = cursor.delta.get().zip(self.delta.as_ref());
+        delta.map_or(0..0, |(node, delta)| delta.trie().items(node, depth))
     }
 
     /// The items below a cursor that `depth` codes lead to, deleted and unavailable ones included:

@@ -16,6 +16,7 @@
 mod answer;
 mod change;
 mod error;
+mod loose;
 mod name;
 mod request;
 

@@ -205,6 +205,13 @@ pub fn random_request(
     };
     if request.normalization == Some(Normalization::Vocabulary) && rng.u8(0..4) == 0 {
         request.constraint = Constraint::None;
+    } else if rng.u8(0..6) == 0 {
+        request.constraint = [Constraint::Occurring, Constraint::Level][rng.usize(0..2)];
+    }
+    if rng.u8(0..5) == 0 {
+        let snapshot = tiny.snapshot();
+        let items = snapshot.all_items().filter(|_| rng.bool());
+        request.only = Some(items.map(|item| snapshot.name(item).to_string()).collect());
     }
     request.filter = rng.bool().then(|| format!("tag:{}", TAGS[rng.usize(0..3)]));
     if rng.u8(0..5) == 0 {
