@@ -41,6 +41,9 @@ pub struct SearchArguments {
     /// What scores are normalised over; by default what the model's sidereal.json says, else vocabulary
     #[arg(long)]
     pub normalize: Option<NormalizationName>,
+    /// Items of one semantic ID at most, where several share it; by default all
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub per_sid: Option<u32>,
 }
 
 impl SearchArguments {
@@ -56,6 +59,7 @@ impl SearchArguments {
             ConstraintName::Level => Constraint::Level,
             ConstraintName::None => Constraint::None,
         };
+        defaults.per_sid = self.per_sid.map(|most| most as usize);
         defaults
     }
 }

@@ -8,7 +8,9 @@ use serde_json::Value;
 
 use super::name::Name;
 use crate::error::{Error, Result};
-use crate::request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
+use crate::request::{
+    Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, per_sid_below_one,
+};
 use crate::search::{Constraint, Normalization};
 
 /// Fields that are looked for under other names, and their own.
@@ -63,12 +65,16 @@ pub struct RequestLine {
     temperature: Option<f32>,
     #[serde(default)]
     shared_sid: Option<SharedSid>,
+    #[serde(default)]
+    per_sid: Option<i64>,
     #[serde(default, deserialize_with = "optional_name")]
     user: Option<String>,
     #[serde(default)]
     priority: Option<Priority>,
     #[serde(default)]
     deadline_ms: Option<f64>,
+    #[serde(default)]
+    min_snapshot: Option<u64>,
     #[serde(default, deserialize_with = "optional_name")]
     target: Option<String>,
 }
@@ -140,6 +146,8 @@ pub struct RequestDefaults {
     pub normalization: Option<Normalization>,
     /// Constraint.
     pub constraint: Constraint,
+    /// Items of one semantic ID; `None` for all. A line's `shared_sid` replaces it too.
+    pub per_sid: Option<usize>,
     /// Whether items come with their titles.
     pub titles: bool,
 }
@@ -153,6 +161,7 @@ impl Default for RequestDefaults {
             top_k: request.top_k,
             normalization: request.normalization,
             constraint: request.constraint,
+            per_sid: request.per_sid,
             titles: request.titles,
         }
     }
@@ -220,6 +229,11 @@ impl RequestLine {
                 reason: format!("{ms} is not a number of milliseconds"),
             })
         });
+        let per_sid = match (self.per_sid, self.shared_sid) {
+            (Some(most), _) => Some(usize::try_from(most).map_err(|_| per_sid_below_one(most))?),
+            (None, Some(_)) => None,
+            (None, None) => defaults.per_sid,
+        };
         let forced = self.forced.as_ref().map(|forced| match forced.tokens.is_empty() {
             true => Err(Error::InvalidField {
                 field: "forced",
@@ -253,9 +267,11 @@ impl RequestLine {
             constraint: self.constraint.unwrap_or(defaults.constraint),
             temperature: self.temperature.unwrap_or(1.0),
             shared_sid: self.shared_sid.unwrap_or_default(),
+            per_sid,
             user: self.user.clone(),
             priority: self.priority.unwrap_or_default(),
             deadline: deadline.transpose()?,
+            min_snapshot: self.min_snapshot,
         })
     }
 }
@@ -285,7 +301,7 @@ fn in_range(field: &'static str, position: usize, token: i64) -> Result<u32> {
 /// The line that says the whole request, whatever a reader's defaults are.
 impl Serialize for Request {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut line = serializer.serialize_struct("Request", 20)?;
+        let mut line = serializer.serialize_struct("Request", 22)?;
         match &self.input {
             Input::History(items) => line.serialize_field("history", items)?,
             Input::Tokens(tokens) => line.serialize_field("tokens", tokens)?,
@@ -325,9 +341,15 @@ impl Serialize for Request {
         line.serialize_field("constraint", &self.constraint)?;
         line.serialize_field("temperature", &self.temperature)?;
         line.serialize_field("shared_sid", &self.shared_sid)?;
+        if let Some(per_sid) = self.per_sid {
+            line.serialize_field("per_sid", &per_sid)?;
+        }
         line.serialize_field("priority", &self.priority)?;
         if let Some(deadline) = self.deadline {
             line.serialize_field("deadline_ms", &(deadline.as_nanos() as f64 / 1e6))?;
+        }
+        if let Some(min_snapshot) = self.min_snapshot {
+            line.serialize_field("min_snapshot", &min_snapshot)?;
         }
         line.end()
     }
