@@ -166,6 +166,16 @@ pub enum Error {
         /// The deadline, from the moment when the request was handed over.
         deadline_ms: u64,
     },
+    /// A request asks for a newer state of the catalog than the engine has.
+    #[error(
+        "the catalog is at snapshot {snapshot}, the request asks for {min_snapshot} or a later one; try again when the catalog has caught up, or ask another replica"
+    )]
+    CatalogBehind {
+        /// The number of the engine's snapshot.
+        snapshot: u64,
+        /// The least that the request accepts.
+        min_snapshot: u64,
+    },
     /// The request was cancelled before its answer was there.
     #[error("the request was cancelled")]
     Cancelled,
@@ -381,6 +391,7 @@ kinds_and_codes! {
     Forked: Caller "forked",
     Overloaded: Overloaded "overloaded",
     DeadlineExceeded: Overloaded "deadline_exceeded",
+    CatalogBehind: Overloaded "catalog_behind",
     ShuttingDown: Overloaded "shutting_down",
     Io: Files "io",
     CatalogFile: Files "catalog_file",
@@ -431,6 +442,7 @@ mod tests {
             Error::Forked,
             Error::Overloaded { queued: 9, limit: 8 },
             Error::DeadlineExceeded { deadline_ms: 5 },
+            Error::CatalogBehind { snapshot: 3, min_snapshot: 4 },
             Error::ShuttingDown,
             Error::io(&path, std::io::ErrorKind::NotFound.into()),
             Error::CatalogFile { path: path.clone(), reason: reason.clone() },

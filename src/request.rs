@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::Error;
 use crate::search::{Constraint, Normalization};
 
 /// The largest beam width that a request may ask for.
@@ -13,7 +14,7 @@ pub const MAX_BEAMS: usize = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SharedSid {
-    /// All allowed ones, in the catalog's order.
+    /// All allowed ones, in the catalog's order: by weight, then by name.
     #[default]
     All,
     /// The first allowed one.
@@ -181,6 +182,10 @@ pub struct Request {
     pub temperature: f32,
     /// Which items of a shared semantic ID come back.
     pub shared_sid: SharedSid,
+    /// How many items of one semantic ID come back at most: the first allowed ones. `None` for no
+    /// limit. [`SharedSid::First`] is a limit of one, and the smaller of two limits holds. It has
+    /// no effect on `candidates`, which are all listed.
+    pub per_sid: Option<usize>,
     /// Any name for the user. A user who returns with a longer history finds the context of the
     /// earlier one in the prefix cache; answers do not depend on it.
     pub user: Option<String>,
@@ -189,6 +194,13 @@ pub struct Request {
     /// Time budget, from submission. Past it the request is answered with
     /// [`Error::DeadlineExceeded`](crate::Error::DeadlineExceeded).
     pub deadline: Option<Duration>,
+    /// The oldest state of the catalog that may answer: the number that
+    /// [`CatalogWriter::apply`](crate::CatalogWriter::apply) returned or an answer's snapshot has,
+    /// so that a caller reads its own writes wherever the request goes. Where the catalog is behind,
+    /// the request is refused at once with
+    /// [`Error::CatalogBehind`](crate::Error::CatalogBehind). Numbers compare among copies of
+    /// one catalog file and its log. `None` for the newest state that is there.
+    pub min_snapshot: Option<u64>,
 }
 
 impl Request {
@@ -216,9 +228,11 @@ impl Request {
             constraint: Constraint::Trie,
             temperature: 1.0,
             shared_sid: SharedSid::All,
+            per_sid: None,
             user: None,
             priority: Priority::Normal,
             deadline: None,
+            min_snapshot: None,
         }
     }
 
@@ -379,6 +393,13 @@ impl Request {
         self
     }
 
+    /// Sets [`per_sid`](Request::per_sid).
+    #[must_use]
+    pub fn with_per_sid(mut self, per_sid: usize) -> Request {
+        self.per_sid = Some(per_sid);
+        self
+    }
+
     /// Sets [`user`](Request::user).
     #[must_use]
     pub fn with_user(mut self, user: impl Into<String>) -> Request {
@@ -399,6 +420,19 @@ impl Request {
         self.deadline = Some(deadline);
         self
     }
+
+    /// Sets [`min_snapshot`](Request::min_snapshot).
+    #[must_use]
+    pub fn with_min_snapshot(mut self, snapshot: u64) -> Request {
+        self.min_snapshot = Some(snapshot);
+        self
+    }
+}
+
+/// The error of a limit under which no item of a semantic ID comes back.
+pub(crate) fn per_sid_below_one(per_sid: i64) -> Error {
+    let reason = format!("{per_sid} is not at least 1; leave the field out for no limit");
+    Error::InvalidField { field: "per_sid", reason }
 }
 
 fn texts<S: Into<String>>(texts: impl IntoIterator<Item = S>) -> Vec<String> {

@@ -20,7 +20,7 @@ fn built(items: &[Item]) -> Catalog {
     builder.build().expect("names are unique")
 }
 
-/// What the changes mean, done to a plain list: the order is that of the last putting.
+/// What the changes mean, done to a plain list, whose order says nothing.
 fn apply(items: &mut Vec<Item>, change: &Change) {
     let find = |items: &[Item], name: &str| items.iter().position(|item| item.name == name);
     match change {
@@ -36,12 +36,15 @@ fn apply(items: &mut Vec<Item>, change: &Change) {
         }
         Change::Tag { item, add, remove } => {
             if let Some(at) = find(items, item) {
-                let mut item = items.remove(at);
-                let mut tags: BTreeSet<String> = item.tags.into_iter().collect();
+                let mut tags: BTreeSet<String> = items[at].tags.drain(..).collect();
                 tags.retain(|tag| !remove.contains(tag));
                 tags.extend(add.iter().cloned());
-                item.tags = tags.into_iter().collect();
-                items.push(item);
+                items[at].tags = tags.into_iter().collect();
+            }
+        }
+        &Change::Weight { ref item, weight } => {
+            if let Some(at) = find(items, item) {
+                items[at].weight = weight;
             }
         }
     }

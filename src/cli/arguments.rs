@@ -46,6 +46,9 @@ pub struct SearchArguments {
     pub normalize: Option<NormalizationName>,
     #[command(flatten)]
     pub leniency: LeniencyArguments,
+    /// Items of one semantic ID at most, where several share it; by default all
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub per_sid: Option<u32>,
 }
 
 #[derive(Args, Clone, Copy)]
@@ -102,6 +105,7 @@ impl SearchArguments {
             ConstraintName::None => Constraint::None,
         };
         self.leniency.apply(&mut defaults);
+        defaults.per_sid = self.per_sid.map(|most| most as usize);
         defaults
     }
 }

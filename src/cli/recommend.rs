@@ -23,6 +23,8 @@ A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"exclude\": [\"
                  \"only\": [\"9\", \"12\", ...] for these items alone,
                  further: \"filter\": \"tag:garden & !tag:adult\", \"groups\": [\"tag:a\", ...] for the best of each,
                  \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\",
+                 \"per_sid\": 2, for so many items of one semantic ID at most,
+                 \"min_snapshot\": 7, for no older state of the catalog,
                  \"beams\": [16, 64, 128] for a width by level, \"log_probs\": true,
                  \"seed\": a number, to draw the beams by chance, \"titles\": false, \"timings\": true,
                  \"forced\": {\"tokens\": [9], \"counted\": true}, tokens that stand before the codes,

@@ -26,6 +26,7 @@ use crate::models::config::SidLayout;
 use crate::pages;
 use crate::request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid, UnknownItems,
+    per_sid_below_one,
 };
 use crate::schedule::{Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
@@ -91,9 +92,11 @@ impl Prepared {
 
     /// Items of one semantic ID that an answer lists at most.
     pub(super) fn max_items_per_sid(&self) -> usize {
-        match self.request.shared_sid {
-            SharedSid::First if self.candidates.is_none() => 1,
-            _ => usize::MAX,
+        let per_sid = self.request.per_sid.unwrap_or(usize::MAX);
+        match (&self.candidates, self.request.shared_sid) {
+            (Some(_), _) => usize::MAX,
+            (None, SharedSid::First) => per_sid.min(1),
+            (None, SharedSid::All) => per_sid,
         }
     }
 
@@ -196,6 +199,7 @@ impl Preparer {
 
     fn check(&self, arrival: Arrival, request: Request, span: Span) -> Result<Prepared> {
         let snapshot = self.catalog.snapshot();
+        check_snapshot(&request, &snapshot)?;
         let mut unknown_items = UnknownByField::default();
         let candidates = self.candidates(&request, &snapshot, &mut unknown_items)?;
         let read = self.read_tokens(&request)?;
@@ -538,11 +542,26 @@ struct ReadInput {
     unknown: UnknownNames,
 }
 
+/// Refuses a catalog that is behind the state that the request asks for: it may not know the
+/// request's items yet, so this comes before all that looks them up.
+fn check_snapshot(request: &Request, snapshot: &Snapshot) -> Result<()> {
+    let snapshot = snapshot.number();
+    match request.min_snapshot {
+        Some(min_snapshot) if snapshot < min_snapshot => {
+            Err(Error::CatalogBehind { snapshot, min_snapshot })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Refuses values that no request may have, and fields that the request's program has no use for.
 fn check_fields(request: &Request, has_search: bool) -> Result<()> {
     let Request { top_k, temperature, constraint, .. } = *request;
     if top_k == 0 {
         return Err(Error::TopK { top_k: 0 });
+    }
+    if request.per_sid == Some(0) {
+        return Err(per_sid_below_one(0));
     }
     if !(temperature.is_finite() && temperature > 0.0 && (1.0 / temperature).is_finite()) {
         let reason = format!("{temperature} is not a number above zero");

@@ -11,6 +11,7 @@ use super::loose::{LooseName, Real, Scalar, Whole};
 use crate::error::{Error, Result};
 use crate::request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
+    per_sid_below_one,
 };
 use crate::search::{Constraint, Normalization};
 
@@ -76,11 +77,15 @@ pub struct RequestLine {
     #[serde(default)]
     shared_sid: Option<SharedSid>,
     #[serde(default)]
+    per_sid: Option<Whole>,
+    #[serde(default)]
     user: Option<Scalar>,
     #[serde(default)]
     priority: Option<Priority>,
     #[serde(default)]
     deadline_ms: Option<Real>,
+    #[serde(default)]
+    min_snapshot: Option<Whole>,
     #[serde(default)]
     target: Option<LooseName>,
 }
@@ -153,6 +158,8 @@ pub struct RequestDefaults {
     pub normalization: Option<Normalization>,
     /// Constraint.
     pub constraint: Constraint,
+    /// Items of one semantic ID; `None` for all. A line's `shared_sid` replaces it too.
+    pub per_sid: Option<usize>,
     /// Whether items come with their titles.
     pub titles: bool,
     /// What becomes of unknown items.
@@ -170,6 +177,7 @@ impl Default for RequestDefaults {
             top_k: request.top_k,
             normalization: request.normalization,
             constraint: request.constraint,
+            per_sid: request.per_sid,
             titles: request.titles,
             unknown_items: request.unknown_items,
             long_history: request.long_history,
@@ -248,6 +256,18 @@ impl RequestLine {
                 reason: format!("{ms} is not a number of milliseconds"),
             })
         });
+        let min_snapshot = self.min_snapshot.map(|Whole(number)| {
+            u64::try_from(number).map_err(|_| Error::InvalidField {
+                field: "min_snapshot",
+                reason: format!("{number} is not the number of a snapshot"),
+            })
+        });
+        let per_sid = match (self.per_sid, self.shared_sid) {
+            (Some(Whole(most)), _) if most < 1 => return Err(per_sid_below_one(clamped(most))),
+            (Some(Whole(most)), _) => Some(usize::try_from(most).unwrap_or(usize::MAX)),
+            (None, Some(_)) => None,
+            (None, None) => defaults.per_sid,
+        };
         let forced = self.forced.as_ref().map(|forced| match forced.tokens.is_empty() {
             true => Err(Error::InvalidField {
                 field: "forced",
@@ -284,9 +304,11 @@ impl RequestLine {
             constraint: self.constraint.unwrap_or(defaults.constraint),
             temperature: self.temperature.map_or(1.0, |Real(temperature)| temperature as f32),
             shared_sid: self.shared_sid.unwrap_or_default(),
+            per_sid,
             user: self.user.as_ref().map(|user| user.0.clone()).filter(|user| !user.is_empty()),
             priority: self.priority.unwrap_or_default(),
             deadline: deadline.transpose()?,
+            min_snapshot: min_snapshot.transpose()?,
         })
     }
 }
@@ -365,9 +387,15 @@ impl Serialize for Request {
         line.serialize_field("constraint", &self.constraint)?;
         line.serialize_field("temperature", &self.temperature)?;
         line.serialize_field("shared_sid", &self.shared_sid)?;
+        if let Some(per_sid) = self.per_sid {
+            line.serialize_field("per_sid", &per_sid)?;
+        }
         line.serialize_field("priority", &self.priority)?;
         if let Some(deadline) = self.deadline {
             line.serialize_field("deadline_ms", &(deadline.as_nanos() as f64 / 1e6))?;
+        }
+        if let Some(min_snapshot) = self.min_snapshot {
+            line.serialize_field("min_snapshot", &min_snapshot)?;
         }
         line.end()
     }
