@@ -221,7 +221,8 @@ impl Recommender {
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
         let config = Config::read(&folder.join("config.json"))?;
-        let layout = SidLayout::read(folder, crate::models::vocab_size(&config)?)?;
+        let vocab_size = crate::models::vocab_size(&config)?;
+        let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
         Recommender::from_parts(&config, Weights::open(folder)?, layout, catalog, options)
     }
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tracing::Span;
 
 use super::program::{Output, Program, Search, Stage};
-use crate::backend::{NO_TOKEN, SearchRule};
+use crate::backend::SearchRule;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
 use crate::catalog::filter::Filter;
@@ -23,6 +23,7 @@ use crate::metrics::Metrics;
 use crate::models::PromptKind;
 use crate::models::config::SidLayout;
 use crate::pages;
+use crate::prompt::{Rendered, Source};
 use crate::request::{Forced, Input, MAX_BEAMS, NamedToken, Request, SharedSid};
 use crate::schedule::{Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
@@ -113,6 +114,12 @@ impl Prepared {
     }
 }
 
+/// The model's input, and the items of a history that are not in it, the oldest ones.
+struct InputTokens {
+    tokens: Vec<u32>,
+    skipped_items: usize,
+}
+
 /// A request's name and when it was handed over.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Arrival {
@@ -195,13 +202,14 @@ impl Preparer {
         let read = self.read_tokens(&request)?;
         let search = self.search(&request, candidates.as_ref())?;
         check_fields(&request, search.is_some())?;
-        let tokens = self.tokens(&request.input, &snapshot)?;
+        let input = self.tokens(&request, &snapshot)?;
         let allowed_sets = allowed_sets(&request, &snapshot, search.is_some())?;
-        let program = Program::new(self.stages(&request, tokens, &read, search)?, self.prompt);
+        let stages = self.stages(&request, input.tokens, &read, search)?;
+        let program = Program::new(stages, self.prompt);
         let needs = self.needs(&program)?;
         Ok(Prepared {
             id: arrival.id,
-            skipped_items: self.skipped_items(&request.input),
+            skipped_items: input.skipped_items,
             request,
             snapshot,
             program,
@@ -413,19 +421,38 @@ impl Preparer {
     /// # Errors
     /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
-        self.tokens(input, &self.catalog.snapshot())
+        let request = Request::new(input.clone());
+        Ok(self.tokens(&request, &self.catalog.snapshot())?.tokens)
     }
 
-    fn tokens(&self, input: &Input, snapshot: &Snapshot) -> Result<Vec<u32>> {
-        let tokens = match input {
-            Input::History(items) => self.history_tokens(items, snapshot)?,
-            Input::Tokens(tokens) => tokens.clone(),
+    /// Whether a request's text takes time on the thread that prepares it.
+    pub fn reads_text(&self, request: &Request) -> bool {
+        match &request.input {
+            Input::Text(_) | Input::Messages(_) => true,
+            Input::History(_) => self.layout.prompt.reads_text(),
+            Input::Tokens(_) => false,
+        }
+    }
+
+    fn tokens(&self, request: &Request, snapshot: &Snapshot) -> Result<InputTokens> {
+        let input = match &request.input {
+            Input::History(items) => self.history_tokens(items, request, snapshot)?,
+            Input::Tokens(tokens) => InputTokens { tokens: tokens.clone(), skipped_items: 0 },
+            Input::Text(_) | Input::Messages(_) => {
+                let tokens = self.layout.prompt.text_tokens(request)?.unwrap_or_default();
+                InputTokens { tokens, skipped_items: 0 }
+            }
         };
-        self.check_tokens(&tokens)?;
-        Ok(tokens)
+        self.check_tokens(&input.tokens)?;
+        Ok(input)
     }
 
-    fn history_tokens(&self, items: &[String], snapshot: &Snapshot) -> Result<Vec<u32>> {
+    fn history_tokens(
+        &self,
+        items: &[String],
+        request: &Request,
+        snapshot: &Snapshot,
+    ) -> Result<InputTokens> {
         let find = |item: &String| {
             let unknown = || Error::UnknownItem { item: item.clone() };
             snapshot.find(item).ok_or_else(unknown)
@@ -433,34 +460,11 @@ impl Preparer {
         let items = items.iter().map(find).collect::<Result<Vec<u32>>>()?;
         // A user without a history is asked for with what stands around every history.
         let prompt = &self.layout.prompt;
-        let newest = self.num_skipped(items.len());
-        let mut tokens = prompt.prefix.clone();
-        for (position, &item) in items[newest..].iter().enumerate() {
-            if position > 0 {
-                tokens.extend_from_slice(&prompt.separator);
-            }
-            let sid = snapshot.sid(item);
-            let levels = self.layout.levels.iter().zip(sid.codes());
-            // A code without a token, which the catalog refuses, would be out of the vocabulary.
-            let token = |(tokens, &code): (&Vec<u32>, &u16)| {
-                tokens.get(usize::from(code)).copied().unwrap_or(NO_TOKEN)
-            };
-            tokens.extend(levels.map(token));
-        }
-        tokens.extend_from_slice(&prompt.suffix);
-        Ok(tokens)
-    }
-
-    /// Items of a history that are left out, the oldest ones.
-    fn num_skipped(&self, items: usize) -> usize {
-        self.layout.prompt.max_items.map_or(0, |max| items.saturating_sub(max))
-    }
-
-    fn skipped_items(&self, input: &Input) -> usize {
-        match input {
-            Input::History(items) => self.num_skipped(items.len()),
-            _ => 0,
-        }
+        let oldest = prompt.max_items.map_or(0, |max| items.len().saturating_sub(max));
+        let levels = &self.layout.levels;
+        let source = Source { items: &items[oldest..], snapshot, levels, request };
+        let Rendered { tokens, num_items } = prompt.render(&source)?;
+        Ok(InputTokens { tokens, skipped_items: items.len() - num_items })
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::ser::SerializeStruct;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::name::Name;
 use crate::error::{Error, Result};
@@ -12,7 +12,8 @@ use crate::request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, Sh
 use crate::search::{Constraint, Normalization};
 
 /// Fields that are looked for under other names, and their own.
-const OTHER_NAMES: [(&str, &str); 5] = [
+const OTHER_NAMES: [(&str, &str); 6] = [
+    ("prompt", "text"),
     ("each", "groups"),
     ("sample", "seed"),
     ("k", "top_k"),
@@ -31,6 +32,14 @@ pub struct RequestLine {
     history: Option<Vec<String>>,
     #[serde(default)]
     tokens: Option<Vec<i64>>,
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
+    messages: Option<Vec<Map<String, Value>>>,
+    #[serde(default)]
+    variables: Option<Map<String, Value>>,
+    #[serde(default)]
+    special_tokens: Option<bool>,
     #[serde(default, deserialize_with = "names")]
     exclude: Option<Vec<String>>,
     #[serde(default)]
@@ -186,22 +195,35 @@ impl RequestLine {
         self.target.as_deref()
     }
 
+    /// The one input that the line gives.
+    fn input(&self) -> Result<Input> {
+        let history = self.history.as_ref().map(|items| Ok(Input::History(items.clone())));
+        let tokens = self.tokens.as_ref();
+        let tokens = tokens.map(|tokens| Ok(Input::Tokens(tokens_in_range("tokens", tokens)?)));
+        let text = self.text.as_ref().map(|text| Ok(Input::Text(text.clone())));
+        let messages = self.messages.as_ref().map(|messages| {
+            Ok(Input::Messages(messages.iter().cloned().map(Value::Object).collect()))
+        });
+        let mut inputs = [history, tokens, text, messages].into_iter().flatten();
+        match (inputs.next(), inputs.next()) {
+            (None, _) => Err(Error::EmptyInput),
+            (Some(input), None) => input,
+            (Some(_), Some(_)) => Err(Error::InvalidField {
+                field: "tokens",
+                reason:
+                    "give one of \"history\", \"tokens\", \"text\" and \"messages\", not several"
+                        .into(),
+            }),
+        }
+    }
+
     /// The request, with `defaults` where the line is silent.
     ///
     /// # Errors
-    /// The caller's: a number out of range, both or neither of `history` and `tokens`.
+    /// The caller's: a number out of range; none or several of `history`, `tokens`, `text` and
+    /// `messages`.
     pub fn to_request(&self, defaults: &RequestDefaults) -> Result<Request> {
-        let input = match (&self.history, &self.tokens) {
-            (Some(_), Some(_)) => {
-                return Err(Error::InvalidField {
-                    field: "tokens",
-                    reason: "give either \"history\" or \"tokens\", not both".into(),
-                });
-            }
-            (Some(items), None) => Input::History(items.clone()),
-            (None, Some(tokens)) => Input::Tokens(tokens_in_range("tokens", tokens)?),
-            (None, None) => return Err(Error::EmptyInput),
-        };
+        let input = self.input()?;
         let top_k = self.top_k.unwrap_or(defaults.top_k as i64);
         let width = |width: i64| {
             usize::try_from(width).map_err(|_| Error::BeamWidth { width, max: MAX_BEAMS })
@@ -253,6 +275,8 @@ impl RequestLine {
             constraint: self.constraint.unwrap_or(defaults.constraint),
             temperature: self.temperature.unwrap_or(1.0),
             shared_sid: self.shared_sid.unwrap_or_default(),
+            variables: self.variables.clone().unwrap_or_default(),
+            special_tokens: self.special_tokens,
             user: self.user.clone(),
             priority: self.priority.unwrap_or_default(),
             deadline: deadline.transpose()?,
@@ -285,10 +309,18 @@ fn in_range(field: &'static str, position: usize, token: i64) -> Result<u32> {
 /// The line that says the whole request, whatever a reader's defaults are.
 impl Serialize for Request {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut line = serializer.serialize_struct("Request", 20)?;
+        let mut line = serializer.serialize_struct("Request", 22)?;
         match &self.input {
             Input::History(items) => line.serialize_field("history", items)?,
             Input::Tokens(tokens) => line.serialize_field("tokens", tokens)?,
+            Input::Text(text) => line.serialize_field("text", text)?,
+            Input::Messages(messages) => line.serialize_field("messages", messages)?,
+        }
+        if !self.variables.is_empty() {
+            line.serialize_field("variables", &self.variables)?;
+        }
+        if let Some(special_tokens) = self.special_tokens {
+            line.serialize_field("special_tokens", &special_tokens)?;
         }
         for (field, texts) in
             [("exclude", &self.exclude), ("groups", &self.groups), ("candidates", &self.candidates)]
