@@ -280,7 +280,7 @@ fn an_operation_has_one_name_everywhere() {
 
 #[test]
 fn a_family_has_one_name_everywhere() {
-    let shared = ["models", "config", "levels", "network", "vocabulary", "weights"];
+    let shared = ["models", "config", "folder", "levels", "network", "vocabulary", "weights"];
     let golden = std::fs::read_to_string(root().join("tests/golden.rs")).expect("the tests");
     for (file, _) in sources("src/models") {
         let family = module_of(&file).get(1).cloned().unwrap_or("models".into());
