@@ -69,6 +69,7 @@ pub mod models;
 pub mod pages;
 #[doc(hidden)] // for tests and benchmarks
 pub mod prefix_cache;
+pub mod prompt;
 pub mod quantizer;
 mod recommender;
 mod request;

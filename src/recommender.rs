@@ -220,8 +220,10 @@ impl Recommender {
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
+        crate::models::folder::check(folder)?;
         let config = Config::read(&folder.join("config.json"))?;
-        let layout = SidLayout::read(folder, crate::models::vocab_size(&config)?)?;
+        let vocab_size = crate::models::vocab_size(&config)?;
+        let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
         Recommender::from_parts(&config, Weights::open(folder)?, layout, catalog, options)
     }
 
@@ -349,12 +351,16 @@ impl Recommender {
     }
 
     /// Hands over a request that is checked on the engine's thread, between two steps: this call
-    /// never takes long. The request sees the catalog as it is when it is checked.
+    /// never takes long. A request whose text has to become tokens is checked here instead, as by
+    /// [`submit`](Recommender::submit). The request sees the catalog as it is when it is checked.
     ///
     /// # Errors
     /// [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`];
     /// the request's own come as the answer.
     pub fn submit_deferred(&self, request: Request) -> Result<Handle> {
+        if self.inner.preparer.reads_text(&request) {
+            return self.submit(request); // text is never read on the engine's thread
+        }
         self.shared().check_process().map_err(|error| self.refused(error))?;
         let arrival = self.inner.preparer.arrival();
         let (handle, reply) = self.handle(arrival.id);
@@ -398,6 +404,9 @@ impl Recommender {
         requests: &[Request],
         mut deliver: impl FnMut(usize, Result<Answer>),
     ) {
+        if requests.iter().any(|request| self.inner.preparer.reads_text(request)) {
+            return self.recommend_texts(requests, deliver);
+        }
         let (sender, answers) = mpsc::channel();
         let mut is_answered = vec![false; requests.len()];
         let shared = self.shared();
@@ -418,6 +427,32 @@ impl Recommender {
             };
             deliver(index, Err(self.refused(error)));
         }
+    }
+
+    /// Answers requests of which some are texts: each is checked on this thread, while the engine
+    /// answers those before it.
+    fn recommend_texts(
+        &self,
+        requests: &[Request],
+        mut deliver: impl FnMut(usize, Result<Answer>),
+    ) {
+        let (sender, answers) = mpsc::channel();
+        for (index, request) in requests.iter().enumerate() {
+            let prepared =
+                self.shared().check_waiting().and_then(|()| self.prepare(request.clone()));
+            match prepared {
+                Ok(prepared) => {
+                    let sender = sender.clone();
+                    let reply = Reply::new(move |answer| drop(sender.send((index, answer))));
+                    // Where the engine has ended, the reply says so.
+                    let _ = self.shared().queue.push_wait(Message::Enqueue(prepared, reply));
+                }
+                Err(error) => deliver(index, Err(error)),
+            }
+            answers.try_iter().for_each(|(index, answer)| deliver(index, answer));
+        }
+        drop(sender);
+        answers.into_iter().for_each(|(index, answer)| deliver(index, answer));
     }
 
     /// Scores given items for an input: the answer lists those that are available, best first, each

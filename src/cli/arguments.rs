@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use sidereal::catalog::Catalog;
+use sidereal::models::config::{Config, SidLayout};
+use sidereal::models::{folder, vocab_size};
 use sidereal::wire::RequestDefaults;
 use sidereal::{
     Constraint, Error, LongHistory, Normalization, Recommender, RecommenderOptions, Result,
@@ -154,23 +156,33 @@ impl ModelArguments {
         Ok(Arc::new(Catalog::open(&path)?))
     }
 
+    /// What stops the model itself from being opened, which a user should hear before a missing
+    /// catalog.
+    fn model_error(&self) -> Option<Error> {
+        let check = || {
+            let config = Config::read(&self.model.join("config.json"))?;
+            config.architecture()?;
+            SidLayout::read(&self.model, vocab_size(&config)?)
+        };
+        check().err()
+    }
+
     pub fn open(&self) -> Result<Recommender> {
         self.open_with(&self.device.options()?)
     }
 
     pub fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
+        folder::check(&self.model)?;
+        let catalog =
+            self.open_catalog().map_err(|missing| self.model_error().unwrap_or(missing))?;
         let spinner = spinner("opening the model");
-        let recommender = Recommender::open(&self.model, self.open_catalog()?, options)?;
+        let recommender = Recommender::open(&self.model, catalog, options)?;
         spinner.finish_and_clear();
         Ok(recommender)
     }
 }
 
-fn catalog_beside(model: &Path) -> Result<PathBuf> {
-    if !model.is_dir() {
-        let reason = "there is no such model folder".into();
-        return Err(Error::ModelFolder { path: model.to_path_buf(), reason });
-    }
+pub fn catalog_beside(model: &Path) -> Result<PathBuf> {
     let candidates = CATALOG_NAMES.map(|name| model.join(name));
     candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::ModelFolder {
         path: model.to_path_buf(),

@@ -90,7 +90,8 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Engine<B>> {
         options.check()?;
         let config = Config::read(&folder.join("config.json"))?;
-        let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
+        let vocab_size = models::vocab_size(&config)?;
+        let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
         Engine::from_parts(backend, &config, Weights::open(folder)?, layout, catalog, options)
     }
 

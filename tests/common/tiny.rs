@@ -38,12 +38,7 @@ impl Tiny {
         let mut some = |most: usize| (0..rng.usize(0..=most)).map(|_| rng.u32(0..5)).collect();
         let layout = SidLayout {
             levels: (0..num_levels).map(tokens).collect(),
-            prompt: Prompt {
-                prefix: some(2),
-                suffix: some(2),
-                separator: some(1),
-                max_items: None,
-            },
+            prompt: Prompt::new(some(2), some(1), some(2)),
             forced: None,
             suffix: some(2),
             vocabulary: Vocabulary::default(),

@@ -30,10 +30,26 @@ pub(crate) enum Code {
 }
 
 impl Code {
-    fn value(&self) -> Result<u16> {
+    pub(super) fn into_text(self) -> Option<String> {
+        match self {
+            Code::Number(_) => None,
+            Code::Text(text) => Some(text),
+        }
+    }
+
+    /// The numbers of a text, the last one first; none of a plain number.
+    pub(super) fn numbers(&self) -> Vec<u64> {
+        match self {
+            Code::Number(_) => Vec::new(),
+            Code::Text(text) => numbers(text).collect(),
+        }
+    }
+
+    /// The code; `place` is where it stands among the numbers of a text, from the end.
+    fn value(&self, place: usize) -> Result<u16> {
         let number = match self {
             Code::Number(number) => Some(*number),
-            Code::Text(text) => last_number(text),
+            Code::Text(text) => numbers(text).nth(place),
         };
         number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| Error::InvalidField {
             field: "sid",
@@ -45,15 +61,19 @@ impl Code {
     }
 }
 
-fn last_number(text: &str) -> Option<u64> {
-    let end = text.rfind(|c: char| c.is_ascii_digit())? + 1;
-    let start = text[..end].rfind(|c: char| !c.is_ascii_digit());
-    let start = start.map_or(0, |at| at + text[at..].chars().next().map_or(1, char::len_utf8));
-    text[start..end].parse().ok()
+/// The numbers of a text, the last one first; one that no code can be is larger than all codes.
+fn numbers(text: &str) -> impl Iterator<Item = u64> {
+    let digits = text.rsplit(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    digits.map(|digits| digits.parse().unwrap_or(u64::MAX))
 }
 
 pub(crate) fn to_sid(codes: &[Code]) -> Result<Sid> {
-    Sid::new(&codes.iter().map(Code::value).collect::<Result<Vec<u16>>>()?)
+    to_sid_at(codes, 0)
+}
+
+/// A semantic ID whose codes stand at this place among the numbers of their texts, from the end.
+pub(super) fn to_sid_at(codes: &[Code], place: usize) -> Result<Sid> {
+    Sid::new(&codes.iter().map(|code| code.value(place)).collect::<Result<Vec<u16>>>()?)
 }
 
 /// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each` with its line;
@@ -138,11 +158,12 @@ mod tests {
 
     #[test]
     fn a_code_is_the_last_number_of_its_text() {
-        assert_eq!(last_number("<a_236>"), Some(236));
-        assert_eq!(last_number("<l2_7>é"), Some(7));
-        assert_eq!(last_number("é9"), Some(9));
-        assert_eq!(last_number("12"), Some(12));
-        assert_eq!(last_number("<a_>"), None);
-        assert_eq!(last_number("99999999999999999999999"), None);
+        let code = |text: &str| Code::Text(text.into()).value(0).ok();
+        assert_eq!(code("<a_236>"), Some(236));
+        assert_eq!(code("<l2_7>é"), Some(7));
+        assert_eq!(code("é9"), Some(9));
+        assert_eq!(code("12"), Some(12));
+        assert_eq!(code("<a_>"), None);
+        assert_eq!(code("99999999999999999999999"), None);
     }
 }
