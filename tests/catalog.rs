@@ -58,7 +58,8 @@ fn assert_holds(snapshot: &Snapshot, items: &[Item], what: &str) {
 }
 
 fn writer_of(catalog: &Arc<Catalog>, compact_at: Option<usize>) -> CatalogWriter {
-    let options = WriterOptions { compact_at, ..WriterOptions::default() };
+    let mut options = WriterOptions::default();
+    options.compact_at = compact_at;
     CatalogWriter::in_memory(Arc::clone(catalog), &options).expect("a thread")
 }
 
@@ -367,7 +368,7 @@ impl OnDisk {
     }
 
     fn writer(&self) -> CatalogWriter {
-        let options = WriterOptions { compact_at: Some(usize::MAX), ..WriterOptions::default() };
+        let options = WriterOptions::default().with_compact_at(usize::MAX);
         CatalogWriter::open(&self.path(), &options).expect("a sound catalog")
     }
 
@@ -549,7 +550,9 @@ fn a_writer_that_is_closed_is_closed_whatever_processes_are_started_meanwhile() 
 #[test]
 fn a_compilation_that_fails_loses_nothing() {
     let mut on_disk = OnDisk::new(9);
-    let options = WriterOptions { compact_at: Some(usize::MAX), durability: Durability::Machine };
+    let options = WriterOptions::default()
+        .with_compact_at(usize::MAX)
+        .with_durability(Durability::Machine);
     let writer = CatalogWriter::open(&on_disk.path(), &options).expect("a sound catalog");
     // A folder where the new file is to be written.
     let partial = on_disk.folder.path().join("c.sidereal.partial");

@@ -157,6 +157,7 @@ impl<'a> Edit<'a> {
             (false, Some(before)) => Some(Arc::new(before.with(patch))),
             (false, None) => Some(Arc::new(Delta::empty(snapshot.num_levels()).with(patch))),
         };
-        Snapshot { number, base: Arc::clone(&snapshot.base), available, deleted, delta }
+        let (base, watermarks) = (Arc::clone(&snapshot.base), Arc::clone(&snapshot.watermarks));
+        Snapshot { number, base, available, deleted, delta, watermarks }
     }
 }
