@@ -51,7 +51,11 @@ pub struct WriterOptions {
 
 impl Default for WriterOptions {
     fn default() -> WriterOptions {
-        WriterOptions { durability: Durability::Process, compact_at: None, keep_log_bytes: 16 << 20 }
+        WriterOptions {
+            durability: Durability::Process,
+            compact_at: None,
+            keep_log_bytes: 16 << 20,
+        }
     }
 }
 
@@ -624,7 +628,7 @@ impl Shared {
                 self.catalog.publish(next);
                 let path = self.file.as_ref().map(|file| &file.path);
                 return match state.log.as_mut().zip(path) {
-                    Some((log, path)) => log.drop_until(path, source.number()),
+                    Some((log, path)) => log.drop_compiled(path, source, lineage.is_some()),
                     None => Ok(()),
                 };
             }

@@ -86,12 +86,7 @@ pub(crate) fn compact(
         .with_tags(tags)
         .with_unavailable(&unavailable);
     let watermarks = Arc::clone(&snapshot.watermarks);
-    Ok(Some(BaseSegment {
-        lineage: old.lineage,
-        snapshot: snapshot.number(),
-        watermarks,
-        ..base
-    }))
+    Ok(Some(BaseSegment { lineage: old.lineage, snapshot: snapshot.number(), watermarks, ..base }))
 }
 
 /// Where the items of one base segment are in the next, as stretches that move by one distance.

@@ -174,9 +174,8 @@ mod tests {
             watermarks.advance(&Watermark::new("items", partition, offset));
         }
         assert_eq!(watermarks.offset("items", 0), Some(5));
-        let covers = |partition, offset| {
-            watermarks.covers(&Watermark::new("items", partition, offset))
-        };
+        let covers =
+            |partition, offset| watermarks.covers(&Watermark::new("items", partition, offset));
         assert!(covers(0, 5) && covers(0, 0) && covers(1, 0));
         assert!(!covers(0, 6) && !covers(1, 1) && !covers(2, 0));
         assert_eq!(Watermarks::from_bytes(&watermarks.to_bytes()), Ok(watermarks));

@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use sidereal::catalog::sid::MAX_LEVELS;
-use sidereal::catalog::{
-    Catalog, CatalogBuilder, Change, Snapshot, Watermark, change_log, items,
-};
+use sidereal::catalog::{Catalog, CatalogBuilder, Change, Snapshot, Watermark, change_log, items};
 use sidereal::models::weights::Weights;
 use sidereal::quantizer::{Collision, FitOptions, FitRound, Quantizer};
 use sidereal::{CatalogWriter, Error, Result, WriterOptions};

@@ -220,28 +220,26 @@ impl ChangeLog {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             file => Some(file.map_err(io)?),
         };
-        let begin = |lock: Arc<CatalogLock>, after, watermarks: &Watermarks, records: &[u8], last| {
-            let (file, promise, len) =
-                begin(&path, &lock, catalog, lineage, after, watermarks, records, last)
-                    .map_err(|failed| io(failed.error))?;
-            let (path, broken) = (path.clone(), None);
-            Ok(ChangeLog { path, file, lock, lineage, len, promise, keep_bytes, broken })
-        };
+        let begin =
+            |lock: Arc<CatalogLock>, after, watermarks: &Watermarks, records: &[u8], last| {
+                let (file, promise, len) =
+                    begin(&path, &lock, catalog, lineage, after, watermarks, records, last)
+                        .map_err(|failed| io(failed.error))?;
+                let (path, broken) = (path.clone(), None);
+                Ok(ChangeLog { path, file, lock, lineage, len, promise, keep_bytes, broken })
+            };
         let number = snapshot.number();
         let Some(file) = opened else {
             return Ok((begin(lock, number, snapshot.watermarks(), &[], number)?, None));
         };
         let contents = read(&path, &file, lock.promise(), snapshot)?;
         let last = contents.end();
-        if last < number {
-            // The file has more than the log: a backup of the log was put back, or the power went
-            // between the two. A record that followed here would be out of order.
-            return Ok((begin(lock, number, snapshot.watermarks(), &[], number)?, None));
-        }
-        if contents.version != log_format::VERSION {
-            let records = records(&contents.batches)?;
-            let log = begin(lock, contents.after, &contents.watermarks, &records, last)?;
-            return Ok((log, apply(&path, contents, snapshot)?));
+        if contents.version != log_format::VERSION || is_apart(&contents, snapshot) {
+            let pending = contents.batches.iter().filter(|batch| batch.snapshot > number);
+            let records = records(pending)?;
+            let after = apply(&path, contents, snapshot)?;
+            let log = begin(lock, number, snapshot.watermarks(), &records, last.max(number))?;
+            return Ok((log, after));
         }
         let (id, len) = (contents.id, contents.whole_bytes);
         let after = apply(&path, contents, snapshot)?;
@@ -279,8 +277,7 @@ impl ChangeLog {
         assert_eq!(snapshot, next, "batches make one snapshot after the other");
         let record = record(snapshot, changes, watermark)?;
         let mut file = &self.file;
-        let written =
-            file.seek(SeekFrom::Start(self.len)).and_then(|_| file.write_all(&record));
+        let written = file.seek(SeekFrom::Start(self.len)).and_then(|_| file.write_all(&record));
         if let Err(error) = written {
             // A half-written record must go, or the next one would follow it.
             if let Err(second) = file.set_len(self.len) {
@@ -378,23 +375,31 @@ impl ChangeLog {
         Ok(batches)
     }
 
-    /// Drops the batches up to a snapshot that the compiled file now has, apart from the last ones
-    /// with watermarks.
+    /// Drops the batches that the compiled file now has, apart from the last ones with watermarks.
+    /// Where the file `is_new_base`, all go: changes that came with the base are not in the log.
     ///
     /// # Errors
     /// The operating system's; the log is then as it was, or takes no further batch.
-    pub fn drop_until(&mut self, catalog: &Path, snapshot: u64) -> Result<()> {
+    pub fn drop_compiled(
+        &mut self,
+        catalog: &Path,
+        compiled: &Snapshot,
+        is_new_base: bool,
+    ) -> Result<()> {
         self.check()?;
         self.check_name()?;
         let (mut contents, bytes) = self.contents()?;
-        let first = first_kept(&contents, snapshot, self.keep_bytes);
+        let keep_bytes = if is_new_base { 0 } else { self.keep_bytes };
+        let first = first_kept(&contents, compiled.number(), keep_bytes);
         for watermark in contents.batches.drain(..first).filter_map(|batch| batch.watermark) {
             contents.watermarks.advance(&watermark);
         }
-        let after = contents.batches.first().map_or(snapshot, |batch| batch.snapshot - 1);
+        let after = contents.batches.first().map_or(compiled.number(), |batch| batch.snapshot - 1);
         let start = contents.starts.get(first).copied().unwrap_or(contents.whole_bytes);
         let records = &bytes[start as usize..contents.whole_bytes as usize];
-        let (lock, watermarks) = (&self.lock, &contents.watermarks);
+        let lock = &self.lock;
+        let watermarks =
+            if is_new_base { compiled.watermarks() } else { &contents.watermarks };
         let last = self.promise.acknowledged;
         let begun =
             begin(&self.path, lock, catalog, self.lineage, after, watermarks, records, last);
@@ -426,7 +431,20 @@ fn first_kept(contents: &Contents, snapshot: u64, keep_bytes: u64) -> usize {
     kept.clone().find(|&at| contents.batches[at].watermark.is_some()).unwrap_or(kept.end)
 }
 
-fn records(batches: &[Batch]) -> Result<Vec<u8>> {
+/// Whether the compiled batches of a log are not all that the catalog's file has.
+///
+/// Where the log ends before the file (a backup of the log was put back, or the power went between
+/// the two), a record that followed would be out of order. Where the file has other watermarks, it
+/// is a new base, whose process died before it began the log again.
+fn is_apart(contents: &Contents, snapshot: &Snapshot) -> bool {
+    let mut watermarks = contents.watermarks.clone();
+    for batch in contents.batches.iter().filter(|batch| batch.snapshot <= snapshot.number()) {
+        batch.watermark.iter().for_each(|watermark| watermarks.advance(watermark));
+    }
+    contents.end() < snapshot.number() || watermarks != *snapshot.watermarks()
+}
+
+fn records<'a>(batches: impl Iterator<Item = &'a Batch>) -> Result<Vec<u8>> {
     let mut records = Vec::new();
     for Batch { snapshot, changes, watermark } in batches {
         records.extend_from_slice(&record(*snapshot, changes, watermark.as_ref())?);

@@ -203,11 +203,9 @@ fn lost_batches(after: u64, readable: &[Batch]) -> String {
         match batch.snapshot - end {
             1 => {}
             2 => lost.push(format!("the batch of snapshot {}", end + 1)),
-            _ => lost.push(format!(
-                "the batches of snapshots {} to {}",
-                end + 1,
-                batch.snapshot - 1
-            )),
+            _ => {
+                lost.push(format!("the batches of snapshots {} to {}", end + 1, batch.snapshot - 1))
+            }
         }
         end = batch.snapshot;
     }

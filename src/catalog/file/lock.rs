@@ -61,8 +61,7 @@ impl Promise {
 
     fn to_bytes(&self) -> Vec<u8> {
         let (device, inode) = self.log_file.unwrap_or_default();
-        let fields =
-            [MAGIC, self.log_id, device, inode, boot(), self.acknowledged, self.synced];
+        let fields = [MAGIC, self.log_id, device, inode, boot(), self.acknowledged, self.synced];
         let mut bytes: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
         bytes.extend_from_slice(&xxh3_64(&bytes).to_le_bytes());
         bytes
@@ -154,9 +153,7 @@ impl CatalogLock {
     /// Writes the promise down. Where that fails, less damage can be told later, and nothing else.
     pub(super) fn set_promise(&self, promise: &Promise) {
         let mut file = &self.file;
-        let _ = file
-            .seek(SeekFrom::Start(0))
-            .and_then(|_| file.write_all(&promise.to_bytes()));
+        let _ = file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&promise.to_bytes()));
     }
 }
 
