@@ -15,69 +15,9 @@ use crate::catalog::{Catalog, Change, Item, Snapshot, Watermark};
 use crate::error::{Error, Result};
 use crate::quantizer::{Collision, Quantizer};
 
-/// The crash that an acknowledged change survives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum Durability {
-    /// The end of the process: the operating system has the change before it is acknowledged.
-    /// After [`CatalogWriter::sync`], the change survives the end of the machine too.
-    #[default]
-    Process,
-    /// The end of the machine: the disk has the change before it is acknowledged.
-    Machine,
-}
+mod options;
 
-/// Options of a [`CatalogWriter`].
-///
-/// ```
-/// use sidereal::{Durability, WriterOptions};
-///
-/// let options = WriterOptions::default().with_durability(Durability::Machine);
-/// ```
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct WriterOptions {
-    /// The crash that an acknowledged change survives.
-    pub durability: Durability,
-    /// Compaction threshold: how many items are put before a compaction starts in the background.
-    /// By default a sixteenth of the catalog's items, at least ten thousand and at most a hundred
-    /// thousand. Deleted items cost little: they start a compaction once they are a quarter of all.
-    /// `usize::MAX` turns compaction in the background off.
-    pub compact_at: Option<usize>,
-    /// Bytes of compiled batches with watermarks that a new log takes over, so that
-    /// [`CatalogWriter::replace_base`] finds the changes that a new base lacks. 16 MiB by default.
-    pub keep_log_bytes: u64,
-}
-
-impl Default for WriterOptions {
-    fn default() -> WriterOptions {
-        WriterOptions {
-            durability: Durability::Process,
-            compact_at: None,
-            keep_log_bytes: 16 << 20,
-        }
-    }
-}
-
-impl WriterOptions {
-    /// Sets [`durability`](WriterOptions::durability).
-    pub fn with_durability(mut self, durability: Durability) -> WriterOptions {
-        self.durability = durability;
-        self
-    }
-
-    /// Sets [`compact_at`](WriterOptions::compact_at).
-    pub fn with_compact_at(mut self, items: usize) -> WriterOptions {
-        self.compact_at = Some(items);
-        self
-    }
-
-    /// Sets [`keep_log_bytes`](WriterOptions::keep_log_bytes).
-    pub fn with_keep_log_bytes(mut self, bytes: u64) -> WriterOptions {
-        self.keep_log_bytes = bytes;
-        self
-    }
-}
+pub use options::{Durability, WriterOptions};
 
 /// What became of a batch with a watermark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,7 +84,7 @@ pub struct CatalogWriter {
 
 struct Shared {
     catalog: Arc<Catalog>,
-    file: Option<CatalogFile>,
+    file: Option<OnDisk>,
     options: WriterOptions,
     state: Mutex<State>,
     /// Signalled when a change of the state may end somebody's wait.
@@ -153,7 +93,7 @@ struct Shared {
 }
 
 /// The compiled file of a catalog.
-struct CatalogFile {
+struct OnDisk {
     /// Its resolved name.
     path: PathBuf,
     lock: Arc<CatalogLock>,
@@ -202,7 +142,7 @@ impl CatalogWriter {
             catalog.publish(after);
         }
         let state = State { log: Some(log), ..State::default() };
-        CatalogWriter::start(Arc::new(catalog), Some(CatalogFile { path, lock }), options, state)
+        CatalogWriter::start(Arc::new(catalog), Some(OnDisk { path, lock }), options, state)
     }
 
     /// Opens a catalog in memory for changes, which end with the process.
@@ -215,7 +155,7 @@ impl CatalogWriter {
 
     fn start(
         catalog: Arc<Catalog>,
-        file: Option<CatalogFile>,
+        file: Option<OnDisk>,
         options: &WriterOptions,
         state: State,
     ) -> Result<CatalogWriter> {
@@ -327,8 +267,13 @@ impl CatalogWriter {
             }
             state = shared.wait(state);
         }
+        let is_synced = shared.options.durability == Durability::Machine;
         let before = shared.catalog.snapshot();
         if watermark.is_some_and(|watermark| before.watermarks().covers(watermark)) {
+            // Another writer may have acknowledged it without the disk.
+            if let Some(log) = state.log.as_mut().filter(|_| is_synced) {
+                log.sync()?;
+            }
             return Ok(Applied { snapshot: before.number(), is_repeated: true });
         }
         let changes = changes(&before)?;
@@ -342,7 +287,6 @@ impl CatalogWriter {
         }
         let snapshot = after.number();
         if let Some(log) = &mut state.log {
-            let is_synced = shared.options.durability == Durability::Machine;
             log.append(snapshot, &changes, watermark, is_synced)?;
         }
         shared.catalog.publish(after);
@@ -600,8 +544,8 @@ impl Shared {
         };
         let mut next = match &self.file {
             None => Snapshot::of(base),
-            Some(CatalogFile { path, lock }) => {
-                format::save(&base, path, lock)?;
+            Some(OnDisk { path, lock }) => {
+                format::save(&base, source.watermarks(), path, lock)?;
                 drop(base); // the file has it: memory need not hold a second copy
                 (*Catalog::open_without_log(path)?.snapshot()).clone()
             }

@@ -88,12 +88,12 @@ impl Catalog {
         let lock = CatalogLock::take(&path)?;
         change_log::make_way(&path)?;
         let snapshot = self.snapshot();
-        let base = &snapshot.base;
-        if snapshot.number() == base.snapshot && snapshot.watermarks == base.watermarks {
-            return format::save(base, &path, &lock);
+        let watermarks = snapshot.watermarks();
+        if snapshot.number() == snapshot.base().snapshot {
+            return format::save(snapshot.base(), watermarks, &path, &lock);
         }
         let base = compact(&snapshot, |_| true)?.expect("progress never stops it");
-        format::save(&base, &path, &lock)
+        format::save(&base, watermarks, &path, &lock)
     }
 
     /// Says how far feeds had been applied when the catalog's items were read from their source, so

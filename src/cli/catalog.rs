@@ -338,9 +338,9 @@ fn build(arguments: &Build) -> Result<()> {
     let num_pending = change_log::num_pending(&arguments.output)?;
     if num_pending > 0 && arguments.watermark.is_empty() {
         let reason = format!(
-            "{} holds {num_pending} batches of changes that the catalog there lacks; compile them in \
-             with `sidereal catalog change --compact` first, keep the later ones with --watermark, \
-             or delete the log",
+            "{} holds changes that the catalog there lacks (batches: {num_pending}); compile them \
+             in with `sidereal catalog change --compact` first, keep the later ones with \
+             --watermark, or delete the log",
             change_log::path_of(&arguments.output).display()
         );
         return Err(Error::InvalidOption { option: "--output", reason });
@@ -359,7 +359,7 @@ fn build(arguments: &Build) -> Result<()> {
     } else {
         let writer = CatalogWriter::open(&arguments.output, &WriterOptions::default())?;
         let kept = writer.replace_base(&catalog)?.kept_batches;
-        say(&format!("{kept} batches of changes are later than the items and were kept"));
+        say(&format!("batches of changes that are later than the items and were kept: {kept}"));
     }
     progress.finish_and_clear();
     let (items, sids) = (snapshot.num_items(), snapshot.base().trie().num_leaves());

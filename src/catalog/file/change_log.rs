@@ -174,7 +174,7 @@ pub(crate) fn make_way(catalog: &Path) -> Result<()> {
     let num_pending = num_pending(catalog)?;
     if num_pending > 0 {
         let reason = format!(
-            "holds {num_pending} batches of changes of the catalog that is there; compile them in \
+            "holds changes that the catalog there lacks (batches: {num_pending}); compile them in \
              with `sidereal catalog change --compact` first, or delete the log"
         );
         return Err(failed(&log, reason));
@@ -307,6 +307,9 @@ impl ChangeLog {
     /// unknown.
     pub fn sync(&mut self) -> Result<()> {
         self.check()?;
+        if self.promise.synced == self.promise.acknowledged {
+            return Ok(());
+        }
         self.check_name()?;
         self.file.sync_data().map_err(|error| {
             self.broken = Some(format!("the disk failed: {error}"));
@@ -398,8 +401,7 @@ impl ChangeLog {
         let start = contents.starts.get(first).copied().unwrap_or(contents.whole_bytes);
         let records = &bytes[start as usize..contents.whole_bytes as usize];
         let lock = &self.lock;
-        let watermarks =
-            if is_new_base { compiled.watermarks() } else { &contents.watermarks };
+        let watermarks = if is_new_base { compiled.watermarks() } else { &contents.watermarks };
         let last = self.promise.acknowledged;
         let begun =
             begin(&self.path, lock, catalog, self.lineage, after, watermarks, records, last);

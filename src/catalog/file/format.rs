@@ -133,14 +133,20 @@ pub(crate) fn fingerprint(base: &BaseSegment) -> u64 {
     hasher.digest()
 }
 
-/// Writes a compiled catalog as one file; an existing file is replaced as a whole or not at all.
+/// Writes a compiled catalog with its watermarks as one file; an existing file is replaced as a whole
+/// or not at all.
 /// `path` is a resolved name, and `lock` its lock.
 ///
 /// # Errors
 /// The operating system's.
-pub(crate) fn save(base: &BaseSegment, path: &Path, lock: &CatalogLock) -> Result<()> {
+pub(crate) fn save(
+    base: &BaseSegment,
+    watermarks: &Watermarks,
+    path: &Path,
+    lock: &CatalogLock,
+) -> Result<()> {
     let trie = &base.trie;
-    let watermarks = base.watermarks.to_bytes();
+    let watermarks = watermarks.to_bytes();
     let mut contents = contents(base);
     if !watermarks.is_empty() {
         contents.push((Kind::Watermarks, &watermarks));
