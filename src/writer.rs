@@ -185,7 +185,9 @@ impl CatalogWriter {
     /// Applies a batch of changes: all of them or, with an error, none. Returns the number of the
     /// snapshot that has them, which new requests see.
     ///
-    /// A change of an unknown item does nothing. A batch costs a few microseconds plus a few
+    /// A change of an unknown item does nothing, and so does a change that says what already is. A
+    /// batch of such changes alone takes no room in the log and makes no snapshot: the current one's
+    /// number comes back. So a feed may deliver its changes more than once. A batch costs a few microseconds plus a few
     /// nanoseconds for every item put since the last compaction, so one large batch is cheaper than
     /// many small ones. The call writes to the log, and during a compaction it may block until the
     /// compaction ends: call it from a thread that may wait.
@@ -269,21 +271,22 @@ impl CatalogWriter {
         }
         let is_synced = shared.options.durability == Durability::Machine;
         let before = shared.catalog.snapshot();
-        if watermark.is_some_and(|watermark| before.watermarks().covers(watermark)) {
-            // Another writer may have acknowledged it without the disk.
+        let is_repeated = watermark.is_some_and(|mark| before.watermarks().covers(mark));
+        let changes = if is_repeated { Vec::new() } else { changes(&before)? };
+        shared.catalog.check(&changes)?;
+        let after = match watermark.filter(|_| !is_repeated) {
+            Some(watermark) => {
+                let after = before.with_numbered(&changes, before.number() + 1)?;
+                after.with_watermark(watermark)?
+            }
+            None => before.with(&changes)?,
+        };
+        if after.number() == before.number() {
+            // Everything is so already. Who acknowledged it may not have waited for the disk.
             if let Some(log) = state.log.as_mut().filter(|_| is_synced) {
                 log.sync()?;
             }
-            return Ok(Applied { snapshot: before.number(), is_repeated: true });
-        }
-        let changes = changes(&before)?;
-        if changes.is_empty() && watermark.is_none() {
-            return Ok(Applied { snapshot: before.number(), is_repeated: false });
-        }
-        shared.catalog.check(&changes)?;
-        let mut after = before.with(&changes)?;
-        if let Some(watermark) = watermark {
-            after = after.with_watermark(watermark)?;
+            return Ok(Applied { snapshot: before.number(), is_repeated });
         }
         let snapshot = after.number();
         if let Some(log) = &mut state.log {

@@ -185,9 +185,9 @@ fn any_flipped_bit_of_a_lock_changes_nothing() {
 #[test]
 fn a_log_of_version_1_opens_and_is_rewritten() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = folder.path().join("catalog");
-    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/formats/log-v1");
-    for name in ["catalog", "catalog.changes"] {
+    let path = folder.path().join("log-of-format-1");
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files");
+    for name in ["log-of-format-1", "log-of-format-1.changes"] {
         fs::copy(from.join(name), folder.path().join(name)).expect("a file");
     }
     let look = |snapshot: &Snapshot| {

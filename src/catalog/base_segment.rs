@@ -6,7 +6,9 @@ use std::sync::Arc;
 use roaring::RoaringBitmap;
 
 use super::bitmap::RankBitmap;
+use super::column::Column;
 use super::filter::Filter;
+use super::order::{ItemWeight, Ties};
 use super::selection::{Selection, SelectionCache};
 use super::tags::Tags;
 use super::texts::{NameIndex, Texts};
@@ -15,7 +17,7 @@ use super::watermark::Watermarks;
 use crate::error::Result;
 
 /// A compiled catalog. Its items are numbered in the order of their semantic IDs; items that share
-/// one are in the order in which they were added.
+/// one by weight, then as `ties` says.
 pub struct BaseSegment {
     pub(super) trie: Trie,
     pub(super) names: Texts,
@@ -24,6 +26,9 @@ pub struct BaseSegment {
     pub(super) tags: Option<Tags>,
     /// The available items; `None` where all are.
     pub(super) available: Option<Arc<RankBitmap>>,
+    /// `[items]`; finite. `None` where no item has a weight of its own.
+    pub(super) weights: Option<Column<f32>>,
+    pub(super) ties: Ties,
     /// Identifies the catalog through all its changes: a log of changes belongs to one.
     pub(super) lineage: u64,
     /// The number of the compiled snapshot.
@@ -74,8 +79,14 @@ impl BaseSegment {
         self.titles.as_ref().map(|titles| titles.get(item))
     }
 
-    pub(super) fn tags_of(&self, item: u32) -> Vec<String> {
-        self.tags.iter().flat_map(|tags| tags.of_item(item)).map(str::to_string).collect()
+    /// The item's tags, ascending.
+    pub(super) fn tags_of(&self, item: u32) -> impl Iterator<Item = &str> {
+        self.tags.iter().flat_map(move |tags| tags.of_item(item))
+    }
+
+    pub(super) fn weight(&self, item: u32) -> ItemWeight {
+        let weight = self.weights.as_ref().map_or(0.0, |weights| weights[item as usize]);
+        ItemWeight::new(weight).expect("checked when the catalog was opened")
     }
 
     pub(super) fn find(&self, name: &str) -> Option<u32> {
@@ -125,6 +136,8 @@ impl BaseSegment {
             titles,
             tags: None,
             available: None,
+            weights: None,
+            ties: Ties::ByName,
             lineage: 0,
             snapshot: 1,
             watermarks: Arc::default(),
@@ -146,5 +159,13 @@ impl BaseSegment {
     pub(super) fn with_unavailable(self, unavailable: &[u32]) -> BaseSegment {
         let without = || Arc::new(RankBitmap::full(self.num_items()).with(&[], unavailable));
         BaseSegment { available: (!unavailable.is_empty()).then(without), ..self }
+    }
+
+    /// `weights`: up to the last item that has one of its own, at least.
+    pub(super) fn with_weights(self, mut weights: Vec<ItemWeight>) -> BaseSegment {
+        let has_some = !weights.is_empty();
+        weights.resize(self.num_items() as usize, ItemWeight::default());
+        let weights: Vec<f32> = weights.into_iter().map(ItemWeight::get).collect();
+        BaseSegment { weights: has_some.then(|| weights.into()), ..self }
     }
 }

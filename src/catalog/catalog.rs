@@ -12,6 +12,7 @@ use super::compaction::compact;
 use super::file::lock::CatalogLock;
 use super::file::{change_log, format, resolve};
 use super::items;
+use super::order::Ties;
 use super::snapshot::Snapshot;
 use super::watermark::Watermark;
 use crate::error::{Error, Result};
@@ -88,9 +89,9 @@ impl Catalog {
         let lock = CatalogLock::take(&path)?;
         change_log::make_way(&path)?;
         let snapshot = self.snapshot();
-        let watermarks = snapshot.watermarks();
-        if snapshot.number() == snapshot.base().snapshot {
-            return format::save(snapshot.base(), watermarks, &path, &lock);
+        let (base, watermarks) = (snapshot.base(), snapshot.watermarks());
+        if snapshot.number() == base.snapshot && base.ties == Ties::ByName {
+            return format::save(base, watermarks, &path, &lock);
         }
         let base = compact(&snapshot, |_| true)?.expect("progress never stops it");
         format::save(&base, watermarks, &path, &lock)

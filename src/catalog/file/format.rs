@@ -21,6 +21,7 @@ use super::replace::replace;
 use crate::catalog::base_segment::BaseSegment;
 use crate::catalog::bitmap::RankBitmap;
 use crate::catalog::column::Column;
+use crate::catalog::order::Ties;
 use crate::catalog::sid::MAX_LEVELS;
 use crate::catalog::tags::Tags;
 use crate::catalog::texts::{NameIndex, Texts};
@@ -33,7 +34,10 @@ use crate::mapping::Mapping;
 compile_error!("catalog files are little-endian and mapped as they are");
 
 const MAGIC: [u8; 8] = *b"SIDEREAL";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// The oldest version that is read. Version 2 has no weights, and its items that share a semantic
+/// ID are in the order in which they were added.
+const OLDEST_VERSION: u32 = 2;
 const ALIGN: usize = 64;
 /// Leaves room for the snapshots that follow any file.
 const MAX_SNAPSHOT: u64 = 1 << 62;
@@ -87,6 +91,8 @@ enum Kind {
     TagSetStart,
     /// Absent where every item is available.
     Available,
+    /// Absent where no item has a weight of its own.
+    Weights,
     /// Absent without watermarks. Not of items, so numbered apart from them.
     Watermarks = 64,
 }
@@ -119,6 +125,9 @@ fn contents(base: &BaseSegment) -> Vec<(Kind, &[u8])> {
     }
     if let Some(available) = &base.available {
         contents.push((Kind::Available, bytemuck::cast_slice(available.words())));
+    }
+    if let Some(weights) = &base.weights {
+        contents.push((Kind::Weights, bytemuck::cast_slice(weights)));
     }
     contents
 }
@@ -222,11 +231,12 @@ pub(crate) fn open(path: &Path) -> Result<BaseSegment> {
 }
 
 /// What a damaged file loses where one of its sections cannot be believed.
-const DISPENSABLE: [(&[Kind], &str); 5] = [
+const DISPENSABLE: [(&[Kind], &str); 6] = [
     (&[Kind::NameIndex], ""), // made again from the names
     (&[Kind::TitleBytes, Kind::TitleStart], "all titles"),
     (&[Kind::TagBytes, Kind::TagStart, Kind::TagSets, Kind::TagSetStart], "all tags"),
     (&[Kind::Available], "which items are unavailable: all are available now"),
+    (&[Kind::Weights], "the weights of all items"),
     (&[Kind::Watermarks], "the watermarks of its feeds"),
 ];
 
@@ -267,9 +277,10 @@ fn parse_head(bytes: &[u8]) -> std::result::Result<Head, String> {
     let cut = || "the file is cut short".to_string();
     let header = bytes.get(..size_of::<Header>()).ok_or_else(cut)?;
     let header: Header = bytemuck::pod_read_unaligned(header);
-    if header.version != VERSION {
+    if !(OLDEST_VERSION..=VERSION).contains(&header.version) {
         let found = header.version;
-        return Err(format!("the file is of format {found}, this version reads {VERSION}"));
+        let reads = format!("{OLDEST_VERSION} to {VERSION}");
+        return Err(format!("the file is of format {found}, this version reads {reads}"));
     }
     if header.file_bytes != bytes.len() as u64 {
         let (found, expected) = (bytes.len(), header.file_bytes);
@@ -359,6 +370,14 @@ fn parse_sections(
     })?;
     let available: Option<Column<u64>> =
         sections.optional(Kind::Available, |s| s.column(Kind::Available))?;
+    let weights: Option<Column<f32>> =
+        sections.optional(Kind::Weights, |s| s.column(Kind::Weights))?;
+    let are_sound = |weights: &Column<f32>| {
+        weights.len() == num_items && weights.iter().all(|weight| weight.is_finite())
+    };
+    if !weights.as_ref().is_none_or(are_sound) {
+        return Err("the weights do not fit the items, or one is not finite".into());
+    }
     let defect = (names.defect(num_items))
         .or_else(|| index.defect(num_items))
         .or_else(|| titles.as_ref()?.defect(num_items))
@@ -381,6 +400,8 @@ fn parse_sections(
         tags,
         available: available.transpose()?,
         watermarks: Arc::new(watermarks.unwrap_or_default()),
+        weights,
+        ties: if header.version < 3 { Ties::ByAge } else { Ties::ByName },
         lineage: header.lineage,
         snapshot: header.snapshot,
         file_bytes: Some(header.file_bytes),
