@@ -160,6 +160,14 @@ pub enum Error {
         /// How many may.
         limit: usize,
     },
+    /// A compaction is under way, and the changes that wait for its end are as many as may.
+    #[error("{backlog} changes wait for the end of a compaction, {limit} may; try again later")]
+    WriterBusy {
+        /// Changes that wait.
+        backlog: usize,
+        /// How many may.
+        limit: usize,
+    },
     /// The request's deadline went by, or would have before its answer was there.
     #[error("the answer could not be there within its deadline of {deadline_ms} ms")]
     DeadlineExceeded {
@@ -221,6 +229,38 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// What is wrong, and the way out.
+        reason: String,
+    },
+    /// Another writer has the catalog open.
+    #[error(
+        "{path}: another writer has the catalog open; there can be one at a time: close it, or try again when it is done",
+        path = path.display()
+    )]
+    CatalogInUse {
+        /// The catalog.
+        path: PathBuf,
+    },
+    /// The disk failed when a batch was to be forced to it. The batch is not applied.
+    #[error(
+        "{path}: {source}; the batch may be in the log all the same: open the catalog again, and if its snapshot is {snapshot} or later, the batch is there",
+        path = path.display()
+    )]
+    MayBeLogged {
+        /// The log.
+        path: PathBuf,
+        /// The snapshot that the batch would have made.
+        snapshot: u64,
+        /// The operating system's error.
+        source: Arc<std::io::Error>,
+    },
+    /// A new base segment is older than the oldest changes of the log.
+    #[error(
+        "the new base would lose changes: {reason}, and the log begins after {oldest}; build a newer one, and give its watermarks with `catalog build --watermark`"
+    )]
+    StaleBase {
+        /// The watermark before the first batch of the log.
+        oldest: String,
+        /// What the new base has of that partition.
         reason: String,
     },
     /// A file of items cannot be read.
@@ -390,6 +430,7 @@ kinds_and_codes! {
     CalledFromCallback: Caller "called_from_callback",
     Forked: Caller "forked",
     Overloaded: Overloaded "overloaded",
+    WriterBusy: Overloaded "writer_busy",
     DeadlineExceeded: Overloaded "deadline_exceeded",
     CatalogBehind: Overloaded "catalog_behind",
     ShuttingDown: Overloaded "shutting_down",
@@ -397,6 +438,9 @@ kinds_and_codes! {
     CatalogFile: Files "catalog_file",
     CatalogContents: Files "catalog_contents",
     ChangeLog: Files "change_log",
+    CatalogInUse: Files "catalog_in_use",
+    MayBeLogged: Files "may_be_logged",
+    StaleBase: Files "stale_base",
     ItemsFile: Files "items_file",
     RequestsFile: Files "requests_file",
     OutputFile: Files "output_file",
@@ -441,6 +485,7 @@ mod tests {
             Error::CalledFromCallback,
             Error::Forked,
             Error::Overloaded { queued: 9, limit: 8 },
+            Error::WriterBusy { backlog: 9, limit: 8 },
             Error::DeadlineExceeded { deadline_ms: 5 },
             Error::CatalogBehind { snapshot: 3, min_snapshot: 4 },
             Error::ShuttingDown,
@@ -448,6 +493,13 @@ mod tests {
             Error::CatalogFile { path: path.clone(), reason: reason.clone() },
             Error::CatalogContents { reason: reason.clone() },
             Error::ChangeLog { path: path.clone(), reason: reason.clone() },
+            Error::CatalogInUse { path: path.clone() },
+            Error::MayBeLogged {
+                path: path.clone(),
+                snapshot: 3,
+                source: Arc::new(std::io::ErrorKind::StorageFull.into()),
+            },
+            Error::StaleBase { oldest: "items/0@41".into(), reason: reason.clone() },
             Error::ItemsFile { path: path.clone(), place: "line 1".into(), reason: reason.clone() },
             Error::RequestsFile { path: path.clone(), reason: reason.clone() },
             Error::OutputFile { path: path.clone(), reason: reason.clone() },

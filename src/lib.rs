@@ -92,7 +92,7 @@ pub use request::{
 pub use search::{Constraint, Normalization};
 pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
-pub use writer::{CatalogWriter, Durability, WriterOptions};
+pub use writer::{Applied, CatalogWriter, Durability, Replaced, WriterOptions};
 
 /// The Rust code of the pages, compiled by `cargo test --doc`.
 #[cfg(doctest)]

@@ -17,7 +17,8 @@
 //!
 //! On async workers, use the calls that do not wait and await the [`Handle`]. Changes of the
 //! catalog go through a [`CatalogWriter`](crate::CatalogWriter), whose `apply` may wait for a
-//! compaction.
+//! compaction; its `try_apply` does not. Its `replace_base` puts a new full catalog in place while
+//! requests run.
 //!
 //! Callbacks run on the engine's own thread, and all requests wait for them. They may call
 //! everything that does not wait; a call that waits returns [`Error::CalledFromCallback`] there.

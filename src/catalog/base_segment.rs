@@ -13,6 +13,7 @@ use super::selection::{Selection, SelectionCache};
 use super::tags::Tags;
 use super::texts::{NameIndex, Texts};
 use super::trie::Trie;
+use super::watermark::Watermarks;
 use crate::error::Result;
 
 /// A compiled catalog. Its items are numbered in the order of their semantic IDs; items that share
@@ -32,6 +33,8 @@ pub struct BaseSegment {
     pub(super) lineage: u64,
     /// The number of the compiled snapshot.
     pub(super) snapshot: u64,
+    /// How far each feed was applied when the catalog was compiled.
+    pub(super) watermarks: Arc<Watermarks>,
     pub(super) file_bytes: Option<u64>,
     pub(super) selections: SelectionCache,
 }
@@ -40,6 +43,16 @@ impl BaseSegment {
     /// The trie of semantic IDs.
     pub fn trie(&self) -> &Trie {
         &self.trie
+    }
+
+    /// Identifies the catalog through all its changes.
+    pub(crate) fn lineage(&self) -> u64 {
+        self.lineage
+    }
+
+    /// The number of the compiled snapshot.
+    pub(crate) fn snapshot(&self) -> u64 {
+        self.snapshot
     }
 
     /// The number of items.
@@ -127,9 +140,15 @@ impl BaseSegment {
             ties: Ties::ByName,
             lineage: 0,
             snapshot: 1,
+            watermarks: Arc::default(),
             file_bytes: None,
             selections: SelectionCache::default(),
         }
+    }
+
+    /// The base segment as a later state of another catalog.
+    pub(crate) fn with_lineage(self, lineage: u64) -> BaseSegment {
+        BaseSegment { lineage, ..self }
     }
 
     pub(super) fn with_tags(self, tags: BTreeMap<String, RoaringBitmap>) -> BaseSegment {

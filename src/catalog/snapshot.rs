@@ -13,6 +13,8 @@ use super::occurring::OccurringCodes;
 use super::order::{ItemWeight, Place, Ties};
 use super::sid::Sid;
 use super::trie::Trie;
+use super::watermark::{Watermark, Watermarks};
+use crate::error::Result;
 
 /// One immutable state of a catalog. A request sees one snapshot from its start to its end.
 ///
@@ -27,6 +29,7 @@ pub struct Snapshot {
     /// The base segment's deleted or replaced items; `None` where none is.
     pub(super) deleted: Option<Arc<RankBitmap>>,
     pub(super) delta: Option<Arc<Delta>>,
+    pub(super) watermarks: Arc<Watermarks>,
     /// Worked out when it is first asked for.
     pub(super) occurring: OnceLock<Arc<OccurringCodes>>,
 }
@@ -39,6 +42,7 @@ impl Snapshot {
             available: base.available.clone(),
             deleted: None,
             delta: None,
+            watermarks: Arc::clone(&base.watermarks),
             occurring: OnceLock::new(),
             base: Arc::new(base),
         }
@@ -47,6 +51,25 @@ impl Snapshot {
     /// The snapshot's number; every batch of changes makes the next.
     pub fn number(&self) -> u64 {
         self.number
+    }
+
+    /// How far each feed has been applied.
+    pub fn watermarks(&self) -> &Watermarks {
+        &self.watermarks
+    }
+
+    /// The snapshot with a further watermark.
+    ///
+    /// # Errors
+    /// Those of a source's name and of the number of partitions.
+    pub(crate) fn with_watermark(self, watermark: &Watermark) -> Result<Snapshot> {
+        let watermarks = self.watermarks.with(watermark)?;
+        Ok(self.with_watermarks(watermarks))
+    }
+
+    /// The snapshot with other watermarks.
+    pub(crate) fn with_watermarks(self, watermarks: Watermarks) -> Snapshot {
+        Snapshot { watermarks: Arc::new(watermarks), ..self }
     }
 
     /// The compiled catalog under the snapshot's changes.

@@ -10,6 +10,7 @@ use arguments::{Outcome, say};
 mod arguments;
 mod bench;
 mod catalog;
+mod check;
 mod device;
 mod evaluate;
 mod inspect;
