@@ -52,8 +52,8 @@
 //!   is written once for all devices.
 //! - A forbidden code is not a code with a low score: it is never considered.
 //! - An answer does not depend on the other requests of a step, on how its prompt is cut, on what is
-//!   cached or on the number of threads, to the last bit. (On a GPU, up to the order in which cuBLASLt
-//!   sums for as many rows.)
+//!   cached or on the number of threads, on one kind of CPU to the last bit. (On a GPU, up to the
+//!   order in which cuBLASLt sums for as many rows.)
 //! - A device is not waited for between the levels of a search ([`backend::cuda`]).
 
 mod answer;

@@ -921,6 +921,8 @@ fn malformed_request_lines_are_refused() {
         r#"{"tokens": [1], "normalize": "softmax"}"#,
         r#"{"tokens": [1], "constraint": "tri"}"#,
         r#"{"tokens": [1], "shared_sid": "some"}"#,
+        r#"{"tokens": [1], "per_sid": "2"}"#,
+        r#"{"tokens": [1], "min_snapshot": -1}"#,
         r#"{"tokens": [1], "beams": "ten"}"#,
         r#"{"tokens": [1], "beams": 1e99}"#,
         r#"{"tokens": [1], "top_k": 2.5}"#,

@@ -86,7 +86,7 @@ impl BaseSegment {
 
     pub(super) fn weight(&self, item: u32) -> ItemWeight {
         let weight = self.weights.as_ref().map_or(0.0, |weights| weights[item as usize]);
-        ItemWeight::new(weight).expect("checked when the catalog was opened")
+        ItemWeight::new(weight).unwrap_or_default() // checked when the file was opened
     }
 
     pub(super) fn find(&self, name: &str) -> Option<u32> {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use super::filter::Filter;
 use super::item::Item;
-use super::order::{Place, Ties};
+use super::order::{OrderKey, Ties};
 use super::sid::{MAX_LEVELS, Sid};
 use super::texts::hash;
 use super::trie::{Trie, TrieBuilder};
@@ -119,8 +119,8 @@ impl Delta {
         let is_present = |number: u32| has(&present, number);
         // Only new items need sorting; the old ones are in order.
         let compare = |a: &(SidKey, u32), b: &(SidKey, u32)| {
-            let place = |number: u32| place(self.ties, items.get(number as usize), number);
-            a.0.cmp(&b.0).then_with(|| place(a.1).cmp(&place(b.1)))
+            let key = |number: u32| order_key(self.ties, items.get(number as usize), number);
+            a.0.cmp(&b.0).then_with(|| key(a.1).cmp(&key(b.1)))
         };
         order.sort_unstable_by(compare);
         by_name.sort_unstable();
@@ -230,8 +230,8 @@ impl Delta {
     }
 }
 
-fn place(ties: Ties, item: &Item, number: u32) -> Place<'_> {
-    Place::new(ties, item.weight, &item.name, number)
+fn order_key(ties: Ties, item: &Item, number: u32) -> OrderKey<'_> {
+    OrderKey::new(ties, item.weight, &item.name, number)
 }
 
 fn put(bits: &mut [u64], at: u32, value: bool) {

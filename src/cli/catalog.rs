@@ -37,7 +37,7 @@ pub enum Command {
 #[command(after_help = "\
 Items are JSON lines, {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\", \"tags\": [\"new\"]}, or, where the
 name ends in .json, the field's index: {\"17\": [\"<a_3>\", \"<b_250>\", \"<c_7>\"], ...}. Several items may share
-a semantic ID. An item with \"available\": false may stand in histories and is never recommended.
+a semantic ID: they come by \"weight\", the largest first, then by name. An item with \"available\": false may stand in histories and is never recommended.
 
 Example:
   sidereal catalog build --items items.index.json --output items.sidereal")]
