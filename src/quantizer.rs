@@ -118,6 +118,7 @@ impl Quantizer {
             let (gives, takes) = (pair[0].1, pair[1].0);
             return Err(bad(format!("a layer gives {gives} numbers, the next takes {takes}")));
         }
+        weights.check_files()?;
         Quantizer::from_parts(encoder, codebooks).map_err(bad)
     }
 

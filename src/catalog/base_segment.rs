@@ -12,6 +12,7 @@ use super::tags::Tags;
 use super::texts::{NameIndex, Texts};
 use super::trie::Trie;
 use crate::error::Result;
+use crate::mapping::Mapping;
 
 /// A compiled catalog. Its items are numbered in the order of their semantic IDs; items that share
 /// one are in the order in which they were added.
@@ -27,7 +28,8 @@ pub struct BaseSegment {
     pub(super) lineage: u64,
     /// The number of the compiled snapshot.
     pub(super) snapshot: u64,
-    pub(super) file_bytes: Option<u64>,
+    /// The file that the arrays lie in; `None` where they were built in memory.
+    pub(super) file: Option<Arc<Mapping>>,
     pub(super) selections: SelectionCache,
 }
 
@@ -44,7 +46,23 @@ impl BaseSegment {
 
     /// Bytes of the file that the base segment was opened from; `None` where it was built in memory.
     pub fn file_bytes(&self) -> Option<u64> {
-        self.file_bytes
+        self.file.as_ref().map(|file| file.bytes().len() as u64)
+    }
+
+    /// Whether the base segment reads its file where it lies ([`CatalogOptions::map_above`]).
+    ///
+    /// [`CatalogOptions::map_above`]: super::CatalogOptions::map_above
+    pub fn is_mapped(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.is_mapped())
+    }
+
+    /// Checks that nobody has written to the mapped file; where nothing is mapped, all is well.
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`](crate::Error::FileChanged): every answer from this base segment may
+    /// be wrong, and a file that became shorter ends the process when it is read.
+    pub fn check_file(&self) -> Result<()> {
+        self.file.as_ref().map_or(Ok(()), |file| file.check())
     }
 
     /// The tags with the number of items that carry each.
@@ -114,7 +132,7 @@ impl BaseSegment {
             available: None,
             lineage: 0,
             snapshot: 1,
-            file_bytes: None,
+            file: None,
             selections: SelectionCache::default(),
         }
     }

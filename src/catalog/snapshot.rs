@@ -11,6 +11,7 @@ use super::delta::Delta;
 use super::item::Item;
 use super::sid::Sid;
 use super::trie::Trie;
+use crate::error::Result;
 
 /// One immutable state of a catalog. A request sees one snapshot from its start to its end.
 ///
@@ -47,6 +48,15 @@ impl Snapshot {
     /// The compiled catalog under the snapshot's changes.
     pub fn base(&self) -> &BaseSegment {
         &self.base
+    }
+
+    /// Checks that nobody has written to the file of the base segment
+    /// ([`BaseSegment::check_file`]).
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`](crate::Error::FileChanged).
+    pub fn check_file(&self) -> Result<()> {
+        self.base.check_file()
     }
 
     /// The number of items, available or not.

@@ -24,6 +24,7 @@
 //! | `answer` | beams become an answer, which goes where its request said |
 //! | `feed` | many requests, a few at a time |
 //! | `weights` | the network is loaded, and replaced |
+//! | `probe` | small requests of the engine's own, apart from all others |
 
 mod answer;
 mod batch;
@@ -32,6 +33,7 @@ mod engine;
 mod feed;
 mod options;
 mod prepare;
+mod probe;
 mod program;
 mod run;
 mod scheduler;

@@ -191,6 +191,7 @@ impl Preparer {
 
     fn check(&self, arrival: Arrival, request: Request, span: Span) -> Result<Prepared> {
         let snapshot = self.catalog.snapshot();
+        snapshot.check_file()?;
         let candidates = self.candidates(&request, &snapshot)?;
         let read = self.read_tokens(&request)?;
         let search = self.search(&request, candidates.as_ref())?;
@@ -413,7 +414,9 @@ impl Preparer {
     /// # Errors
     /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
-        self.tokens(input, &self.catalog.snapshot())
+        let snapshot = self.catalog.snapshot();
+        snapshot.check_file()?;
+        self.tokens(input, &snapshot)
     }
 
     fn tokens(&self, input: &Input, snapshot: &Snapshot) -> Result<Vec<u32>> {

@@ -1,4 +1,4 @@
-//! The catalog as one file: versioned, checksummed, memory-mapped.
+//! The catalog as one file: versioned, checksummed, used as it lies on the disk.
 //!
 //! ```text
 //! header | section table | checksum of both | sections, each at a multiple of 64 bytes
@@ -180,13 +180,13 @@ pub(crate) fn save(base: &BaseSegment, path: &Path) -> Result<()> {
     })
 }
 
-/// Maps a compiled catalog into memory and checks all of it.
+/// Opens a compiled catalog, mapped where it has more than `map_above` bytes, and checks all of it.
 ///
 /// # Errors
-/// The operating system's; [`Error::CatalogFile`] where the file is foreign, damaged or of another
+/// The operating system's; [`Error::FileChanged`]; [`Error::CatalogFile`] where the file is foreign, damaged or of another
 /// version.
-pub(crate) fn open(path: &Path) -> Result<BaseSegment> {
-    let mapping = Arc::new(Mapping::open(path)?);
+pub(crate) fn open(path: &Path, map_above: u64) -> Result<BaseSegment> {
+    let mapping = Arc::new(Mapping::open(path, map_above)?);
     parse(&mapping).map_err(|reason| Error::CatalogFile { path: path.to_path_buf(), reason })
 }
 
@@ -294,7 +294,7 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
         available: available.transpose()?,
         lineage: header.lineage,
         snapshot: header.snapshot,
-        file_bytes: Some(header.file_bytes),
+        file: Some(Arc::clone(mapping)),
         ..BaseSegment::new(trie, names, index, titles)
     })
 }
