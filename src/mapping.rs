@@ -24,8 +24,15 @@ pub(crate) struct Mapping {
 
 enum Contents {
     /// In whole words, so that numbers of any type are aligned; the last word may be part filled.
-    Copy { words: Vec<u64>, len: usize },
-    Mapped { map: memmap2::Mmap, file: File, stamp: Stamp },
+    Copy {
+        words: Vec<u64>,
+        len: usize,
+    },
+    Mapped {
+        map: memmap2::Mmap,
+        file: File,
+        stamp: Stamp,
+    },
 }
 
 /// Size and time of the last write of an open file: another stamp tells of another content.
@@ -147,9 +154,8 @@ mod tests {
         };
         write(&path, 1);
         write(&other, 2);
-        let [mapped, copy] = [0, NEVER].map(|map_above| {
-            Mapping::open(&path, map_above).expect("a readable file")
-        });
+        let [mapped, copy] =
+            [0, NEVER].map(|map_above| Mapping::open(&path, map_above).expect("a readable file"));
         std::fs::rename(&other, &path).expect("a writable folder");
         mapped.check().expect("the old file is whole");
         assert_eq!(mapped.bytes(), copy.bytes());

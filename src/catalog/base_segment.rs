@@ -7,12 +7,16 @@ use roaring::RoaringBitmap;
 
 use super::bitmap::RankBitmap;
 use super::filter::Filter;
-use super::selection::{Selection, SelectionCache};
+use super::filter_cache::FilterCache;
+use super::selection::Selection;
 use super::tags::Tags;
 use super::texts::{NameIndex, Texts};
 use super::trie::Trie;
 use crate::error::Result;
 use crate::mapping::Mapping;
+
+/// Bytes of cached filters: their texts, and the items that pass.
+const MAX_FILTER_CACHE_BYTES: usize = 256 << 20;
 
 /// A compiled catalog. Its items are numbered in the order of their semantic IDs; items that share
 /// one are in the order in which they were added.
@@ -30,7 +34,7 @@ pub struct BaseSegment {
     pub(super) snapshot: u64,
     /// The file that the arrays lie in; `None` where they were built in memory.
     pub(super) file: Option<Arc<Mapping>>,
-    pub(super) selections: SelectionCache,
+    pub(super) selections: FilterCache<Selection>,
 }
 
 impl BaseSegment {
@@ -93,21 +97,20 @@ impl BaseSegment {
     /// [`Error::InvalidField`](crate::Error::InvalidField) where `text` is no filter;
     /// [`Error::CatalogContents`](crate::Error::CatalogContents) where the file's sets are damaged.
     pub(super) fn select(&self, text: &str) -> Result<Arc<Selection>> {
-        if let Some(selection) = self.selections.get(text) {
-            return Ok(selection);
-        }
-        let filter = Filter::parse(text)?;
-        let items = match &self.tags {
-            Some(tags) => tags.select(&filter, self.num_items())?,
-            None if filter.passes(&|_| false) => RankBitmap::full(self.num_items()),
-            None => {
-                let words = vec![0; self.num_items().div_ceil(64) as usize];
-                RankBitmap::new(words, self.num_items())
-            }
-        };
-        let selection = Arc::new(Selection::new(filter, items, &self.trie));
-        self.selections.insert(text, &selection);
-        Ok(selection)
+        self.selections.get_or_make(0, text, || {
+            let filter = Filter::parse(text)?;
+            let items = match &self.tags {
+                Some(tags) => tags.select(&filter, self.num_items())?,
+                None if filter.passes(&|_| false) => RankBitmap::full(self.num_items()),
+                None => {
+                    let words = vec![0; self.num_items().div_ceil(64) as usize];
+                    RankBitmap::new(words, self.num_items())
+                }
+            };
+            let selection = Selection::new(items, &self.trie);
+            let bytes = selection.size_bytes();
+            Ok((selection, bytes))
+        })
     }
 
     /// Works out the filters that another base segment has cached, so that no request has to.
@@ -133,7 +136,7 @@ impl BaseSegment {
             lineage: 0,
             snapshot: 1,
             file: None,
-            selections: SelectionCache::default(),
+            selections: FilterCache::new(MAX_FILTER_CACHE_BYTES),
         }
     }
 

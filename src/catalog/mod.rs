@@ -16,6 +16,7 @@ pub mod candidates;
 #[allow(clippy::module_inception)] // the module's main type has the module's name
 mod catalog;
 mod change;
+mod chunks;
 pub(crate) mod column;
 pub(crate) mod compaction;
 pub mod constraint;
@@ -24,6 +25,7 @@ mod delta;
 mod edit;
 pub mod file;
 pub mod filter;
+mod filter_cache;
 mod item;
 pub mod items;
 mod selection;

@@ -14,6 +14,7 @@ mod device;
 mod evaluate;
 mod load;
 mod measure;
+mod output;
 mod recommend;
 mod requests;
 mod selftest;
