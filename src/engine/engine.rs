@@ -172,6 +172,7 @@ impl<B: Backend> Engine<B> {
             engine.warm_up(options)?;
         }
         engine.probe()?;
+        engine.preparer.last_id.store(0, Ordering::Relaxed); // the first caller's request is 1
         Ok(engine)
     }
 
