@@ -97,7 +97,7 @@ impl Place {
         let more = json!({"item": "more", "sid": [1, 2, 3], "title": "one more"}).to_string();
         let (path, larger) =
             (build("c.sidereal", &items), build("larger.sidereal", &(items.clone() + &more)));
-        let same = build("same.sidereal", &items.replace("\"i", "\"j"));
+        let same = build("same.sidereal", &items.replace("\"item\":\"i", "\"item\":\"j"));
         Place { folder, path, same, larger }
     }
 

@@ -20,7 +20,7 @@ use super::requests::{count_bar, progress_bar, spinner};
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Compile a file of items into one memory-mapped file
+    /// Compile a file of items into one file
     Build(Build),
     /// Print what a catalog holds
     Inspect(Inspect),
@@ -44,7 +44,8 @@ pub struct Build {
     /// File of items
     #[arg(long, value_name = "FILE")]
     items: PathBuf,
-    /// Where the catalog goes; an existing one is replaced at once
+    /// Where the catalog goes; one that is there is replaced by rename. Do so too: mv, never cp, over
+    /// a catalog that is in use
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
 }

@@ -23,6 +23,9 @@ use super::jsonl::{Code, to_sid};
 use crate::catalog::item::Item;
 use crate::error::{Error, Result};
 
+/// The columns that [`to_item`] knows, beside those of single levels.
+const COLUMNS: [&str; 6] = ["item", "sid", "title", "tags", "available", "weight"];
+
 /// The most values that a column has in one row group: sixteen tags each of a million items.
 const MAX_VALUES: usize = 1 << 24;
 /// The most bytes that a column of one row group takes uncompressed, by its own account.
@@ -90,9 +93,7 @@ fn quietly<T>(parse: impl FnOnce() -> ParquetResult<T>) -> ParquetResult<T> {
 
 /// The columns that items are made of.
 fn known_columns(schema: &Type) -> ParquetResult<Type> {
-    let is_known = |name: &str| {
-        ["item", "sid", "title", "tags", "available"].contains(&name) || level_of(name).is_some()
-    };
+    let is_known = |name: &str| COLUMNS.contains(&name) || level_of(name).is_some();
     let fields = schema.get_fields().iter().filter(|field| is_known(field.name()));
     let fields: Vec<Arc<Type>> = fields.cloned().collect();
     if !fields.iter().any(|field| field.name() == "item") {
