@@ -40,12 +40,13 @@ impl ErrorKind {
 #[non_exhaustive]
 pub enum Error {
     // The caller's: change the request.
-    /// A history names an item that the catalog does not have.
+    /// A request names an item that the catalog does not have, and wants an error for it; or it names
+    /// items in its history or as candidates, and none of them is known.
     #[error(
-        "item {item:?} is not in the catalog; leave it out of the history or rebuild the catalog with it"
+        "item {item:?} is not in the catalog; leave it out of the history or the candidates, or put it into the catalog; with \"unknown_items\": \"skip\" a request goes without unknown items as long as one is known"
     )]
     UnknownItem {
-        /// The item as the request names it.
+        /// The first such item as the request names it; of a name over 128 bytes its beginning.
         item: String,
     },
     /// A request has neither history nor tokens, or an empty one.
@@ -67,7 +68,7 @@ pub enum Error {
     },
     /// The input has more tokens than the model or the engine takes.
     #[error(
-        "the input has {len} tokens, the engine takes at most {max}; send the newest items only, or set max_items in the model's sidereal.json"
+        "the input has {len} tokens, the engine takes at most {max}; send the newest items only, ask for that by \"long_history\": \"cut\", set max_items in the model's sidereal.json, or, where the model has more positions, raise max_context (--max-context)"
     )]
     HistoryTooLong {
         /// Tokens of the input.
@@ -164,6 +165,16 @@ pub enum Error {
     DeadlineExceeded {
         /// The deadline, from the moment when the request was handed over.
         deadline_ms: u64,
+    },
+    /// A request asks for a newer state of the catalog than the engine has.
+    #[error(
+        "the catalog is at snapshot {snapshot}, the request asks for {min_snapshot} or a later one; try again when the catalog has caught up, or ask another replica"
+    )]
+    CatalogBehind {
+        /// The number of the engine's snapshot.
+        snapshot: u64,
+        /// The least that the request accepts.
+        min_snapshot: u64,
     },
     /// The request was cancelled before its answer was there.
     #[error("the request was cancelled")]
@@ -397,6 +408,7 @@ kinds_and_codes! {
     Forked: Caller "forked",
     Overloaded: Overloaded "overloaded",
     DeadlineExceeded: Overloaded "deadline_exceeded",
+    CatalogBehind: Overloaded "catalog_behind",
     ShuttingDown: Overloaded "shutting_down",
     Io: Files "io",
     FileChanged: Files "file_changed",
@@ -449,6 +461,7 @@ mod tests {
             Error::Forked,
             Error::Overloaded { queued: 9, limit: 8 },
             Error::DeadlineExceeded { deadline_ms: 5 },
+            Error::CatalogBehind { snapshot: 3, min_snapshot: 4 },
             Error::ShuttingDown,
             Error::io(&path, std::io::ErrorKind::NotFound.into()),
             Error::FileChanged { path: path.clone() },

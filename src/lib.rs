@@ -81,12 +81,14 @@ mod tensor;
 pub mod wire;
 mod writer;
 
-pub use answer::{Answer, Group, ReadToken, Recommendation, Timings};
+pub use answer::{Answer, Group, ReadToken, Recommendation, Timings, UnknownByField, UnknownNames};
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
 pub use recommender::{Recommender, RecommenderOptions, Status};
-pub use request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
+pub use request::{
+    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
+};
 pub use search::{Constraint, Normalization};
 pub use service::Handle;
 pub use tensor::{Dtype, Tensor};

@@ -162,7 +162,9 @@ impl CatalogWriter {
     /// Applies a batch of changes: all of them or, with an error, none. Returns the number of the
     /// snapshot that has them, which new requests see.
     ///
-    /// A change of an unknown item does nothing. A batch costs a few microseconds plus a few
+    /// A change of an unknown item does nothing, and so does a change that says what already is. A
+    /// batch of such changes alone takes no room in the log and makes no snapshot: the current one's
+    /// number comes back. So a feed may deliver its changes more than once. A batch costs a few microseconds plus a few
     /// nanoseconds for every item put since the last compaction, so one large batch is cheaper than
     /// many small ones. The call writes to the log, and during a compaction it may block until the
     /// compaction ends: call it from a thread that may wait.
@@ -195,6 +197,9 @@ impl CatalogWriter {
         }
         shared.catalog.check(&changes)?;
         let after = before.with(&changes)?;
+        if after.number() == before.number() {
+            return Ok(after.number()); // every item is so already: there is nothing to log
+        }
         if let Some(log) = &mut state.log {
             log.append(after.number(), &changes)?;
             if shared.options.durability == Durability::Machine {

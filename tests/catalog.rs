@@ -12,7 +12,7 @@ use common::tiny::{TAGS, Tiny, random_change, random_item};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, Snapshot, change_log};
 use sidereal::quantizer::{Collision, FitOptions, Quantizer};
-use sidereal::{CatalogWriter, Durability, Error, Request, WriterOptions};
+use sidereal::{CatalogWriter, Constraint, Durability, Error, Request, WriterOptions};
 
 fn built(items: &[Item]) -> Catalog {
     let mut builder = CatalogBuilder::default();
@@ -20,7 +20,7 @@ fn built(items: &[Item]) -> Catalog {
     builder.build().expect("names are unique")
 }
 
-/// What the changes mean, done to a plain list: the order is that of the last putting.
+/// What the changes mean, done to a plain list, whose order says nothing.
 fn apply(items: &mut Vec<Item>, change: &Change) {
     let find = |items: &[Item], name: &str| items.iter().position(|item| item.name == name);
     match change {
@@ -36,12 +36,15 @@ fn apply(items: &mut Vec<Item>, change: &Change) {
         }
         Change::Tag { item, add, remove } => {
             if let Some(at) = find(items, item) {
-                let mut item = items.remove(at);
-                let mut tags: BTreeSet<String> = item.tags.into_iter().collect();
+                let mut tags: BTreeSet<String> = items[at].tags.drain(..).collect();
                 tags.retain(|tag| !remove.contains(tag));
                 tags.extend(add.iter().cloned());
-                item.tags = tags.into_iter().collect();
-                items.push(item);
+                items[at].tags = tags.into_iter().collect();
+            }
+        }
+        &Change::Weight { ref item, weight } => {
+            if let Some(at) = find(items, item) {
+                items[at].weight = weight;
             }
         }
     }
@@ -94,6 +97,13 @@ fn any_interleaving_of_changes_and_searches_equals_a_fresh_catalog() {
                 request.beams = rng.usize(1..30);
                 request.top_k = usize::MAX;
                 request.exclude = (0..rng.usize(0..5)).map(|_| rng.u8(0..25).to_string()).collect();
+                if rng.u8(0..3) == 0 {
+                    let names = (0..25).filter(|_| rng.bool());
+                    request.only = Some(names.map(|name: u8| name.to_string()).collect());
+                }
+                if rng.u8(0..4) == 0 {
+                    request.constraint = Constraint::Occurring;
+                }
                 let filters = ["tag:a", "tag:b | !tag:c", "tag:nobody"];
                 request.filter = filters.get(rng.usize(0..6)).map(|filter| filter.to_string());
                 let found = |engine: &mut sidereal::Engine| {
@@ -160,9 +170,17 @@ fn filters_agree_with_brute_force_at_every_place() {
             let mut excluded: Vec<u32> =
                 snapshot.all_items().filter(|_| rng.u8(0..4) == 0).collect();
             excluded.sort_unstable();
-            let allowed_set = snapshot.allowed_set(&excluded, Some(&text)).expect("a sound filter");
+            let mut allowed_set =
+                snapshot.allowed_set(&excluded, Some(&text)).expect("a sound filter");
+            let mut only: Vec<u32> = snapshot.all_items().collect();
+            if rng.bool() {
+                only.retain(|_| rng.bool());
+                only.sort_unstable();
+                allowed_set = allowed_set.restricted_to(&snapshot, &only);
+            }
             let is_allowed = |item: u32| {
                 snapshot.is_available(item)
+                    && only.contains(&item)
                     && !excluded.contains(&item)
                     && passes(&snapshot.tags(item))
             };
@@ -223,10 +241,18 @@ fn large_catalogs_agree_with_brute_force_as_well() {
     let snapshot = catalog.snapshot();
     let filters = ["tag:half", "tag:rare", "!tag:half & tag:rare", "tag:\"first is one\"", "all"];
     for filter in filters.into_iter().map(Some).chain([None]) {
-        for excluded in [0, 50, 4096] {
+        for (excluded, only) in
+            [(0, None), (50, None), (4096, None), (0, Some(3000)), (4096, Some(40)), (50, Some(0))]
+        {
             let excluded: BTreeSet<u32> = (0..excluded).map(|_| rng.u32(0..20_000)).collect();
             let list: Vec<u32> = excluded.iter().copied().collect();
-            let allowed_set = snapshot.allowed_set(&list, filter).expect("a sound filter");
+            let mut allowed_set = snapshot.allowed_set(&list, filter).expect("a sound filter");
+            let only = only
+                .map(|count| -> BTreeSet<u32> { (0..count).map(|_| rng.u32(0..20_000)).collect() });
+            if let Some(only) = &only {
+                let list: Vec<u32> = only.iter().copied().collect();
+                allowed_set = allowed_set.restricted_to(&snapshot, &list);
+            }
             let tag = |item: u32, tag: &str| snapshot.tags(item).iter().any(|other| other == tag);
             let passes: Vec<bool> = (0..20_000)
                 .map(|item| {
@@ -237,7 +263,11 @@ fn large_catalogs_agree_with_brute_force_as_well() {
                         Some("tag:\"first is one\"") => snapshot.sid(item).codes()[0] == 1,
                         _ => true,
                     };
-                    by_filter && snapshot.is_available(item) && !excluded.contains(&item)
+                    let is_listed = only.as_ref().is_none_or(|only| only.contains(&item));
+                    by_filter
+                        && is_listed
+                        && snapshot.is_available(item)
+                        && !excluded.contains(&item)
                 })
                 .collect();
             let mut places = vec![snapshot.root()];

@@ -526,6 +526,7 @@ fn a_line_overrides_the_flags() {
         ("top_k", json!(2), "--top-k"),
         ("normalize", json!("level"), "--normalize"),
         ("constraint", json!("level"), "--constraint"),
+        ("constraint", json!("occurring"), "--constraint"),
     ] {
         let mut line = bare.clone();
         line[key] = value.clone();
@@ -1063,6 +1064,77 @@ fn evaluation_needs_targets_and_requests() {
         assert_eq!((code(&output), output.stdout.len()), (2, 0));
         assert!(errors(&output).contains(word), "{}", errors(&output));
     }
+}
+
+#[test]
+fn targets_that_the_catalog_does_not_have_are_counted_and_reported() {
+    let small = Folder::small();
+    let evaluate = |rows: &str, more: &[&str]| {
+        let path = small.write("rows.jsonl", rows);
+        let arguments = ["evaluate", "--model", plain(small.path()), "--requests", plain(&path)];
+        run(&[&arguments[..], more].concat())
+    };
+    let some = "{\"history\": [\"i4\", \"brand-new\", \"i9\"], \"target\": \"i1\"}\n\
+                {\"history\": [\"i4\"], \"target\": \"gone\"}\n";
+    let output = evaluate(some, &["--json"]);
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!((&report["requests"], &report["failed"]), (&json!(2), &json!(0)));
+    assert_eq!((&report["unknown_targets"], &report["unknown_items"]), (&json!(1), &json!(1)));
+    let text = String::from_utf8(evaluate(some, &[]).stdout).expect("UTF-8");
+    assert!(text.contains("1 targets are not in the catalog"), "{text}");
+    assert!(text.contains("1 items of histories are not in the catalog"), "{text}");
+    assert_eq!(code(&evaluate(some, &["--unknown-items", "error"])), 1);
+
+    let none = "{\"history\": [\"i4\"], \"target\": \"gone\"}\n";
+    let output = evaluate(none, &[]);
+    assert_eq!(code(&output), 1);
+    assert!(errors(&output).contains("none of the targets"), "{}", errors(&output));
+}
+
+#[test]
+fn unknown_items_are_left_out_and_named_in_every_command() {
+    let small = Folder::small();
+    let line = r#"{"history": ["i4", "brand-new", "i9"], "candidates": ["i1", "lost"]}"#;
+    let search = r#"{"history": ["i4", "brand-new", "i9"], "only": ["i1", "lost"]}"#;
+    let model = ["--model", plain(small.path()), "--requests", "-"];
+    for (command, line, field) in [
+        ("rank", line, "candidates"),
+        ("recommend", search, "only"),
+        ("recommend", line, "candidates"),
+    ] {
+        let ask =
+            |more: &[&str]| run_with(&[&[command], &model[..], more].concat(), line.as_bytes());
+        let output = ask(&[]);
+        assert_eq!(code(&output), 0, "{}", errors(&output));
+        let answer = &lines(&output.stdout)[0];
+        assert_eq!(names(answer), ["i1"]);
+        let expected = json!({
+            "history": {"count": 1, "names": ["brand-new"]},
+            field: {"count": 1, "names": ["lost"]},
+        });
+        assert_eq!(answer["unknown_items"], expected, "{command}");
+        let table = String::from_utf8(ask(&["--format", "table"]).stdout).expect("UTF-8");
+        for (field, name) in [("history", "brand-new"), (field, "lost")] {
+            let text =
+                format!("left out 1 of \"{field}\" that the catalog does not have: {name}\n");
+            assert!(table.contains(&text), "{table}");
+        }
+        let strict = ask(&["--unknown-items", "error"]);
+        assert_eq!(code(&strict), 1);
+        assert_eq!(lines(&strict.stdout)[0]["error"]["code"], "unknown_item");
+    }
+    let path = small.write("rows.jsonl", format!("{search}\n"));
+    let bench = ["bench", "--model", plain(small.path()), "--requests", plain(&path)];
+    let output = run(&[&bench[..], &["--repeat", "1", "--beams", "4"]].concat());
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    assert!(errors(&output).contains("left out names"), "{}", errors(&output));
+    let long = json!({"history": vec!["i4"; 3000]}).to_string();
+    let recommend =
+        |more: &[&str]| run_with(&[&["recommend"], &model[..], more].concat(), long.as_bytes());
+    assert_eq!(code(&recommend(&[])), 1);
+    let output = recommend(&["--long-history", "cut"]);
+    assert_eq!(code(&output), 0, "{}", errors(&output));
 }
 
 #[test]

@@ -126,7 +126,17 @@ fn the_paths_of_a_rank_constraint_are_the_semantic_ids_of_allowed_items() {
         let mut excluded: Vec<u32> = snapshot.all_items().filter(|_| rng.u8(0..3) == 0).collect();
         excluded.sort_unstable();
         for filter in [None, Some("tag:a"), Some("tag:b | !tag:c"), Some("tag:nobody")] {
-            let allowed_set = snapshot.allowed_set(&excluded, filter).expect("a sound filter");
+            let mut allowed_set = snapshot.allowed_set(&excluded, filter).expect("a sound filter");
+            if rng.bool() {
+                let mut only: Vec<u32> = snapshot.all_items().filter(|_| rng.bool()).collect();
+                only.sort_unstable();
+                let all = allowed_set;
+                allowed_set = all.restricted_to(&snapshot, &only);
+                for item in snapshot.all_items() {
+                    let is_allowed = all.allows(&snapshot, item) && only.contains(&item);
+                    assert_eq!(allowed_set.allows(&snapshot, item), is_allowed, "seed {seed}");
+                }
+            }
             let sids = |is_wanted: &dyn Fn(u32) -> bool| -> BTreeSet<Vec<u32>> {
                 let items = snapshot.all_items().filter(|&item| is_wanted(item));
                 let codes = |item| snapshot.sid(item).codes().iter().map(|&c| c.into()).collect();

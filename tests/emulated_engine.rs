@@ -176,7 +176,7 @@ fn programs(rng: &mut fastrand::Rng, tiny: &Tiny, count: usize) -> Vec<Request> 
             request.read = read.into_iter().map(NamedToken::Id).collect();
         }
         if !request.read.is_empty() && request.groups.is_empty() && request.candidates.is_empty() {
-            (request.filter, request.exclude) = (None, Vec::new());
+            (request.filter, request.exclude, request.only) = (None, Vec::new(), None);
             (request.seed, request.log_probs) = (None, false);
         }
     }

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use roaring::RoaringBitmap;
 
 use super::bitmap::RankBitmap;
+use super::column::Column;
 use super::filter::Filter;
 use super::filter_cache::FilterCache;
+use super::order::{ItemWeight, Ties};
 use super::selection::Selection;
 use super::tags::Tags;
 use super::texts::{NameIndex, Texts};
@@ -19,7 +21,7 @@ use crate::mapping::Mapping;
 const MAX_FILTER_CACHE_BYTES: usize = 256 << 20;
 
 /// A compiled catalog. Its items are numbered in the order of their semantic IDs; items that share
-/// one are in the order in which they were added.
+/// one by weight, then as `ties` says.
 pub struct BaseSegment {
     pub(super) trie: Trie,
     pub(super) names: Texts,
@@ -28,6 +30,9 @@ pub struct BaseSegment {
     pub(super) tags: Option<Tags>,
     /// The available items; `None` where all are.
     pub(super) available: Option<Arc<RankBitmap>>,
+    /// `[items]`; finite. `None` where no item has a weight of its own.
+    pub(super) weights: Option<Column<f32>>,
+    pub(super) ties: Ties,
     /// Identifies the catalog through all its changes: a log of changes belongs to one.
     pub(super) lineage: u64,
     /// The number of the compiled snapshot.
@@ -83,8 +88,14 @@ impl BaseSegment {
         self.titles.as_ref().map(|titles| titles.get(item))
     }
 
-    pub(super) fn tags_of(&self, item: u32) -> Vec<String> {
-        self.tags.iter().flat_map(|tags| tags.of_item(item)).map(str::to_string).collect()
+    /// The item's tags, ascending.
+    pub(super) fn tags_of(&self, item: u32) -> impl Iterator<Item = &str> {
+        self.tags.iter().flat_map(move |tags| tags.of_item(item))
+    }
+
+    pub(super) fn weight(&self, item: u32) -> ItemWeight {
+        let weight = self.weights.as_ref().map_or(0.0, |weights| weights[item as usize]);
+        ItemWeight::new(weight).expect("checked when the catalog was opened")
     }
 
     pub(super) fn find(&self, name: &str) -> Option<u32> {
@@ -133,6 +144,8 @@ impl BaseSegment {
             titles,
             tags: None,
             available: None,
+            weights: None,
+            ties: Ties::ByName,
             lineage: 0,
             snapshot: 1,
             file: None,
@@ -148,5 +161,13 @@ impl BaseSegment {
     pub(super) fn with_unavailable(self, unavailable: &[u32]) -> BaseSegment {
         let without = || Arc::new(RankBitmap::full(self.num_items()).with(&[], unavailable));
         BaseSegment { available: (!unavailable.is_empty()).then(without), ..self }
+    }
+
+    /// `weights`: up to the last item that has one of its own, at least.
+    pub(super) fn with_weights(self, mut weights: Vec<ItemWeight>) -> BaseSegment {
+        let has_some = !weights.is_empty();
+        weights.resize(self.num_items() as usize, ItemWeight::default());
+        let weights: Vec<f32> = weights.into_iter().map(ItemWeight::get).collect();
+        BaseSegment { weights: has_some.then(|| weights.into()), ..self }
     }
 }

@@ -11,6 +11,7 @@ use super::change::Change;
 use super::compaction::compact;
 use super::file::{change_log, format};
 use super::items;
+use super::order::Ties;
 use super::snapshot::Snapshot;
 use crate::error::{Error, Result};
 
@@ -122,8 +123,9 @@ impl Catalog {
     /// The operating system's; [`Error::CatalogContents`] where the old file's sets are damaged.
     pub fn save(&self, path: &Path) -> Result<()> {
         let snapshot = self.snapshot();
-        if snapshot.number() == snapshot.base().snapshot {
-            return format::save(snapshot.base(), path);
+        let base = snapshot.base();
+        if snapshot.number() == base.snapshot && base.ties == Ties::ByName {
+            return format::save(base, path);
         }
         let base = compact(&snapshot, |_| true)?.expect("progress never stops it");
         format::save(&base, path)

@@ -5,13 +5,15 @@
 //! nanoseconds for each of its items and keeps the search as simple as without changes. Once it
 //! has grown, a compaction makes base segment and delta one.
 
+use std::cmp::Ordering;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{self, AtomicU64};
 
 use super::chunks::Chunks;
 use super::filter::Filter;
 use super::filter_cache::FilterCache;
 use super::item::Item;
+use super::order::{Place, Ties};
 use super::sid::{MAX_LEVELS, Sid};
 use super::texts::hash;
 use super::trie::{Trie, TrieBuilder};
@@ -26,8 +28,10 @@ pub(super) struct Delta {
     /// Bits by number: present and available.
     available: Vec<u64>,
     num_present: u32,
-    /// The semantic IDs and numbers of the present items, ascending.
+    /// The semantic IDs and numbers of the present items, in the order of semantic IDs, then of the
+    /// items of one.
     order: Vec<(SidKey, u32)>,
+    ties: Ties,
     /// `[num_present]`; the numbers of `order`.
     numbers: Vec<u32>,
     /// The trie of `order`: the items below a node are a run of it.
@@ -77,13 +81,14 @@ impl Patch {
 
 impl Delta {
     /// A delta without items.
-    pub fn empty(num_levels: usize) -> Delta {
+    pub fn empty(num_levels: usize, ties: Ties) -> Delta {
         Delta {
             items: Chunks::default(),
             present: Vec::new(),
             available: Vec::new(),
             num_present: 0,
             order: Vec::new(),
+            ties,
             numbers: Vec::new(),
             trie: TrieBuilder::new(num_levels).finish(),
             by_name: Vec::new(),
@@ -121,10 +126,14 @@ impl Delta {
         }
         let is_present = |number: u32| has(&present, number);
         // Only new items need sorting; the old ones are in order.
-        order.sort_unstable();
+        let compare = |a: &(SidKey, u32), b: &(SidKey, u32)| {
+            let place = |number: u32| place(self.ties, items.get(number as usize), number);
+            a.0.cmp(&b.0).then_with(|| place(a.1).cmp(&place(b.1)))
+        };
+        order.sort_unstable_by(compare);
         by_name.sort_unstable();
-        let order = merge(&self.order, &order, |&(_, number)| is_present(number));
-        let by_name = merge(&self.by_name, &by_name, |&(_, number)| is_present(number));
+        let order = merge(&self.order, &order, compare, |&(_, number)| is_present(number));
+        let by_name = merge(&self.by_name, &by_name, Ord::cmp, |&(_, number)| is_present(number));
         let mut trie = TrieBuilder::new(self.trie.num_levels());
         let mut codes = [0; MAX_LEVELS];
         for (key, _) in &order {
@@ -140,9 +149,10 @@ impl Delta {
             num_present: order.len() as u32,
             numbers: order.iter().map(|&(_, number)| number).collect(),
             order,
+            ties: self.ties,
             trie: trie.finish(),
             by_name,
-            version: self.filters.last_version.fetch_add(1, Ordering::Relaxed) + 1,
+            version: self.filters.last_version.fetch_add(1, atomic::Ordering::Relaxed) + 1,
             filters: Arc::clone(&self.filters),
         }
     }
@@ -177,15 +187,33 @@ impl Delta {
         same.map(|&(_, number)| number).find(|&number| self.item(number).name == name)
     }
 
-    /// The numbers of the present items below a node of the trie.
+    /// The numbers of the present items below a node of the trie, in their order.
     pub fn below(&self, node: u32, depth: usize) -> &[u32] {
         let run = self.trie.items(node, depth);
         &self.numbers[run.start as usize..run.end as usize]
     }
 
-    /// The numbers of all present items, by semantic ID, then by number.
+    /// The numbers of all present items, by semantic ID, then in the order of the items of one.
     pub fn in_order(&self) -> &[u32] {
         &self.numbers
+    }
+
+    /// Where present items are in the order of the trie, ascending; `numbers` ascend as well.
+    ///
+    /// Takes time in proportion to these items and to those that share their semantic IDs.
+    pub fn positions(&self, numbers: &[u32]) -> Vec<u32> {
+        let mut sids: Vec<SidKey> =
+            numbers.iter().map(|&number| key(&self.item(number).sid)).collect();
+        sids.sort_unstable();
+        sids.dedup();
+        let of_sid = |sid: SidKey| {
+            let first = self.order.partition_point(|entry| entry.0 < sid);
+            let run = self.order[first..].iter().take_while(move |entry| entry.0 == sid);
+            (first as u32..).zip(run.map(|entry| entry.1))
+        };
+        let is_wanted = |(_, number): &(u32, u32)| numbers.binary_search(number).is_ok();
+        let entries = sids.into_iter().flat_map(of_sid).filter(is_wanted);
+        entries.map(|(position, _)| position).collect()
     }
 
     /// Bits by number: which items pass a filter. Bits from the number of items on mean nothing.
@@ -201,6 +229,10 @@ impl Delta {
     }
 }
 
+fn place(ties: Ties, item: &Item, number: u32) -> Place<'_> {
+    Place::new(ties, item.weight, &item.name, number)
+}
+
 fn put(bits: &mut [u64], at: u32, value: bool) {
     let (word, bit) = (at as usize / 64, at % 64);
     bits[word] = bits[word] & !(1 << bit) | u64::from(value) << bit;
@@ -211,11 +243,16 @@ fn has(bits: &[u64], at: u32) -> bool {
 }
 
 /// Merges two ascending lists and leaves out the entries that are not to stay.
-fn merge<T: Ord + Copy>(old: &[T], new: &[T], stays: impl Fn(&T) -> bool) -> Vec<T> {
+fn merge<T: Copy>(
+    old: &[T],
+    new: &[T],
+    compare: impl Fn(&T, &T) -> Ordering,
+    stays: impl Fn(&T) -> bool,
+) -> Vec<T> {
     let mut merged = Vec::with_capacity(old.len() + new.len());
     let mut new = new.iter().copied().filter(&stays).peekable();
     for &entry in old.iter().filter(|entry| stays(entry)) {
-        while let Some(earlier) = new.next_if(|other| *other < entry) {
+        while let Some(earlier) = new.next_if(|other| compare(other, &entry).is_lt()) {
             merged.push(earlier);
         }
         merged.push(entry);

@@ -18,7 +18,7 @@ use sidereal::{
 };
 
 use super::arguments::{
-    MAP_CATALOG_ABOVE_MIB, ModelArguments, Outcome, SearchArguments, write_error,
+    MAP_CATALOG_ABOVE_MIB, ModelArguments, Outcome, SearchArguments, say, write_error,
 };
 use super::device::DeviceArguments;
 use super::load::{self, LoadArguments, OpenReport, Source};
@@ -178,6 +178,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let text = match arguments.load.is_open() {
         true => {
             let report = load::run_open(&recommender, &requests, &arguments.load)?;
+            say_unknown_items(&recommender)?;
             let settings = settings(arguments, recommender.num_threads());
             let machine = Machine::measure_alone(&arguments.device, recommender)?;
             match arguments.json {
@@ -193,6 +194,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
                     (run, Some(churn))
                 }
             };
+            say_unknown_items(&recommender)?;
             let settings = settings(arguments, recommender.num_threads());
             let machine = Machine::measure_alone(&arguments.device, recommender)?;
             let report = report(settings, run, churn, machine);
@@ -204,6 +206,14 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     };
     writeln!(std::io::stdout(), "{text}").map_err(write_error(None))?;
     Ok(Outcome::Done)
+}
+
+fn say_unknown_items(recommender: &Recommender) -> Result<()> {
+    let count: u64 = recommender.metrics()?.unknown_items.iter().map(|(_, count)| count).sum();
+    if count > 0 {
+        say(&format!("left out names that the catalog does not have, {count} times in all"));
+    }
+    Ok(())
 }
 
 fn to_json(report: &impl Serialize) -> String {
@@ -279,6 +289,7 @@ fn random_requests(
         request.top_k = defaults.top_k;
         request.normalization = defaults.normalization;
         request.constraint = defaults.constraint;
+        request.long_history = defaults.long_history;
         request
     };
     Ok((0..RANDOM_REQUESTS).map(request).collect())

@@ -72,7 +72,8 @@ Changes are JSON lines, each one of
   {\"delete\": {\"item\": \"17\"}}
   {\"availability\": {\"item\": \"17\", \"available\": false}}
   {\"tag\": {\"item\": \"17\", \"add\": [\"sale\"], \"remove\": [\"new\"]}}
-They go to a log beside the catalog, which everything that opens the catalog reads.
+  {\"weight\": {\"item\": \"17\", \"weight\": 2.5}}
+A change that says what already is changes nothing. They go to a log beside the catalog, which everything that opens the catalog reads.
 
 Example:
   sidereal catalog change items.sidereal --changes today.jsonl --compact")]
@@ -346,7 +347,16 @@ fn inspect(arguments: &Inspect) -> Result<()> {
 
 #[derive(Serialize)]
 struct Summary {
+    /// Items that are there now, changes included; of these are `titles`, `weighted` and
+    /// `unavailable`.
     items: usize,
+    /// Items of the file, before the changes that are not compiled yet; of these are all figures
+    /// of semantic IDs, of the trie and of tags.
+    compiled_items: usize,
+    /// Items added or replaced since the file was compiled, also those deleted again.
+    put: usize,
+    /// Compiled items that were deleted or replaced since.
+    deleted: usize,
     sids: usize,
     levels: usize,
     /// Items that are not alone on their semantic ID.
@@ -362,13 +372,14 @@ struct Summary {
     /// Of the compiled file; absent where the catalog was compiled from items just now.
     file_bytes: Option<u64>,
     titles: usize,
+    /// Items with a weight of their own.
+    weighted: usize,
     /// Items that stand in histories alone.
     unavailable: usize,
-    /// Items by tag, of the compiled ones.
+    /// Items by tag.
     tags: BTreeMap<String, u64>,
     snapshot: u64,
-    /// Items added, replaced or deleted since the file was compiled; they are not in the figures
-    /// of the trie.
+    /// `put` and `deleted` together.
     changed: usize,
 }
 
@@ -388,6 +399,9 @@ impl Summary {
             |is: &dyn Fn(u32) -> bool| snapshot.all_items().filter(|&item| is(item)).count();
         Ok(Summary {
             items: snapshot.num_items(),
+            compiled_items: trie.num_items(),
+            put: snapshot.num_put(),
+            deleted: snapshot.num_deleted(),
             sids: trie.num_leaves(),
             levels: trie.num_levels(),
             collisions,
@@ -406,6 +420,7 @@ impl Summary {
             trie_bytes_per_item: trie.size_bytes() as f64 / trie.num_items().max(1) as f64,
             file_bytes: snapshot.base().file_bytes(),
             titles: count(&|item| snapshot.title(item).is_some()),
+            weighted: count(&|item| !snapshot.weight(item).is_default()),
             unavailable: count(&|item| !snapshot.is_available(item)),
             tags: snapshot.base().tags()?.into_iter().collect(),
             snapshot: snapshot.number(),
@@ -415,15 +430,28 @@ impl Summary {
 
     fn to_text(&self, path: &Path) -> String {
         let mut text = format!(
-            "{}\n  items          {} ({} with a title)\n  semantic IDs   {} of {} levels\n  \
-             collisions     {} items share a semantic ID, at most {} one\n",
+            "{}\n  items          {} ({} with a title)\n",
             path.display(),
             self.items,
             self.titles,
-            self.sids,
-            self.levels,
-            self.collisions,
-            self.largest_collision,
+        );
+        if self.unavailable > 0 {
+            text += &format!("  unavailable    {} items\n", self.unavailable);
+        }
+        if self.weighted > 0 {
+            text += &format!("  weights        {} items have one of their own\n", self.weighted);
+        }
+        if self.put + self.deleted > 0 {
+            text += &format!(
+                "  compiled       {} items, which the figures below are of; since then {} put, {} \
+                 deleted or replaced\n",
+                self.compiled_items, self.put, self.deleted,
+            );
+        }
+        text += &format!(
+            "  semantic IDs   {} of {} levels\n  \
+             collisions     {} items share a semantic ID, at most {} one\n",
+            self.sids, self.levels, self.collisions, self.largest_collision,
         );
         for level in 0..self.levels {
             text += &format!(
@@ -435,9 +463,6 @@ impl Summary {
             "  trie           {} bytes, {:.2} an item\n",
             self.trie_bytes, self.trie_bytes_per_item
         );
-        if self.unavailable > 0 {
-            text += &format!("  unavailable    {} items\n", self.unavailable);
-        }
         if !self.tags.is_empty() {
             let mut tags: Vec<_> = self.tags.iter().collect();
             tags.sort_by_key(|&(_, &items)| std::cmp::Reverse(items));
@@ -447,11 +472,7 @@ impl Summary {
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
             text += &format!("  tags           {}: {shown}{more}\n", tags.len());
         }
-        text += &format!("  snapshot       {}", self.snapshot);
-        match self.changed {
-            0 => text += "\n",
-            changed => text += &format!(", {changed} items changed since it was compiled\n"),
-        }
+        text += &format!("  snapshot       {}\n", self.snapshot);
         match self.file_bytes {
             Some(bytes) => text += &format!("  file           {bytes} bytes"),
             None => text += "  file           not compiled (a file of items)",

@@ -1,5 +1,6 @@
 //! `config.json` and `sidereal.json`: what a model folder says of itself.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -185,6 +186,9 @@ pub struct Prompt {
 #[serde(deny_unknown_fields)]
 struct LayoutFile {
     levels: Vec<LevelEntry>,
+    /// Whether levels may write one code with one token.
+    #[serde(default)]
+    shared_codes: bool,
     #[serde(default)]
     prompt: Prompt,
     forced: Option<ForcedEntry>,
@@ -267,6 +271,7 @@ impl SidLayout {
             }
             levels.push(tokens);
         }
+        check_tokens_of_codes(&levels, file.shared_codes).map_err(error)?;
         let Prompt { prefix, suffix, separator, max_items } = &file.prompt;
         if *max_items == Some(0) {
             return Err(error("\"max_items\" must be at least 1".into()));
@@ -307,4 +312,41 @@ impl SidLayout {
         let has_token = |tokens: &Vec<u32>| tokens.iter().map(|&token| token != NO_TOKEN).collect();
         catalog.require(self.levels.iter().map(has_token).collect())
     }
+}
+
+/// Checks that tokens tell codes apart: within a level always, and between levels unless one token
+/// is one code wherever it stands, which `is_shared` must say.
+fn check_tokens_of_codes(levels: &[Vec<u32>], is_shared: bool) -> std::result::Result<(), String> {
+    // By token: the first level and code that are written with it.
+    let mut codes: HashMap<u32, (usize, usize)> = HashMap::new();
+    for (level, tokens) in levels.iter().enumerate() {
+        for (code, &token) in tokens.iter().enumerate().filter(|&(_, &token)| token != NO_TOKEN) {
+            let (other_level, other_code) = *codes.entry(token).or_insert((level, code));
+            if (other_level, other_code) == (level, code) {
+                continue; // the first with this token
+            }
+            if other_level == level {
+                return Err(format!(
+                    "codes {other_code} and {code} of level {level} are both token {token}, and \
+                     items that differ in them could not be told apart; give each code a token of \
+                     its own"
+                ));
+            }
+            if !is_shared {
+                return Err(format!(
+                    "token {token} is code {other_code} of level {other_level} and code {code} of \
+                     level {level}; correct \"first_token\" or \"size\", or say \
+                     \"shared_codes\": true if the model was trained with one range of tokens for \
+                     several levels"
+                ));
+            }
+            if other_code != code {
+                return Err(format!(
+                    "token {token} is code {other_code} of level {other_level} and code {code} of \
+                     level {level}; levels with \"shared_codes\" write one code with one token"
+                ));
+            }
+        }
+    }
+    Ok(())
 }

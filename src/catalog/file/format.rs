@@ -20,6 +20,7 @@ use super::replace::{partial_path, put_in_place};
 use crate::catalog::base_segment::BaseSegment;
 use crate::catalog::bitmap::RankBitmap;
 use crate::catalog::column::Column;
+use crate::catalog::order::Ties;
 use crate::catalog::sid::MAX_LEVELS;
 use crate::catalog::tags::Tags;
 use crate::catalog::texts::{NameIndex, Texts};
@@ -31,7 +32,10 @@ use crate::mapping::Mapping;
 compile_error!("catalog files are little-endian and mapped as they are");
 
 const MAGIC: [u8; 8] = *b"SIDEREAL";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// The oldest version that is read. Version 2 has no weights, and its items that share a semantic
+/// ID are in the order in which they were added.
+const OLDEST_VERSION: u32 = 2;
 const ALIGN: usize = 64;
 /// Leaves room for the snapshots that follow any file.
 const MAX_SNAPSHOT: u64 = 1 << 62;
@@ -85,6 +89,8 @@ enum Kind {
     TagSetStart,
     /// Absent where every item is available.
     Available,
+    /// Absent where no item has a weight of its own.
+    Weights,
 }
 
 /// The sections of a catalog with their bytes.
@@ -115,6 +121,9 @@ fn contents(base: &BaseSegment) -> Vec<(Kind, &[u8])> {
     }
     if let Some(available) = &base.available {
         contents.push((Kind::Available, bytemuck::cast_slice(available.words())));
+    }
+    if let Some(weights) = &base.weights {
+        contents.push((Kind::Weights, bytemuck::cast_slice(weights)));
     }
     contents
 }
@@ -198,9 +207,10 @@ fn parse_head(bytes: &[u8]) -> std::result::Result<(Header, Vec<Section>), Strin
     let cut = || "the file is cut short".to_string();
     let header = bytes.get(..size_of::<Header>()).ok_or_else(cut)?;
     let header: Header = bytemuck::pod_read_unaligned(header);
-    if header.version != VERSION {
+    if !(OLDEST_VERSION..=VERSION).contains(&header.version) {
         let found = header.version;
-        return Err(format!("the file is of format {found}, this version reads {VERSION}"));
+        let reads = format!("{OLDEST_VERSION} to {VERSION}");
+        return Err(format!("the file is of format {found}, this version reads {reads}"));
     }
     if header.file_bytes != bytes.len() as u64 {
         let (found, expected) = (bytes.len(), header.file_bytes);
@@ -274,6 +284,14 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
     })?;
     let available: Option<Column<u64>> =
         sections.optional(Kind::Available, |s| s.column(Kind::Available))?;
+    let weights: Option<Column<f32>> =
+        sections.optional(Kind::Weights, |s| s.column(Kind::Weights))?;
+    let are_sound = |weights: &Column<f32>| {
+        weights.len() == num_items && weights.iter().all(|weight| weight.is_finite())
+    };
+    if !weights.as_ref().is_none_or(are_sound) {
+        return Err("the weights do not fit the items, or one is not finite".into());
+    }
     let defect = (names.defect(num_items))
         .or_else(|| index.defect(num_items))
         .or_else(|| titles.as_ref()?.defect(num_items))
@@ -292,6 +310,8 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
     Ok(BaseSegment {
         tags,
         available: available.transpose()?,
+        weights,
+        ties: if header.version < 3 { Ties::ByAge } else { Ties::ByName },
         lineage: header.lineage,
         snapshot: header.snapshot,
         file: Some(Arc::clone(mapping)),

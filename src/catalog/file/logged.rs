@@ -6,15 +6,33 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::sid::Sid;
-use crate::catalog::{Change, Item};
+use crate::catalog::{Change, Item, ItemWeight};
 
 /// Fields and variants by position: new ones go to the end, and none may move.
 #[derive(Serialize, Deserialize)]
 enum LoggedChange<'a> {
     Put(LoggedItem<'a>),
-    Delete { item: Cow<'a, str> },
-    Availability { item: Cow<'a, str>, available: bool },
-    Tag { item: Cow<'a, str>, add: Cow<'a, [String]>, remove: Cow<'a, [String]> },
+    Delete {
+        item: Cow<'a, str>,
+    },
+    Availability {
+        item: Cow<'a, str>,
+        available: bool,
+    },
+    Tag {
+        item: Cow<'a, str>,
+        add: Cow<'a, [String]>,
+        remove: Cow<'a, [String]>,
+    },
+    /// A put item with a weight of its own; `Put` has those without.
+    PutWeighted {
+        item: LoggedItem<'a>,
+        weight: ItemWeight,
+    },
+    Weight {
+        item: Cow<'a, str>,
+        weight: ItemWeight,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -26,22 +44,47 @@ struct LoggedItem<'a> {
     available: bool,
 }
 
+impl<'a> From<&'a Item> for LoggedItem<'a> {
+    fn from(item: &'a Item) -> LoggedItem<'a> {
+        LoggedItem {
+            name: (&item.name).into(),
+            sid: item.sid,
+            title: (&item.title).into(),
+            tags: (&item.tags).into(),
+            available: item.available,
+        }
+    }
+}
+
+impl LoggedItem<'_> {
+    fn with_weight(self, weight: ItemWeight) -> Item {
+        Item {
+            name: self.name.into(),
+            sid: self.sid,
+            title: self.title.into(),
+            tags: self.tags.into(),
+            available: self.available,
+            weight,
+        }
+    }
+}
+
 impl<'a> From<&'a Change> for LoggedChange<'a> {
     fn from(change: &'a Change) -> LoggedChange<'a> {
         match change {
-            Change::Put(item) => LoggedChange::Put(LoggedItem {
-                name: (&item.name).into(),
-                sid: item.sid,
-                title: (&item.title).into(),
-                tags: (&item.tags).into(),
-                available: item.available,
-            }),
+            Change::Put(item) if item.weight.is_default() => LoggedChange::Put(item.into()),
+            Change::Put(item) => {
+                LoggedChange::PutWeighted { item: item.into(), weight: item.weight }
+            }
             Change::Delete { item } => LoggedChange::Delete { item: item.into() },
             &Change::Availability { ref item, available } => {
                 LoggedChange::Availability { item: item.into(), available }
             }
             Change::Tag { item, add, remove } => {
                 LoggedChange::Tag { item: item.into(), add: add.into(), remove: remove.into() }
+            }
+            &Change::Weight { ref item, weight } => {
+                LoggedChange::Weight { item: item.into(), weight }
             }
         }
     }
@@ -50,13 +93,8 @@ impl<'a> From<&'a Change> for LoggedChange<'a> {
 impl From<LoggedChange<'_>> for Change {
     fn from(change: LoggedChange<'_>) -> Change {
         match change {
-            LoggedChange::Put(item) => Change::Put(Item {
-                name: item.name.into(),
-                sid: item.sid,
-                title: item.title.into(),
-                tags: item.tags.into(),
-                available: item.available,
-            }),
+            LoggedChange::Put(item) => Change::Put(item.with_weight(ItemWeight::default())),
+            LoggedChange::PutWeighted { item, weight } => Change::Put(item.with_weight(weight)),
             LoggedChange::Delete { item } => Change::Delete { item: item.into() },
             LoggedChange::Availability { item, available } => {
                 Change::Availability { item: item.into(), available }
@@ -64,6 +102,7 @@ impl From<LoggedChange<'_>> for Change {
             LoggedChange::Tag { item, add, remove } => {
                 Change::Tag { item: item.into(), add: add.into(), remove: remove.into() }
             }
+            LoggedChange::Weight { item, weight } => Change::Weight { item: item.into(), weight },
         }
     }
 }
@@ -105,5 +144,18 @@ mod tests {
         ];
         assert_eq!(changes, expected);
         assert_eq!(to_payload(&changes, Vec::new()), OLD_PAYLOAD);
+    }
+
+    #[test]
+    fn weights_are_logged_and_a_weight_that_is_not_finite_is_no_batch() {
+        let weight = ItemWeight::new(2.5).expect("finite");
+        let mut lamp = Item::new("17", Sid::new(&[3, 250]).expect("two codes"));
+        lamp.weight = weight;
+        let changes = [Change::Put(lamp), Change::Weight { item: "9".into(), weight }];
+        let mut payload = to_payload(&changes, Vec::new());
+        assert_eq!(from_payload(&payload).expect("just written"), changes);
+        let end = payload.len();
+        payload[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+        assert!(from_payload(&payload).is_err());
     }
 }

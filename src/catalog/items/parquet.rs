@@ -21,6 +21,7 @@ use parquet::schema::types::Type;
 
 use super::jsonl::{Code, to_sid};
 use crate::catalog::item::Item;
+use crate::catalog::order::ItemWeight;
 use crate::error::{Error, Result};
 
 /// The columns that [`to_item`] knows, beside those of single levels.
@@ -235,6 +236,10 @@ fn to_item(row: &Row) -> Result<Item> {
             ("tags", found) => return Err(wrong("tags", found, "a list of texts")),
             ("available", Field::Bool(available)) => item.available = *available,
             ("available", found) => return Err(wrong("available", found, "true or false")),
+            ("weight", found) => {
+                let weight = number(found).ok_or_else(|| wrong("weight", found, "a number"))?;
+                item.weight = ItemWeight::new(weight)?;
+            }
             _ => {
                 if let Some(level) = level {
                     levels.push((level, code(found)?));
@@ -247,6 +252,18 @@ fn to_item(row: &Row) -> Result<Item> {
         codes = levels.into_iter().map(|(_, code)| code).collect();
     }
     Ok(Item { sid: to_sid(&codes)?, ..item })
+}
+
+fn number(field: &Field) -> Option<f32> {
+    match *field {
+        Field::Float(number) => Some(number),
+        Field::Double(number) => Some(number as f32),
+        Field::Byte(number) => Some(number.into()),
+        Field::Short(number) => Some(number.into()),
+        Field::Int(number) => Some(number as f32),
+        Field::Long(number) => Some(number as f32),
+        _ => whole_number(field).map(|number| number as f32),
+    }
 }
 
 fn whole_number(field: &Field) -> Option<u64> {
