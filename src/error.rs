@@ -209,6 +209,15 @@ pub enum Error {
         /// The operating system's error.
         source: Arc<std::io::Error>,
     },
+    /// A file was written to while it was read, or while it is mapped and in use.
+    #[error(
+        "{path}: the file was changed in place while it is in use, and its contents cannot be trusted; open it again, and replace files by rename (mv), never by cp",
+        path = path.display()
+    )]
+    FileChanged {
+        /// The file.
+        path: PathBuf,
+    },
     /// A catalog file is not one, is of another version, or is damaged.
     #[error("{path}: {reason}; build it again with `sidereal catalog build`", path = path.display())]
     CatalogFile {
@@ -347,6 +356,14 @@ pub enum Error {
         /// Flat index of the first such weight.
         index: usize,
     },
+    /// Finite weights give infinite scores or NaN whatever the input; they are not taken.
+    #[error(
+        "the network's scores are infinite or NaN for every input that was tried (step {step}), as its activations overflow f32; the weights were not taken, export the checkpoint again"
+    )]
+    NonFiniteModel {
+        /// The decoding step of the last input tried, from zero.
+        step: usize,
+    },
     /// The model's levels and the catalog's do not go together.
     #[error("model and catalog do not go together: {reason}")]
     LevelsMismatch {
@@ -435,6 +452,7 @@ kinds_and_codes! {
     CatalogBehind: Overloaded "catalog_behind",
     ShuttingDown: Overloaded "shutting_down",
     Io: Files "io",
+    FileChanged: Files "file_changed",
     CatalogFile: Files "catalog_file",
     CatalogContents: Files "catalog_contents",
     ChangeLog: Files "change_log",
@@ -451,6 +469,7 @@ kinds_and_codes! {
     UnexpectedTensor: Files "unexpected_tensor",
     TensorShape: Files "tensor_shape",
     NonFiniteWeight: Files "non_finite_weight",
+    NonFiniteModel: Files "non_finite_model",
     LevelsMismatch: Files "levels_mismatch",
     Device: Device "device",
     NonFiniteScores: Internal "non_finite_scores",
@@ -490,6 +509,7 @@ mod tests {
             Error::CatalogBehind { snapshot: 3, min_snapshot: 4 },
             Error::ShuttingDown,
             Error::io(&path, std::io::ErrorKind::NotFound.into()),
+            Error::FileChanged { path: path.clone() },
             Error::CatalogFile { path: path.clone(), reason: reason.clone() },
             Error::CatalogContents { reason: reason.clone() },
             Error::ChangeLog { path: path.clone(), reason: reason.clone() },
@@ -510,6 +530,7 @@ mod tests {
             Error::UnexpectedTensor { name: name.clone() },
             Error::TensorShape { name: name.clone(), found: vec![1], expected: vec![2] },
             Error::NonFiniteWeight { name, index: 3 },
+            Error::NonFiniteModel { step: 1 },
             Error::LevelsMismatch { reason: reason.clone() },
             Error::Device { device, reason: reason.clone() },
             Error::NonFiniteScores { step: 1 },

@@ -62,6 +62,7 @@ pub mod catalog;
 pub mod device;
 pub mod engine;
 mod error;
+pub mod lines;
 mod mapping;
 pub mod metrics;
 pub mod models;

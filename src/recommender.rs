@@ -480,10 +480,13 @@ impl Recommender {
     /// weights, which the answers from now on carry. The network is laid out on this thread, beside
     /// the old one, while requests are answered: it takes as much memory again meanwhile. Requests
     /// that run are then finished with the weights that they began with; contexts that were kept
-    /// are dropped.
+    /// are dropped. The network is tried on a small request before any other request sees it.
+    ///
+    /// Tensors that are not replaced are read again from their files, which must be as they were.
     ///
     /// # Errors
     /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
+    /// [`Error::NonFiniteModel`] where finite weights give no finite score; [`Error::FileChanged`];
     /// [`Error::Unsupported`] where the weights are random; [`Error::ShuttingDown`],
     /// [`Error::EngineFailed`], [`Error::Forked`], [`Error::CalledFromCallback`]. The old weights
     /// stay then.

@@ -24,7 +24,8 @@ fn code(text: &str) -> String {
 fn floor(module: &[String]) -> u8 {
     let name = |at: usize| module.get(at).map_or("", String::as_str);
     match (name(0), name(1)) {
-        ("error" | "request" | "search" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
+        ("error" | "request" | "search" | "tensor" | "mapping" | "lines", _)
+        | ("catalog", "sid") => 0,
         ("catalog" | "pages" | "schedule" | "prefix_cache", _) => 1,
         ("answer" | "backend" | "device" | "metrics" | "wire", _) => 2,
         ("models" | "prompt", _) => 3,

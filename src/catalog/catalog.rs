@@ -20,6 +20,44 @@ use crate::error::{Error, Result};
 /// How often [`Catalog::open`] reads file and log until they belong together.
 const OPEN_ATTEMPTS: usize = 3;
 
+/// How a compiled catalog is opened.
+///
+/// ```
+/// use sidereal::catalog::CatalogOptions;
+///
+/// let always_mapped = CatalogOptions::default().with_map_above(0);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CatalogOptions {
+    /// Files of more bytes are mapped, smaller ones are read into memory; by default
+    /// [`DEFAULT_MAP_ABOVE`](CatalogOptions::DEFAULT_MAP_ABOVE).
+    ///
+    /// A copy in memory is safe from whatever happens to the file. A mapped file opens in the time
+    /// that its checksums take, and its pages are shared by all processes that map it, but it must
+    /// not be written to in place: replace it by rename. A request that finds such a write gets
+    /// [`Error::FileChanged`]. What was not yet noticed can still go wrong: a file that is made
+    /// shorter in the middle of a step ends the process.
+    pub map_above: u64,
+}
+
+impl CatalogOptions {
+    /// 1 GiB: some twenty million items.
+    pub const DEFAULT_MAP_ABOVE: u64 = 1 << 30;
+
+    /// Sets [`map_above`](CatalogOptions::map_above): 0 maps every file, `u64::MAX` none.
+    pub fn with_map_above(mut self, bytes: u64) -> CatalogOptions {
+        self.map_above = bytes;
+        self
+    }
+}
+
+impl Default for CatalogOptions {
+    fn default() -> CatalogOptions {
+        CatalogOptions { map_above: CatalogOptions::DEFAULT_MAP_ABOVE }
+    }
+}
+
 /// A catalog that may change while it is searched.
 ///
 /// Readers take a [`Snapshot`], which costs a few nanoseconds and never waits; a
@@ -38,6 +76,14 @@ impl Catalog {
     /// # Errors
     /// The file's: missing, damaged, of another version, or with items that cannot be read.
     pub fn open(path: &Path) -> Result<Catalog> {
+        Catalog::open_with(path, &CatalogOptions::default())
+    }
+
+    /// Opens a catalog as the options say.
+    ///
+    /// # Errors
+    /// Those of [`open`](Catalog::open).
+    pub fn open_with(path: &Path, options: &CatalogOptions) -> Result<Catalog> {
         if items::is_items_file(path) {
             let mut builder = CatalogBuilder::default();
             items::read(path, |item| builder.add(item), |_| {})?;
@@ -49,7 +95,7 @@ impl Catalog {
             let mut attempts = OPEN_ATTEMPTS;
             loop {
                 attempts -= 1;
-                let catalog = Catalog::open_without_log(&resolved)?;
+                let catalog = Catalog::of(format::open(&resolved, options.map_above)?);
                 match change_log::replay(&resolved, &catalog.snapshot()) {
                     Ok(None) => return Ok(catalog),
                     Ok(Some(after)) => {
@@ -65,7 +111,8 @@ impl Catalog {
 
     /// Opens a compiled catalog without the changes logged beside it.
     pub(crate) fn open_without_log(path: &Path) -> Result<Catalog> {
-        Ok(Catalog::of(format::open(path)?))
+        let map_above = CatalogOptions::default().map_above;
+        Ok(Catalog::of(format::open(path, map_above)?))
     }
 
     fn of(base: BaseSegment) -> Catalog {

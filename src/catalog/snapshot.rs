@@ -77,6 +77,15 @@ impl Snapshot {
         &self.base
     }
 
+    /// Checks that nobody has written to the file of the base segment
+    /// ([`BaseSegment::check_file`]).
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`](crate::Error::FileChanged).
+    pub fn check_file(&self) -> Result<()> {
+        self.base.check_file()
+    }
+
     /// The number of items, available or not.
     pub fn num_items(&self) -> usize {
         let deleted = self.deleted.as_ref().map_or(0, |set| set.num_members());

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use sidereal::catalog::Catalog;
+use sidereal::catalog::{Catalog, CatalogOptions};
 use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::{folder, vocab_size};
 use sidereal::wire::RequestDefaults;
@@ -31,9 +31,15 @@ pub struct ModelArguments {
     /// Catalog: a built one, or a file of items; by default the one beside the model
     #[arg(long, value_name = "FILE")]
     pub catalog: Option<PathBuf>,
+    /// Map a built catalog of more than so many MiB, instead of reading it into memory. Replace a
+    /// mapped file by rename (mv), never by cp
+    #[arg(long, value_name = "MIB", default_value_t = MAP_CATALOG_ABOVE_MIB)]
+    pub map_catalog_above: u64,
     #[command(flatten)]
     pub device: DeviceArguments,
 }
+
+pub const MAP_CATALOG_ABOVE_MIB: u64 = CatalogOptions::DEFAULT_MAP_ABOVE >> 20;
 
 #[derive(Args)]
 pub struct SearchArguments {
@@ -153,7 +159,9 @@ impl ModelArguments {
             Some(path) => path.clone(),
             None => catalog_beside(&self.model)?,
         };
-        Ok(Arc::new(Catalog::open(&path)?))
+        let map_above = self.map_catalog_above.saturating_mul(1 << 20);
+        let options = CatalogOptions::default().with_map_above(map_above);
+        Ok(Arc::new(Catalog::open_with(&path, &options)?))
     }
 
     /// What stops the model itself from being opened, which a user should hear before a missing

@@ -2,24 +2,26 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use sidereal::catalog::sid::MAX_LEVELS;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Snapshot, Watermark, change_log, items};
+use sidereal::lines::Lines;
 use sidereal::models::weights::Weights;
 use sidereal::quantizer::{Collision, FitOptions, FitRound, Quantizer};
 use sidereal::{CatalogWriter, Error, Result, WriterOptions};
 
 use super::arguments::{Outcome, refuse_same_file, say, write_error};
 use super::check;
+use super::output::OutputFile;
 use super::requests::{count_bar, progress_bar, spinner};
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Compile a file of items into one memory-mapped file
+    /// Compile a file of items into one file
     Build(Build),
     /// Print what a catalog holds
     Inspect(Inspect),
@@ -45,7 +47,8 @@ pub struct Build {
     /// File of items
     #[arg(long, value_name = "FILE")]
     items: PathBuf,
-    /// Where the catalog goes; an existing one is replaced at once
+    /// Where the catalog goes; one that is there is replaced by rename. Do so too: mv, never cp, over
+    /// a catalog that is in use
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
     /// How far a feed had been applied to the items, as source/partition@offset; may be repeated. Changes
@@ -275,7 +278,10 @@ fn fit(arguments: &Fit) -> Result<()> {
         errors[level] = error;
         spinner.set_message(format!("level {level}, round {round}: mean squared error {error:.4}"));
     })?;
-    quantizer.save(&arguments.output)?;
+    let failed = write_error(Some(&arguments.output));
+    let mut output = OutputFile::create(&arguments.output).map_err(&failed)?;
+    output.write_all(&quantizer.to_bytes()?).map_err(&failed)?;
+    output.finish().map_err(&failed)?;
     spinner.finish_and_clear();
     let errors: Vec<String> = errors.iter().map(|error| format!("{error:.4}")).collect();
     say(&format!(
@@ -285,6 +291,21 @@ fn fit(arguments: &Fit) -> Result<()> {
         errors.join(", ")
     ));
     Ok(())
+}
+
+/// Each line is a name.
+fn read_names(path: &Path) -> Result<Vec<String>> {
+    let io = |error| Error::io(path, error);
+    let mut lines = Lines::new(File::open(path).map_err(io)?);
+    let mut names = Vec::new();
+    while let Some(line) = lines.next().map_err(io)? {
+        names.push(line.text().map(str::to_string).map_err(|reason| Error::ItemsFile {
+            path: path.to_path_buf(),
+            place: format!("line {}", names.len() + 1),
+            reason,
+        })?);
+    }
+    Ok(names)
 }
 
 fn assign(arguments: &Assign) -> Result<()> {
@@ -300,11 +321,7 @@ fn assign(arguments: &Assign) -> Result<()> {
     let num_items = embeddings.len() / dim;
     let names: Vec<String> = match &arguments.names {
         None => (0..num_items).map(|item| item.to_string()).collect(),
-        Some(path) => {
-            let text = std::fs::read_to_string(path);
-            let text = text.map_err(write_error(Some(path)))?;
-            text.lines().map(str::to_string).collect()
-        }
+        Some(path) => read_names(path)?,
     };
     if names.len() != num_items {
         let reason = format!("has {} lines for {num_items} embeddings", names.len());
@@ -317,12 +334,12 @@ fn assign(arguments: &Assign) -> Result<()> {
     let spinner = spinner("assigning");
     let sids = quantizer.sids(&embeddings, collision)?;
     let failed = write_error(Some(&arguments.output));
-    let mut output = BufWriter::new(File::create(&arguments.output).map_err(&failed)?);
+    let mut output = OutputFile::create(&arguments.output).map_err(&failed)?;
     for (name, sid) in names.iter().zip(&sids) {
         let line = serde_json::json!({"item": name, "sid": sid.codes()});
         writeln!(output, "{line}").map_err(&failed)?;
     }
-    output.flush().map_err(&failed)?;
+    output.finish().map_err(&failed)?;
     spinner.finish_and_clear();
     let distinct = sids.iter().collect::<std::collections::HashSet<_>>().len();
     let output = arguments.output.display();

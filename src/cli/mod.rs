@@ -16,6 +16,7 @@ mod evaluate;
 mod inspect;
 mod load;
 mod measure;
+mod output;
 mod recommend;
 mod requests;
 mod selftest;

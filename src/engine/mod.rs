@@ -25,6 +25,7 @@
 //! | `answer` | beams become an answer, which goes where its request said |
 //! | `feed` | many requests, a few at a time |
 //! | `weights` | the network is loaded, and replaced |
+//! | `probe` | small requests of the engine's own, apart from all others |
 
 mod answer;
 mod batch;
@@ -34,6 +35,7 @@ mod feed;
 mod lookup;
 mod options;
 mod prepare;
+mod probe;
 mod program;
 mod run;
 mod scheduler;

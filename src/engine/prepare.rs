@@ -199,6 +199,7 @@ impl Preparer {
 
     fn check(&self, arrival: Arrival, request: Request, span: Span) -> Result<Prepared> {
         let snapshot = self.catalog.snapshot();
+        snapshot.check_file()?;
         check_snapshot(&request, &snapshot)?;
         let mut unknown_items = UnknownByField::default();
         let candidates = self.candidates(&request, &snapshot, &mut unknown_items)?;
@@ -450,7 +451,9 @@ impl Preparer {
     /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
         let request = Request::new(input.clone());
-        Ok(self.read_input(&request, &self.catalog.snapshot(), usize::MAX)?.tokens)
+        let snapshot = self.catalog.snapshot();
+        snapshot.check_file()?;
+        Ok(self.read_input(&request, &snapshot, usize::MAX)?.tokens)
     }
 
     /// Whether a request's text takes time on the thread that prepares it.
