@@ -24,7 +24,7 @@ use crate::models::PromptKind;
 use crate::models::config::SidLayout;
 use crate::pages;
 use crate::request::{Forced, Input, MAX_BEAMS, NamedToken, Request, SharedSid};
-use crate::schedule::{Micros, Needs, RequestId, Waiting};
+use crate::schedule::{Demand, Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
 
 /// Groups that one request may ask for.
@@ -68,7 +68,7 @@ impl Prepared {
     }
 
     /// The request as the scheduler's pure functions see it.
-    pub(super) fn waiting(&self) -> Waiting {
+    pub(super) fn waiting(&self, demand: Demand) -> Waiting {
         let deadline = |within| self.arrived_us.saturating_add(micros(within));
         Waiting {
             id: self.id,
@@ -76,12 +76,19 @@ impl Prepared {
             arrived_us: self.arrived_us,
             deadline_us: self.request.deadline.map(deadline),
             needs: self.needs,
+            demand,
+            is_accepted: false,
         }
     }
 
-    pub(super) fn deadline_exceeded(&self) -> Error {
+    /// The error of a request that is late; `retry_after_us` where it would not be if it came so
+    /// much later.
+    pub(super) fn deadline_exceeded(&self, retry_after_us: Option<Micros>) -> Error {
         let deadline = self.request.deadline.unwrap_or_default();
-        Error::DeadlineExceeded { deadline_ms: deadline.as_millis() as u64 }
+        Error::DeadlineExceeded {
+            deadline_ms: deadline.as_millis() as u64,
+            retry_after_ms: retry_after_us.map(|us| us.div_ceil(1000)),
+        }
     }
 
     /// Items of one semantic ID that an answer lists at most.
