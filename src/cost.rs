@@ -298,7 +298,8 @@ mod tests {
             let mut model = CostModel::default();
             assert_eq!(model.predict_us(work(100, 100)), 0, "nothing is known");
             run(&mut model, &mut rng, 60, 1.0);
-            let cases = [(work(500, 0), 10_300.0), (work(0, 200), 1_700.0), (work(30, 90), 1_530.0)];
+            let cases =
+                [(work(500, 0), 10_300.0), (work(0, 200), 1_700.0), (work(30, 90), 1_530.0)];
             for (work, exact) in cases {
                 let found = ratio(&model, work, exact);
                 assert!((0.7..1.4).contains(&found), "seed {seed}: {work:?} {found} {model:?}");

@@ -424,7 +424,8 @@ mod tests {
         let (pool, mut cache) = (Pool::new(6), PrefixCache::default());
         let context = |first: u32| (first..first + 100).collect::<Vec<u32>>();
         read(&pool, &mut cache, &context(0), Some("ann"));
-        let pins = [cache.pin_prefix(&context(0), Some("ann")), cache.pin_prefix(&context(0), None)];
+        let pins =
+            [cache.pin_prefix(&context(0), Some("ann")), cache.pin_prefix(&context(0), None)];
         assert_eq!([pins[0].tokens, pins[1].tokens], [99, 64]);
         for first in [1000, 2000, 3000, 4000] {
             read(&pool, &mut cache, &context(first), Some("bob"));

@@ -352,9 +352,7 @@ impl Recommender {
         let shared = self.shared();
         let (num_refused, error): (usize, &dyn Fn() -> Error) =
             match shared.queue.push_all(messages) {
-                Ok((rest, backlog)) => {
-                    (rest.len(), &move || shared.overloaded(&backlog))
-                }
+                Ok((rest, backlog)) => (rest.len(), &move || shared.overloaded(&backlog)),
                 Err(all) => (all.len(), &|| shared.end()),
             };
         let refused = handles.iter_mut().rev().filter(|handle| handle.is_ok());
@@ -562,9 +560,7 @@ impl Recommender {
         let shared = self.shared();
         let (message, error) = match shared.queue.push(message) {
             Ok(()) => return Ok(()),
-            Err(PushError::Full { entry, backlog }) => {
-                (entry, shared.overloaded(&backlog))
-            }
+            Err(PushError::Full { entry, backlog }) => (entry, shared.overloaded(&backlog)),
             Err(PushError::Closed(entry)) => (entry, shared.end()),
         };
         if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {

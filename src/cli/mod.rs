@@ -14,10 +14,12 @@ mod device;
 mod evaluate;
 mod load;
 mod measure;
+mod plot;
 mod recommend;
 mod requests;
 mod selftest;
 mod shapes;
+mod tally;
 
 /// Exact recommendations from generative models: semantic IDs under a catalog's trie.
 #[derive(Parser)]

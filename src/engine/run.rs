@@ -57,9 +57,10 @@ impl<B: Backend> Engine<B> {
         }
         // Whoever is at its end, or has ended, needs nothing more.
         let is_reading = |id: &RequestId| {
-            self.scheduler.running().iter().any(|running| {
-                running.prepared.id() == *id && running.num_unread() > 0
-            })
+            self.scheduler
+                .running()
+                .iter()
+                .any(|running| running.prepared.id() == *id && running.num_unread() > 0)
         };
         self.encodings.retain(|id, _| is_reading(id));
     }

@@ -129,11 +129,7 @@ pub(super) struct Scheduled {
 fn demand(prepared: &Prepared, unread: usize, steps_taken: usize) -> Demand {
     // The step that reads the last of a prompt is the first of its search.
     let steps = prepared.program.max_steps() - usize::from(unread > 0);
-    Demand {
-        unread,
-        steps: steps.saturating_sub(steps_taken),
-        beam_rows: prepared.needs.beam_rows,
-    }
+    Demand { unread, steps: steps.saturating_sub(steps_taken), beam_rows: prepared.needs.beam_rows }
 }
 
 impl<S> Scheduler<S> {
@@ -333,8 +329,7 @@ impl<S> Scheduler<S> {
             tail_pages: self.tail_pages.num_free(),
         };
         let (running, limits) = (self.active(), self.limits);
-        let admitted =
-            schedule::admit(&waiting, &running, room, &self.estimate, &limits, now_us);
+        let admitted = schedule::admit(&waiting, &running, room, &self.estimate, &limits, now_us);
         for id in admitted {
             let at = self.waiting.iter().position(|entry| entry.waiting.id == id);
             let entry = self.take_waiting(at.expect("one that waits"));

@@ -270,12 +270,9 @@ fn quantile(mut values: Vec<f64>, quantile: f64) -> f64 {
 
 #[test]
 fn goodput_at_four_times_the_load_is_nine_tenths_of_that_at_once_the_load() {
-    for (lens, deadline_ms) in [
-        (vec![40], 100),
-        (vec![400], 200),
-        (vec![40, 40, 40, 600], 100),
-        (vec![20, 150], 60),
-    ] {
+    for (lens, deadline_ms) in
+        [(vec![40], 100), (vec![400], 200), (vec![40, 40, 40, 600], 100), (vec![20, 150], 60)]
+    {
         for returning in [0.0, 0.9] {
             let deadline = Some(Duration::from_millis(deadline_ms));
             let load = Load { lens: lens.clone(), returning, deadline, ..Load::default() };
