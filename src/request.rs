@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
+use crate::error::Error;
 use crate::search::{Constraint, Normalization};
 
 /// The largest beam width that a request may ask for.
@@ -13,7 +15,7 @@ pub const MAX_BEAMS: usize = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SharedSid {
-    /// All allowed ones, in the catalog's order.
+    /// All allowed ones, in the catalog's order: by weight, then by name.
     #[default]
     All,
     /// The first allowed one.
@@ -67,6 +69,11 @@ pub enum Input {
     History(Vec<String>),
     /// The model's input tokens, given as they are.
     Tokens(Vec<u32>),
+    /// A text, which the model's tokenizer makes tokens of.
+    Text(String),
+    /// Messages, which the model's chat template makes a text of: objects with `role`, `content` and
+    /// whatever else the template reads.
+    Messages(Vec<Value>),
 }
 
 /// A token of the model's vocabulary, by number or by its text.
@@ -181,6 +188,15 @@ pub struct Request {
     pub temperature: f32,
     /// Which items of a shared semantic ID come back.
     pub shared_sid: SharedSid,
+    /// How many items of one semantic ID come back at most: the first allowed ones. `None` for no
+    /// limit. [`SharedSid::First`] is a limit of one, and the smaller of two limits holds. It has
+    /// no effect on `candidates`, which are all listed.
+    pub per_sid: Option<usize>,
+    /// What the model's prompt or chat template may name: `{"query": "...", "enable_thinking": false}`.
+    pub variables: Map<String, Value>,
+    /// Whether a text has the tokens that the tokenizer puts around every text; `None` for yes with
+    /// [`Input::Text`], and for no with [`Input::Messages`], whose template writes them itself.
+    pub special_tokens: Option<bool>,
     /// Any name for the user. A user who returns with a longer history finds the context of the
     /// earlier one in the prefix cache; answers do not depend on it.
     pub user: Option<String>,
@@ -189,6 +205,13 @@ pub struct Request {
     /// Time budget, from submission. Past it the request is answered with
     /// [`Error::DeadlineExceeded`](crate::Error::DeadlineExceeded).
     pub deadline: Option<Duration>,
+    /// The oldest state of the catalog that may answer: the number that
+    /// [`CatalogWriter::apply`](crate::CatalogWriter::apply) returned or an answer's snapshot has,
+    /// so that a caller reads its own writes wherever the request goes. Where the catalog is behind,
+    /// the request is refused at once with
+    /// [`Error::CatalogBehind`](crate::Error::CatalogBehind). Numbers compare among copies of
+    /// one catalog file and its log. `None` for the newest state that is there.
+    pub min_snapshot: Option<u64>,
 }
 
 impl Request {
@@ -216,9 +239,13 @@ impl Request {
             constraint: Constraint::Trie,
             temperature: 1.0,
             shared_sid: SharedSid::All,
+            per_sid: None,
+            variables: Map::new(),
+            special_tokens: None,
             user: None,
             priority: Priority::Normal,
             deadline: None,
+            min_snapshot: None,
         }
     }
 
@@ -230,6 +257,16 @@ impl Request {
     /// A request by the model's input tokens.
     pub fn from_tokens(tokens: impl Into<Vec<u32>>) -> Request {
         Request::new(Input::Tokens(tokens.into()))
+    }
+
+    /// A request by a text.
+    pub fn from_text(text: impl Into<String>) -> Request {
+        Request::new(Input::Text(text.into()))
+    }
+
+    /// A request by messages, each an object with `role` and `content`.
+    pub fn from_messages(messages: impl Into<Vec<Value>>) -> Request {
+        Request::new(Input::Messages(messages.into()))
     }
 }
 
@@ -379,6 +416,27 @@ impl Request {
         self
     }
 
+    /// Sets [`per_sid`](Request::per_sid).
+    #[must_use]
+    pub fn with_per_sid(mut self, per_sid: usize) -> Request {
+        self.per_sid = Some(per_sid);
+        self
+    }
+
+    /// Sets [`variables`](Request::variables).
+    #[must_use]
+    pub fn with_variables(mut self, variables: Map<String, Value>) -> Request {
+        self.variables = variables;
+        self
+    }
+
+    /// Sets [`special_tokens`](Request::special_tokens).
+    #[must_use]
+    pub fn with_special_tokens(mut self, are_wanted: bool) -> Request {
+        self.special_tokens = Some(are_wanted);
+        self
+    }
+
     /// Sets [`user`](Request::user).
     #[must_use]
     pub fn with_user(mut self, user: impl Into<String>) -> Request {
@@ -399,6 +457,19 @@ impl Request {
         self.deadline = Some(deadline);
         self
     }
+
+    /// Sets [`min_snapshot`](Request::min_snapshot).
+    #[must_use]
+    pub fn with_min_snapshot(mut self, snapshot: u64) -> Request {
+        self.min_snapshot = Some(snapshot);
+        self
+    }
+}
+
+/// The error of a limit under which no item of a semantic ID comes back.
+pub(crate) fn per_sid_below_one(per_sid: i64) -> Error {
+    let reason = format!("{per_sid} is not at least 1; leave the field out for no limit");
+    Error::InvalidField { field: "per_sid", reason }
 }
 
 fn texts<S: Into<String>>(texts: impl IntoIterator<Item = S>) -> Vec<String> {

@@ -17,6 +17,8 @@ use weights::Weights;
 
 pub mod config;
 pub mod decoder_only;
+pub mod folder;
+pub mod levels;
 mod network;
 pub mod t5;
 pub mod vocabulary;

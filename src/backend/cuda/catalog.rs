@@ -12,7 +12,7 @@ use super::shared::shared_struct;
 use crate::backend::SearchRule;
 use crate::catalog::arrays::{AllowedArrays, Identity, TrieArrays};
 use crate::catalog::sid::MAX_LEVELS;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 shared_struct! {
     /// A rank trie: edge e leads to node e + 1, and the items below a node are one run.
@@ -100,6 +100,26 @@ impl<D: Driver> Catalogs<D> {
     }
 }
 
+/// Zeros in the arrays of a trie without items: a root without edges, and the ends of its depths.
+pub(super) const EMPTY_TRIE: [u32; MAX_LEVELS + 2] = [0; MAX_LEVELS + 2];
+
+impl TrieEntry {
+    /// A trie of `num_levels` without items; `zeros`: the address of [`EMPTY_TRIE`].
+    pub fn empty(num_levels: usize, zeros: u64) -> TrieEntry {
+        let mut depth_start = [0; MAX_LEVELS + 2];
+        depth_start[1..num_levels + 2].fill(1);
+        TrieEntry {
+            first_edge: zeros,
+            codes: zeros,
+            first_item: zeros,
+            leaf_item: 0,
+            num_levels: num_levels as u32,
+            depth_start,
+            padding: 0,
+        }
+    }
+}
+
 /// A trie on the device.
 pub(super) struct Trie<D: Driver> {
     pub entry: TrieEntry,
@@ -176,7 +196,11 @@ impl<D: Driver> Allowed<D> {
 
 /// The arrays that one slot is searched by. Made once, at its first step.
 pub(super) struct SearchArrays<D: Driver> {
-    pub base: Arc<Trie<D>>,
+    /// Why they could not be copied. The slot is then searched in a trie without items, beside
+    /// other slots that have theirs, and its beams are this error.
+    pub failure: Option<Error>,
+    /// `None` after a failure.
+    pub base: Option<Arc<Trie<D>>>,
     pub base_allowed: Option<Arc<Allowed<D>>>,
     pub added: Option<Arc<Trie<D>>>,
     /// Bits of the added items and their counts.
@@ -202,7 +226,8 @@ impl<D: Driver> SearchArrays<D> {
             catalogs.allowed.get_or_copy(owners, || Allowed::new(device, &arrays()))
         });
         Ok(SearchArrays {
-            base: catalogs.trie(device, snapshot.base_trie())?,
+            failure: None,
+            base: Some(catalogs.trie(device, snapshot.base_trie())?),
             base_allowed: base_allowed.transpose()?,
             added: snapshot.delta_trie().map(|trie| catalogs.trie(device, trie)).transpose()?,
             added_words: added_allowed.as_ref().map_or(Vec::new(), |set| set.words().to_vec()),
@@ -215,12 +240,11 @@ impl<D: Driver> SearchArrays<D> {
         })
     }
 
-    /// Stands for what there was no memory for, in a step that has failed.
-    pub fn nothing() -> SearchArrays<D> {
-        let base =
-            Trie { entry: TrieEntry::zeroed(), depth_start: Vec::new(), _memory: Vec::new() };
+    /// Stands for arrays that could not be copied.
+    pub fn failed(error: Error) -> SearchArrays<D> {
         SearchArrays {
-            base: Arc::new(base),
+            failure: Some(error),
+            base: None,
             base_allowed: None,
             added: None,
             added_words: Vec::new(),
@@ -232,6 +256,6 @@ impl<D: Driver> SearchArrays<D> {
 
     /// The most prefixes of `depth` codes that the catalog has.
     pub fn num_prefixes(&self, depth: usize) -> usize {
-        self.base.num_nodes(depth) + self.added.as_ref().map_or(0, |added| added.num_nodes(depth))
+        [&self.base, &self.added].into_iter().flatten().map(|trie| trie.num_nodes(depth)).sum()
     }
 }

@@ -139,10 +139,7 @@ pub(super) fn plan<D: Driver>(
     let (mut needs_vocabulary, mut needs_level, mut needs_children) = (false, false, false);
     for (slot, rule) in slots.iter().zip(rules) {
         let search = slot.search.get_or_init(|| {
-            SearchArrays::new(device, catalogs, rule).unwrap_or_else(|error| {
-                device.fail_step(error);
-                SearchArrays::nothing()
-            })
+            SearchArrays::new(device, catalogs, rule).unwrap_or_else(SearchArrays::failed)
         });
         let (normalizer, continuations) = (rule.normalizer(), rule.continuations());
         needs_vocabulary |= normalizer == Normalizer::Vocabulary

@@ -2,7 +2,7 @@
 
 use bytemuck::Zeroable;
 
-use super::catalog::{AllowedEntry, TrieEntry};
+use super::catalog::{AllowedEntry, EMPTY_TRIE, TrieEntry};
 use super::device_memory::DeviceMemory;
 use super::driver::Driver;
 use super::head::Head;
@@ -80,6 +80,8 @@ struct Offsets {
     added_listed: usize,
     named: usize,
     occurring: usize,
+    /// Of [`EMPTY_TRIE`], where the slot has no other.
+    empty_trie: usize,
 }
 
 /// Arrays one after the other, each aligned to 16 bytes.
@@ -112,6 +114,10 @@ impl ArrayBytes {
             added_listed: self.push(added),
             named: self.push(named),
             occurring: self.push(occurring(rule)),
+            empty_trie: match search.base {
+                Some(_) => 0,
+                None => self.push(&EMPTY_TRIE),
+            },
         }
     }
 }
@@ -146,7 +152,7 @@ pub(super) fn write<D: Driver>(
     let mut first_key = 0;
     let mut entries = Vec::new();
     for (((slot, rule), offsets), &row) in slots.iter().zip(rules).zip(offsets).zip(first_rows) {
-        let mut entry = allowed_entry(slot, &offsets, at);
+        let mut entry = allowed_entry(slot, rule, &offsets, at);
         if slot.search.get().is_some_and(|search| search.listed.is_some()) {
             let is_scored = rule.candidates.is_some();
             entry.flags |= if is_scored { HAS_CANDIDATES } else { HAS_LIST };
@@ -198,12 +204,16 @@ pub(super) fn write<D: Driver>(
 /// array by its offset.
 fn allowed_entry<D: Driver>(
     slot: &Slot<D>,
+    rule: &SearchRule<'_>,
     offsets: &Offsets,
     at: impl Fn(usize) -> u64,
 ) -> RuleEntry {
     let search = slot.search.get().expect("planned before");
     let mut entry = RuleEntry::zeroed();
-    entry.base = search.base.entry;
+    entry.base = match &search.base {
+        Some(base) => base.entry,
+        None => TrieEntry::empty(rule.snapshot.num_levels(), at(offsets.empty_trie)),
+    };
     if let Some(allowed) = &search.base_allowed {
         entry.base_allowed = allowed.entry;
     }
