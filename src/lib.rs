@@ -59,6 +59,7 @@
 mod answer;
 pub mod backend;
 pub mod catalog;
+mod checkpoint;
 pub mod device;
 pub mod engine;
 mod error;

@@ -23,7 +23,7 @@
 //! everything that does not wait; a call that waits returns [`Error::CalledFromCallback`] there.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -36,6 +36,7 @@ use crate::engine::{
 };
 use crate::error::{Error, Result};
 use crate::metrics::{Gauges, MetricsSnapshot};
+use crate::models::Checkpoint;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::request::{Input, Request};
@@ -65,6 +66,9 @@ pub struct RecommenderOptions {
     pub engine: EngineOptions,
     /// Requests that may wait; more are refused with [`Error::Overloaded`].
     pub max_queued: usize,
+    /// The folder of the base, where the model's folder is that of a LoRA adapter;
+    /// [`Checkpoint::open`] says where it is looked for otherwise.
+    pub base: Option<PathBuf>,
     /// Called on the engine's thread before each step with the number of steps before it: for
     /// metrics, and for tests of what happens when that thread fails.
     pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
@@ -86,6 +90,7 @@ impl RecommenderOptions {
             device,
             dtype: None,
             max_queued: 1024,
+            base: None,
             before_step: None,
         }
     }
@@ -114,6 +119,12 @@ impl RecommenderOptions {
         self
     }
 
+    /// Sets [`base`](RecommenderOptions::base).
+    pub fn with_base(mut self, folder: impl Into<PathBuf>) -> RecommenderOptions {
+        self.base = Some(folder.into());
+        self
+    }
+
     /// Sets [`before_step`](RecommenderOptions::before_step).
     pub fn with_before_step(
         mut self,
@@ -132,6 +143,7 @@ impl fmt::Debug for RecommenderOptions {
             .field("dtype", &self.dtype)
             .field("engine", &self.engine)
             .field("max_queued", &self.max_queued)
+            .field("base", &self.base)
             .finish_non_exhaustive()
     }
 }
@@ -220,9 +232,9 @@ impl Recommender {
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
-        let config = Config::read(&folder.join("config.json"))?;
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, options.base.as_deref())?;
         let layout = SidLayout::read(folder, crate::models::vocab_size(&config)?)?;
-        Recommender::from_parts(&config, Weights::open(folder)?, layout, catalog, options)
+        Recommender::from_parts(&config, weights, layout, catalog, options)
     }
 
     /// Opens a network from its parts, wherever they come from.

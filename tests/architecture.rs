@@ -27,6 +27,7 @@ fn floor(module: &[String]) -> u8 {
         ("error" | "request" | "search" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
         ("catalog" | "pages" | "schedule" | "prefix_cache", _) => 1,
         ("answer" | "backend" | "device" | "metrics" | "wire", _) => 2,
+        ("checkpoint", _) => 2,
         ("models", _) => 3,
         ("engine" | "quantizer" | "writer", _) => 4,
         ("" | "recommender" | "service", _) => 5, // the root is lib.rs
@@ -280,7 +281,8 @@ fn an_operation_has_one_name_everywhere() {
 
 #[test]
 fn a_family_has_one_name_everywhere() {
-    let shared = ["models", "config", "network", "vocabulary", "weights"];
+    let shared =
+        ["models", "config", "family", "folder", "network", "rope", "vocabulary", "weights"];
     let golden = std::fs::read_to_string(root().join("tests/golden.rs")).expect("the tests");
     for (file, _) in sources("src/models") {
         let family = module_of(&file).get(1).cloned().unwrap_or("models".into());

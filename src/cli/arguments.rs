@@ -20,9 +20,12 @@ pub enum Outcome {
 
 #[derive(Args)]
 pub struct ModelArguments {
-    /// Model folder: config.json, sidereal.json, safetensors
+    /// Model folder: config.json, sidereal.json, weights; or a LoRA adapter's
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
+    /// Folder of an adapter's base, where adapter_config.json does not name it
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
     /// Catalog: a built one, or a file of items; by default the one beside the model
     #[arg(long, value_name = "FILE")]
     pub catalog: Option<PathBuf>,
@@ -99,7 +102,11 @@ impl ModelArguments {
             Some(path) => path.clone(),
             None => catalog_beside(&self.model)?,
         };
-        Ok(Arc::new(Catalog::open(&path)?))
+        let catalog = Catalog::open(&path)?;
+        if let Some(warning) = catalog.warning() {
+            say(&format!("warning: {}: {warning}", path.display()));
+        }
+        Ok(Arc::new(catalog))
     }
 
     pub fn open(&self) -> Result<Recommender> {
@@ -108,7 +115,9 @@ impl ModelArguments {
 
     pub fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
         let spinner = spinner("opening the model");
-        let recommender = Recommender::open(&self.model, self.open_catalog()?, options)?;
+        let mut options = options.clone();
+        options.base.clone_from(&self.base);
+        let recommender = Recommender::open(&self.model, self.open_catalog()?, &options)?;
         spinner.finish_and_clear();
         Ok(recommender)
     }

@@ -226,6 +226,7 @@ fn open(arguments: &Arguments) -> Result<Recommender> {
     }
     let model = ModelArguments {
         model: arguments.model.clone().expect("required where there is no shape"),
+        base: None,
         catalog: arguments.catalog.clone(),
         device: arguments.device.clone(),
     };

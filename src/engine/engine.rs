@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{Metrics, MetricsSnapshot};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
-use crate::models::{self, Model, ModelSpec};
+use crate::models::{self, Checkpoint, Model, ModelSpec};
 use crate::pages;
 use crate::request::{Input, MAX_BEAMS, Request};
 use crate::schedule::{Limits, RequestId};
@@ -89,9 +89,9 @@ impl<B: Backend> Engine<B> {
         options: &EngineOptions,
     ) -> Result<Engine<B>> {
         options.check()?;
-        let config = Config::read(&folder.join("config.json"))?;
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, None)?;
         let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
-        Engine::from_parts(backend, &config, Weights::open(folder)?, layout, catalog, options)
+        Engine::from_parts(backend, &config, weights, layout, catalog, options)
     }
 
     /// Opens a network from its parts, wherever they come from.

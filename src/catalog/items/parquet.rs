@@ -7,7 +7,7 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 
-use super::jsonl::{Code, to_sid};
+use super::codes::{Code, to_sid};
 use crate::catalog::item::Item;
 use crate::error::{Error, Result};
 
