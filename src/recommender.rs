@@ -24,7 +24,7 @@
 //! everything that does not wait; a call that waits returns [`Error::CalledFromCallback`] there.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -37,6 +37,7 @@ use crate::engine::{
 };
 use crate::error::{Error, Result};
 use crate::metrics::{Gauges, MetricsSnapshot};
+use crate::models::Checkpoint;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::request::{Input, Request};
@@ -70,6 +71,9 @@ pub struct RecommenderOptions {
     /// is refused with [`Error::Overloaded`]. A request that nothing waits before is taken in any
     /// case. `None` for any time.
     pub max_wait: Option<Duration>,
+    /// The folder of the base, where the model's folder is that of a LoRA adapter;
+    /// [`Checkpoint::open`] says where it is looked for otherwise.
+    pub base: Option<PathBuf>,
     /// Called on the engine's thread before each step with the number of steps before it: for
     /// metrics, and for tests of what happens when that thread fails.
     pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
@@ -92,6 +96,7 @@ impl RecommenderOptions {
             dtype: None,
             max_queued: 1024,
             max_wait: None,
+            base: None,
             before_step: None,
         }
     }
@@ -126,6 +131,12 @@ impl RecommenderOptions {
         self
     }
 
+    /// Sets [`base`](RecommenderOptions::base).
+    pub fn with_base(mut self, folder: impl Into<PathBuf>) -> RecommenderOptions {
+        self.base = Some(folder.into());
+        self
+    }
+
     /// Sets [`before_step`](RecommenderOptions::before_step).
     pub fn with_before_step(
         mut self,
@@ -145,6 +156,7 @@ impl fmt::Debug for RecommenderOptions {
             .field("engine", &self.engine)
             .field("max_queued", &self.max_queued)
             .field("max_wait", &self.max_wait)
+            .field("base", &self.base)
             .finish_non_exhaustive()
     }
 }
@@ -233,11 +245,10 @@ impl Recommender {
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
-        crate::models::folder::check(folder)?;
-        let config = Config::read(&folder.join("config.json"))?;
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, options.base.as_deref())?;
         let vocab_size = crate::models::vocab_size(&config)?;
         let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
-        Recommender::from_parts(&config, Weights::open(folder)?, layout, catalog, options)
+        Recommender::from_parts(&config, weights, layout, catalog, options)
     }
 
     /// Opens a network from its parts, wherever they come from.
