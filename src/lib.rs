@@ -41,7 +41,7 @@
 //! # The floors
 //!
 //! A module uses lower floors only, and a test holds it to that: the command line, the
-//! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
+//! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`], [`prompt`] > [`backend`], answers > bookkeeping ([`catalog`],
 //! [`schedule`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
 //!
 //! # What is absent, deliberately
@@ -113,6 +113,8 @@ mod code_of_pages {
     struct Gpu;
     #[doc = include_str!("../docs/models.md")]
     struct Models;
+    #[doc = include_str!("../docs/prompts.md")]
+    struct Prompts;
     #[doc = include_str!("../docs/ranking.md")]
     struct Ranking;
     #[doc = include_str!("../docs/serving.md")]

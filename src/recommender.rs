@@ -444,8 +444,12 @@ impl Recommender {
                 Ok(prepared) => {
                     let sender = sender.clone();
                     let reply = Reply::new(move |answer| drop(sender.send((index, answer))));
-                    // Where the engine has ended, the reply says so.
-                    let _ = self.shared().queue.push_wait(Message::Enqueue(prepared, reply));
+                    let message = Message::Enqueue(prepared, reply);
+                    if let Err(Message::Enqueue(_, reply)) = self.shared().queue.push_wait(message)
+                    {
+                        reply.disarm();
+                        deliver(index, Err(self.refused(self.shared().end())));
+                    }
                 }
                 Err(error) => deliver(index, Err(error)),
             }

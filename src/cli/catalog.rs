@@ -9,7 +9,6 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use sidereal::catalog::sid::MAX_LEVELS;
 use sidereal::catalog::{Catalog, CatalogBuilder, Snapshot, change_log, items};
-use sidereal::models::weights::Weights;
 use sidereal::quantizer::{Collision, FitOptions, FitRound, Quantizer};
 use sidereal::{CatalogWriter, Error, Result, WriterOptions};
 
@@ -86,7 +85,7 @@ pub struct Changes {
 
 #[derive(Args)]
 #[command(after_help = "\
-The embeddings are a safetensors file with one matrix, a row an item. The codebooks come out as
+The embeddings are a safetensors file or NumPy's .npy with one matrix, a row an item. The codebooks come out as
 codebooks.0, codebooks.1 and so on. Equal seeds give equal codebooks.
 
 Example:
@@ -127,6 +126,9 @@ pub struct Assign {
     /// Names of the items, one a line; by default their row's number
     #[arg(long, value_name = "FILE")]
     names: Option<PathBuf>,
+    /// Titles of the items, one a line
+    #[arg(long, value_name = "FILE")]
+    titles: Option<PathBuf>,
     /// Codebooks of a residual quantiser
     #[arg(long, value_name = "FILE")]
     codebooks: PathBuf,
@@ -200,21 +202,6 @@ fn change(arguments: &Changes) -> Result<()> {
     Ok(())
 }
 
-/// The one matrix of a safetensors file, with its number of columns.
-fn matrix(path: &Path) -> Result<(Vec<f32>, usize)> {
-    let mut weights = Weights::open_file(path)?;
-    let shapes = weights.shapes();
-    let [(name, shape)] = &shapes[..] else {
-        let reason = format!("holds {} tensors, one is expected: the embeddings", shapes.len());
-        return Err(Error::ModelConfig { path: path.to_path_buf(), reason });
-    };
-    let [_, columns] = shape[..] else {
-        let reason = format!("{name:?} is {shape:?}, not [items, numbers]");
-        return Err(Error::ModelConfig { path: path.to_path_buf(), reason });
-    };
-    Ok((weights.take(name, shape)?.to_vec(), columns))
-}
-
 fn fit(arguments: &Fit) -> Result<()> {
     refuse_same_file("--output", Some(&arguments.output), &arguments.embeddings)?;
     let (embeddings, dim) = matrix(&arguments.embeddings)?;
@@ -244,7 +231,8 @@ fn fit(arguments: &Fit) -> Result<()> {
 }
 
 fn assign(arguments: &Assign) -> Result<()> {
-    for input in [Some(&arguments.embeddings), arguments.names.as_ref()].into_iter().flatten() {
+    let inputs = [Some(&arguments.embeddings), arguments.names.as_ref(), arguments.titles.as_ref()];
+    for input in inputs.into_iter().flatten() {
         refuse_same_file("--output", Some(&arguments.output), input)?;
     }
     let quantizer = Quantizer::open(&arguments.codebooks)?;
@@ -254,18 +242,22 @@ fn assign(arguments: &Assign) -> Result<()> {
         return Err(Error::InvalidOption { option: "--embeddings", reason });
     }
     let num_items = embeddings.len() / dim;
-    let names: Vec<String> = match &arguments.names {
-        None => (0..num_items).map(|item| item.to_string()).collect(),
-        Some(path) => {
-            let text = std::fs::read_to_string(path);
-            let text = text.map_err(write_error(Some(path)))?;
-            text.lines().map(str::to_string).collect()
+    let lines = |option: &'static str, path: &PathBuf| {
+        let text = std::fs::read_to_string(path).map_err(write_error(Some(path)))?;
+        let lines: Vec<String> = text.lines().map(str::to_string).collect();
+        match lines.len() == num_items {
+            true => Ok(lines),
+            false => {
+                let reason = format!("has {} lines for {num_items} embeddings", lines.len());
+                Err(Error::InvalidOption { option, reason })
+            }
         }
     };
-    if names.len() != num_items {
-        let reason = format!("has {} lines for {num_items} embeddings", names.len());
-        return Err(Error::InvalidOption { option: "--names", reason });
-    }
+    let names = match &arguments.names {
+        None => (0..num_items).map(|item| item.to_string()).collect(),
+        Some(path) => lines("--names", path)?,
+    };
+    let titles = arguments.titles.as_ref().map(|path| lines("--titles", path)).transpose()?;
     let collision = match arguments.collisions {
         CollisionName::Share => Collision::Share,
         CollisionName::Append => Collision::Append,
@@ -274,8 +266,11 @@ fn assign(arguments: &Assign) -> Result<()> {
     let sids = quantizer.sids(&embeddings, collision)?;
     let failed = write_error(Some(&arguments.output));
     let mut output = BufWriter::new(File::create(&arguments.output).map_err(&failed)?);
-    for (name, sid) in names.iter().zip(&sids) {
-        let line = serde_json::json!({"item": name, "sid": sid.codes()});
+    for (row, (name, sid)) in names.iter().zip(&sids).enumerate() {
+        let mut line = serde_json::json!({"item": name, "sid": sid.codes()});
+        if let Some(titles) = &titles {
+            line["title"] = titles[row].clone().into();
+        }
         writeln!(output, "{line}").map_err(&failed)?;
     }
     output.flush().map_err(&failed)?;

@@ -11,6 +11,7 @@ mod arguments;
 mod bench;
 mod catalog;
 mod device;
+mod embeddings;
 mod evaluate;
 mod inspect;
 mod load;

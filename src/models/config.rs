@@ -239,7 +239,6 @@ impl SidLayout {
         };
         let vocabulary = Vocabulary::of_folder(folder);
         let text = Text::of_folder(folder, vocabulary.clone());
-        let is_derived = file.as_ref().is_none_or(|file| file.levels.is_none());
         let file = match file {
             Some(file) => file,
             None => {
@@ -250,8 +249,8 @@ impl SidLayout {
             Some(entries) => levels_of_file(entries, &vocabulary, vocab_size).map_err(in_file)?,
             None => derived_levels(folder, &path, &vocabulary, catalog)?,
         };
-        if !is_derived && let Some(reason) = known(levels::contradiction(&levels, &vocabulary))? {
-            return Err(error(reason));
+        if let Some(entries) = &file.levels {
+            check_texts(entries, &levels, folder, &vocabulary).map_err(in_file)?;
         }
         let prompt = Prompt::read(file.prompt, text.clone()).map_err(in_file)?;
         let suffix = file.suffix.resolve(&text).map_err(in_file)?;
@@ -380,6 +379,28 @@ fn levels_of_file(
         levels.push(tokens);
     }
     Ok(levels)
+}
+
+/// Checks levels by their first tokens against what the tokenizer says, where it does.
+fn check_texts(
+    entries: &[LevelEntry],
+    levels: &[Vec<u32>],
+    folder: &Path,
+    vocabulary: &Vocabulary,
+) -> Result<()> {
+    let error = |reason: String| Error::InvalidOption { option: "levels", reason };
+    let added = known(vocabulary.added().map(<[_]>::to_vec))?;
+    let mut codes_before = 0;
+    for (level, (entry, tokens)) in entries.iter().zip(levels).enumerate() {
+        if entry.first_token.is_some()
+            && let Some(reason) = levels::contradiction(&added, level, tokens, codes_before)
+        {
+            return Err(error(reason));
+        }
+        codes_before += tokens.len() as u64;
+    }
+    let derived = derive_levels(folder, vocabulary, None)?;
+    levels::swapped(levels, &derived).map_or(Ok(()), |reason| Err(error(reason)))
 }
 
 /// What a vocabulary says, where it has files.
