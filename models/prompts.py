@@ -4,7 +4,8 @@
     python prompts.py small               make prompts/tokenizer.json, a small byte-level tokenizer of the demo's titles
     python prompts.py tokens PACKAGES     make prompts/tokens.json: hashes of the tokens of 10,000 texts
     python prompts.py chat PACKAGES       make prompts/chat.json: what chat templates make of messages
-    python prompts.py golden PACKAGES     make prompts/golden.json: prompts of projects, and scores of items
+    python prompts.py golden PACKAGES     make prompts/golden.json: prompts of projects, and scores of items; names such as
+                                          lc-rec/llama2 behind it make those cases anew
 
 PACKAGES is the folder that .ci/get-tokenizers fills. Needs torch, transformers (5.x) and tokenizers. Networks have
 random weights by a formula (`weight`), which tests/prompts.rs repeats: no checkpoint is kept. Scores are those of the
@@ -207,7 +208,7 @@ def scores_of(model, prompt, continuations):
         return log_p.gather(2, torch.tensor(continuations).unsqueeze(2)).sum((1, 2)).tolist()
 
 
-def make_golden(packages):
+def make_golden(packages, only=()):
     from transformers import PreTrainedTokenizerFast
     known = items()[:60]
     codes = sorted({text for item in known for text in sid_texts(item)})
@@ -242,8 +243,10 @@ def make_golden(packages):
         return encode(instruction) + encode(prompt)
 
     def minionerec_answer(tokenizer, number):
-        # The allowed sequences of evaluate.py: a prompt's end and the answer as one text, without its three first tokens.
-        return tokenizer("### Response:\n" + sid(number) + "\n").input_ids[3:] + [tokenizer.eos_token_id]
+        # The allowed sequences of evaluate.py: a prompt's end and the answer as one text, without the prompt's tokens,
+        # which are three with Qwen's tokenizers.
+        prefix_index = len(tokenizer("### Response:\n").input_ids)
+        return tokenizer("### Response:\n" + sid(number) + "\n").input_ids[prefix_index:] + [tokenizer.eos_token_id]
 
     def lc_rec(tokenizer, history):
         joined = ", ".join(sid(number) for number in history[-20:])
@@ -285,8 +288,11 @@ def make_golden(packages):
         ("forge", "qwen3", None, forge, None),
         ("onerec", "qwen3", None, onerec, None),
     ]
-    golden = []
+    golden = json.load(open(os.path.join(OUT, "golden.json"))) if only else []
     for project, name, kind, prompt, answer in cases:
+        if only and f"{project}/{name}" not in only:
+            continue
+        golden = [entry for entry in golden if (entry["project"], entry["tokenizer"]) != (project, name)]
         tokenizer = load(name)
         added = [*codes, "<|sid_begin|>", "<|sid_end|>"] if project == "onerec" else codes
         first = len(tokenizer)
@@ -319,4 +325,4 @@ def write(name, contents):
 
 if __name__ == "__main__":
     what, packages = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
-    {"small": lambda _: make_small(), "tokens": make_tokens, "chat": make_chat, "golden": make_golden}[what](packages)
+    {"small": lambda _: make_small(), "tokens": make_tokens, "chat": make_chat, "golden": lambda packages: make_golden(packages, sys.argv[3:])}[what](packages)

@@ -165,6 +165,8 @@ impl Text {
         let template = template.as_ref().map_err(Clone::clone)?;
         let mut all = self.special_tokens()?.clone();
         all.insert("add_generation_prompt".into(), Value::Bool(true));
+        // Templates ask whether they are none, as transformers passes them.
+        all.extend(["tools", "documents"].map(|name| (name.to_string(), Value::Null)));
         all.extend(variables.iter().map(|(name, value)| (name.clone(), value.clone())));
         all.insert("messages".into(), Value::Array(messages.to_vec()));
         template.render(&all).map_err(|reason| Error::InvalidField {

@@ -28,7 +28,14 @@ pub struct RequestLine {
     /// Echoed in the answer; a string or a number.
     #[serde(default)]
     pub id: Option<Value>,
-    #[serde(default, deserialize_with = "names")]
+    // The other names are those of published data sets.
+    #[serde(
+        default,
+        deserialize_with = "names",
+        alias = "items",
+        alias = "item_ids",
+        alias = "item_id_list"
+    )]
     history: Option<Vec<String>>,
     #[serde(default)]
     tokens: Option<Vec<i64>>,
@@ -72,7 +79,7 @@ pub struct RequestLine {
     temperature: Option<f32>,
     #[serde(default)]
     shared_sid: Option<SharedSid>,
-    #[serde(default, deserialize_with = "optional_name")]
+    #[serde(default, deserialize_with = "optional_name", alias = "user_id")]
     user: Option<String>,
     #[serde(default)]
     priority: Option<Priority>,

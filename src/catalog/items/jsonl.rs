@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::spelling::Spelling;
 use crate::catalog::change::Change;
 use crate::catalog::item::Item;
 use crate::catalog::sid::Sid;
@@ -18,8 +19,38 @@ pub(super) fn read(
     add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
+    refuse_another_spelling(path)?;
     let lines = Counting::new(BufReader::new(file), progress);
     each_line(path, lines, add)
+}
+
+/// Refuses texts of codes whose last number counts the levels, as `<sid_7_level2>`: lines are read
+/// one by one, and a change says nothing of the other items. Faults of lines are found when they
+/// are read.
+fn refuse_another_spelling(path: &Path) -> Result<()> {
+    #[derive(Deserialize)]
+    struct SidLine {
+        sid: Vec<Code>,
+    }
+    let file = File::open(path).map_err(|error| Error::io(path, error))?;
+    let mut spelling = Spelling::default();
+    for line in BufReader::new(file).lines().map_while(std::result::Result::ok) {
+        match serde_json::from_str::<SidLine>(&line) {
+            Ok(line) if spelling.look(&line.sid) => {}
+            _ => break,
+        }
+    }
+    match spelling.place() {
+        0 => Ok(()),
+        _ => Err(Error::ItemsFile {
+            path: path.to_path_buf(),
+            place: "all items".into(),
+            reason: "the last number in the texts of codes counts the levels; write codes as \
+                     numbers, or the items as an index, {\"17\": [\"<sid_7_level0>\", ...], ...}, in \
+                     a file whose name ends in .json"
+                .into(),
+        }),
+    }
 }
 
 #[derive(Deserialize)]
