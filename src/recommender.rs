@@ -17,12 +17,12 @@
 //!
 //! On async workers, use the calls that do not wait and await the [`Handle`]. Changes of the
 //! catalog go through a [`CatalogWriter`](crate::CatalogWriter), whose `apply` may wait for a
-//! compaction.
+//! compaction; its `try_apply` does not. Its `replace_base` puts a new full catalog in place while
+//! requests run.
 //!
 //! Callbacks run on the engine's own thread, and all requests wait for them. They may call
 //! everything that does not wait; a call that waits returns [`Error::CalledFromCallback`] there.
 
-use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -31,110 +31,20 @@ use crate::answer::Answer;
 use crate::backend::Backend;
 use crate::catalog::Catalog;
 use crate::device::{Device, WithBackend};
-use crate::engine::{
-    Engine, EngineOptions, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply,
-};
+use crate::engine::{Engine, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply};
 use crate::error::{Error, Result};
 use crate::metrics::{Gauges, MetricsSnapshot};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
+use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, Request};
 use crate::schedule::RequestId;
 use crate::service::queue::PushError;
-use crate::service::{BeforeStep, Handle, Message, Service, Shared, oneshot};
-use crate::tensor::{Dtype, Tensor};
+use crate::service::{Handle, Message, Service, Shared, oneshot};
+use crate::tensor::Tensor;
 
 /// The most requests that a queue may be asked to hold.
 const MAX_QUEUED: usize = 1 << 24;
-
-/// How a [`Recommender`] is opened.
-///
-/// ```
-/// use sidereal::{EngineOptions, RecommenderOptions};
-///
-/// let options = RecommenderOptions::new("cpu").with_threads(2).with_max_queued(256);
-/// ```
-#[derive(Clone)]
-#[non_exhaustive]
-pub struct RecommenderOptions {
-    /// The device by its name: `cpu`, `cuda` (the first GPU) or `cuda:1`.
-    pub device: String,
-    /// Number type of activations; `None` for f32 on the CPU, which has no other, and bf16 on GPUs.
-    pub dtype: Option<Dtype>,
-    /// How the engine is opened.
-    pub engine: EngineOptions,
-    /// Requests that may wait; more are refused with [`Error::Overloaded`].
-    pub max_queued: usize,
-    /// Called on the engine's thread before each step with the number of steps before it: for
-    /// metrics, and for tests of what happens when that thread fails.
-    pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
-}
-
-impl Default for RecommenderOptions {
-    fn default() -> RecommenderOptions {
-        RecommenderOptions::new("cpu")
-    }
-}
-
-impl RecommenderOptions {
-    /// The defaults for a device, by its name. A name that no device has is refused when the
-    /// recommender is opened.
-    pub fn new(device: impl Into<String>) -> RecommenderOptions {
-        let device = device.into();
-        RecommenderOptions {
-            engine: EngineOptions::for_device(device.parse().unwrap_or_default()),
-            device,
-            dtype: None,
-            max_queued: 1024,
-            before_step: None,
-        }
-    }
-
-    /// Sets [`dtype`](RecommenderOptions::dtype).
-    pub fn with_dtype(mut self, dtype: Dtype) -> RecommenderOptions {
-        self.dtype = Some(dtype);
-        self
-    }
-
-    /// Sets the engine's [`threads`](EngineOptions::threads).
-    pub fn with_threads(mut self, threads: usize) -> RecommenderOptions {
-        self.engine.threads = threads;
-        self
-    }
-
-    /// Sets [`engine`](RecommenderOptions::engine).
-    pub fn with_engine(mut self, engine: EngineOptions) -> RecommenderOptions {
-        self.engine = engine;
-        self
-    }
-
-    /// Sets [`max_queued`](RecommenderOptions::max_queued).
-    pub fn with_max_queued(mut self, requests: usize) -> RecommenderOptions {
-        self.max_queued = requests;
-        self
-    }
-
-    /// Sets [`before_step`](RecommenderOptions::before_step).
-    pub fn with_before_step(
-        mut self,
-        before_step: impl Fn(u64) + Send + Sync + 'static,
-    ) -> RecommenderOptions {
-        self.before_step = Some(Arc::new(before_step) as BeforeStep);
-        self
-    }
-}
-
-impl fmt::Debug for RecommenderOptions {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("RecommenderOptions")
-            .field("device", &self.device)
-            .field("dtype", &self.dtype)
-            .field("engine", &self.engine)
-            .field("max_queued", &self.max_queued)
-            .finish_non_exhaustive()
-    }
-}
 
 /// What a recommender holds, as of the end of its last step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -483,10 +393,13 @@ impl Recommender {
     /// weights, which the answers from now on carry. The network is laid out on this thread, beside
     /// the old one, while requests are answered: it takes as much memory again meanwhile. Requests
     /// that run are then finished with the weights that they began with; contexts that were kept
-    /// are dropped.
+    /// are dropped. The network is tried on a small request before any other request sees it.
+    ///
+    /// Tensors that are not replaced are read again from their files, which must be as they were.
     ///
     /// # Errors
     /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
+    /// [`Error::NonFiniteModel`] where finite weights give no finite score; [`Error::FileChanged`];
     /// [`Error::Unsupported`] where the weights are random; [`Error::ShuttingDown`],
     /// [`Error::EngineFailed`], [`Error::Forked`], [`Error::CalledFromCallback`]. The old weights
     /// stay then.

@@ -395,7 +395,7 @@ fn prompts_of_forge_and_onerec_are_those_of_their_programs() {
                 levels: &layout.levels,
                 request: &request,
             };
-            let rendered = layout.prompt.render(&source).expect("a prompt");
+            let rendered = layout.prompt.render(&source, usize::MAX).expect("a prompt");
             assert_eq!(rendered.tokens, case.input_ids, "{project}, {:?}", case.history);
         }
     }
@@ -494,7 +494,7 @@ fn tokens_by(prompt: &Value, history: &[&str], user: Option<&str>) -> Result<Vec
     let levels = &layout.levels[..];
     let source =
         sidereal::prompt::Source { items: &items, snapshot: &snapshot, levels, request: &request };
-    Ok(layout.prompt.render(&source)?.tokens)
+    Ok(layout.prompt.render(&source, usize::MAX)?.tokens)
 }
 
 #[test]

@@ -9,8 +9,8 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sidereal::catalog::Catalog;
-use sidereal::models::config::{Config, SidLayout, derive_levels};
-use sidereal::models::{folder, vocab_size};
+use sidereal::models::config::{Config, SidLayout};
+use sidereal::models::{folder, layout, vocab_size};
 use sidereal::prompt::{Source, projects};
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{Error, Input, Result};
@@ -122,7 +122,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     if let Some(catalog) = &catalog {
         layout.check(catalog)?;
     }
-    let derived = derive_levels(model, &layout.vocabulary, catalog.as_deref())?;
+    let derived = layout::derive(model, &layout.vocabulary, catalog.as_deref())?;
     let prompt = match (&arguments.request, &catalog) {
         (Some(request), Some(catalog)) => Some(prompt_of(request, &layout, catalog)?),
         (Some(_), None) => {
@@ -239,7 +239,7 @@ fn prompt_of(request: &str, layout: &SidLayout, catalog: &Catalog) -> Result<Tok
             items.drain(..oldest);
             let (levels, request) = (&layout.levels[..], &request);
             let source = Source { items: &items, snapshot: &snapshot, levels, request };
-            layout.prompt.render(&source)?.tokens
+            layout.prompt.render(&source, usize::MAX)?.tokens
         }
         Input::Tokens(tokens) => tokens.clone(),
         _ => layout.prompt.text_tokens(&request)?.unwrap_or_default(),
@@ -303,7 +303,7 @@ fn write_layout(model: &Path, project: Option<&str>, catalog: Option<&Catalog>) 
         file.insert("project".into(), name.into());
     }
     let vocabulary = sidereal::models::vocabulary::Vocabulary::of_folder(model);
-    let derived = derive_levels(model, &vocabulary, catalog)?;
+    let derived = layout::derive(model, &vocabulary, catalog)?;
     if !derived.levels.is_empty() {
         let level = |group: &sidereal::models::levels::Group| json!({"size": group.by_code().len(), "template": group.template.to_string()});
         file.insert("levels".into(), derived.levels.iter().map(level).collect());

@@ -116,6 +116,16 @@ pub struct Derived {
     pub is_order_certain: bool,
 }
 
+impl Derived {
+    /// Groups that could be levels and are too many or too few.
+    pub fn undecided(&self) -> impl Iterator<Item = &Group> {
+        self.others.iter().filter(|(_, reason)| *reason == UNDECIDED).map(|(group, _)| group)
+    }
+}
+
+/// Why a group that could be a level is none.
+const UNDECIDED: &str = "it could be a level, and there are too many or too few such groups";
+
 /// Finds the levels among added tokens. `first_item` is the texts of an item's codes where a file of
 /// items writes them; a catalog says how many levels there are and which codes they need.
 pub fn derive(
@@ -161,9 +171,7 @@ pub fn derive(
         let most = wanted.min(MAX_LEVELS);
         derived.reason =
             format!("{count} groups of tokens could be levels, {names:?}, and {most} are needed");
-        derived
-            .others
-            .extend(candidates.into_iter().map(|group| (group, "one of too many or too few")));
+        derived.others.extend(candidates.into_iter().map(|group| (group, UNDECIDED)));
     } else {
         derived.levels = candidates;
     }

@@ -18,6 +18,7 @@ use weights::Weights;
 pub mod config;
 pub mod decoder_only;
 pub mod folder;
+pub mod layout;
 pub mod levels;
 mod network;
 pub mod t5;

@@ -148,13 +148,13 @@ impl Prompt {
         self.pieces.iter().flat_map(Piece::fixed_tokens).collect()
     }
 
-    /// The tokens of a history. Where they are more than the prompt may have, the oldest items are
-    /// left out, or the side that the prompt names is cut.
+    /// The tokens of a history. Where they are more than `room` or than the prompt may have, the
+    /// oldest items are left out, or the side that the prompt names is cut.
     ///
     /// # Errors
     /// The request's: a variable that a template needs and the request does not give; those of
     /// texts.
-    pub fn render(&self, source: &Source<'_>) -> Result<Rendered> {
+    pub fn render(&self, source: &Source<'_>, room: usize) -> Result<Rendered> {
         let all = source.items;
         let newest = |num_items: usize| {
             let items = &all[all.len() - num_items..];
@@ -166,26 +166,28 @@ impl Prompt {
             Ok(Rendered { tokens, num_items })
         };
         let mut rendered: Rendered = newest(all.len())?;
-        match self.max_tokens {
-            Some((max, CutPrompt::Items)) if rendered.tokens.len() > max => {
-                // More items are never fewer tokens: the most that fit are found by halving.
-                let (mut fits, mut too_many) = (newest(0)?, all.len());
-                while fits.num_items + 1 < too_many {
-                    rendered = newest(fits.num_items.midpoint(too_many))?;
-                    match rendered.tokens.len() <= max {
-                        true => fits = rendered,
-                        false => too_many = rendered.num_items,
-                    }
-                }
-                Ok(fits)
-            }
-            Some((max, cut)) => {
+        let max = match self.max_tokens {
+            Some((max, cut @ (CutPrompt::Start | CutPrompt::End))) => {
                 let cut = if cut == CutPrompt::End { Cut::End } else { Cut::Start };
-                Limit::new(max, cut).apply(&mut rendered.tokens, 0);
-                Ok(rendered)
+                Limit::new(max.min(room), cut).apply(&mut rendered.tokens, 0);
+                return Ok(rendered);
             }
-            None => Ok(rendered),
+            Some((max, CutPrompt::Items)) => max.min(room),
+            None => room,
+        };
+        if rendered.tokens.len() <= max {
+            return Ok(rendered);
         }
+        // More items are never fewer tokens: the most that fit are found by halving.
+        let (mut fits, mut too_many) = (newest(0)?, all.len());
+        while fits.num_items + 1 < too_many {
+            rendered = newest(fits.num_items.midpoint(too_many))?;
+            match rendered.tokens.len() <= max {
+                true => fits = rendered,
+                false => too_many = rendered.num_items,
+            }
+        }
+        Ok(fits)
     }
 
     /// The tokens of a text or of messages, where the request's input is one.

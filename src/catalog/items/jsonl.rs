@@ -1,7 +1,7 @@
 //! Files of items or changes as JSON lines, and the spelling of codes that all formats share.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -12,6 +12,7 @@ use crate::catalog::change::Change;
 use crate::catalog::item::Item;
 use crate::catalog::sid::Sid;
 use crate::error::{Error, Result};
+use crate::lines::Lines;
 
 pub(super) fn read(
     path: &Path,
@@ -20,8 +21,7 @@ pub(super) fn read(
     progress: impl FnMut(u64),
 ) -> Result<()> {
     refuse_another_spelling(path)?;
-    let lines = Counting::new(BufReader::new(file), progress);
-    each_line(path, lines, add)
+    each_line(path, Lines::new(Counting::new(file, progress)), add)
 }
 
 /// Refuses texts of codes whose last number counts the levels, as `<sid_7_level2>`: lines are read
@@ -33,11 +33,11 @@ fn refuse_another_spelling(path: &Path) -> Result<()> {
         sid: Vec<Code>,
     }
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
-    let mut spelling = Spelling::default();
-    for line in BufReader::new(file).lines().map_while(std::result::Result::ok) {
-        match serde_json::from_str::<SidLine>(&line) {
-            Ok(line) if spelling.look(&line.sid) => {}
-            _ => break,
+    let (mut spelling, mut lines) = (Spelling::default(), Lines::new(file));
+    while let Ok(Some(line)) = lines.next() {
+        let parsed = line.text().ok().and_then(|text| serde_json::from_str::<SidLine>(text).ok());
+        if !parsed.is_some_and(|line| spelling.look(&line.sid)) {
+            break;
         }
     }
     match spelling.place() {
@@ -118,24 +118,19 @@ pub fn read_changes(
     progress: impl FnMut(u64),
 ) -> Result<()> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
-    let lines = Counting::new(BufReader::new(file), progress);
-    each_line(path, lines, each)
+    each_line(path, Lines::new(Counting::new(file, progress)), each)
 }
 
 /// Reads each line of JSON that is not blank.
 fn each_line<L: DeserializeOwned>(
     path: &Path,
-    mut lines: Counting<impl BufRead, impl FnMut(u64)>,
+    mut lines: Lines<impl Read>,
     mut each: impl FnMut(L) -> Result<()>,
 ) -> Result<()> {
-    let mut line = Vec::new();
-    for number in 1.. {
-        line.clear();
-        let read = lines.read_line_bytes(&mut line).map_err(|error| Error::io(path, error))?;
-        if read == 0 {
-            break;
-        }
-        if line.iter().all(u8::is_ascii_whitespace) {
+    let mut number = 0;
+    while let Some(line) = lines.next().map_err(|error| Error::io(path, error))? {
+        number += 1;
+        if line.is_blank() {
             continue;
         }
         let fail = |reason: String| Error::ItemsFile {
@@ -143,7 +138,8 @@ fn each_line<L: DeserializeOwned>(
             place: format!("line {number}"),
             reason,
         };
-        let parsed = serde_json::from_slice(&line).map_err(|error| fail(error.to_string()))?;
+        let text = line.text().map_err(fail)?;
+        let parsed = serde_json::from_str(text).map_err(|error| fail(error.to_string()))?;
         each(parsed).map_err(|error| fail(error.to_string()))?;
     }
     Ok(())
@@ -156,29 +152,17 @@ pub(super) struct Counting<R, P> {
     progress: P,
 }
 
-impl<R: BufRead, P: FnMut(u64)> Counting<R, P> {
-    fn read_line_bytes(&mut self, line: &mut Vec<u8>) -> std::io::Result<usize> {
-        let read = self.inner.read_until(b'\n', line)?;
-        self.count(read);
-        Ok(read)
-    }
-}
-
 impl<R, P: FnMut(u64)> Counting<R, P> {
     pub fn new(inner: R, progress: P) -> Counting<R, P> {
         Counting { inner, read: 0, progress }
-    }
-
-    fn count(&mut self, read: usize) {
-        self.read += read as u64;
-        (self.progress)(self.read);
     }
 }
 
 impl<R: Read, P: FnMut(u64)> Read for Counting<R, P> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let read = self.inner.read(buffer)?;
-        self.count(read);
+        self.read += read as u64;
+        (self.progress)(self.read);
         Ok(read)
     }
 }

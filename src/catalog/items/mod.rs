@@ -25,10 +25,10 @@ pub fn is_items_file(path: &Path) -> bool {
 /// - `*.json`: one object, item to codes: `{"17": ["<a_3>", "<b_250>", "<c_7>"], ...}`. A code is
 ///   the last number in its text, or a plain number.
 /// - `*.parquet`, with the feature `parquet`: columns `item`, `sid` (a list, or one column a
-///   level: `sid_0`, `sid_1` and so on), and the optional columns `title`, `tags` (a list) and
-///   `available`.
+///   level: `sid_0`, `sid_1` and so on), and the optional columns `title`, `tags` (a list),
+///   `available` and `weight`.
 /// - any other name: one object a line: `{"item": "17", "sid": [3, 250, 7], "title": "...",
-///   "tags": ["garden"], "available": true}`. Further fields are ignored.
+///   "tags": ["garden"], "available": true, "weight": 2.5}`. Further fields are ignored.
 ///
 /// # Errors
 /// [`Error::ItemsFile`] with the line or item; the operating system's; those of `add`.
