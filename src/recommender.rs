@@ -39,7 +39,7 @@ use crate::models::weights::Weights;
 use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, Request};
 use crate::schedule::RequestId;
-use crate::service::queue::PushError;
+use crate::service::queue::{Bounds, PushError};
 use crate::service::{Handle, Message, Service, Shared, oneshot};
 use crate::tensor::Tensor;
 
@@ -154,8 +154,8 @@ impl Recommender {
         device.with_backend(options.dtype, work)
     }
 
-    /// Takes over an engine, on whatever backend; of the options, `max_queued` and `before_step`
-    /// count.
+    /// Takes over an engine, on whatever backend; of the options, `max_queued`, `max_wait` and
+    /// `before_step` count.
     ///
     /// # Errors
     /// [`Error::InvalidOption`]; [`Error::Device`] where no thread can be started.
@@ -170,7 +170,10 @@ impl Recommender {
             description: engine.backend().description(),
             num_threads: engine.num_threads(),
             has_phases: B::COMPUTES_ON_CALLERS,
-            service: Service::start(engine, options.max_queued, options.before_step.clone())?,
+            service: {
+                let bounds = Bounds::new(options.max_queued, options.max_wait);
+                Service::start(engine, bounds, options.before_step.clone())?
+            },
         };
         Ok(Recommender { inner: Arc::new(inner) })
     }
@@ -249,10 +252,7 @@ impl Recommender {
         let shared = self.shared();
         let (num_refused, error): (usize, &dyn Fn() -> Error) =
             match shared.queue.push_all(messages) {
-                Ok((rest, queued)) => {
-                    let limit = shared.max_queued;
-                    (rest.len(), &move || Error::Overloaded { queued, limit })
-                }
+                Ok((rest, backlog)) => (rest.len(), &move || shared.overloaded(&backlog)),
                 Err(all) => (all.len(), &|| shared.end()),
             };
         let refused = handles.iter_mut().rev().filter(|handle| handle.is_ok());
@@ -500,9 +500,7 @@ impl Recommender {
         let shared = self.shared();
         let (message, error) = match shared.queue.push(message) {
             Ok(()) => return Ok(()),
-            Err(PushError::Full { entry, queued }) => {
-                (entry, Error::Overloaded { queued, limit: shared.max_queued })
-            }
+            Err(PushError::Full { entry, backlog }) => (entry, shared.overloaded(&backlog)),
             Err(PushError::Closed(entry)) => (entry, shared.end()),
         };
         if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::engine::EngineOptions;
 use crate::service::BeforeStep;
@@ -23,8 +24,12 @@ pub struct RecommenderOptions {
     pub dtype: Option<Dtype>,
     /// How the engine is opened.
     pub engine: EngineOptions,
-    /// Requests that may wait; more are refused with [`Error::Overloaded`].
+    /// Requests that may wait; more are refused with [`Error::Overloaded`](crate::Error::Overloaded).
     pub max_queued: usize,
+    /// How long a new request may be expected to wait for its answer; where it would be longer, it
+    /// is refused with [`Error::Overloaded`](crate::Error::Overloaded). A request that nothing waits before is taken in any
+    /// case. `None` for any time.
+    pub max_wait: Option<Duration>,
     /// Called on the engine's thread before each step with the number of steps before it: for
     /// metrics, and for tests of what happens when that thread fails.
     pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
@@ -46,6 +51,7 @@ impl RecommenderOptions {
             device,
             dtype: None,
             max_queued: 1024,
+            max_wait: None,
             before_step: None,
         }
     }
@@ -74,6 +80,12 @@ impl RecommenderOptions {
         self
     }
 
+    /// Sets [`max_wait`](RecommenderOptions::max_wait).
+    pub fn with_max_wait(mut self, wait: Duration) -> RecommenderOptions {
+        self.max_wait = Some(wait);
+        self
+    }
+
     /// Sets [`before_step`](RecommenderOptions::before_step).
     pub fn with_before_step(
         mut self,
@@ -92,6 +104,7 @@ impl fmt::Debug for RecommenderOptions {
             .field("dtype", &self.dtype)
             .field("engine", &self.engine)
             .field("max_queued", &self.max_queued)
+            .field("max_wait", &self.max_wait)
             .finish_non_exhaustive()
     }
 }
