@@ -41,7 +41,7 @@
 //! # The floors
 //!
 //! A module uses lower floors only, and a test holds it to that: the command line, the
-//! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
+//! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`], [`prompt`] > [`backend`], answers > bookkeeping ([`catalog`],
 //! [`schedule`], [`cost`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
 //!
 //! # What is absent, deliberately
@@ -76,6 +76,7 @@ pub mod prefix_cache;
 pub mod prompt;
 pub mod quantizer;
 mod recommender;
+mod recommender_options;
 mod request;
 #[doc(hidden)] // for tests and benchmarks
 pub mod schedule;
@@ -89,7 +90,8 @@ pub use answer::{Answer, Group, ReadToken, Recommendation, Timings, UnknownByFie
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
-pub use recommender::{Recommender, RecommenderOptions, Status};
+pub use recommender::{Recommender, Status};
+pub use recommender_options::RecommenderOptions;
 pub use request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
 };
@@ -119,6 +121,8 @@ mod code_of_pages {
     struct Gpu;
     #[doc = include_str!("../docs/models.md")]
     struct Models;
+    #[doc = include_str!("../docs/prompts.md")]
+    struct Prompts;
     #[doc = include_str!("../docs/ranking.md")]
     struct Ranking;
     #[doc = include_str!("../docs/serving.md")]

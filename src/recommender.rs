@@ -23,8 +23,7 @@
 //! Callbacks run on the engine's own thread, and all requests wait for them. They may call
 //! everything that does not wait; a call that waits returns [`Error::CalledFromCallback`] there.
 
-use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -32,134 +31,21 @@ use crate::answer::Answer;
 use crate::backend::Backend;
 use crate::catalog::Catalog;
 use crate::device::{Device, WithBackend};
-use crate::engine::{
-    Engine, EngineOptions, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply,
-};
+use crate::engine::{Engine, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply};
 use crate::error::{Error, Result};
 use crate::metrics::{Gauges, MetricsSnapshot};
 use crate::models::Checkpoint;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
+use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, Request};
 use crate::schedule::RequestId;
 use crate::service::queue::{Bounds, PushError};
-use crate::service::{BeforeStep, Handle, Message, Service, Shared, oneshot};
-use crate::tensor::{Dtype, Tensor};
+use crate::service::{Handle, Message, Service, Shared, oneshot};
+use crate::tensor::Tensor;
 
 /// The most requests that a queue may be asked to hold.
 const MAX_QUEUED: usize = 1 << 24;
-
-/// How a [`Recommender`] is opened.
-///
-/// ```
-/// use sidereal::{EngineOptions, RecommenderOptions};
-///
-/// let options = RecommenderOptions::new("cpu").with_threads(2).with_max_queued(256);
-/// ```
-#[derive(Clone)]
-#[non_exhaustive]
-pub struct RecommenderOptions {
-    /// The device by its name: `cpu`, `cuda` (the first GPU) or `cuda:1`.
-    pub device: String,
-    /// Number type of activations; `None` for f32 on the CPU, which has no other, and bf16 on GPUs.
-    pub dtype: Option<Dtype>,
-    /// How the engine is opened.
-    pub engine: EngineOptions,
-    /// Requests that may wait; more are refused with [`Error::Overloaded`].
-    pub max_queued: usize,
-    /// How long a new request may be expected to wait for its answer; where it would be longer, it
-    /// is refused with [`Error::Overloaded`]. A request that nothing waits before is taken in any
-    /// case. `None` for any time.
-    pub max_wait: Option<Duration>,
-    /// The folder of the base, where the model's folder is that of a LoRA adapter;
-    /// [`Checkpoint::open`] says where it is looked for otherwise.
-    pub base: Option<PathBuf>,
-    /// Called on the engine's thread before each step with the number of steps before it: for
-    /// metrics, and for tests of what happens when that thread fails.
-    pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
-}
-
-impl Default for RecommenderOptions {
-    fn default() -> RecommenderOptions {
-        RecommenderOptions::new("cpu")
-    }
-}
-
-impl RecommenderOptions {
-    /// The defaults for a device, by its name. A name that no device has is refused when the
-    /// recommender is opened.
-    pub fn new(device: impl Into<String>) -> RecommenderOptions {
-        let device = device.into();
-        RecommenderOptions {
-            engine: EngineOptions::for_device(device.parse().unwrap_or_default()),
-            device,
-            dtype: None,
-            max_queued: 1024,
-            max_wait: None,
-            base: None,
-            before_step: None,
-        }
-    }
-
-    /// Sets [`dtype`](RecommenderOptions::dtype).
-    pub fn with_dtype(mut self, dtype: Dtype) -> RecommenderOptions {
-        self.dtype = Some(dtype);
-        self
-    }
-
-    /// Sets the engine's [`threads`](EngineOptions::threads).
-    pub fn with_threads(mut self, threads: usize) -> RecommenderOptions {
-        self.engine.threads = threads;
-        self
-    }
-
-    /// Sets [`engine`](RecommenderOptions::engine).
-    pub fn with_engine(mut self, engine: EngineOptions) -> RecommenderOptions {
-        self.engine = engine;
-        self
-    }
-
-    /// Sets [`max_queued`](RecommenderOptions::max_queued).
-    pub fn with_max_queued(mut self, requests: usize) -> RecommenderOptions {
-        self.max_queued = requests;
-        self
-    }
-
-    /// Sets [`max_wait`](RecommenderOptions::max_wait).
-    pub fn with_max_wait(mut self, wait: Duration) -> RecommenderOptions {
-        self.max_wait = Some(wait);
-        self
-    }
-
-    /// Sets [`base`](RecommenderOptions::base).
-    pub fn with_base(mut self, folder: impl Into<PathBuf>) -> RecommenderOptions {
-        self.base = Some(folder.into());
-        self
-    }
-
-    /// Sets [`before_step`](RecommenderOptions::before_step).
-    pub fn with_before_step(
-        mut self,
-        before_step: impl Fn(u64) + Send + Sync + 'static,
-    ) -> RecommenderOptions {
-        self.before_step = Some(Arc::new(before_step) as BeforeStep);
-        self
-    }
-}
-
-impl fmt::Debug for RecommenderOptions {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("RecommenderOptions")
-            .field("device", &self.device)
-            .field("dtype", &self.dtype)
-            .field("engine", &self.engine)
-            .field("max_queued", &self.max_queued)
-            .field("max_wait", &self.max_wait)
-            .field("base", &self.base)
-            .finish_non_exhaustive()
-    }
-}
 
 /// What a recommender holds, as of the end of its last step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -468,8 +354,12 @@ impl Recommender {
                 Ok(prepared) => {
                     let sender = sender.clone();
                     let reply = Reply::new(move |answer| drop(sender.send((index, answer))));
-                    // Where the engine has ended, the reply says so.
-                    let _ = self.shared().queue.push_wait(Message::Enqueue(prepared, reply));
+                    let message = Message::Enqueue(prepared, reply);
+                    if let Err(Message::Enqueue(_, reply)) = self.shared().queue.push_wait(message)
+                    {
+                        reply.disarm();
+                        deliver(index, Err(self.refused(self.shared().end())));
+                    }
                 }
                 Err(error) => deliver(index, Err(error)),
             }

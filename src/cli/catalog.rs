@@ -10,12 +10,12 @@ use serde::Serialize;
 use sidereal::catalog::sid::MAX_LEVELS;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Snapshot, Watermark, change_log, items};
 use sidereal::lines::Lines;
-use sidereal::models::weights::Weights;
 use sidereal::quantizer::{Collision, FitOptions, FitRound, Quantizer};
 use sidereal::{CatalogWriter, Error, Result, WriterOptions};
 
 use super::arguments::{Outcome, refuse_same_file, say, write_error};
 use super::check;
+use super::embeddings::matrix;
 use super::output::OutputFile;
 use super::requests::{count_bar, progress_bar, spinner};
 
@@ -101,7 +101,7 @@ pub struct Changes {
 
 #[derive(Args)]
 #[command(after_help = "\
-The embeddings are a safetensors file with one matrix, a row an item. The codebooks come out as
+The embeddings are a safetensors file or NumPy's .npy with one matrix, a row an item. The codebooks come out as
 codebooks.0, codebooks.1 and so on. Equal seeds give equal codebooks.
 
 Example:
@@ -142,6 +142,9 @@ pub struct Assign {
     /// Names of the items, one a line; by default their row's number
     #[arg(long, value_name = "FILE")]
     names: Option<PathBuf>,
+    /// Titles of the items, one a line
+    #[arg(long, value_name = "FILE")]
+    titles: Option<PathBuf>,
     /// Codebooks of a residual quantiser
     #[arg(long, value_name = "FILE")]
     codebooks: PathBuf,
@@ -247,21 +250,6 @@ fn apply(writer: &CatalogWriter, changes: &[Change], mark: Option<&Watermark>) -
     outcome.map(|()| without_effect)
 }
 
-/// The one matrix of a safetensors file, with its number of columns.
-fn matrix(path: &Path) -> Result<(Vec<f32>, usize)> {
-    let mut weights = Weights::open_file(path)?;
-    let shapes = weights.shapes();
-    let [(name, shape)] = &shapes[..] else {
-        let reason = format!("holds {} tensors, one is expected: the embeddings", shapes.len());
-        return Err(Error::ModelConfig { path: path.to_path_buf(), reason });
-    };
-    let [_, columns] = shape[..] else {
-        let reason = format!("{name:?} is {shape:?}, not [items, numbers]");
-        return Err(Error::ModelConfig { path: path.to_path_buf(), reason });
-    };
-    Ok((weights.take(name, shape)?.to_vec(), columns))
-}
-
 fn fit(arguments: &Fit) -> Result<()> {
     refuse_same_file("--output", Some(&arguments.output), &arguments.embeddings)?;
     let (embeddings, dim) = matrix(&arguments.embeddings)?;
@@ -293,8 +281,8 @@ fn fit(arguments: &Fit) -> Result<()> {
     Ok(())
 }
 
-/// Each line is a name.
-fn read_names(path: &Path) -> Result<Vec<String>> {
+/// The lines of a file, each a name or a title.
+fn read_lines(path: &Path) -> Result<Vec<String>> {
     let io = |error| Error::io(path, error);
     let mut lines = Lines::new(File::open(path).map_err(io)?);
     let mut names = Vec::new();
@@ -309,7 +297,8 @@ fn read_names(path: &Path) -> Result<Vec<String>> {
 }
 
 fn assign(arguments: &Assign) -> Result<()> {
-    for input in [Some(&arguments.embeddings), arguments.names.as_ref()].into_iter().flatten() {
+    let inputs = [Some(&arguments.embeddings), arguments.names.as_ref(), arguments.titles.as_ref()];
+    for input in inputs.into_iter().flatten() {
         refuse_same_file("--output", Some(&arguments.output), input)?;
     }
     let quantizer = Quantizer::open(&arguments.codebooks)?;
@@ -319,14 +308,21 @@ fn assign(arguments: &Assign) -> Result<()> {
         return Err(Error::InvalidOption { option: "--embeddings", reason });
     }
     let num_items = embeddings.len() / dim;
-    let names: Vec<String> = match &arguments.names {
-        None => (0..num_items).map(|item| item.to_string()).collect(),
-        Some(path) => read_names(path)?,
+    let lines = |option: &'static str, path: &PathBuf| {
+        let lines = read_lines(path)?;
+        match lines.len() == num_items {
+            true => Ok(lines),
+            false => {
+                let reason = format!("has {} lines for {num_items} embeddings", lines.len());
+                Err(Error::InvalidOption { option, reason })
+            }
+        }
     };
-    if names.len() != num_items {
-        let reason = format!("has {} lines for {num_items} embeddings", names.len());
-        return Err(Error::InvalidOption { option: "--names", reason });
-    }
+    let names = match &arguments.names {
+        None => (0..num_items).map(|item| item.to_string()).collect(),
+        Some(path) => lines("--names", path)?,
+    };
+    let titles = arguments.titles.as_ref().map(|path| lines("--titles", path)).transpose()?;
     let collision = match arguments.collisions {
         CollisionName::Share => Collision::Share,
         CollisionName::Append => Collision::Append,
@@ -335,8 +331,11 @@ fn assign(arguments: &Assign) -> Result<()> {
     let sids = quantizer.sids(&embeddings, collision)?;
     let failed = write_error(Some(&arguments.output));
     let mut output = OutputFile::create(&arguments.output).map_err(&failed)?;
-    for (name, sid) in names.iter().zip(&sids) {
-        let line = serde_json::json!({"item": name, "sid": sid.codes()});
+    for (row, (name, sid)) in names.iter().zip(&sids).enumerate() {
+        let mut line = serde_json::json!({"item": name, "sid": sid.codes()});
+        if let Some(titles) = &titles {
+            line["title"] = titles[row].clone().into();
+        }
         writeln!(output, "{line}").map_err(&failed)?;
     }
     output.finish().map_err(&failed)?;

@@ -9,8 +9,8 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sidereal::catalog::Catalog;
-use sidereal::models::config::{SidLayout, derive_levels};
-use sidereal::models::{Checkpoint, vocab_size};
+use sidereal::models::config::SidLayout;
+use sidereal::models::{Checkpoint, layout, vocab_size};
 use sidereal::prompt::{Source, projects};
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{Error, Input, Result};
@@ -121,7 +121,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     if let Some(catalog) = &catalog {
         layout.check(catalog)?;
     }
-    let derived = derive_levels(model, &layout.vocabulary, catalog.as_deref())?;
+    let derived = layout::derive(model, &layout.vocabulary, catalog.as_deref())?;
     let prompt = match (&arguments.request, &catalog) {
         (Some(request), Some(catalog)) => Some(prompt_of(request, &layout, catalog)?),
         (Some(_), None) => {
@@ -302,7 +302,7 @@ fn write_layout(model: &Path, project: Option<&str>, catalog: Option<&Catalog>) 
         file.insert("project".into(), name.into());
     }
     let vocabulary = sidereal::models::vocabulary::Vocabulary::of_folder(model);
-    let derived = derive_levels(model, &vocabulary, catalog)?;
+    let derived = layout::derive(model, &vocabulary, catalog)?;
     if !derived.levels.is_empty() {
         let level = |group: &sidereal::models::levels::Group| json!({"size": group.by_code().len(), "template": group.template.to_string()});
         file.insert("levels".into(), derived.levels.iter().map(level).collect());

@@ -12,6 +12,7 @@ mod bench;
 mod catalog;
 mod check;
 mod device;
+mod embeddings;
 mod evaluate;
 mod inspect;
 mod load;

@@ -1,6 +1,6 @@
 //! `config.json` and `sidereal.json`: what a model folder says of itself.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,11 +9,10 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
-use super::levels::{self, CodeTemplate, Derived, Group, MAX_CODES};
+use super::layout::{self, LevelEntry};
 use super::vocabulary::Vocabulary;
 use crate::backend::NO_TOKEN;
-use crate::catalog::sid::MAX_LEVELS;
-use crate::catalog::{Catalog, items};
+use crate::catalog::Catalog;
 use crate::checkpoint::keys::{is_listed, says_nothing};
 use crate::error::{Error, Result};
 pub use crate::prompt::Prompt;
@@ -396,18 +395,6 @@ struct ForcedEntry {
     counted: bool,
 }
 
-/// One level: either the first token, or a template.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct LevelEntry {
-    size: Option<usize>,
-    first_token: Option<u32>,
-    template: Option<String>,
-    /// The number that a template has for code 0.
-    #[serde(default)]
-    first_number: u64,
-}
-
 impl SidLayout {
     /// Reads `sidereal.json` of a model folder. What it leaves out comes from the tokenizer's files:
     /// the levels, and the texts of tokens.
@@ -442,21 +429,14 @@ impl SidLayout {
         };
         let vocabulary = Vocabulary::of_folder(folder);
         let text = Text::of_folder(folder, vocabulary.clone());
-        let is_derived = file.as_ref().is_none_or(|file| file.levels.is_none());
         let file = match file {
             Some(file) => file,
             None => {
                 LayoutFile { prompt: default_prompt(folder, vocab_size)?, ..Default::default() }
             }
         };
-        let levels = match &file.levels {
-            Some(entries) => levels_of_file(entries, &vocabulary, vocab_size).map_err(in_file)?,
-            None => derived_levels(folder, &path, &vocabulary, catalog)?,
-        };
-        check_tokens_of_codes(&levels, file.shared_codes).map_err(error)?;
-        if !is_derived && let Some(reason) = known(levels::contradiction(&levels, &vocabulary))? {
-            return Err(error(reason));
-        }
+        let wanted = layout::Wanted { folder, vocabulary: &vocabulary, vocab_size, catalog };
+        let levels = wanted.levels(file.levels.as_deref(), file.shared_codes).map_err(in_file)?;
         let prompt = Prompt::read(file.prompt, text.clone()).map_err(in_file)?;
         let suffix = file.suffix.resolve(&text).map_err(in_file)?;
         let forced = match file.forced {
@@ -496,43 +476,6 @@ impl SidLayout {
     }
 }
 
-/// Checks that tokens tell codes apart: within a level always, and between levels unless one token
-/// is one code wherever it stands, which `is_shared` must say.
-fn check_tokens_of_codes(levels: &[Vec<u32>], is_shared: bool) -> std::result::Result<(), String> {
-    // By token: the first level and code that are written with it.
-    let mut codes: HashMap<u32, (usize, usize)> = HashMap::new();
-    for (level, tokens) in levels.iter().enumerate() {
-        for (code, &token) in tokens.iter().enumerate().filter(|&(_, &token)| token != NO_TOKEN) {
-            let (other_level, other_code) = *codes.entry(token).or_insert((level, code));
-            if (other_level, other_code) == (level, code) {
-                continue; // the first with this token
-            }
-            if other_level == level {
-                return Err(format!(
-                    "codes {other_code} and {code} of level {level} are both token {token}, and \
-                     items that differ in them could not be told apart; give each code a token of \
-                     its own"
-                ));
-            }
-            if !is_shared {
-                return Err(format!(
-                    "token {token} is code {other_code} of level {other_level} and code {code} of \
-                     level {level}; correct \"first_token\" or \"size\", or say \
-                     \"shared_codes\": true if the model was trained with one range of tokens for \
-                     several levels"
-                ));
-            }
-            if other_code != code {
-                return Err(format!(
-                    "token {token} is code {other_code} of level {other_level} and code {code} of \
-                     level {level}; levels with \"shared_codes\" write one code with one token"
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
 /// `sidereal.json`, with what it leaves to its project filled in.
 fn read_layout(path: &Path) -> Result<LayoutFile> {
     let mut file: Value = read_json(path)?;
@@ -558,136 +501,4 @@ fn default_prompt(folder: &Path, vocab_size: usize) -> Result<PromptEntry> {
         }
         _ => Ok(PromptEntry::default()),
     }
-}
-
-/// Levels as the file names them.
-fn levels_of_file(
-    entries: &[LevelEntry],
-    vocabulary: &Vocabulary,
-    vocab_size: usize,
-) -> Result<Vec<Vec<u32>>> {
-    let error = |reason: String| Error::InvalidOption { option: "levels", reason };
-    if entries.is_empty() || entries.len() > MAX_LEVELS {
-        let found = entries.len();
-        return Err(error(format!(
-            "\"levels\" has {found} entries, 1 to {MAX_LEVELS} are possible"
-        )));
-    }
-    let is_clear = |level: &LevelEntry| level.first_token.is_some() != level.template.is_some();
-    if let Some(number) = entries.iter().position(|level| !is_clear(level)) {
-        return Err(error(format!(
-            "level {number} must have either \"first_token\" or \"template\""
-        )));
-    }
-    let mut levels = Vec::new();
-    for (number, level) in entries.iter().enumerate() {
-        if let Some(size) = level.size.filter(|size| !(1..=MAX_CODES).contains(size)) {
-            return Err(error(format!(
-                "level {number} has size {size}, 1 to {MAX_CODES} are possible"
-            )));
-        }
-        let tokens: Vec<u32> = match (&level.template, level.first_token, level.size) {
-            (Some(template), ..) => {
-                let template = CodeTemplate::parse(template).map_err(error)?;
-                let token = |code: usize| {
-                    vocabulary.token(&template.text(level.first_number + code as u64))
-                };
-                let known = |code| Ok(token(code)?.unwrap_or(NO_TOKEN));
-                let mut tokens = (0..level.size.unwrap_or(MAX_CODES))
-                    .map(known)
-                    .collect::<Result<Vec<u32>>>()?;
-                if level.size.is_none() {
-                    let last = tokens.iter().rposition(|&token| token != NO_TOKEN);
-                    tokens.truncate(last.map_or(0, |last| last + 1));
-                }
-                tokens
-            }
-            (None, Some(first), Some(size)) => {
-                let end = first as usize + size;
-                if end > vocab_size {
-                    return Err(error(format!(
-                        "level {number} ends at token {end}, outside the vocabulary of {vocab_size}"
-                    )));
-                }
-                (first..end as u32).collect()
-            }
-            (None, ..) => {
-                return Err(error(format!("level {number} needs \"size\" beside \"first_token\"")));
-            }
-        };
-        if tokens.iter().all(|&token| token == NO_TOKEN) {
-            return Err(error(format!("level {number}: no code has a token in tokenizer.json")));
-        }
-        levels.push(tokens);
-    }
-    Ok(levels)
-}
-
-/// What a vocabulary says, where it has files.
-fn known<T: Default>(found: Result<T>) -> Result<T> {
-    match found {
-        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(T::default()),
-        other => other,
-    }
-}
-
-/// What the tokenizer's files of a folder say about its levels.
-///
-/// # Errors
-/// Those of the files.
-pub fn derive_levels(
-    folder: &Path,
-    vocabulary: &Vocabulary,
-    catalog: Option<&Catalog>,
-) -> Result<Derived> {
-    let added = known(vocabulary.added().map(<[_]>::to_vec))?;
-    let first_item = items::first_codes_beside(folder)?;
-    Ok(levels::derive(&added, first_item.as_deref(), catalog))
-}
-
-fn derived_levels(
-    folder: &Path,
-    path: &Path,
-    vocabulary: &Vocabulary,
-    catalog: Option<&Catalog>,
-) -> Result<Vec<Vec<u32>>> {
-    let derived = derive_levels(folder, vocabulary, catalog)?;
-    if !derived.levels.is_empty() {
-        return Ok(derived.levels.iter().map(Group::by_code).collect());
-    }
-    let files = known(vocabulary.files().map(<[_]>::to_vec))?;
-    let where_from = match files.is_empty() {
-        true => "no file of a tokenizer (tokenizer.json, added_tokens.json, \
-                 tokenizer_config.json) is there that would say it instead"
-            .to_string(),
-        false => format!("{} does not say it: {}", files.join(", "), derived.reason),
-    };
-    let smallest = smallest_file(&derived, catalog);
-    Err(Error::ModelFolder {
-        path: folder.to_path_buf(),
-        reason: format!(
-            "nothing says which tokens stand for the codes of semantic IDs: {name} has no \
-             \"levels\", and {where_from}. Put the tokenizer's files beside the weights, or write \
-             {name}; the smallest is {smallest} (docs/models.md)",
-            name = path.file_name().unwrap_or_default().to_string_lossy(),
-        ),
-    })
-}
-
-/// The smallest `sidereal.json` for a catalog.
-fn smallest_file(derived: &Derived, catalog: Option<&Catalog>) -> String {
-    let sizes: Vec<usize> = match catalog.map(Catalog::snapshot) {
-        Some(snapshot) => (0..snapshot.num_levels())
-            .map(|level| snapshot.codes_at(level).max().map_or(1, |last| usize::from(last) + 1))
-            .collect(),
-        None => vec![256; 3],
-    };
-    let named = derived.others.len() >= sizes.len();
-    let level = |(number, size): (usize, &usize)| match named {
-        true => format!("{{\"template\": \"{}\"}}", derived.others[number].0.template),
-        false => format!("{{\"size\": {size}, \"first_token\": TOKEN}}"),
-    };
-    let levels: Vec<String> = sizes.iter().enumerate().map(level).collect();
-    let what = if named { "" } else { ", with the token of each level's code 0 for TOKEN" };
-    format!("{{\"levels\": [{}]}}{what}", levels.join(", "))
 }

@@ -8,7 +8,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use super::vocabulary::Vocabulary;
 use crate::backend::NO_TOKEN;
 use crate::catalog::sid::MAX_LEVELS;
 use crate::catalog::{Catalog, Snapshot};
@@ -17,21 +16,15 @@ use crate::catalog::{Catalog, Snapshot};
 pub const MAX_CODES: usize = u16::MAX as usize + 1;
 
 /// Numbered tokens that tokenizers have for other purposes, by a part of their texts.
-const OTHER_PURPOSES: [&str; 14] = [
+const OTHER_PURPOSES: [&str; 8] = [
     "extra_id",
-    "extra_token",
     "unused",
     "reserved",
-    "place",
+    "placeholder",
+    "place▁holder",
     "dummy",
     "madeupword",
-    "vision",
-    "image",
-    "audio",
-    "video",
-    "fim_",
-    "spare",
-    "lang",
+    "vision_",
 ];
 
 /// The text of a level's tokens with a place for the code: `<a_{}>`, or `<a_{:03}>` where codes
@@ -119,7 +112,19 @@ pub struct Derived {
     pub others: Vec<(Group, &'static str)>,
     /// Why `levels` is empty.
     pub reason: String,
+    /// Whether an item says the order of the levels.
+    pub is_order_certain: bool,
 }
+
+impl Derived {
+    /// Groups that could be levels and are too many or too few.
+    pub fn undecided(&self) -> impl Iterator<Item = &Group> {
+        self.others.iter().filter(|(_, reason)| *reason == UNDECIDED).map(|(group, _)| group)
+    }
+}
+
+/// Why a group that could be a level is none.
+const UNDECIDED: &str = "it could be a level, and there are too many or too few such groups";
 
 /// Finds the levels among added tokens. `first_item` is the texts of an item's codes where a file of
 /// items writes them; a catalog says how many levels there are and which codes they need.
@@ -136,7 +141,7 @@ pub fn derive(
         if let Some(levels) = texts.iter().map(group).collect::<Option<Vec<Group>>>() {
             let others = groups.into_iter().filter(|group| !levels.contains(group));
             derived.others = others.map(|group| (group, "no item is written with it")).collect();
-            derived.levels = levels;
+            (derived.levels, derived.is_order_certain) = (levels, true);
             return derived;
         }
     }
@@ -166,9 +171,7 @@ pub fn derive(
         let most = wanted.min(MAX_LEVELS);
         derived.reason =
             format!("{count} groups of tokens could be levels, {names:?}, and {most} are needed");
-        derived
-            .others
-            .extend(candidates.into_iter().map(|group| (group, "one of too many or too few")));
+        derived.others.extend(candidates.into_iter().map(|group| (group, UNDECIDED)));
     } else {
         derived.levels = candidates;
     }
@@ -274,46 +277,61 @@ fn group_of(around: &[&str], others: &[&str], at: usize, codes: &[(&str, u32)]) 
     Some(Group { template, tokens })
 }
 
-/// Where the text of a level's token says another code than the layout: the first such place.
+/// Where the text of a token says another code than its number: the first such place of a level.
 ///
 /// Texts that count on over the levels (`<sid_256>` for code 0 of the second of two levels of 256)
-/// are no contradiction.
-///
-/// # Errors
-/// Those of reading the tokenizer's files.
+/// are no contradiction; `codes_before` is the number of codes of the levels before.
 pub fn contradiction(
-    levels: &[Vec<u32>],
-    vocabulary: &Vocabulary,
-) -> crate::error::Result<Option<String>> {
-    let added: BTreeMap<u32, &str> =
-        vocabulary.added()?.iter().map(|(token, text)| (*token, text.as_str())).collect();
-    let mut codes_before = 0;
-    for (level, tokens) in levels.iter().enumerate() {
-        let texts: Vec<(u64, &str)> = (0u64..)
-            .zip(tokens)
-            .filter_map(|(code, token)| Some((code, *added.get(token)?)))
-            .filter(|(_, text)| text.contains(|c: char| c.is_ascii_digit()))
-            .collect();
-        let agrees = |from_end: usize, offset: u64| {
-            texts.iter().all(|(code, text)| {
-                numbers(text).iter().rev().nth(from_end) == Some(&(code + offset))
-            })
-        };
-        let most = texts.iter().map(|(_, text)| numbers(text).len()).max().unwrap_or(0);
-        let is_right = most == 0
-            || (0..most).any(|from_end| agrees(from_end, 0) || agrees(from_end, codes_before));
-        let differs = |(code, text): &&(u64, &str)| numbers(text).last() != Some(code);
-        if !is_right && let Some((code, text)) = texts.iter().find(differs) {
-            let token = tokens[*code as usize];
-            return Ok(Some(format!(
-                "level {level} takes token {token} for code {code}, and the tokenizer says that \
-                 this token is {text:?}; tokens were added in another order than by code. Name \
-                 the level by \"template\", or leave \"levels\" out"
-            )));
-        }
-        codes_before += tokens.len() as u64;
+    added: &[(u32, String)],
+    level: usize,
+    tokens: &[u32],
+    codes_before: u64,
+) -> Option<String> {
+    let text = |token: &u32| {
+        let place = added.partition_point(|(other, _)| other < token);
+        added.get(place).filter(|(found, _)| found == token).map(|(_, text)| text.as_str())
+    };
+    let texts: Vec<(u64, &str)> = (0u64..)
+        .zip(tokens)
+        .filter_map(|(code, token)| Some((code, text(token)?)))
+        .filter(|(_, text)| text.contains(|c: char| c.is_ascii_digit()))
+        .collect();
+    let agrees = |from_end: usize, offset: u64| {
+        let number = |text: &str| numbers(text).iter().rev().nth(from_end).copied();
+        texts.iter().all(|(code, text)| number(text) == Some(code + offset))
+    };
+    let most = texts.iter().map(|(_, text)| numbers(text).len()).max()?;
+    if (0..most).any(|from_end| agrees(from_end, 0) || agrees(from_end, codes_before)) {
+        return None;
     }
-    Ok(None)
+    let (code, text) = texts.iter().find(|(code, text)| numbers(text).last() != Some(code))?;
+    let token = tokens[*code as usize];
+    Some(format!(
+        "level {level} takes token {token} for code {code}, and the tokenizer says that this token \
+         is {text:?}; tokens were added in another order than by code. Name the level by \
+         \"template\", or leave \"levels\" out"
+    ))
+}
+
+/// The first level whose tokens are those of another level, by an item as its file writes it.
+pub fn swapped(levels: &[Vec<u32>], derived: &Derived) -> Option<String> {
+    if !derived.is_order_certain || derived.levels.len() != levels.len() {
+        return None;
+    }
+    let shares = |group: &Group, tokens: &[u32]| {
+        group.tokens.iter().any(|(&code, token)| tokens.get(code as usize) == Some(token))
+    };
+    levels.iter().enumerate().find_map(|(level, tokens)| {
+        let other = derived.levels.iter().position(|group| shares(group, tokens))?;
+        let is_swapped = other != level && !shares(&derived.levels[level], tokens);
+        is_swapped.then(|| {
+            let (own, found) = (&derived.levels[level].template, &derived.levels[other].template);
+            format!(
+                "level {level} takes the tokens {found}, and items are written with {own} at this \
+                 place; put the levels in the items' order, or leave \"levels\" out"
+            )
+        })
+    })
 }
 
 #[cfg(test)]
@@ -369,6 +387,29 @@ mod tests {
         let added = added(&["<a_0>", "<a_1>", "<b_0>", "<b_1>", "<u_0>", "<u_1>"]);
         let item = ["<b_1>".to_string(), "<a_0>".to_string()];
         assert_eq!(templates(&derive(&added, Some(&item), None)), ["<b_{}>", "<a_{}>"]);
+    }
+
+    #[test]
+    fn a_token_whose_text_says_another_code_is_found() {
+        let tokens: Vec<u32> = (100..103).collect();
+        let of = |texts: &[&str], before| contradiction(&added(texts), 1, &tokens, before);
+        let reason = of(&["<a_0>", "<a_10>", "<a_1>"], 0).expect("a contradiction");
+        assert!(reason.contains("token 101") && reason.contains("<a_10>"), "{reason}");
+        assert_eq!(of(&["<a_0>", "<a_1>", "<a_2>"], 0), None);
+        assert_eq!(of(&["<s_0_l7>", "<s_1_l7>", "<s_2_l7>"], 0), None);
+        assert_eq!(of(&["<s_256>", "<s_257>", "<s_258>"], 256), None);
+        assert!(of(&["<s_256>", "<s_257>", "<s_258>"], 0).is_some());
+        assert_eq!(of(&["cat", "dog", "cow"], 0), None);
+    }
+
+    #[test]
+    fn levels_in_another_order_than_items_are_found() {
+        let added = added(&["<a_0>", "<a_1>", "<b_0>", "<b_1>"]);
+        let item = ["<a_0>".to_string(), "<b_1>".to_string()];
+        let derived = derive(&added, Some(&item), None);
+        let (first, second) = (vec![100, 101], vec![102, 103]);
+        assert_eq!(swapped(&[first.clone(), second.clone()], &derived), None);
+        assert!(swapped(&[second, first], &derived).is_some());
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod config;
 pub mod decoder_only;
 mod family;
 mod folder;
+pub mod layout;
 pub mod levels;
 mod network;
 mod rope;

@@ -44,8 +44,11 @@ struct Folder {
     tokenizer: OnceLock<Result<Tokenizer>>,
     special_tokens: OnceLock<Result<Map<String, Value>>>,
     chat: OnceLock<Result<Template>>,
-    kept: Mutex<LruCache<(String, bool), Arc<[u32]>>>,
+    kept: Mutex<KeptTexts>,
 }
+
+/// Tokens by text, with the tokens that stand around every text or without them.
+type KeptTexts = LruCache<(String, bool), Arc<[u32]>>;
 
 impl Text {
     /// The texts of a model folder.
@@ -108,7 +111,13 @@ impl Text {
     fn render_fixed(&self, text: &str) -> Result<String> {
         let failed = |reason| Error::InvalidOption { option: "a text in sidereal.json", reason };
         let template = Template::prompt(text).map_err(failed)?;
-        template.render(self.special_tokens()?).map_err(failed)
+        let known = self.special_tokens()?;
+        template.render(known).map_err(|reason| {
+            let names = known.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            failed(format!(
+                "{text:?}: {reason}; the tokenizer's files name these tokens: [{names}]"
+            ))
+        })
     }
 
     /// A text that has these tokens.
@@ -156,6 +165,8 @@ impl Text {
         let template = template.as_ref().map_err(Clone::clone)?;
         let mut all = self.special_tokens()?.clone();
         all.insert("add_generation_prompt".into(), Value::Bool(true));
+        // Templates ask whether they are none, as transformers passes them.
+        all.extend(["tools", "documents"].map(|name| (name.to_string(), Value::Null)));
         all.extend(variables.iter().map(|(name, value)| (name.clone(), value.clone())));
         all.insert("messages".into(), Value::Array(messages.to_vec()));
         template.render(&all).map_err(|reason| Error::InvalidField {

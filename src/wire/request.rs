@@ -35,7 +35,14 @@ pub struct RequestLine {
     /// Echoed in the answer; any JSON value.
     #[serde(default)]
     pub id: Option<Value>,
-    #[serde(default, deserialize_with = "names")]
+    // The other names are those of published data sets.
+    #[serde(
+        default,
+        deserialize_with = "names",
+        alias = "items",
+        alias = "item_ids",
+        alias = "item_id_list"
+    )]
     history: Option<Vec<String>>,
     #[serde(default)]
     tokens: Option<Vec<Whole>>,
@@ -87,7 +94,7 @@ pub struct RequestLine {
     shared_sid: Option<SharedSid>,
     #[serde(default)]
     per_sid: Option<Whole>,
-    #[serde(default)]
+    #[serde(default, alias = "user_id")]
     user: Option<Scalar>,
     #[serde(default)]
     priority: Option<Priority>,
