@@ -15,6 +15,7 @@ use sidereal::{CatalogWriter, Error, Result, WriterOptions};
 
 use super::arguments::{Outcome, refuse_same_file, say, write_error};
 use super::check;
+use super::embeddings::matrix;
 use super::output::OutputFile;
 use super::requests::{count_bar, progress_bar, spinner};
 
