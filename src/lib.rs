@@ -42,7 +42,7 @@
 //!
 //! A module uses lower floors only, and a test holds it to that: the command line, the
 //! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
-//! [`schedule`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
+//! [`schedule`], [`cost`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
 //!
 //! # What is absent, deliberately
 //!
@@ -59,9 +59,12 @@
 mod answer;
 pub mod backend;
 pub mod catalog;
+#[doc(hidden)] // for tests and benchmarks
+pub mod cost;
 pub mod device;
 pub mod engine;
 mod error;
+pub mod lines;
 mod mapping;
 pub mod metrics;
 pub mod models;
@@ -69,6 +72,7 @@ pub mod models;
 pub mod pages;
 #[doc(hidden)] // for tests and benchmarks
 pub mod prefix_cache;
+pub mod prompt;
 pub mod quantizer;
 mod recommender;
 mod request;
@@ -80,16 +84,18 @@ mod tensor;
 pub mod wire;
 mod writer;
 
-pub use answer::{Answer, Group, ReadToken, Recommendation, Timings};
+pub use answer::{Answer, Group, ReadToken, Recommendation, Timings, UnknownByField, UnknownNames};
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
 pub use recommender::{Recommender, RecommenderOptions, Status};
-pub use request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
+pub use request::{
+    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
+};
 pub use search::{Constraint, Normalization};
 pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
-pub use writer::{CatalogWriter, Durability, WriterOptions};
+pub use writer::{Applied, CatalogWriter, Durability, Replaced, WriterOptions};
 
 /// The Rust code of the pages, compiled by `cargo test --doc`.
 #[cfg(doctest)]

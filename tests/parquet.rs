@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parquet::data_type::{ByteArrayType, DoubleType, Int32Type};
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
@@ -105,4 +106,57 @@ fn a_damaged_parquet_file_is_an_error() {
     for len in (0..bytes.len()).step_by(7) {
         assert!(matches!(opened(&bytes[..len]), Err(Error::ItemsFile { .. })), "cut at {len}");
     }
+}
+
+/// Bytes changed, lost, put in, repeated or made large, each time another few.
+fn damaged(sound: &[u8], rng: &mut fastrand::Rng) -> Vec<u8> {
+    let mut bytes = sound.to_vec();
+    for _ in 0..rng.usize(1..5) {
+        // Half of the damage goes to the end, where the file says what it holds.
+        let start = if rng.bool() { bytes.len() - bytes.len() / 3 } else { 0 };
+        let at = rng.usize(start..bytes.len());
+        match rng.u8(0..6) {
+            0 => bytes[at] = rng.u8(..),
+            1 => bytes[at] ^= 1 << rng.u8(0..8),
+            2 => drop(bytes.remove(at)),
+            3 => bytes.insert(at, rng.u8(..)),
+            4 => bytes[at] = 0xff,
+            _ => {
+                let from = rng.usize(0..bytes.len());
+                let len = rng.usize(0..20).min(bytes.len() - at.max(from));
+                bytes.copy_within(from..from + len, at);
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn a_crafted_parquet_file_is_an_error_without_a_panic_and_its_report() {
+    // A report would come from the hook that is set when the parser panics.
+    static REPORTS: AtomicUsize = AtomicUsize::new(0);
+    std::panic::set_hook(Box::new(|panic| {
+        if panic.location().is_some_and(|location| location.file().contains("parquet")) {
+            REPORTS.fetch_add(1, Ordering::Relaxed);
+        }
+    }));
+    let folder = temp();
+    let mut rng = fastrand::Rng::with_seed(1);
+    let (mut sound, mut broken_off) = (0, 0);
+    for name in ["by_level.parquet", "industrial.parquet"] {
+        let bytes = std::fs::read(models().join("catalogs").join(name)).expect("a file");
+        let rounds = if name.starts_with("by_level") { 20_000 } else { 300 };
+        for round in 0..rounds {
+            let path = write(&folder, "items.parquet", damaged(&bytes, &mut rng));
+            match Catalog::open(Path::new(&path)) {
+                Ok(_) => sound += 1,
+                Err(error @ Error::ItemsFile { .. }) => {
+                    broken_off += usize::from(error.to_string().contains("its parser broke off"));
+                }
+                Err(other) => panic!("{name}, round {round}: {other}"),
+            }
+        }
+    }
+    assert!(sound > 0 && broken_off > 0, "{sound} files are sound, {broken_off} panicked");
+    assert_eq!(REPORTS.load(Ordering::Relaxed), 0);
 }

@@ -7,8 +7,8 @@ use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Change, Item, ItemWeight};
 use sidereal::wire::{ErrorBody, ErrorLine, RequestDefaults, RequestLine};
 use sidereal::{
-    Constraint, Error, Forced, Input, NamedToken, Normalization, Priority, Request, Result,
-    SharedSid,
+    Constraint, Error, Forced, Input, LongHistory, NamedToken, Normalization, Priority, Request,
+    Result, SharedSid, UnknownItems,
 };
 
 fn read(line: &str) -> Result<Request> {
@@ -33,7 +33,9 @@ fn random_request(rng: &mut fastrand::Rng) -> Request {
         .with_timings(rng.bool())
         .with_beams(rng.usize(0..5000))
         .with_top_k(rng.usize(0..5000))
-        .with_constraint([Constraint::Trie, Constraint::Level, Constraint::None][rng.usize(0..3)])
+        .with_constraint(
+            [Constraint::Trie, Constraint::Occurring, Constraint::None][rng.usize(0..3)],
+        )
         .with_temperature(rng.f32() * 3.0)
         .with_shared_sid([SharedSid::All, SharedSid::First][rng.usize(0..2)])
         .with_priority([Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)]);
@@ -49,6 +51,12 @@ fn random_request(rng: &mut fastrand::Rng) -> Request {
         let forced = if rng.bool() { Forced::counted(tokens) } else { Forced::new(tokens) };
         let named = [NamedToken::Text("Yes".into()), NamedToken::Id(rng.u32(..))];
         request = request.with_forced(forced).with_read(named);
+    }
+    if rng.bool() {
+        request = request
+            .with_only(random_texts(rng))
+            .with_unknown_items(UnknownItems::Error)
+            .with_long_history(LongHistory::Cut);
     }
     if rng.bool() {
         request = request.with_deadline(Duration::from_micros(rng.u64(0..1 << 40)));
@@ -70,6 +78,7 @@ fn a_request_survives_a_round_trip_whatever_the_readers_defaults_are() {
     let mut defaults = RequestDefaults::default();
     (defaults.beams, defaults.widths, defaults.top_k) = (7, vec![3, 4, 7], 9);
     (defaults.constraint, defaults.titles) = (Constraint::Level, true);
+    (defaults.unknown_items, defaults.long_history) = (UnknownItems::Error, LongHistory::Cut);
     defaults.per_sid = Some(3);
     for case in 0..2000 {
         let request = random_request(&mut rng);
@@ -91,7 +100,7 @@ fn a_request_is_written_with_the_names_of_the_request_line() {
         "history": ["17", "4"], "groups": ["tag:a"], "forced": {"tokens": [7, 8], "counted": true},
         "read": ["Yes", 9], "seed": 3, "log_probs": false, "titles": false, "timings": false,
         "beams": 50, "top_k": 10, "constraint": "trie", "temperature": 1.0, "shared_sid": "all",
-        "priority": "normal", "deadline_ms": 20.0,
+        "priority": "normal", "deadline_ms": 20.0, "unknown_items": "skip", "long_history": "error",
     });
     assert_eq!(serde_json::to_value(&request).expect("a JSON form"), expected);
 }

@@ -1,7 +1,7 @@
 //! A batch of changes applied to a snapshot, which makes the next snapshot.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::bitmap::RankBitmap;
 use super::change::Change;
@@ -201,6 +201,8 @@ impl<'a> Edit<'a> {
                 Some(Arc::new(delta.with(patch)))
             }
         };
-        Snapshot { number, base: Arc::clone(&snapshot.base), available, deleted, delta }
+        let (base, watermarks) = (Arc::clone(&snapshot.base), Arc::clone(&snapshot.watermarks));
+        let occurring = OnceLock::new();
+        Snapshot { number, base, available, deleted, delta, watermarks, occurring }
     }
 }

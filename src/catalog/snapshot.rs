@@ -1,7 +1,7 @@
 //! One immutable state of the catalog.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::base_segment::BaseSegment;
 use super::bitmap::RankBitmap;
@@ -9,9 +9,12 @@ use super::change::Change;
 use super::cursor::{Cursor, Node, Runs};
 use super::delta::Delta;
 use super::item::Item;
+use super::occurring::OccurringCodes;
 use super::order::{ItemWeight, OrderKey, Ties};
 use super::sid::Sid;
 use super::trie::Trie;
+use super::watermark::{Watermark, Watermarks};
+use crate::error::Result;
 
 /// One immutable state of a catalog. A request sees one snapshot from its start to its end.
 ///
@@ -26,6 +29,9 @@ pub struct Snapshot {
     /// The base segment's deleted or replaced items; `None` where none is.
     pub(super) deleted: Option<Arc<RankBitmap>>,
     pub(super) delta: Option<Arc<Delta>>,
+    pub(super) watermarks: Arc<Watermarks>,
+    /// Worked out when it is first asked for.
+    pub(super) occurring: OnceLock<Arc<OccurringCodes>>,
 }
 
 impl Snapshot {
@@ -36,6 +42,8 @@ impl Snapshot {
             available: base.available.clone(),
             deleted: None,
             delta: None,
+            watermarks: Arc::clone(&base.watermarks),
+            occurring: OnceLock::new(),
             base: Arc::new(base),
         }
     }
@@ -45,9 +53,37 @@ impl Snapshot {
         self.number
     }
 
+    /// How far each feed has been applied.
+    pub fn watermarks(&self) -> &Watermarks {
+        &self.watermarks
+    }
+
+    /// The snapshot with a further watermark.
+    ///
+    /// # Errors
+    /// Those of a source's name and of the number of partitions.
+    pub(crate) fn with_watermark(self, watermark: &Watermark) -> Result<Snapshot> {
+        let watermarks = self.watermarks.with(watermark)?;
+        Ok(self.with_watermarks(watermarks))
+    }
+
+    /// The snapshot with other watermarks.
+    pub(crate) fn with_watermarks(self, watermarks: Watermarks) -> Snapshot {
+        Snapshot { watermarks: Arc::new(watermarks), ..self }
+    }
+
     /// The compiled catalog under the snapshot's changes.
     pub fn base(&self) -> &BaseSegment {
         &self.base
+    }
+
+    /// Checks that nobody has written to the file of the base segment
+    /// ([`BaseSegment::check_file`]).
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`](crate::Error::FileChanged).
+    pub fn check_file(&self) -> Result<()> {
+        self.base.check_file()
     }
 
     /// The number of items, available or not.
@@ -208,6 +244,12 @@ impl Snapshot {
     #[inline]
     pub(super) fn base_items(&self, cursor: Cursor, depth: usize) -> Range<u32> {
         cursor.base.get().map_or(0..0, |node| self.base.trie.items(node, depth))
+    }
+
+    /// The delta's items below a cursor, as positions in the order of its trie.
+    pub(super) fn delta_positions(&self, cursor: Cursor, depth: usize) -> Range<u32> {
+        let delta = cursor.delta.get().zip(self.delta.as_ref());
+        delta.map_or(0..0, |(node, delta)| delta.trie().items(node, depth))
     }
 
     /// The items below a cursor that `depth` codes lead to, deleted and unavailable ones included:

@@ -17,6 +17,7 @@
 //! | --- | --- |
 //! | `engine` | the engine: opening, asking, stepping |
 //! | `prepare` | a request is checked and becomes work, on any thread |
+//! | `lookup` | names in a request become items; unknown ones are left out |
 //! | `program` | the stages of a request, and what they lease |
 //! | `scheduler` | requests that wait and run, their pages: host state alone |
 //! | `step` | one step: admit, plan, batch, run, complete |
@@ -24,14 +25,17 @@
 //! | `answer` | beams become an answer, which goes where its request said |
 //! | `feed` | many requests, a few at a time |
 //! | `weights` | the network is loaded, and replaced |
+//! | `probe` | small requests of the engine's own, apart from all others |
 
 mod answer;
 mod batch;
 #[allow(clippy::module_inception)] // the module's main type has the module's name
 mod engine;
 mod feed;
+mod lookup;
 mod options;
 mod prepare;
+mod probe;
 mod program;
 mod run;
 mod scheduler;

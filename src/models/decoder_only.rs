@@ -4,6 +4,8 @@
 //! One network serves three checkpoints' layouts, which differ in a few [`Flavour`]s: Qwen2 has
 //! biases on queries, keys and values; Qwen3 norms each query and key head before its rotation.
 
+use std::ops::Range;
+
 use super::config::{Config, SidLayout};
 use super::network::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
 use super::weights::Weights;
@@ -207,6 +209,18 @@ impl<B: Backend> Network<B> for DecoderOnly<B> {
         }
         backend.rms_norm(&s.residual, &self.norm, self.epsilon, &mut s.hidden);
         std::mem::swap(&mut s.residual, &mut s.last); // each buffer keeps its size from pass to pass
+    }
+
+    fn encode(
+        &self,
+        _: &B,
+        _: &[u32],
+        _: &B::Memory,
+        _: &mut [B::Slot],
+        _: Range<usize>,
+        _: &mut Activations<B>,
+    ) {
+        unreachable!("prompts are read in chunks")
     }
 
     fn output<'s>(&self, scratch: &'s Activations<B>) -> &'s B::Buffer {

@@ -17,12 +17,17 @@ use weights::Weights;
 
 pub mod config;
 pub mod decoder_only;
+pub mod folder;
+pub mod levels;
 mod network;
 pub mod t5;
 pub mod vocabulary;
 pub mod weights;
 
-pub use network::{Activations, ForwardPass, Model, ModelOutput, ModelSpec, Network, PromptKind};
+pub use network::{
+    Activations, EncoderPiece, EncoderSweep, ForwardPass, Model, ModelOutput, ModelSpec, Network,
+    PromptKind,
+};
 
 /// Puts a checkpoint on a device; `layout` says which tokens its searches choose from.
 ///

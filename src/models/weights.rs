@@ -30,6 +30,9 @@ impl Weights {
     /// Maps the safetensors files of a Hugging Face folder: those that
     /// `model.safetensors.index.json` lists, or `model.safetensors`.
     ///
+    /// A network that is loaded has copies of its weights. The files are read again where some of
+    /// the weights are replaced, and must not have been written to until then.
+    ///
     /// # Errors
     /// The operating system's, or [`Error::WeightsFile`] where a file is damaged.
     pub fn open(folder: &Path) -> Result<Weights> {
@@ -47,7 +50,7 @@ impl Weights {
     fn open_files(paths: Vec<PathBuf>) -> Result<Weights> {
         let mut tensors = BTreeMap::new();
         for path in paths {
-            let mapping = Arc::new(Mapping::open(&path)?);
+            let mapping = Arc::new(Mapping::open(&path, 0)?);
             let error = |reason: String| Error::WeightsFile { path: path.clone(), reason };
             let parsed = SafeTensors::deserialize(mapping.bytes())
                 .map_err(|source| error(format!("not a whole safetensors file ({source})")))?;
@@ -139,7 +142,8 @@ impl Weights {
     /// The tensor of this name, which must have this shape and finite numbers.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`].
+    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
+    /// [`Error::FileChanged`].
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         self.num_taken += shape.iter().product::<usize>();
         match &mut self.source {
@@ -153,6 +157,7 @@ impl Weights {
                         expected: shape.to_vec(),
                     });
                 }
+                tensor.check_file()?;
                 if let Some(index) = tensor.first_non_finite() {
                     return Err(Error::NonFiniteWeight { name: name.into(), index });
                 }
@@ -168,11 +173,24 @@ impl Weights {
         self.num_taken
     }
 
-    /// Checks that nothing is left over but what `is_known_spare` knows of.
+    /// Checks that nobody has written to the files since they were mapped.
     ///
     /// # Errors
-    /// [`Error::UnexpectedTensor`] with the first name.
+    /// [`Error::FileChanged`]: what was read of them cannot be trusted.
+    pub fn check_files(&self) -> Result<()> {
+        match &self.source {
+            Source::Files(tensors) => tensors.values().try_for_each(Tensor::check_file),
+            Source::Random(_) => Ok(()),
+        }
+    }
+
+    /// Checks that nothing is left over but what `is_known_spare` knows of, and that the files
+    /// stayed as they were while they were read.
+    ///
+    /// # Errors
+    /// [`Error::UnexpectedTensor`] with the first name; [`Error::FileChanged`].
     pub fn finish(self, is_known_spare: impl Fn(&str) -> bool) -> Result<()> {
+        self.check_files()?;
         let Source::Files(tensors) = &self.source else {
             return Ok(());
         };

@@ -17,6 +17,7 @@
 mod answer;
 mod change;
 mod error;
+mod loose;
 mod name;
 mod request;
 

@@ -42,10 +42,10 @@ shared_struct! {
         nodes: u64 = "const uint64_t*",
         /// Sorted members that are not allowed after all.
         pub excluded: u64 = "const uint32_t*",
-        /// Sorted: the items that are scored, where no search is made.
-        pub candidates: u64 = "const uint32_t*",
+        /// Sorted: the items that are scored, where no search is made, or all that are allowed.
+        pub listed: u64 = "const uint32_t*",
         pub num_excluded: u32,
-        pub num_candidates: u32,
+        pub num_listed: u32,
     }
 }
 
@@ -207,7 +207,9 @@ pub(super) struct SearchArrays<D: Driver> {
     pub added_words: Vec<u64>,
     pub added_counts: Vec<u32>,
     pub excluded: Vec<u32>,
-    pub candidates: Option<(Vec<u32>, Vec<u32>)>,
+    /// Candidates, or the items of an allow-list: those in the base segment, and those in the delta by
+    /// their position in its trie.
+    pub listed: Option<(Vec<u32>, Vec<u32>)>,
 }
 
 impl<D: Driver> SearchArrays<D> {
@@ -231,7 +233,10 @@ impl<D: Driver> SearchArrays<D> {
             added_words: added_allowed.as_ref().map_or(Vec::new(), |set| set.words().to_vec()),
             added_counts: added_allowed.as_ref().map_or(Vec::new(), |set| set.counts().to_vec()),
             excluded: allowed_set.base_excluded(),
-            candidates: candidates.map(|candidates| candidates.split(snapshot)),
+            listed: match candidates {
+                Some(candidates) => Some(candidates.split(snapshot)),
+                None => allowed_set.listed().map(|(base, added)| (base.to_vec(), added.to_vec())),
+            },
         })
     }
 
@@ -245,7 +250,7 @@ impl<D: Driver> SearchArrays<D> {
             added_words: Vec::new(),
             added_counts: Vec::new(),
             excluded: Vec::new(),
-            candidates: None,
+            listed: None,
         }
     }
 

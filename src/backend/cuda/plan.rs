@@ -148,8 +148,9 @@ pub(super) fn plan<D: Driver>(
         needs_level |= normalizer == Normalizer::Level
             || (rule.log_probs
                 && matches!(continuations, Continuations::Level | Continuations::Tokens));
-        needs_children |= continuations == Continuations::Children
-            && (normalizer == Normalizer::Children || rule.seed.is_some() || rule.log_probs);
+        needs_children |=
+            matches!(continuations, Continuations::Children | Continuations::Occurring)
+                && (normalizer == Normalizer::Children || rule.seed.is_some() || rule.log_probs);
         if let StepChoice::Tokens(tokens) = rule.choice {
             longest = longest.max(tokens.len());
         }

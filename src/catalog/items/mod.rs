@@ -10,6 +10,7 @@ mod index;
 mod jsonl;
 #[cfg(feature = "parquet")]
 mod parquet;
+mod spelling;
 
 pub use jsonl::read_changes;
 pub(crate) use jsonl::{Code, to_sid};
@@ -47,6 +48,26 @@ pub fn read(
         }),
         Some("json") => index::read(path, file, add, progress),
         _ => jsonl::read(path, file, add, progress),
+    }
+}
+
+/// The texts of the codes of the first item in a `*.index.json` of a folder, where it has just one
+/// such file and that writes codes as texts.
+///
+/// # Errors
+/// The operating system's.
+pub fn first_codes_beside(folder: &Path) -> Result<Option<Vec<String>>> {
+    let entries = std::fs::read_dir(folder).map_err(|error| Error::io(folder, error))?;
+    let mut found = entries.flatten().map(|entry| entry.path()).filter(|path| {
+        path.file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.ends_with("index.json"))
+            && !path.to_string_lossy().ends_with(".safetensors.index.json")
+            && !path.to_string_lossy().ends_with(".bin.index.json")
+    });
+    match (found.next(), found.next()) {
+        (Some(path), None) => index::first_codes(&path),
+        _ => Ok(None),
     }
 }
 
