@@ -254,7 +254,6 @@ impl SidLayout {
             Some(entries) => levels_of_file(entries, &vocabulary, vocab_size).map_err(in_file)?,
             None => derived_levels(folder, &path, &vocabulary, catalog)?,
         };
-        check_tokens_of_codes(&levels, file.shared_codes).map_err(error)?;
         if !is_derived && let Some(reason) = known(levels::contradiction(&levels, &vocabulary))? {
             return Err(error(reason));
         }
@@ -277,6 +276,7 @@ impl SidLayout {
         if let Some(token) = named.max().filter(|&&token| token as usize >= vocab_size) {
             return Err(error(format!("token {token} is outside the vocabulary of {vocab_size}")));
         }
+        check_tokens_of_codes(&levels, file.shared_codes).map_err(error)?;
         let normalization = file.normalize.unwrap_or_default();
         Ok(SidLayout { levels, prompt, forced, suffix, vocabulary, normalization })
     }
