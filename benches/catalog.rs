@@ -201,15 +201,23 @@ fn steps(criterion: &mut Criterion, what: &str, snapshot: &Snapshot, num_items: 
         (0..4096).map(|_| rng.u32(0..snapshot.num_items() as u32)).collect();
     let excluded: Vec<u32> = excluded.into_iter().collect();
     let mut group = group(criterion, what, num_items);
+    let listed: BTreeSet<u32> =
+        (0..4096).map(|_| rng.u32(0..snapshot.num_items() as u32)).collect();
+    let listed: Vec<u32> = listed.into_iter().collect();
     let cases = [
-        ("none", &[][..], None),
-        ("4096 excluded", &excluded[..], None),
-        ("19 in 20 pass, 4096 excluded", &excluded, Some("!tag:adult")),
-        ("1 in 2 pass", &[], Some("tag:region:1")),
-        ("3 in 20 pass, 4096 excluded", &excluded, Some("tag:region:1 & tag:fresh")),
+        ("none", &[][..], None, None),
+        ("4096 excluded", &excluded[..], None, None),
+        ("19 in 20 pass, 4096 excluded", &excluded, Some("!tag:adult"), None),
+        ("1 in 2 pass", &[], Some("tag:region:1"), None),
+        ("3 in 20 pass, 4096 excluded", &excluded, Some("tag:region:1 & tag:fresh"), None),
+        ("4096 listed", &[], None, Some(&listed[..])),
+        ("4096 listed, 1 in 2 pass", &[], Some("tag:region:1"), Some(&listed)),
     ];
-    for (name, excluded, filter) in cases {
-        let allowed_set = snapshot.allowed_set(excluded, filter).expect("a sound filter");
+    for (name, excluded, filter, listed) in cases {
+        let mut allowed_set = snapshot.allowed_set(excluded, filter).expect("a sound filter");
+        if let Some(listed) = listed {
+            allowed_set = allowed_set.restricted_to(snapshot, listed);
+        }
         let rule = search.rule(snapshot, &allowed_set);
         for step in 0..LEVELS {
             group.bench_function(format!("level {step}, {name}"), |bencher| {
@@ -286,6 +294,15 @@ fn filters(criterion: &mut Criterion, snapshot: &Snapshot, num_items: usize) {
         bencher.iter(|| snapshot.allowed_set(&[], Some(&known)).expect("a sound filter"));
     });
     let names: Vec<String> = (0..4096).map(|_| rng.usize(0..num_items).to_string()).collect();
+    let numbers: BTreeSet<u32> = names.iter().filter_map(|name| snapshot.find(name)).collect();
+    let numbers: Vec<u32> = numbers.into_iter().collect();
+    group.bench_function("allowed set of 4096 excluded", |bencher| {
+        bencher.iter(|| snapshot.allowed_set(&numbers, None).expect("no filter"));
+    });
+    group.bench_function("allowed set of 4096 listed", |bencher| {
+        let all = snapshot.allowed_set(&[], None).expect("no filter");
+        bencher.iter(|| all.restricted_to(&snapshot, &numbers));
+    });
     group.bench_function("finding 4096 names", |bencher| {
         bencher.iter(|| names.iter().filter_map(|name| snapshot.find(name)).count());
     });
@@ -320,6 +337,14 @@ fn changes(criterion: &mut Criterion, catalog: &Arc<Catalog>, sids: &[[u16; LEVE
             });
         });
     }
+    let known = catalog.snapshot();
+    let all: Vec<u32> = known.all_items().collect();
+    group.throughput(Throughput::Elements(500));
+    group.bench_function("put again as it is, 500 at once", |bencher| {
+        let items = (0..500).map(|_| known.item(all[rng.usize(0..all.len())]));
+        let batch: Vec<Change> = items.map(Change::Put).collect();
+        bencher.iter(|| writer.apply(&batch).expect("sound changes"));
+    });
     for batch in [1usize, 2000] {
         group.throughput(Throughput::Elements(batch as u64));
         group.bench_function(format!("delete, {batch} at once"), |bencher| {

@@ -69,14 +69,15 @@ struct Own {
   __device__ float over_legal(const Params& params, uint32_t beam, float scaled) const {
     const uint32_t row = search.first_row + beam;
     switch (rule.choices) {
-      case kOfTrie: return scaled - params.child_sums[row].x;
+      case kOfTrie:
+      case kOccurring: return scaled - params.child_sums[row].x;
       case kOfVocabulary: return scaled - log_sum(params.vocabulary_sums[row]);
       case kForced: return 0.0f;
       default: return scaled - log_sum(params.level_sums[row]);
     }
   }
   __device__ bool wants_children() const {
-    return rule.choices == kOfTrie &&
+    return (rule.choices == kOfTrie || rule.choices == kOccurring) &&
            (rule.normalizer == kChildren || (rule.flags & (kHasSeed | kKeepsLogProbs)));
   }
 };

@@ -79,6 +79,65 @@ pub struct Timings {
     pub total_us: u64,
 }
 
+/// Names that an answer lists of each field, at most.
+const MAX_NAMES: usize = 16;
+/// Bytes of a name in an answer or an error, at most.
+const MAX_NAME_BYTES: usize = 128;
+
+/// Names of one field of a request that the catalog does not have.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct UnknownNames {
+    /// How many there are, repetitions included.
+    pub count: usize,
+    /// The first 16 in the request's order; of a name over 128 bytes its beginning and an ellipsis.
+    pub names: Vec<String>,
+}
+
+impl UnknownNames {
+    pub(crate) fn push(&mut self, name: &str) {
+        self.count += 1;
+        if self.names.len() < MAX_NAMES {
+            self.names.push(shortened(name));
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+}
+
+/// A name as answers and errors show it, however long it is.
+fn shortened(name: &str) -> String {
+    if name.len() <= MAX_NAME_BYTES {
+        return name.to_string();
+    }
+    let end = (0..=MAX_NAME_BYTES).rev().find(|&at| name.is_char_boundary(at));
+    format!("{}…", &name[..end.unwrap_or(0)])
+}
+
+/// The names in a request that the catalog does not have and that were left out, field by field.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct UnknownByField {
+    /// Of the history, after it was cut to the model's `max_items`.
+    #[serde(skip_serializing_if = "UnknownNames::is_empty")]
+    pub history: UnknownNames,
+    /// Of the candidates.
+    #[serde(skip_serializing_if = "UnknownNames::is_empty")]
+    pub candidates: UnknownNames,
+    /// Of `only`.
+    #[serde(skip_serializing_if = "UnknownNames::is_empty")]
+    pub only: UnknownNames,
+}
+
+impl UnknownByField {
+    /// How many there are in all fields.
+    pub fn count(&self) -> usize {
+        self.history.count + self.candidates.count + self.only.count
+    }
+}
+
 /// The answer to one [`Request`](crate::Request).
 #[derive(Clone)]
 #[non_exhaustive]
@@ -97,8 +156,11 @@ pub struct Answer {
     /// Tokens of the context that the prefix cache had from earlier requests.
     pub cached_tokens: usize,
     /// Items of the history that were left out, the oldest ones, because the model reads fewer
-    /// (`max_items` in its `sidereal.json`).
+    /// (`max_items` in its `sidereal.json`), or because the request asked to cut a history that is
+    /// too long.
     pub skipped_items: usize,
+    /// Names in the request that the catalog does not have and that were left out.
+    pub unknown_items: UnknownByField,
     /// The weights that answered: 1 as the engine was opened, one more each time that they were
     /// [replaced](crate::Engine::replace_weights).
     pub weights_version: u64,

@@ -40,12 +40,13 @@ impl ErrorKind {
 #[non_exhaustive]
 pub enum Error {
     // The caller's: change the request.
-    /// A history names an item that the catalog does not have.
+    /// A request names an item that the catalog does not have, and wants an error for it; or it names
+    /// items in its history or as candidates, and none of them is known.
     #[error(
-        "item {item:?} is not in the catalog; leave it out of the history or rebuild the catalog with it"
+        "item {item:?} is not in the catalog; leave it out of the history or the candidates, or put it into the catalog; with \"unknown_items\": \"skip\" a request goes without unknown items as long as one is known"
     )]
     UnknownItem {
-        /// The item as the request names it.
+        /// The first such item as the request names it; of a name over 128 bytes its beginning.
         item: String,
     },
     /// A request has neither history nor tokens, or an empty one.
@@ -67,7 +68,7 @@ pub enum Error {
     },
     /// The input has more tokens than the model or the engine takes.
     #[error(
-        "the input has {len} tokens, the engine takes at most {max}; send the newest items only, or set max_items in the model's sidereal.json"
+        "the input has {len} tokens, the engine takes at most {max}; send the newest items only, ask for that by \"long_history\": \"cut\", set max_items in the model's sidereal.json, or, where the model has more positions, raise max_context (--max-context)"
     )]
     HistoryTooLong {
         /// Tokens of the input.
@@ -159,11 +160,29 @@ pub enum Error {
         /// How many may.
         limit: usize,
     },
+    /// A compaction is under way, and the changes that wait for its end are as many as may.
+    #[error("{backlog} changes wait for the end of a compaction, {limit} may; try again later")]
+    WriterBusy {
+        /// Changes that wait.
+        backlog: usize,
+        /// How many may.
+        limit: usize,
+    },
     /// The request's deadline went by, or would have before its answer was there.
     #[error("the answer could not be there within its deadline of {deadline_ms} ms")]
     DeadlineExceeded {
         /// The deadline, from the moment when the request was handed over.
         deadline_ms: u64,
+    },
+    /// A request asks for a newer state of the catalog than the engine has.
+    #[error(
+        "the catalog is at snapshot {snapshot}, the request asks for {min_snapshot} or a later one; try again when the catalog has caught up, or ask another replica"
+    )]
+    CatalogBehind {
+        /// The number of the engine's snapshot.
+        snapshot: u64,
+        /// The least that the request accepts.
+        min_snapshot: u64,
     },
     /// The request was cancelled before its answer was there.
     #[error("the request was cancelled")]
@@ -190,6 +209,15 @@ pub enum Error {
         /// The operating system's error.
         source: Arc<std::io::Error>,
     },
+    /// A file was written to while it was read, or while it is mapped and in use.
+    #[error(
+        "{path}: the file was changed in place while it is in use, and its contents cannot be trusted; open it again, and replace files by rename (mv), never by cp",
+        path = path.display()
+    )]
+    FileChanged {
+        /// The file.
+        path: PathBuf,
+    },
     /// A catalog file is not one, is of another version, or is damaged.
     #[error("{path}: {reason}; build it again with `sidereal catalog build`", path = path.display())]
     CatalogFile {
@@ -210,6 +238,38 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// What is wrong, and the way out.
+        reason: String,
+    },
+    /// Another writer has the catalog open.
+    #[error(
+        "{path}: another writer has the catalog open; there can be one at a time: close it, or try again when it is done",
+        path = path.display()
+    )]
+    CatalogInUse {
+        /// The catalog.
+        path: PathBuf,
+    },
+    /// The disk failed when a batch was to be forced to it. The batch is not applied.
+    #[error(
+        "{path}: {source}; the batch may be in the log all the same: open the catalog again, and if its snapshot is {snapshot} or later, the batch is there",
+        path = path.display()
+    )]
+    MayBeLogged {
+        /// The log.
+        path: PathBuf,
+        /// The snapshot that the batch would have made.
+        snapshot: u64,
+        /// The operating system's error.
+        source: Arc<std::io::Error>,
+    },
+    /// A new base segment is older than the oldest changes of the log.
+    #[error(
+        "the new base would lose changes: {reason}, and the log begins after {oldest}; build a newer one, and give its watermarks with `catalog build --watermark`"
+    )]
+    StaleBase {
+        /// The watermark before the first batch of the log.
+        oldest: String,
+        /// What the new base has of that partition.
         reason: String,
     },
     /// A file of items cannot be read.
@@ -300,6 +360,14 @@ pub enum Error {
         name: String,
         /// Flat index of the first such weight.
         index: usize,
+    },
+    /// Finite weights give infinite scores or NaN whatever the input; they are not taken.
+    #[error(
+        "the network's scores are infinite or NaN for every input that was tried (step {step}), as its activations overflow f32; the weights were not taken, export the checkpoint again"
+    )]
+    NonFiniteModel {
+        /// The decoding step of the last input tried, from zero.
+        step: usize,
     },
     /// The model's levels and the catalog's do not go together.
     #[error("model and catalog do not go together: {reason}")]
@@ -393,12 +461,18 @@ kinds_and_codes! {
     CalledFromCallback: Caller "called_from_callback",
     Forked: Caller "forked",
     Overloaded: Overloaded "overloaded",
+    WriterBusy: Overloaded "writer_busy",
     DeadlineExceeded: Overloaded "deadline_exceeded",
+    CatalogBehind: Overloaded "catalog_behind",
     ShuttingDown: Overloaded "shutting_down",
     Io: Files "io",
+    FileChanged: Files "file_changed",
     CatalogFile: Files "catalog_file",
     CatalogContents: Files "catalog_contents",
     ChangeLog: Files "change_log",
+    CatalogInUse: Files "catalog_in_use",
+    MayBeLogged: Files "may_be_logged",
+    StaleBase: Files "stale_base",
     ItemsFile: Files "items_file",
     RequestsFile: Files "requests_file",
     OutputFile: Files "output_file",
@@ -409,6 +483,7 @@ kinds_and_codes! {
     UnexpectedTensor: Files "unexpected_tensor",
     TensorShape: Files "tensor_shape",
     NonFiniteWeight: Files "non_finite_weight",
+    NonFiniteModel: Files "non_finite_model",
     LevelsMismatch: Files "levels_mismatch",
     Device: Device "device",
     NonFiniteScores: Internal "non_finite_scores",
@@ -443,12 +518,22 @@ mod tests {
             Error::CalledFromCallback,
             Error::Forked,
             Error::Overloaded { queued: 9, limit: 8 },
+            Error::WriterBusy { backlog: 9, limit: 8 },
             Error::DeadlineExceeded { deadline_ms: 5 },
+            Error::CatalogBehind { snapshot: 3, min_snapshot: 4 },
             Error::ShuttingDown,
             Error::io(&path, std::io::ErrorKind::NotFound.into()),
+            Error::FileChanged { path: path.clone() },
             Error::CatalogFile { path: path.clone(), reason: reason.clone() },
             Error::CatalogContents { reason: reason.clone() },
             Error::ChangeLog { path: path.clone(), reason: reason.clone() },
+            Error::CatalogInUse { path: path.clone() },
+            Error::MayBeLogged {
+                path: path.clone(),
+                snapshot: 3,
+                source: Arc::new(std::io::ErrorKind::StorageFull.into()),
+            },
+            Error::StaleBase { oldest: "items/0@41".into(), reason: reason.clone() },
             Error::ItemsFile { path: path.clone(), place: "line 1".into(), reason: reason.clone() },
             Error::RequestsFile { path: path.clone(), reason: reason.clone() },
             Error::OutputFile { path: path.clone(), reason: reason.clone() },
@@ -459,6 +544,7 @@ mod tests {
             Error::UnexpectedTensor { name: name.clone() },
             Error::TensorShape { name: name.clone(), found: vec![1], expected: vec![2] },
             Error::NonFiniteWeight { name, index: 3 },
+            Error::NonFiniteModel { step: 1 },
             Error::LevelsMismatch { reason: reason.clone() },
             Error::Device { device, reason: reason.clone() },
             Error::NonFiniteScores { step: 1 },

@@ -52,8 +52,8 @@
 //!   is written once for all devices.
 //! - A forbidden code is not a code with a low score: it is never considered.
 //! - An answer does not depend on the other requests of a step, on how its prompt is cut, on what is
-//!   cached or on the number of threads, to the last bit. (On a GPU, up to the order in which cuBLASLt
-//!   sums for as many rows.)
+//!   cached or on the number of threads, on one kind of CPU to the last bit. (On a GPU, up to the
+//!   order in which cuBLASLt sums for as many rows.)
 //! - A device is not waited for between the levels of a search ([`backend::cuda`]).
 
 mod answer;
@@ -63,6 +63,7 @@ mod checkpoint;
 pub mod device;
 pub mod engine;
 mod error;
+pub mod lines;
 mod mapping;
 pub mod metrics;
 pub mod models;
@@ -70,6 +71,7 @@ pub mod models;
 pub mod pages;
 #[doc(hidden)] // for tests and benchmarks
 pub mod prefix_cache;
+pub mod prompt;
 pub mod quantizer;
 mod recommender;
 mod request;
@@ -81,16 +83,18 @@ mod tensor;
 pub mod wire;
 mod writer;
 
-pub use answer::{Answer, Group, ReadToken, Recommendation, Timings};
+pub use answer::{Answer, Group, ReadToken, Recommendation, Timings, UnknownByField, UnknownNames};
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
 pub use recommender::{Recommender, RecommenderOptions, Status};
-pub use request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
+pub use request::{
+    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
+};
 pub use search::{Constraint, Normalization};
 pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
-pub use writer::{CatalogWriter, Durability, WriterOptions};
+pub use writer::{Applied, CatalogWriter, Durability, Replaced, WriterOptions};
 
 /// The Rust code of the pages, compiled by `cargo test --doc`.
 #[cfg(doctest)]

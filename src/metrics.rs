@@ -16,7 +16,7 @@
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::answer::Timings;
+use crate::answer::{Timings, UnknownByField};
 use crate::error::{CODES, Error};
 
 /// Upper bounds of the buckets for times, in microseconds: they resolve 1 to 200 ms best.
@@ -27,6 +27,8 @@ const TIME_BOUNDS_US: [u64; 23] = [
 ];
 /// Upper bounds of the buckets for rows of a step.
 const ROW_BOUNDS: [u64; 14] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192];
+/// Fields of a request whose unknown names are counted, in the order of [`UnknownByField`].
+const UNKNOWN_FIELDS: [&str; 3] = ["history", "candidates", "only"];
 /// Levels with a histogram of their own; deeper ones are counted with the last.
 const NUM_LEVELS: usize = 8;
 
@@ -112,6 +114,7 @@ pub struct Metrics {
     cache_misses: AtomicU64,
     cache_hit_tokens: AtomicU64,
     cache_tokens: AtomicU64,
+    unknown_items: [AtomicU64; UNKNOWN_FIELDS.len()],
 }
 
 impl Default for Metrics {
@@ -133,6 +136,7 @@ impl Default for Metrics {
             cache_misses: AtomicU64::new(0),
             cache_hit_tokens: AtomicU64::new(0),
             cache_tokens: AtomicU64::new(0),
+            unknown_items: [const { AtomicU64::new(0) }; UNKNOWN_FIELDS.len()],
         }
     }
 }
@@ -142,6 +146,18 @@ impl Metrics {
     pub fn request_refused(&self, error: &Error) {
         tracing::debug!(target: "sidereal", code = error.code(), %error, "request refused");
         count_code(&self.refused, error);
+    }
+
+    /// Counts the names in a request that the catalog does not have and that were left out.
+    pub fn items_unknown(&self, items: &UnknownByField) {
+        if items.count() == 0 {
+            return;
+        }
+        tracing::debug!(target: "sidereal", ?items, "unknown items left out");
+        let UnknownByField { history, candidates, only } = items;
+        for (counter, names) in self.unknown_items.iter().zip([history, candidates, only]) {
+            counter.fetch_add(names.count as u64, Relaxed);
+        }
     }
 
     /// Counts a request that got its pages, with the tokens of its context and those of them that
@@ -210,6 +226,9 @@ impl Metrics {
             cache_misses: read(&self.cache_misses),
             cache_hit_tokens: read(&self.cache_hit_tokens),
             cache_tokens: read(&self.cache_tokens),
+            unknown_items: std::array::from_fn(|at| {
+                (UNKNOWN_FIELDS[at], read(&self.unknown_items[at]))
+            }),
             gauges,
         }
     }
@@ -281,6 +300,9 @@ pub struct MetricsSnapshot {
     pub cache_hit_tokens: u64,
     /// Tokens of all contexts of admitted requests.
     pub cache_tokens: u64,
+    /// Names that requests gave, that the catalog did not have and that were left out, by field:
+    /// `history`, `candidates`, `only`.
+    pub unknown_items: [(&'static str, u64); 3],
     /// What the engine holds.
     pub gauges: Gauges,
 }
@@ -324,6 +346,8 @@ impl MetricsSnapshot {
         let tokens = [("hit", self.cache_hit_tokens), ("miss", missed)];
         let help = "Tokens of contexts, by whether the prefix cache had them.";
         page.by_label("prefix_cache_tokens_total", help, "result", &tokens);
+        let help = "Names left out of requests, as the catalog did not have them, by field.";
+        page.by_label("unknown_items_total", help, "field", &self.unknown_items);
         page.pages(pages);
         let help = "Snapshot of the catalog that new requests see.";
         page.gauge("catalog_snapshot", help, *catalog_snapshot);

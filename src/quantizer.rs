@@ -121,6 +121,7 @@ impl Quantizer {
             let (gives, takes) = (pair[0].1, pair[1].0);
             return Err(bad(format!("a layer gives {gives} numbers, the next takes {takes}")));
         }
+        weights.check_files()?;
         let quantizer = Quantizer::from_parts(encoder, codebooks).map_err(bad)?;
         let is_spare = |name: &str, _: &Tensor| name.starts_with(DECODER_NAME);
         match weights.finish(is_spare) {
@@ -161,11 +162,19 @@ impl Quantizer {
         Ok(Quantizer { encoder, codebooks })
     }
 
-    /// Writes the codebooks, `codebooks.0` and so on, as a safetensors file.
+    /// Writes the codebooks as a file ([`to_bytes`](Quantizer::to_bytes)).
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a quantiser with an encoder; the operating system's.
     pub fn save(&self, path: &Path) -> Result<()> {
+        std::fs::write(path, self.to_bytes()?).map_err(|error| Error::io(path, error))
+    }
+
+    /// The codebooks, `codebooks.0` and so on, as the bytes of a safetensors file.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a quantiser with an encoder.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         if !self.encoder.is_empty() {
             return Err(Error::Unsupported {
                 what: "writing an encoder".into(),
@@ -178,8 +187,7 @@ impl Quantizer {
             let view = TensorView::new(safetensors::Dtype::F32, shape, bytes);
             (format!("codebooks.{level}"), view.expect("whole rows"))
         });
-        let bytes = safetensors::serialize(tensors, None).expect("plain tensors");
-        std::fs::write(path, bytes).map_err(|error| Error::io(path, error))
+        Ok(safetensors::serialize(tensors, None).expect("plain tensors"))
     }
 
     /// The number of codes that an embedding gets.

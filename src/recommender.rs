@@ -17,7 +17,8 @@
 //!
 //! On async workers, use the calls that do not wait and await the [`Handle`]. Changes of the
 //! catalog go through a [`CatalogWriter`](crate::CatalogWriter), whose `apply` may wait for a
-//! compaction.
+//! compaction; its `try_apply` does not. Its `replace_base` puts a new full catalog in place while
+//! requests run.
 //!
 //! Callbacks run on the engine's own thread, and all requests wait for them. They may call
 //! everything that does not wait; a call that waits returns [`Error::CalledFromCallback`] there.
@@ -233,7 +234,8 @@ impl Recommender {
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
         let Checkpoint { config, weights, .. } = Checkpoint::open(folder, options.base.as_deref())?;
-        let layout = SidLayout::read(folder, crate::models::vocab_size(&config)?)?;
+        let vocab_size = crate::models::vocab_size(&config)?;
+        let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
         Recommender::from_parts(&config, weights, layout, catalog, options)
     }
 
@@ -361,12 +363,16 @@ impl Recommender {
     }
 
     /// Hands over a request that is checked on the engine's thread, between two steps: this call
-    /// never takes long. The request sees the catalog as it is when it is checked.
+    /// never takes long. A request whose text has to become tokens is checked here instead, as by
+    /// [`submit`](Recommender::submit). The request sees the catalog as it is when it is checked.
     ///
     /// # Errors
     /// [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`];
     /// the request's own come as the answer.
     pub fn submit_deferred(&self, request: Request) -> Result<Handle> {
+        if self.inner.preparer.reads_text(&request) {
+            return self.submit(request); // text is never read on the engine's thread
+        }
         self.shared().check_process().map_err(|error| self.refused(error))?;
         let arrival = self.inner.preparer.arrival();
         let (handle, reply) = self.handle(arrival.id);
@@ -410,6 +416,9 @@ impl Recommender {
         requests: &[Request],
         mut deliver: impl FnMut(usize, Result<Answer>),
     ) {
+        if requests.iter().any(|request| self.inner.preparer.reads_text(request)) {
+            return self.recommend_texts(requests, deliver);
+        }
         let (sender, answers) = mpsc::channel();
         let mut is_answered = vec![false; requests.len()];
         let shared = self.shared();
@@ -430,6 +439,32 @@ impl Recommender {
             };
             deliver(index, Err(self.refused(error)));
         }
+    }
+
+    /// Answers requests of which some are texts: each is checked on this thread, while the engine
+    /// answers those before it.
+    fn recommend_texts(
+        &self,
+        requests: &[Request],
+        mut deliver: impl FnMut(usize, Result<Answer>),
+    ) {
+        let (sender, answers) = mpsc::channel();
+        for (index, request) in requests.iter().enumerate() {
+            let prepared =
+                self.shared().check_waiting().and_then(|()| self.prepare(request.clone()));
+            match prepared {
+                Ok(prepared) => {
+                    let sender = sender.clone();
+                    let reply = Reply::new(move |answer| drop(sender.send((index, answer))));
+                    // Where the engine has ended, the reply says so.
+                    let _ = self.shared().queue.push_wait(Message::Enqueue(prepared, reply));
+                }
+                Err(error) => deliver(index, Err(error)),
+            }
+            answers.try_iter().for_each(|(index, answer)| deliver(index, answer));
+        }
+        drop(sender);
+        answers.into_iter().for_each(|(index, answer)| deliver(index, answer));
     }
 
     /// Scores given items for an input: the answer lists those that are available, best first, each
@@ -456,10 +491,13 @@ impl Recommender {
     /// weights, which the answers from now on carry. The network is laid out on this thread, beside
     /// the old one, while requests are answered: it takes as much memory again meanwhile. Requests
     /// that run are then finished with the weights that they began with; contexts that were kept
-    /// are dropped.
+    /// are dropped. The network is tried on a small request before any other request sees it.
+    ///
+    /// Tensors that are not replaced are read again from their files, which must be as they were.
     ///
     /// # Errors
     /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
+    /// [`Error::NonFiniteModel`] where finite weights give no finite score; [`Error::FileChanged`];
     /// [`Error::Unsupported`] where the weights are random; [`Error::ShuttingDown`],
     /// [`Error::EngineFailed`], [`Error::Forked`], [`Error::CalledFromCallback`]. The old weights
     /// stay then.

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
+use crate::error::Error;
 use crate::search::{Constraint, Normalization};
 
 /// The largest beam width that a request may ask for.
@@ -13,7 +15,7 @@ pub const MAX_BEAMS: usize = 4096;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SharedSid {
-    /// All allowed ones, in the catalog's order.
+    /// All allowed ones, in the catalog's order: by weight, then by name.
     #[default]
     All,
     /// The first allowed one.
@@ -35,6 +37,30 @@ pub enum Priority {
     Low,
 }
 
+/// What becomes of names in a history or among candidates that the catalog does not have: items that
+/// were deleted, that have not arrived yet, or that another replica knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UnknownItems {
+    /// They are left out, counted and listed in the answer. The request fails only where it names
+    /// items and none of them is known.
+    #[default]
+    Skip,
+    /// The first one fails the request.
+    Error,
+}
+
+/// What becomes of a history whose tokens are more than model or engine take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LongHistory {
+    /// It fails the request.
+    #[default]
+    Error,
+    /// As many of its newest items are read as fit.
+    Cut,
+}
+
 /// The input of the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -43,6 +69,11 @@ pub enum Input {
     History(Vec<String>),
     /// The model's input tokens, given as they are.
     Tokens(Vec<u32>),
+    /// A text, which the model's tokenizer makes tokens of.
+    Text(String),
+    /// Messages, which the model's chat template makes a text of: objects with `role`, `content` and
+    /// whatever else the template reads.
+    Messages(Vec<Value>),
 }
 
 /// A token of the model's vocabulary, by number or by its text.
@@ -94,9 +125,20 @@ impl Forced {
 pub struct Request {
     /// The input of the model.
     pub input: Input,
+    /// What becomes of names in the history and among the candidates that the catalog does not have.
+    ///
+    /// A history is cut to the model's `max_items` first and looked up then, so that only names count
+    /// that would be read.
+    pub unknown_items: UnknownItems,
+    /// What becomes of a history that is longer than model or engine take.
+    pub long_history: LongHistory,
     /// Items that must not come back. Names that the catalog does not have are ignored, because
     /// an unknown item cannot be recommended.
     pub exclude: Vec<String>,
+    /// The only items that may come back, beside what `filter`, `groups` and `exclude` say; `None`
+    /// for all. Names that the catalog does not have are ignored and counted in the answer; an empty
+    /// list allows nothing, and the answer is empty.
+    pub only: Option<Vec<String>>,
     /// Only items that pass come back: tags, combined ([`Filter`](crate::catalog::filter::Filter)),
     /// as `tag:garden & !tag:adult`. Where none passes the answer is empty.
     pub filter: Option<String>,
@@ -119,8 +161,8 @@ pub struct Request {
     /// input and the request's `forced` tokens. Empty for none.
     ///
     /// They replace the search, unless the request names `groups` or `candidates`: then both are
-    /// answered from one context. Fields that belong to a search (`filter`, `exclude`, `seed`,
-    /// `log_probs`) are refused without one; `beams` and `top_k` have no effect then.
+    /// answered from one context. Fields that belong to a search (`filter`, `exclude`, `only`,
+    /// `seed`, `log_probs`) are refused without one; `beams` and `top_k` have no effect then.
     pub read: Vec<NamedToken>,
     /// Draws the beams instead of keeping the best, without replacement and with the probabilities
     /// of the legal continuations (Kool et al. 2019); equal seeds draw equal beams. Items come in
@@ -146,6 +188,15 @@ pub struct Request {
     pub temperature: f32,
     /// Which items of a shared semantic ID come back.
     pub shared_sid: SharedSid,
+    /// How many items of one semantic ID come back at most: the first allowed ones. `None` for no
+    /// limit. [`SharedSid::First`] is a limit of one, and the smaller of two limits holds. It has
+    /// no effect on `candidates`, which are all listed.
+    pub per_sid: Option<usize>,
+    /// What the model's prompt or chat template may name: `{"query": "...", "enable_thinking": false}`.
+    pub variables: Map<String, Value>,
+    /// Whether a text has the tokens that the tokenizer puts around every text; `None` for yes with
+    /// [`Input::Text`], and for no with [`Input::Messages`], whose template writes them itself.
+    pub special_tokens: Option<bool>,
     /// Any name for the user. A user who returns with a longer history finds the context of the
     /// earlier one in the prefix cache; answers do not depend on it.
     pub user: Option<String>,
@@ -154,6 +205,13 @@ pub struct Request {
     /// Time budget, from submission. Past it the request is answered with
     /// [`Error::DeadlineExceeded`](crate::Error::DeadlineExceeded).
     pub deadline: Option<Duration>,
+    /// The oldest state of the catalog that may answer: the number that
+    /// [`CatalogWriter::apply`](crate::CatalogWriter::apply) returned or an answer's snapshot has,
+    /// so that a caller reads its own writes wherever the request goes. Where the catalog is behind,
+    /// the request is refused at once with
+    /// [`Error::CatalogBehind`](crate::Error::CatalogBehind). Numbers compare among copies of
+    /// one catalog file and its log. `None` for the newest state that is there.
+    pub min_snapshot: Option<u64>,
 }
 
 impl Request {
@@ -161,7 +219,10 @@ impl Request {
     pub fn new(input: Input) -> Request {
         Request {
             input,
+            unknown_items: UnknownItems::Skip,
+            long_history: LongHistory::Error,
             exclude: Vec::new(),
+            only: None,
             filter: None,
             groups: Vec::new(),
             candidates: Vec::new(),
@@ -178,9 +239,13 @@ impl Request {
             constraint: Constraint::Trie,
             temperature: 1.0,
             shared_sid: SharedSid::All,
+            per_sid: None,
+            variables: Map::new(),
+            special_tokens: None,
             user: None,
             priority: Priority::Normal,
             deadline: None,
+            min_snapshot: None,
         }
     }
 
@@ -193,6 +258,16 @@ impl Request {
     pub fn from_tokens(tokens: impl Into<Vec<u32>>) -> Request {
         Request::new(Input::Tokens(tokens.into()))
     }
+
+    /// A request by a text.
+    pub fn from_text(text: impl Into<String>) -> Request {
+        Request::new(Input::Text(text.into()))
+    }
+
+    /// A request by messages, each an object with `role` and `content`.
+    pub fn from_messages(messages: impl Into<Vec<Value>>) -> Request {
+        Request::new(Input::Messages(messages.into()))
+    }
 }
 
 /// Setters in builder style, one for each field.
@@ -201,6 +276,27 @@ impl Request {
     #[must_use]
     pub fn with_exclude<S: Into<String>>(mut self, items: impl IntoIterator<Item = S>) -> Request {
         self.exclude = texts(items);
+        self
+    }
+
+    /// Sets [`unknown_items`](Request::unknown_items).
+    #[must_use]
+    pub fn with_unknown_items(mut self, unknown_items: UnknownItems) -> Request {
+        self.unknown_items = unknown_items;
+        self
+    }
+
+    /// Sets [`long_history`](Request::long_history).
+    #[must_use]
+    pub fn with_long_history(mut self, long_history: LongHistory) -> Request {
+        self.long_history = long_history;
+        self
+    }
+
+    /// Sets [`only`](Request::only).
+    #[must_use]
+    pub fn with_only<S: Into<String>>(mut self, items: impl IntoIterator<Item = S>) -> Request {
+        self.only = Some(texts(items));
         self
     }
 
@@ -320,6 +416,27 @@ impl Request {
         self
     }
 
+    /// Sets [`per_sid`](Request::per_sid).
+    #[must_use]
+    pub fn with_per_sid(mut self, per_sid: usize) -> Request {
+        self.per_sid = Some(per_sid);
+        self
+    }
+
+    /// Sets [`variables`](Request::variables).
+    #[must_use]
+    pub fn with_variables(mut self, variables: Map<String, Value>) -> Request {
+        self.variables = variables;
+        self
+    }
+
+    /// Sets [`special_tokens`](Request::special_tokens).
+    #[must_use]
+    pub fn with_special_tokens(mut self, are_wanted: bool) -> Request {
+        self.special_tokens = Some(are_wanted);
+        self
+    }
+
     /// Sets [`user`](Request::user).
     #[must_use]
     pub fn with_user(mut self, user: impl Into<String>) -> Request {
@@ -340,6 +457,19 @@ impl Request {
         self.deadline = Some(deadline);
         self
     }
+
+    /// Sets [`min_snapshot`](Request::min_snapshot).
+    #[must_use]
+    pub fn with_min_snapshot(mut self, snapshot: u64) -> Request {
+        self.min_snapshot = Some(snapshot);
+        self
+    }
+}
+
+/// The error of a limit under which no item of a semantic ID comes back.
+pub(crate) fn per_sid_below_one(per_sid: i64) -> Error {
+    let reason = format!("{per_sid} is not at least 1; leave the field out for no limit");
+    Error::InvalidField { field: "per_sid", reason }
 }
 
 fn texts<S: Into<String>>(texts: impl IntoIterator<Item = S>) -> Vec<String> {

@@ -23,6 +23,9 @@ pub enum Constraint {
     /// Codes that lead to an item that the catalog has and the request allows.
     #[default]
     Trie,
+    /// Codes that some item of the catalog has at the level, available or not (LC-Rec's rule); beams
+    /// that end on no allowed item are dropped from the answer.
+    Occurring,
     /// Any code of the level; beams that end on no allowed item are dropped from the answer.
     Level,
     /// Any token of the vocabulary; beams that end on no allowed item are dropped from the answer.

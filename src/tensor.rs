@@ -6,6 +6,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::error::Result;
 use crate::mapping::Mapping;
 
 /// The number types of weights.
@@ -70,6 +71,25 @@ impl Tensor {
     ) -> Tensor {
         assert_eq!(bytes.len(), shape.iter().product::<usize>() * dtype.size());
         Tensor { shape: shape.to_vec(), data: Data::Mapped { mapping, bytes, dtype } }
+    }
+
+    /// The tensor in memory, out of reach of whoever writes to its file.
+    pub(crate) fn into_memory(self) -> Tensor {
+        let Data::Mapped { mapping, bytes, dtype } = &self.data else { return self };
+        let (copy, len, dtype) = (mapping.copy(bytes.clone()), bytes.len(), *dtype);
+        let data = Data::Mapped { mapping: Arc::new(copy), bytes: 0..len, dtype };
+        Tensor { data, ..self }
+    }
+
+    /// Checks that nobody has written to the tensor's file since it was mapped.
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`](crate::Error::FileChanged).
+    pub(crate) fn check_file(&self) -> Result<()> {
+        match &self.data {
+            Data::Owned(_) => Ok(()),
+            Data::Mapped { mapping, .. } => mapping.check(),
+        }
     }
 
     /// Its dimensions.

@@ -24,11 +24,12 @@ fn code(text: &str) -> String {
 fn floor(module: &[String]) -> u8 {
     let name = |at: usize| module.get(at).map_or("", String::as_str);
     match (name(0), name(1)) {
-        ("error" | "request" | "search" | "tensor" | "mapping", _) | ("catalog", "sid") => 0,
+        ("error" | "request" | "search" | "tensor" | "mapping" | "lines", _)
+        | ("catalog", "sid") => 0,
         ("catalog" | "pages" | "schedule" | "prefix_cache", _) => 1,
         ("answer" | "backend" | "device" | "metrics" | "wire", _) => 2,
         ("checkpoint", _) => 2,
-        ("models", _) => 3,
+        ("models" | "prompt", _) => 3,
         ("engine" | "quantizer" | "writer", _) => 4,
         ("" | "recommender" | "service", _) => 5, // the root is lib.rs
         (other, _) => panic!("module {other:?} has no floor yet: give it one here"),
@@ -281,8 +282,18 @@ fn an_operation_has_one_name_everywhere() {
 
 #[test]
 fn a_family_has_one_name_everywhere() {
-    let shared =
-        ["models", "config", "family", "folder", "network", "rope", "vocabulary", "weights"];
+    let shared = [
+        "models",
+        "checkpoint",
+        "config",
+        "family",
+        "folder",
+        "levels",
+        "network",
+        "rope",
+        "vocabulary",
+        "weights",
+    ];
     let golden = std::fs::read_to_string(root().join("tests/golden.rs")).expect("the tests");
     for (file, _) in sources("src/models") {
         let family = module_of(&file).get(1).cloned().unwrap_or("models".into());

@@ -570,6 +570,10 @@ fn layouts_must_make_sense() {
         (json!({"levels": [{"size": 70_000, "first_token": 5}]}), "65536"),
         (json!({"levels": [{"size": u64::MAX, "first_token": 5}]}), "65536"),
         (json!({"levels": [{"size": 4, "template": "<a>"}]}), "{}"),
+        (json!({"levels": [level(1), level(1)]}), "shared_codes"),
+        (json!({"levels": [level(1), level(300), level(256)]}), "first_token"),
+        (json!({"levels": [level(1), level(2)], "shared_codes": true}), "one code with one token"),
+        (json!({"levels": [level(1)], "shared_codes": 1}), "boolean"),
         (json!({"levels": [{"size": 4, "template": "<a_{}>"}]}), "no code has a token"),
         (json!({"levels": [level(1)], "sufix": [1]}), "sufix"),
         (json!({"levels": [level(1)], "suffix": [12_345]}), "12345"),
@@ -650,6 +654,24 @@ fn templates_need_a_tokenizer_that_knows_their_tokens() {
 }
 
 #[test]
+fn codes_of_a_level_that_share_a_token_are_refused() {
+    let outcome = templated(|_| 100).open();
+    assert_error!(outcome, Error::ModelConfig { .. }, "codes 0 and 1", "level 0", "token 100");
+}
+
+#[test]
+fn levels_share_a_range_of_tokens_where_the_layout_says_so() {
+    let folder = Folder::of(QWEN3);
+    let level = |size: usize| json!({"size": size, "first_token": 100});
+    folder.edit("sidereal.json", |layout| {
+        *layout = json!({"levels": [level(256), level(300), level(256)], "shared_codes": true});
+    });
+    let mut engine = folder.open().expect("one code, one token");
+    let answer = engine.recommend(&Request::from_history(["17", "4"])).expect("a sound request");
+    assert!(!answer.items.is_empty());
+}
+
+#[test]
 fn a_token_of_more_than_32_bits_is_refused() {
     // Cut to 32 bits it would be another token.
     let outcome = templated(|code| (1 << 32) + 100 + code).open();
@@ -681,7 +703,7 @@ fn parse(line: &str) -> Result<Request, Error> {
 fn requests_out_of_range_are_refused() {
     let mut engine = engine();
     let good = Request::from_history(["17", "4"]);
-    let unknown = engine.recommend(&Request::from_history(["17", "x"]));
+    let unknown = engine.recommend(&Request::from_history(["x", "y"]));
     assert_error!(unknown, Error::UnknownItem { .. }, "\"x\"", "history");
     let empty = engine.recommend(&Request::from_history(Vec::<String>::new()));
     assert_error!(empty, Error::EmptyInput, "history");
@@ -747,7 +769,8 @@ fn excluding_everything_leaves_an_empty_answer() {
     let mut request = Request::from_history(["i0"]);
     let catalog = folder.catalog();
     request.exclude = catalog.all_items().map(|item| catalog.name(item).to_string()).collect();
-    for constraint in [Constraint::Trie, Constraint::Level, Constraint::None] {
+    for constraint in [Constraint::Trie, Constraint::Occurring, Constraint::Level, Constraint::None]
+    {
         for normalization in [Normalization::Vocabulary, Normalization::Children] {
             request.constraint = constraint;
             request.normalization = Some(normalization);
@@ -839,7 +862,7 @@ fn a_failing_request_does_not_disturb_the_others() {
 }
 
 #[test]
-fn activations_that_overflow_are_an_error() {
+fn weights_whose_activations_overflow_are_refused_when_a_model_is_opened() {
     let folder = Folder::of(QWEN3);
     folder.edit_weights(|tensors| {
         for tensor in tensors.iter_mut() {
@@ -850,14 +873,7 @@ fn activations_that_overflow_are_an_error() {
             }
         }
     });
-    let mut engine = folder.open().expect("finite weights");
-    let mut request = Request::from_history(["17"]);
-    for normalization in [Normalization::Vocabulary, Normalization::Level, Normalization::Children]
-    {
-        request.normalization = Some(normalization);
-        let outcome = engine.recommend(&request);
-        assert_error!(outcome, Error::NonFiniteScores { .. }, "overflow");
-    }
+    assert_error!(folder.open(), Error::NonFiniteModel { .. }, "overflow");
 }
 
 #[test]
@@ -873,7 +889,6 @@ fn malformed_request_lines_are_refused() {
         "{",
         r#"{"history": "1"}"#,
         r#"{"history": [1.5]}"#,
-        r#"{"history": [-1]}"#,
         r#"{"history": [["1"]]}"#,
         r#"{"history": ["1"], "topk": 3}"#,
         r#"{"history": ["1"]"#,
@@ -884,6 +899,8 @@ fn malformed_request_lines_are_refused() {
         r#"{"tokens": [1], "normalize": "softmax"}"#,
         r#"{"tokens": [1], "constraint": "tri"}"#,
         r#"{"tokens": [1], "shared_sid": "some"}"#,
+        r#"{"tokens": [1], "per_sid": "2"}"#,
+        r#"{"tokens": [1], "min_snapshot": -1}"#,
         r#"{"tokens": [1], "beams": "ten"}"#,
         r#"{"tokens": [1], "beams": 1e99}"#,
         r#"{"tokens": [1], "top_k": 2.5}"#,
@@ -977,7 +994,7 @@ fn what_a_line_says_of_load_and_scoring_must_be_possible() {
         assert_error!(outcome, Error::InvalidField { .. }, "beams", "3 levels");
     }
     for malformed in [
-        r#""beams": [1, "2", 3]"#,
+        r#""beams": [1, "two", 3]"#,
         r#""beams": 1.5"#,
         r#""priority": "urgent""#,
         r#""seed": -1"#,
@@ -1015,7 +1032,7 @@ fn texts_speak_of_the_file_and_not_of_the_parser() {
     let mut texts = Vec::new();
     for outcome in [
         parse(r#"{"history": [1.5]}"#).map(|_| ()),
-        parse(r#"{"history": ["17"], "exclude": [null]}"#).map(|_| ()),
+        parse(r#"{"history": ["17"], "exclude": [true]}"#).map(|_| ()),
         items(r#"{"item": "1", "sid": [-3]}"#),
         items(r#"{"item": "1", "sid": [2.0]}"#),
         items(r#"{"item": -1, "sid": [3]}"#),

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
@@ -46,6 +47,11 @@ fn random_request(rng: &mut fastrand::Rng, snapshot: &Snapshot) -> Request {
     let share = rng.f32() * rng.f32();
     let excluded = items.iter().filter(|_| rng.f32() < share);
     request.exclude = excluded.map(|&item| snapshot.name(item).to_string()).collect();
+    if rng.u8(0..4) == 0 {
+        let share = rng.f32();
+        let listed = items.iter().filter(|_| rng.f32() < share);
+        request.only = Some(listed.map(|&item| snapshot.name(item).to_string()).collect());
+    }
     if rng.u8(0..3) == 0 {
         request.filter = Some(FILTERS[rng.usize(0..FILTERS.len())].0.into());
     }
@@ -62,17 +68,24 @@ fn random_request(rng: &mut fastrand::Rng, snapshot: &Snapshot) -> Request {
     request
 }
 
-/// The items that a request allows, by semantic ID.
+/// The items that a request allows, by semantic ID; those of one by weight, then by name.
 fn allowed(snapshot: &Snapshot, request: &Request) -> BTreeMap<Sid, Vec<u32>> {
     let mut allowed: BTreeMap<Sid, Vec<u32>> = BTreeMap::new();
     for item in snapshot.all_items() {
         let filter = request.filter.as_deref();
         if snapshot.is_available(item)
             && !request.exclude.iter().any(|name| name == snapshot.name(item))
+            && request
+                .only
+                .as_ref()
+                .is_none_or(|only| only.iter().any(|name| name == snapshot.name(item)))
             && filter.is_none_or(|filter| passes(filter, &snapshot.tags(item)))
         {
             allowed.entry(snapshot.sid(item)).or_default().push(item);
         }
+    }
+    for items in allowed.values_mut() {
+        items.sort_by_key(|&item| (Reverse(snapshot.weight(item)), snapshot.name(item)));
     }
     allowed
 }
@@ -184,7 +197,7 @@ fn unconstrained_searches_return_allowed_items_with_the_same_scores() {
     for_each_model(|seed, tiny, engine, requests, _| {
         for request in requests.iter().step_by(4) {
             let allowed = allowed(&tiny.snapshot(), request);
-            for constraint in [Constraint::Level, Constraint::None] {
+            for constraint in [Constraint::Occurring, Constraint::Level, Constraint::None] {
                 let mut free = request.clone();
                 free.normalization = Some(Normalization::Vocabulary);
                 let mut bound = free.clone();

@@ -12,7 +12,7 @@ use common::tiny::{TAGS, Tiny, random_change, random_item};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, Snapshot, change_log};
 use sidereal::quantizer::{Collision, FitOptions, Quantizer};
-use sidereal::{CatalogWriter, Durability, Error, Request, WriterOptions};
+use sidereal::{CatalogWriter, Constraint, Durability, Error, Request, WriterOptions};
 
 fn built(items: &[Item]) -> Catalog {
     let mut builder = CatalogBuilder::default();
@@ -20,7 +20,7 @@ fn built(items: &[Item]) -> Catalog {
     builder.build().expect("names are unique")
 }
 
-/// What the changes mean, done to a plain list: the order is that of the last putting.
+/// What the changes mean, done to a plain list, whose order says nothing.
 fn apply(items: &mut Vec<Item>, change: &Change) {
     let find = |items: &[Item], name: &str| items.iter().position(|item| item.name == name);
     match change {
@@ -36,12 +36,15 @@ fn apply(items: &mut Vec<Item>, change: &Change) {
         }
         Change::Tag { item, add, remove } => {
             if let Some(at) = find(items, item) {
-                let mut item = items.remove(at);
-                let mut tags: BTreeSet<String> = item.tags.into_iter().collect();
+                let mut tags: BTreeSet<String> = items[at].tags.drain(..).collect();
                 tags.retain(|tag| !remove.contains(tag));
                 tags.extend(add.iter().cloned());
-                item.tags = tags.into_iter().collect();
-                items.push(item);
+                items[at].tags = tags.into_iter().collect();
+            }
+        }
+        &Change::Weight { ref item, weight } => {
+            if let Some(at) = find(items, item) {
+                items[at].weight = weight;
             }
         }
     }
@@ -58,7 +61,8 @@ fn assert_holds(snapshot: &Snapshot, items: &[Item], what: &str) {
 }
 
 fn writer_of(catalog: &Arc<Catalog>, compact_at: Option<usize>) -> CatalogWriter {
-    let options = WriterOptions { compact_at, ..WriterOptions::default() };
+    let mut options = WriterOptions::default();
+    options.compact_at = compact_at;
     CatalogWriter::in_memory(Arc::clone(catalog), &options).expect("a thread")
 }
 
@@ -94,6 +98,13 @@ fn any_interleaving_of_changes_and_searches_equals_a_fresh_catalog() {
                 request.beams = rng.usize(1..30);
                 request.top_k = usize::MAX;
                 request.exclude = (0..rng.usize(0..5)).map(|_| rng.u8(0..25).to_string()).collect();
+                if rng.u8(0..3) == 0 {
+                    let names = (0..25).filter(|_| rng.bool());
+                    request.only = Some(names.map(|name: u8| name.to_string()).collect());
+                }
+                if rng.u8(0..4) == 0 {
+                    request.constraint = Constraint::Occurring;
+                }
                 let filters = ["tag:a", "tag:b | !tag:c", "tag:nobody"];
                 request.filter = filters.get(rng.usize(0..6)).map(|filter| filter.to_string());
                 let found = |engine: &mut sidereal::Engine| {
@@ -160,9 +171,17 @@ fn filters_agree_with_brute_force_at_every_place() {
             let mut excluded: Vec<u32> =
                 snapshot.all_items().filter(|_| rng.u8(0..4) == 0).collect();
             excluded.sort_unstable();
-            let allowed_set = snapshot.allowed_set(&excluded, Some(&text)).expect("a sound filter");
+            let mut allowed_set =
+                snapshot.allowed_set(&excluded, Some(&text)).expect("a sound filter");
+            let mut only: Vec<u32> = snapshot.all_items().collect();
+            if rng.bool() {
+                only.retain(|_| rng.bool());
+                only.sort_unstable();
+                allowed_set = allowed_set.restricted_to(&snapshot, &only);
+            }
             let is_allowed = |item: u32| {
                 snapshot.is_available(item)
+                    && only.contains(&item)
                     && !excluded.contains(&item)
                     && passes(&snapshot.tags(item))
             };
@@ -223,10 +242,18 @@ fn large_catalogs_agree_with_brute_force_as_well() {
     let snapshot = catalog.snapshot();
     let filters = ["tag:half", "tag:rare", "!tag:half & tag:rare", "tag:\"first is one\"", "all"];
     for filter in filters.into_iter().map(Some).chain([None]) {
-        for excluded in [0, 50, 4096] {
+        for (excluded, only) in
+            [(0, None), (50, None), (4096, None), (0, Some(3000)), (4096, Some(40)), (50, Some(0))]
+        {
             let excluded: BTreeSet<u32> = (0..excluded).map(|_| rng.u32(0..20_000)).collect();
             let list: Vec<u32> = excluded.iter().copied().collect();
-            let allowed_set = snapshot.allowed_set(&list, filter).expect("a sound filter");
+            let mut allowed_set = snapshot.allowed_set(&list, filter).expect("a sound filter");
+            let only = only
+                .map(|count| -> BTreeSet<u32> { (0..count).map(|_| rng.u32(0..20_000)).collect() });
+            if let Some(only) = &only {
+                let list: Vec<u32> = only.iter().copied().collect();
+                allowed_set = allowed_set.restricted_to(&snapshot, &list);
+            }
             let tag = |item: u32, tag: &str| snapshot.tags(item).iter().any(|other| other == tag);
             let passes: Vec<bool> = (0..20_000)
                 .map(|item| {
@@ -237,7 +264,11 @@ fn large_catalogs_agree_with_brute_force_as_well() {
                         Some("tag:\"first is one\"") => snapshot.sid(item).codes()[0] == 1,
                         _ => true,
                     };
-                    by_filter && snapshot.is_available(item) && !excluded.contains(&item)
+                    let is_listed = only.as_ref().is_none_or(|only| only.contains(&item));
+                    by_filter
+                        && is_listed
+                        && snapshot.is_available(item)
+                        && !excluded.contains(&item)
                 })
                 .collect();
             let mut places = vec![snapshot.root()];
@@ -367,7 +398,7 @@ impl OnDisk {
     }
 
     fn writer(&self) -> CatalogWriter {
-        let options = WriterOptions { compact_at: Some(usize::MAX), ..WriterOptions::default() };
+        let options = WriterOptions::default().with_compact_at(usize::MAX);
         CatalogWriter::open(&self.path(), &options).expect("a sound catalog")
     }
 
@@ -383,70 +414,6 @@ impl OnDisk {
             states.push((self.items.clone(), writer.log_bytes()));
         }
         states
-    }
-}
-
-#[test]
-fn a_log_cut_at_any_byte_reopens_with_every_whole_batch() {
-    let mut rng = fastrand::Rng::with_seed(4);
-    let mut on_disk = OnDisk::new(4);
-    let states = on_disk.change(&mut rng, 12);
-    let log = change_log::path_of(&on_disk.path());
-    let bytes = std::fs::read(&log).expect("the log");
-    assert_eq!(bytes.len() as u64, states[12].1);
-    for len in states[0].1 as usize..=bytes.len() {
-        let what = format!("cut at {len}");
-        // What follows is not there, or was never written to the disk.
-        for tail in [vec![], vec![0; bytes.len() - len]] {
-            let cut = [&bytes[..len], &tail].concat();
-            let is_whole = |(_, end): &(_, u64)| cut.starts_with(&bytes[..*end as usize]);
-            let whole = states.iter().rposition(is_whole).expect("the header");
-            let (items, end) = &states[whole];
-            std::fs::write(&log, &cut).expect("a writable folder");
-            let read = Catalog::open(&on_disk.path()).expect(&what);
-            assert_holds(&read.snapshot(), items, &what);
-            let writer = on_disk.writer();
-            assert_holds(&writer.catalog().snapshot(), items, &what);
-            assert_eq!(
-                (writer.catalog().snapshot().number(), writer.log_bytes()),
-                (1 + whole as u64, *end)
-            );
-            if len % 5 == 0 {
-                let put = Change::Put(Item::new("after", Sid::new(&[1, 2, 3]).expect("three")));
-                writer.apply(&[put]).expect("a sound change");
-                drop(writer);
-                let snapshot = Catalog::open(&on_disk.path()).expect(&what).snapshot();
-                assert!(snapshot.find("after").is_some(), "{what}");
-            }
-        }
-    }
-}
-
-#[test]
-fn damage_before_the_last_record_is_an_error() {
-    let mut rng = fastrand::Rng::with_seed(5);
-    let mut on_disk = OnDisk::new(5);
-    let states = on_disk.change(&mut rng, 5);
-    let log = change_log::path_of(&on_disk.path());
-    let bytes = std::fs::read(&log).expect("the log");
-    for at in 0..bytes.len() {
-        let mut damaged = bytes.clone();
-        damaged[at] ^= 1 << (at % 8);
-        std::fs::write(&log, &damaged).expect("a writable folder");
-        match Catalog::open(&on_disk.path()) {
-            Err(Error::ChangeLog { reason, .. }) => assert!(!reason.is_empty()),
-            Err(other) => panic!("byte {at}: {other}"),
-            // The last record may always have been torn, and so may one whose length now says
-            // that it goes on beyond the end.
-            Ok(catalog) => {
-                let batches = catalog.snapshot().number() as usize - 1;
-                let in_length = states[..5]
-                    .iter()
-                    .any(|(_, start)| (*start as usize..*start as usize + 4).contains(&at));
-                assert!(batches == 4 || in_length, "byte {at}: {batches} batches");
-                assert_holds(&catalog.snapshot(), &states[batches].0, &format!("byte {at}"));
-            }
-        }
     }
 }
 
@@ -549,7 +516,8 @@ fn a_writer_that_is_closed_is_closed_whatever_processes_are_started_meanwhile() 
 #[test]
 fn a_compilation_that_fails_loses_nothing() {
     let mut on_disk = OnDisk::new(9);
-    let options = WriterOptions { compact_at: Some(usize::MAX), durability: Durability::Machine };
+    let options =
+        WriterOptions::default().with_compact_at(usize::MAX).with_durability(Durability::Machine);
     let writer = CatalogWriter::open(&on_disk.path(), &options).expect("a sound catalog");
     // A folder where the new file is to be written.
     let partial = on_disk.folder.path().join("c.sidereal.partial");

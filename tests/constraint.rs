@@ -117,7 +117,7 @@ fn the_paths_of_a_rank_constraint_are_the_semantic_ids_of_allowed_items() {
         let mut rng = fastrand::Rng::with_seed(seed);
         let num_levels = 1 + seed as usize % 4;
         let catalog = Arc::new(random_catalog(&mut rng, num_levels, 5));
-        let options = WriterOptions { compact_at: Some(usize::MAX), ..WriterOptions::default() };
+        let options = WriterOptions::default().with_compact_at(usize::MAX);
         let writer = CatalogWriter::in_memory(Arc::clone(&catalog), &options).expect("a thread");
         let changes: Vec<Change> =
             (0..10).map(|_| random_change(&mut rng, 25, num_levels, 5)).collect();
@@ -126,7 +126,17 @@ fn the_paths_of_a_rank_constraint_are_the_semantic_ids_of_allowed_items() {
         let mut excluded: Vec<u32> = snapshot.all_items().filter(|_| rng.u8(0..3) == 0).collect();
         excluded.sort_unstable();
         for filter in [None, Some("tag:a"), Some("tag:b | !tag:c"), Some("tag:nobody")] {
-            let allowed_set = snapshot.allowed_set(&excluded, filter).expect("a sound filter");
+            let mut allowed_set = snapshot.allowed_set(&excluded, filter).expect("a sound filter");
+            if rng.bool() {
+                let mut only: Vec<u32> = snapshot.all_items().filter(|_| rng.bool()).collect();
+                only.sort_unstable();
+                let all = allowed_set;
+                allowed_set = all.restricted_to(&snapshot, &only);
+                for item in snapshot.all_items() {
+                    let is_allowed = all.allows(&snapshot, item) && only.contains(&item);
+                    assert_eq!(allowed_set.allows(&snapshot, item), is_allowed, "seed {seed}");
+                }
+            }
             let sids = |is_wanted: &dyn Fn(u32) -> bool| -> BTreeSet<Vec<u32>> {
                 let items = snapshot.all_items().filter(|&item| is_wanted(item));
                 let codes = |item| snapshot.sid(item).codes().iter().map(|&c| c.into()).collect();

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use sidereal::catalog::sid::Sid;
-use sidereal::catalog::{Change, Item};
+use sidereal::catalog::{Change, Item, ItemWeight};
 use sidereal::wire::{ErrorBody, ErrorLine, RequestDefaults, RequestLine};
 use sidereal::{
-    Constraint, Error, Forced, Input, NamedToken, Normalization, Priority, Request, Result,
-    SharedSid,
+    Constraint, Error, Forced, Input, LongHistory, NamedToken, Normalization, Priority, Request,
+    Result, SharedSid, UnknownItems,
 };
 
 fn read(line: &str) -> Result<Request> {
@@ -33,7 +33,9 @@ fn random_request(rng: &mut fastrand::Rng) -> Request {
         .with_timings(rng.bool())
         .with_beams(rng.usize(0..5000))
         .with_top_k(rng.usize(0..5000))
-        .with_constraint([Constraint::Trie, Constraint::Level, Constraint::None][rng.usize(0..3)])
+        .with_constraint(
+            [Constraint::Trie, Constraint::Occurring, Constraint::None][rng.usize(0..3)],
+        )
         .with_temperature(rng.f32() * 3.0)
         .with_shared_sid([SharedSid::All, SharedSid::First][rng.usize(0..2)])
         .with_priority([Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)]);
@@ -51,7 +53,16 @@ fn random_request(rng: &mut fastrand::Rng) -> Request {
         request = request.with_forced(forced).with_read(named);
     }
     if rng.bool() {
+        request = request
+            .with_only(random_texts(rng))
+            .with_unknown_items(UnknownItems::Error)
+            .with_long_history(LongHistory::Cut);
+    }
+    if rng.bool() {
         request = request.with_deadline(Duration::from_micros(rng.u64(0..1 << 40)));
+    }
+    if rng.bool() {
+        request = request.with_per_sid(rng.usize(0..5)).with_min_snapshot(rng.u64(..));
     }
     match rng.u8(0..4) {
         0 => request.with_normalization(Normalization::Vocabulary),
@@ -67,6 +78,8 @@ fn a_request_survives_a_round_trip_whatever_the_readers_defaults_are() {
     let mut defaults = RequestDefaults::default();
     (defaults.beams, defaults.widths, defaults.top_k) = (7, vec![3, 4, 7], 9);
     (defaults.constraint, defaults.titles) = (Constraint::Level, true);
+    (defaults.unknown_items, defaults.long_history) = (UnknownItems::Error, LongHistory::Cut);
+    defaults.per_sid = Some(3);
     for case in 0..2000 {
         let request = random_request(&mut rng);
         let line = serde_json::to_string(&request).expect("requests have a JSON form");
@@ -87,7 +100,7 @@ fn a_request_is_written_with_the_names_of_the_request_line() {
         "history": ["17", "4"], "groups": ["tag:a"], "forced": {"tokens": [7, 8], "counted": true},
         "read": ["Yes", 9], "seed": 3, "log_probs": false, "titles": false, "timings": false,
         "beams": 50, "top_k": 10, "constraint": "trie", "temperature": 1.0, "shared_sid": "all",
-        "priority": "normal", "deadline_ms": 20.0,
+        "priority": "normal", "deadline_ms": 20.0, "unknown_items": "skip", "long_history": "error",
     });
     assert_eq!(serde_json::to_value(&request).expect("a JSON form"), expected);
 }
@@ -131,6 +144,34 @@ fn forced_and_read_tokens_must_be_tokens() {
 }
 
 #[test]
+fn a_line_says_how_many_items_of_one_sid_come_back_and_which_state_it_accepts() {
+    let request = read(r#"{"tokens": [1], "per_sid": 2, "min_snapshot": 7}"#).expect("sound");
+    assert_eq!((request.per_sid, request.min_snapshot), (Some(2), Some(7)));
+    // A default holds where the line says nothing of items that share a semantic ID.
+    let mut defaults = RequestDefaults::default();
+    defaults.per_sid = Some(3);
+    for (line, per_sid) in [
+        (r#"{"tokens": [1]}"#, Some(3)),
+        (r#"{"tokens": [1], "per_sid": 5}"#, Some(5)),
+        (r#"{"tokens": [1], "shared_sid": "all"}"#, None),
+        (r#"{"tokens": [1], "shared_sid": "all", "per_sid": 1}"#, Some(1)),
+    ] {
+        let request = RequestLine::parse(line).and_then(|line| line.to_request(&defaults));
+        assert_eq!(request.expect("a sound line").per_sid, per_sid, "{line}");
+    }
+    for (fields, code, word) in [
+        (r#""per_sid": -1"#, "invalid_field", "per_sid: -1 is not at least 1"),
+        (r#""per_sid": 1.5"#, "malformed_request", "malformed"),
+        (r#""min_snapshot": -1"#, "malformed_request", "malformed"),
+        (r#""min_snapshot": "7""#, "malformed_request", "malformed"),
+    ] {
+        let error = read(&format!(r#"{{"tokens": [1], {fields}}}"#)).expect_err(fields);
+        assert_eq!(error.code(), code, "{fields}: {error}");
+        assert!(error.to_string().contains(word), "{error}");
+    }
+}
+
+#[test]
 fn changes_survive_a_round_trip_in_the_documented_form() {
     let mut item = Item::new("17", Sid::new(&[3, 250, 7]).expect("three codes"));
     let put = json!({"put": {"item": "17", "sid": [3, 250, 7], "available": true}});
@@ -152,6 +193,15 @@ fn changes_survive_a_round_trip_in_the_documented_form() {
         Change::Tag { item: "17".into(), add: vec!["new".into()], remove: vec![] },
         json!({"tag": {"item": "17", "add": ["new"], "remove": []}}),
     ));
+    let weight = ItemWeight::new(2.5).expect("finite");
+    cases.push((
+        Change::Weight { item: "17".into(), weight },
+        json!({"weight": {"item": "17", "weight": 2.5}}),
+    ));
+    let mut heavy = Item::new("17", Sid::new(&[3]).expect("one code"));
+    heavy.weight = weight;
+    let put = json!({"put": {"item": "17", "sid": [3], "available": true, "weight": 2.5}});
+    cases.push((Change::Put(heavy), put));
     for (change, expected) in cases {
         let written = serde_json::to_value(&change).expect("changes have a JSON form");
         assert_eq!(written, expected);
@@ -175,6 +225,11 @@ fn items_and_changes_are_read_leniently_where_files_of_the_field_differ() {
         (r#"{"put": {"sid": [1]}}"#, "missing field `item`"),
         (r#"{"drop": {"item": "1"}}"#, "unknown variant `drop`"),
         (r#"{"delete": {"item": null}}"#, "expected an item's name"),
+        (r#"{"put": {"item": "1", "sid": [1], "weight": "2 kg"}}"#, "expected f32"),
+        (r#"{"put": {"item": "1", "sid": [1], "weight": 1e39}}"#, "not a finite number"),
+        (r#"{"weight": {"item": "1"}}"#, "missing field `weight`"),
+        (r#"{"weight": {"item": "1", "weight": null}}"#, "expected f32"),
+        (r#"{"weight": {"item": "1", "weight": -1e300}}"#, "not a finite number"),
     ] {
         let text = serde_json::from_str::<Change>(line).expect_err(line).to_string();
         assert!(text.contains(word), "{text}");

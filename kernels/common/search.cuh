@@ -99,12 +99,12 @@ __device__ __forceinline__ bool is_legal(const Trie& trie, const Allowed& allowe
   return count > to - from;
 }
 
-__device__ __forceinline__ bool leads_to_candidate(const Trie& trie, const Allowed& allowed,
-                                                   uint32_t node, uint32_t depth) {
+__device__ __forceinline__ bool leads_to_listed(const Trie& trie, const Allowed& allowed,
+                                                uint32_t node, uint32_t depth) {
   if (node == kNone) return false;
   const uint2 items = items_below(trie, node, depth);
-  const uint32_t next = lower_bound(allowed.candidates, allowed.num_candidates, items.x);
-  return next < allowed.num_candidates && allowed.candidates[next] < items.y;
+  const uint32_t next = lower_bound(allowed.listed, allowed.num_listed, items.x);
+  return next < allowed.num_listed && allowed.listed[next] < items.y;
 }
 
 // Continuations.
@@ -115,6 +115,7 @@ __device__ __forceinline__ uint32_t num_continuations(const Rule& rule, const ui
     case kOfTrie:
       return (place.x == kNone ? 0 : num_children(rule.base, place.x)) +
              (place.y == kNone ? 0 : num_children(rule.added, place.y));
+    case kOccurring: return rule.num_occurring;
     default: return rule.num_codes;
   }
 }
@@ -129,6 +130,7 @@ struct Continuation {
 // only the added items have.
 __device__ __forceinline__ Continuation continuation(const Rule& rule, const uint2& place,
                                                      uint32_t index) {
+  if (rule.choices == kOccurring) return {rule.occurring[index], place, true};
   if (rule.choices != kOfTrie) return {index, place, true};
   const uint32_t num_base = place.x == kNone ? 0 : num_children(rule.base, place.x);
   if (index < num_base) {
@@ -151,9 +153,16 @@ __device__ __forceinline__ uint2 place_after(const Rule& rule, const uint2& plac
                     place.y == kNone ? kNone : child_by_code(rule.added, place.y, choice));
 }
 
+__device__ __forceinline__ bool leads_to_listed(const Rule& rule, const uint2& place,
+                                                uint32_t depth) {
+  return leads_to_listed(rule.base, rule.base_allowed, place.x, depth) ||
+         leads_to_listed(rule.added, rule.added_allowed, place.y, depth);
+}
+
 // `depth`: codes that lead to the continuation.
 __device__ __forceinline__ bool is_legal(const Rule& rule, const uint2& place, uint32_t depth) {
   if (rule.choices != kOfTrie) return true;
+  if (rule.flags & kHasList) return leads_to_listed(rule, place, depth);
   return is_legal(rule.base, rule.base_allowed, place.x, depth) ||
          is_legal(rule.added, rule.added_allowed, place.y, depth);
 }
@@ -161,8 +170,7 @@ __device__ __forceinline__ bool is_legal(const Rule& rule, const uint2& place, u
 __device__ __forceinline__ bool is_offered(const Rule& rule, const uint2& place, uint32_t depth) {
   if (rule.choices != kOfTrie || !(rule.flags & kHasCandidates))
     return is_legal(rule, place, depth);
-  return leads_to_candidate(rule.base, rule.base_allowed, place.x, depth) ||
-         leads_to_candidate(rule.added, rule.added_allowed, place.y, depth);
+  return leads_to_listed(rule, place, depth);
 }
 
 // The column of a choice among those of the step, or kNone where the model cannot write it.

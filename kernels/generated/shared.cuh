@@ -23,10 +23,12 @@ constexpr uint32_t kOfLevel = 1;  // Rule::choices
 constexpr uint32_t kOfVocabulary = 2;  // Rule::choices
 constexpr uint32_t kForced = 3;  // Rule::choices
 constexpr uint32_t kNamed = 4;  // Rule::choices
+constexpr uint32_t kOccurring = 5;  // Rule::choices
 constexpr uint32_t kHasAdded = 1;  // Rule::flags
 constexpr uint32_t kHasSeed = 2;  // Rule::flags
 constexpr uint32_t kKeepsLogProbs = 4;  // Rule::flags
 constexpr uint32_t kHasCandidates = 8;  // Rule::flags
+constexpr uint32_t kHasList = 16;  // Rule::flags
 constexpr uint32_t kRelu = 0;  // nonlinearity
 constexpr uint32_t kGelu = 1;  // nonlinearity
 constexpr uint32_t kGeluTanh = 2;  // nonlinearity
@@ -200,19 +202,19 @@ struct Allowed {
   const uint64_t* nodes;
   // Sorted members that are not allowed after all.
   const uint32_t* excluded;
-  // Sorted: the items that are scored, where no search is made.
-  const uint32_t* candidates;
+  // Sorted: the items that are scored, where no search is made, or all that are allowed.
+  const uint32_t* listed;
   uint32_t num_excluded;
-  uint32_t num_candidates;
+  uint32_t num_listed;
 };
 static_assert(sizeof(Allowed) == 48);
 static_assert(offsetof(Allowed, words) == 0);
 static_assert(offsetof(Allowed, counts) == 8);
 static_assert(offsetof(Allowed, nodes) == 16);
 static_assert(offsetof(Allowed, excluded) == 24);
-static_assert(offsetof(Allowed, candidates) == 32);
+static_assert(offsetof(Allowed, listed) == 32);
 static_assert(offsetof(Allowed, num_excluded) == 40);
-static_assert(offsetof(Allowed, num_candidates) == 44);
+static_assert(offsetof(Allowed, num_listed) == 44);
 
 // How one slot takes its step.
 struct Rule {
@@ -226,6 +228,8 @@ struct Rule {
   // By code: its column, or kNone; null where code c is column c. Of named tokens, which are
   // columns in their order: the tokens.
   const uint32_t* columns;
+  // Sorted codes that occur at the level, where these are the choices.
+  const uint16_t* occurring;
   uint32_t logits_stride;
   // Of the first column of the step.
   uint32_t first_token;
@@ -245,8 +249,10 @@ struct Rule {
   uint32_t num_choices;
   // Codes that lead to the beams' places.
   uint32_t depth;
+  uint32_t num_occurring;
+  uint32_t padding;
 };
-static_assert(sizeof(Rule) == 328);
+static_assert(sizeof(Rule) == 344);
 static_assert(offsetof(Rule, base) == 0);
 static_assert(offsetof(Rule, added) == 80);
 static_assert(offsetof(Rule, base_allowed) == 160);
@@ -254,18 +260,21 @@ static_assert(offsetof(Rule, added_allowed) == 208);
 static_assert(offsetof(Rule, seed) == 256);
 static_assert(offsetof(Rule, logits) == 264);
 static_assert(offsetof(Rule, columns) == 272);
-static_assert(offsetof(Rule, logits_stride) == 280);
-static_assert(offsetof(Rule, first_token) == 284);
-static_assert(offsetof(Rule, num_codes) == 288);
-static_assert(offsetof(Rule, normalizer) == 292);
-static_assert(offsetof(Rule, choices) == 296);
-static_assert(offsetof(Rule, flags) == 300);
-static_assert(offsetof(Rule, inverse_temperature) == 304);
-static_assert(offsetof(Rule, width) == 308);
-static_assert(offsetof(Rule, room) == 312);
-static_assert(offsetof(Rule, first_key) == 316);
-static_assert(offsetof(Rule, num_choices) == 320);
-static_assert(offsetof(Rule, depth) == 324);
+static_assert(offsetof(Rule, occurring) == 280);
+static_assert(offsetof(Rule, logits_stride) == 288);
+static_assert(offsetof(Rule, first_token) == 292);
+static_assert(offsetof(Rule, num_codes) == 296);
+static_assert(offsetof(Rule, normalizer) == 300);
+static_assert(offsetof(Rule, choices) == 304);
+static_assert(offsetof(Rule, flags) == 308);
+static_assert(offsetof(Rule, inverse_temperature) == 312);
+static_assert(offsetof(Rule, width) == 316);
+static_assert(offsetof(Rule, room) == 320);
+static_assert(offsetof(Rule, first_key) == 324);
+static_assert(offsetof(Rule, num_choices) == 328);
+static_assert(offsetof(Rule, depth) == 332);
+static_assert(offsetof(Rule, num_occurring) == 336);
+static_assert(offsetof(Rule, padding) == 340);
 
 namespace embed {
 // A lookup of embeddings.

@@ -88,6 +88,8 @@ pub enum Normalizer {
 pub(super) enum Continuations {
     /// The children of the beam's node in the catalog.
     Children,
+    /// The codes that some item of the catalog has at a level.
+    Occurring,
     /// All codes of a level that have a token.
     Level,
     /// All tokens of the model.
@@ -130,7 +132,9 @@ impl<'a> SearchRule<'a> {
             (_, Normalization::Vocabulary, _) => Normalizer::Vocabulary,
             (StepChoice::Forced { .. }, ..) => Normalizer::Certain,
             (StepChoice::Tokens(_), ..) => Normalizer::Level,
-            (_, Normalization::Children, Constraint::Trie) => Normalizer::Children,
+            (_, Normalization::Children, Constraint::Trie | Constraint::Occurring) => {
+                Normalizer::Children
+            }
             (_, Normalization::Children, Constraint::None) => Normalizer::Vocabulary,
             _ => Normalizer::Level,
         }
@@ -141,6 +145,7 @@ impl<'a> SearchRule<'a> {
             (StepChoice::Forced { .. }, _) => Continuations::Forced,
             (StepChoice::Tokens(_), _) => Continuations::Tokens,
             (_, Constraint::Trie) => Continuations::Children,
+            (_, Constraint::Occurring) => Continuations::Occurring,
             (_, Constraint::Level) => Continuations::Level,
             (_, Constraint::None) => Continuations::Vocabulary,
         }

@@ -1,4 +1,5 @@
-//! The allowed set of a request: the available items that pass its filter, without its exclusions.
+//! The allowed set of a request: the available items that pass its filter, without its exclusions,
+//! and of these the listed ones where the request has a list.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,11 +14,34 @@ use crate::error::Result;
 /// The items that may answer a request.
 ///
 /// A node is legal if and only if one of the items below it is allowed. Bitmaps answer that without
-/// a walk, so no beam ever enters a dead end, whatever the filter.
+/// a walk, so no beam ever enters a dead end, whatever the filter. Where the request lists what may
+/// come back, the list itself is searched, at a cost that does not depend on the catalog's size.
 #[derive(Clone)]
 pub struct AllowedSet {
     pub(super) base: BaseItems,
     pub(super) delta: Option<DeltaItems>,
+    /// All that is allowed, where the request lists it: `base` and `delta` say nothing then.
+    pub(super) listed: Option<Arc<Listed>>,
+}
+
+/// The items that a request lists and that nothing else in it forbids.
+pub(super) struct Listed {
+    /// Item numbers, ascending.
+    items: Vec<u32>,
+    /// How many of them are the base segment's.
+    num_base: usize,
+    /// Where the others are in the order of the delta's trie, ascending.
+    in_delta: Vec<u32>,
+}
+
+impl Listed {
+    pub fn in_base(&self) -> &[u32] {
+        &self.items[..self.num_base]
+    }
+
+    pub fn in_delta(&self) -> &[u32] {
+        &self.in_delta
+    }
 }
 
 /// The part of an allowed set that concerns the base segment's items.
@@ -104,23 +128,49 @@ impl Snapshot {
         let filter = filter.map(|text| Ok((text, self.base.select(text)?))).transpose()?;
         let first_in_delta = self.num_base_items();
         let split = excluded.partition_point(|&item| item < first_in_delta);
-        let delta = self.delta.as_ref().map(|delta| DeltaItems {
-            delta: Arc::clone(delta),
-            passing: filter
-                .as_ref()
-                .map(|(text, selection)| delta.passing(text, &selection.filter)),
-            excluded: excluded[split..].iter().map(|item| item - first_in_delta).collect(),
+        let delta = self.delta.as_ref().map(|delta| {
+            Ok(DeltaItems {
+                delta: Arc::clone(delta),
+                passing: filter.as_ref().map(|(text, _)| delta.passing(text)).transpose()?,
+                excluded: excluded[split..].iter().map(|item| item - first_in_delta).collect(),
+            })
         });
         let base = BaseItems {
             available: self.available.clone(),
             passing: filter.map(|(_, selection)| selection),
             excluded: Excluded::new(excluded[..split].to_vec(), first_in_delta),
         };
-        Ok(AllowedSet { base, delta })
+        Ok(AllowedSet { base, delta: delta.transpose()?, listed: None })
     }
 }
 
 impl AllowedSet {
+    /// The items of the set that are among `items`.
+    ///
+    /// # Panics
+    /// Where `items` is not sorted or has repetitions.
+    #[must_use]
+    pub fn restricted_to(&self, snapshot: &Snapshot, items: &[u32]) -> AllowedSet {
+        assert!(items.is_sorted_by(|a, b| a < b), "listed items must be sorted, distinct");
+        let is_allowed = |&item: &u32| self.allows(snapshot, item);
+        let items: Vec<u32> = items.iter().copied().filter(is_allowed).collect();
+        let first_in_delta = snapshot.num_base_items();
+        let num_base = items.partition_point(|&item| item < first_in_delta);
+        let numbers: Vec<u32> =
+            items[num_base..].iter().map(|item| item - first_in_delta).collect();
+        let in_delta =
+            snapshot.delta.as_ref().map_or(Vec::new(), |delta| delta.positions(&numbers));
+        AllowedSet {
+            base: BaseItems {
+                available: None,
+                passing: None,
+                excluded: Excluded::new(Vec::new(), first_in_delta),
+            },
+            delta: None,
+            listed: Some(Arc::new(Listed { items, num_base, in_delta })),
+        }
+    }
+
     /// The allowed children of a cursor that `depth` codes lead to.
     #[inline]
     pub fn below<'a>(
@@ -133,15 +183,24 @@ impl AllowedSet {
             true => &[],
             false => self.base.excluded.within(snapshot.base_items(cursor, depth)),
         };
+        let listed = self.listed.as_ref().map(|listed| {
+            let base = within(listed.in_base(), snapshot.base_items(cursor, depth));
+            (base, within(listed.in_delta(), snapshot.delta_positions(cursor, depth)))
+        });
         let is_everything = excluded.is_empty()
+            && listed.is_none()
             && self.base.available.is_none()
             && self.base.passing.is_none()
             && cursor.delta.is_none();
-        AllowedChildren { snapshot, allowed_set: self, excluded, is_everything, depth: depth + 1 }
+        let depth = depth + 1;
+        AllowedChildren { snapshot, allowed_set: self, excluded, listed, is_everything, depth }
     }
 
     /// Whether an item is allowed.
     pub fn allows(&self, snapshot: &Snapshot, item: u32) -> bool {
+        if let Some(listed) = &self.listed {
+            return listed.items.binary_search(&item).is_ok();
+        }
         match item.checked_sub(snapshot.num_base_items()) {
             None => {
                 self.base.excluded.within(item..item + 1).is_empty()
@@ -152,12 +211,28 @@ impl AllowedSet {
     }
 }
 
+/// The part of an ascending list that lies in a range.
+fn within(list: &[u32], range: Range<u32>) -> &[u32] {
+    let start = list.partition_point(|&item| item < range.start);
+    let len = list[start..].partition_point(|&item| item < range.end);
+    &list[start..start + len]
+}
+
+/// Whether an ascending list has a member in a range. Members before the range are dropped from it.
+fn reaches(list: &mut &[u32], range: Range<u32>) -> bool {
+    *list = &list[list.partition_point(|&item| item < range.start)..];
+    list.first().is_some_and(|&item| item < range.end)
+}
+
 /// Answers which children of one cursor have an allowed item below them.
 pub struct AllowedChildren<'a> {
     snapshot: &'a Snapshot,
     allowed_set: &'a AllowedSet,
     /// The excluded items below the cursor, from the next child on.
     excluded: &'a [u32],
+    /// The listed items below the cursor, from the next child on: the base segment's, and positions
+    /// in the delta's trie.
+    listed: Option<(&'a [u32], &'a [u32])>,
     is_everything: bool,
     /// The number of codes that lead to a child.
     depth: usize,
@@ -181,6 +256,10 @@ impl AllowedChildren<'_> {
     pub fn is_match(&mut self, child: Cursor) -> bool {
         if self.is_everything {
             return true;
+        }
+        if let Some((base, delta)) = &mut self.listed {
+            let in_base = reaches(base, self.snapshot.base_items(child, self.depth));
+            return in_base || reaches(delta, self.snapshot.delta_positions(child, self.depth));
         }
         let base = &self.allowed_set.base;
         let is_plain = self.excluded.is_empty() && base.available.is_none();

@@ -96,6 +96,13 @@ impl AllowedSet {
             .collect()
     }
 
+    /// The allowed items where a request lists them, ascending: those of the base segment, and those
+    /// of the delta by their position in the order of its trie. Then nothing else of the set says
+    /// anything.
+    pub fn listed(&self) -> Option<(&[u32], &[u32])> {
+        self.listed.as_ref().map(|listed| (listed.in_base(), listed.in_delta()))
+    }
+
     /// The delta's allowed items in the order of its trie; `None` without a delta.
     pub fn delta_allowed(&self) -> Option<RankBitmap> {
         self.delta.as_ref().map(|items| {

@@ -7,6 +7,7 @@ use roaring::RoaringBitmap;
 use super::base_segment::BaseSegment;
 use super::file::format::fingerprint;
 use super::item::Item;
+use super::order::{ItemWeight, OrderKey, Ties, push_weight};
 use super::sid::MAX_LEVELS;
 use super::texts::{NameIndex, TextsBuilder};
 use super::trie::{Trie, TrieBuilder};
@@ -22,6 +23,8 @@ pub struct CatalogBuilder {
     /// By tag, the items that carry it, in the order of adding.
     tags: HashMap<String, Vec<u32>>,
     unavailable: Vec<u32>,
+    /// Empty, or up to the last item with a weight of its own.
+    weights: Vec<ItemWeight>,
 }
 
 impl CatalogBuilder {
@@ -47,6 +50,7 @@ impl CatalogBuilder {
         if !item.available {
             self.unavailable.push(number);
         }
+        push_weight(&mut self.weights, number as usize, item.weight);
         Ok(())
     }
 
@@ -56,7 +60,7 @@ impl CatalogBuilder {
     }
 
     pub(super) fn compile(self) -> Result<BaseSegment> {
-        let CatalogBuilder { sids, names, mut titles, tags, unavailable } = self;
+        let CatalogBuilder { sids, names, mut titles, tags, unavailable, weights } = self;
         if names.len() == 0 {
             let reason = "there are no items; a catalog needs at least one".into();
             return Err(Error::InvalidField { field: "items", reason });
@@ -64,7 +68,9 @@ impl CatalogBuilder {
         while titles.len() > 0 && titles.len() < names.len() {
             titles.push("");
         }
-        let (trie, order) = sids.build();
+        let (trie, mut order) = sids.build();
+        let weight = |item: u32| weights.get(item as usize).copied().unwrap_or_default();
+        sort_shared(&trie, &mut order, &names, weight);
         let mut sorted = TextsBuilder::with_capacity(names.len(), names.num_bytes());
         order.iter().for_each(|&item| sorted.push(names.get(item)));
         drop(names);
@@ -98,8 +104,26 @@ impl CatalogBuilder {
             }
             base = base.with_tags(sets).with_unavailable(&positions(unavailable));
         }
+        if !weights.is_empty() {
+            base = base.with_weights(order.iter().map(|&item| weight(item)).collect());
+        }
         base.lineage = fingerprint(&base);
         Ok(base)
+    }
+}
+
+/// Puts the items of each shared semantic ID in their order; those of one are a run of `order`.
+fn sort_shared(
+    trie: &Trie,
+    order: &mut [u32],
+    names: &TextsBuilder,
+    weight: impl Fn(u32) -> ItemWeight,
+) {
+    let Some(first) = &trie.leaf_item else { return };
+    let key = |item: u32| OrderKey::new(Ties::ByName, weight(item), names.get(item), item);
+    for run in first.windows(2).filter(|run| run[1] - run[0] > 1) {
+        let items = &mut order[run[0] as usize..run[1] as usize];
+        items.sort_unstable_by(|&a, &b| key(a).cmp(&key(b)));
     }
 }
 

@@ -9,15 +9,56 @@ use super::base_segment::BaseSegment;
 use super::builder::CatalogBuilder;
 use super::change::Change;
 use super::compaction::compact;
-use super::file::{change_log, format};
+use super::file::lock::CatalogLock;
+use super::file::{change_log, format, resolve};
 use super::items;
+use super::order::Ties;
 use super::snapshot::Snapshot;
+use super::watermark::Watermark;
 use crate::error::{Error, Result};
 
 /// How often [`Catalog::open`] reads file and log until they belong together.
 const OPEN_ATTEMPTS: usize = 3;
 /// Items from which on a warning of [`Catalog::warning`] makes sense.
 const SMALLEST_CROWD: usize = 4;
+
+/// How a compiled catalog is opened.
+///
+/// ```
+/// use sidereal::catalog::CatalogOptions;
+///
+/// let always_mapped = CatalogOptions::default().with_map_above(0);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CatalogOptions {
+    /// Files of more bytes are mapped, smaller ones are read into memory; by default
+    /// [`DEFAULT_MAP_ABOVE`](CatalogOptions::DEFAULT_MAP_ABOVE).
+    ///
+    /// A copy in memory is safe from whatever happens to the file. A mapped file opens in the time
+    /// that its checksums take, and its pages are shared by all processes that map it, but it must
+    /// not be written to in place: replace it by rename. A request that finds such a write gets
+    /// [`Error::FileChanged`]. What was not yet noticed can still go wrong: a file that is made
+    /// shorter in the middle of a step ends the process.
+    pub map_above: u64,
+}
+
+impl CatalogOptions {
+    /// 1 GiB: some twenty million items.
+    pub const DEFAULT_MAP_ABOVE: u64 = 1 << 30;
+
+    /// Sets [`map_above`](CatalogOptions::map_above): 0 maps every file, `u64::MAX` none.
+    pub fn with_map_above(mut self, bytes: u64) -> CatalogOptions {
+        self.map_above = bytes;
+        self
+    }
+}
+
+impl Default for CatalogOptions {
+    fn default() -> CatalogOptions {
+        CatalogOptions { map_above: CatalogOptions::DEFAULT_MAP_ABOVE }
+    }
+}
 
 /// A catalog that may change while it is searched.
 ///
@@ -37,6 +78,14 @@ impl Catalog {
     /// # Errors
     /// The file's: missing, damaged, of another version, or with items that cannot be read.
     pub fn open(path: &Path) -> Result<Catalog> {
+        Catalog::open_with(path, &CatalogOptions::default())
+    }
+
+    /// Opens a catalog as the options say.
+    ///
+    /// # Errors
+    /// Those of [`open`](Catalog::open).
+    pub fn open_with(path: &Path, options: &CatalogOptions) -> Result<Catalog> {
         if items::is_items_file(path) {
             let mut builder = CatalogBuilder::default();
             items::read(path, |item| builder.add(item), |_| {})?;
@@ -44,11 +93,12 @@ impl Catalog {
         } else {
             // A writer's compaction may end between reading the file and reading the log: the log
             // is then too new for the file, and both are read again.
+            let resolved = resolve(path).map_err(|error| Error::io(path, error))?;
             let mut attempts = OPEN_ATTEMPTS;
             loop {
                 attempts -= 1;
-                let catalog = Catalog::open_without_log(path)?;
-                match change_log::replay(path, &catalog.snapshot()) {
+                let catalog = Catalog::of(format::open(&resolved, options.map_above)?);
+                match change_log::replay(&resolved, &catalog.snapshot()) {
                     Ok(None) => return Ok(catalog),
                     Ok(Some(after)) => {
                         catalog.publish(after);
@@ -63,25 +113,51 @@ impl Catalog {
 
     /// Opens a compiled catalog without the changes logged beside it.
     pub(crate) fn open_without_log(path: &Path) -> Result<Catalog> {
-        Ok(Catalog::of(format::open(path)?))
+        let map_above = CatalogOptions::default().map_above;
+        Ok(Catalog::of(format::open(path, map_above)?))
     }
 
     fn of(base: BaseSegment) -> Catalog {
-        Catalog { current: ArcSwap::from_pointee(Snapshot::of(base)), writable: Mutex::default() }
+        Catalog::of_snapshot(Snapshot::of(base))
+    }
+
+    /// A catalog that begins with a snapshot.
+    pub(super) fn of_snapshot(snapshot: Snapshot) -> Catalog {
+        Catalog { current: ArcSwap::from_pointee(snapshot), writable: Mutex::default() }
     }
 
     /// Writes the catalog, with all its changes, as one file; an existing file is replaced as a
-    /// whole or not at all.
+    /// whole or not at all, and keeps its mode. A symbolic link is followed.
     ///
     /// # Errors
-    /// The operating system's; [`Error::CatalogContents`] where the old file's sets are damaged.
+    /// The operating system's; [`Error::CatalogInUse`] where a writer has the file open;
+    /// [`Error::ChangeLog`] where the log beside it has changes that are not compiled in;
+    /// [`Error::CatalogContents`] where the old file's sets are damaged.
     pub fn save(&self, path: &Path) -> Result<()> {
+        let path = resolve(path).map_err(|error| Error::io(path, error))?;
+        let lock = CatalogLock::take(&path)?;
+        change_log::make_way(&path)?;
         let snapshot = self.snapshot();
-        if snapshot.number() == snapshot.base().snapshot {
-            return format::save(snapshot.base(), path);
+        let (base, watermarks) = (snapshot.base(), snapshot.watermarks());
+        if snapshot.number() == base.snapshot && base.ties == Ties::ByName {
+            return format::save(base, watermarks, &path, &lock);
         }
         let base = compact(&snapshot, |_| true)?.expect("progress never stops it");
-        format::save(&base, path)
+        format::save(&base, watermarks, &path, &lock)
+    }
+
+    /// Says how far feeds had been applied when the catalog's items were read from their source, so
+    /// that what they send again is skipped.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] and [`Error::LimitExceeded`] for watermarks that cannot be.
+    pub fn set_watermarks(&self, watermarks: &[Watermark]) -> Result<()> {
+        let mut snapshot = Snapshot::clone(&self.snapshot());
+        for watermark in watermarks {
+            snapshot = snapshot.with_watermark(watermark)?;
+        }
+        self.publish(snapshot);
+        Ok(())
     }
 
     /// A warning for the owner of the items, where nearly all of them have one semantic ID: no model
@@ -136,6 +212,27 @@ impl Catalog {
             self.writable.lock().expect("no holder panics").retain(|other| *other != levels);
         }
         checked
+    }
+
+    /// Checks that every registered model can write the items of a snapshot.
+    ///
+    /// # Errors
+    /// [`Error::LevelsMismatch`].
+    pub(crate) fn check_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        let writable = self.writable.lock().expect("no holder panics");
+        writable.iter().try_for_each(|levels| check_levels(levels, snapshot))
+    }
+
+    /// Checks that a change can be applied: its item fits the catalog, and every registered model
+    /// can write it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] or [`Error::InvalidChange`] with what is wrong.
+    pub fn check_change(&self, change: &Change) -> Result<()> {
+        if let Change::Put(item) = change {
+            item.check(self.snapshot().num_levels())?;
+        }
+        self.check(std::slice::from_ref(change))
     }
 
     /// Checks that every registered model can write the items that `changes` put.

@@ -3,17 +3,20 @@
 use serde::Serialize;
 
 use super::item::Item;
+use super::order::ItemWeight;
 
 /// A change of one item while the catalog is served.
 ///
 /// As JSON, one of `{"put": {"item": "17", "sid": [3, 250, 7], ...}}`,
-/// `{"delete": {"item": "17"}}`, `{"availability": {"item": "17", "available": false}}` and
-/// `{"tag": {"item": "17", "add": ["new"], "remove": []}}`.
+/// `{"delete": {"item": "17"}}`, `{"availability": {"item": "17", "available": false}}`,
+/// `{"tag": {"item": "17", "add": ["new"], "remove": []}}` and
+/// `{"weight": {"item": "17", "weight": 2.5}}`.
+///
+/// A change says what the item is afterwards. Repeated, it changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Change {
-    /// A new item, or a new state of a known one. The item then stands last among the items that
-    /// share its semantic ID.
+    /// A new item, or a new state of a known one, every field included.
     Put(Item),
     /// Deletes the item: a history that names it afterwards is an error.
     Delete {
@@ -27,7 +30,7 @@ pub enum Change {
         /// Whether it may be recommended.
         available: bool,
     },
-    /// Other tags. The item then stands last among the items that share its semantic ID.
+    /// Other tags.
     Tag {
         /// The item's name.
         item: String,
@@ -35,5 +38,12 @@ pub enum Change {
         add: Vec<String>,
         /// Tags to remove.
         remove: Vec<String>,
+    },
+    /// Another place among the items that share the item's semantic ID.
+    Weight {
+        /// The item's name.
+        item: String,
+        /// The larger, the earlier.
+        weight: ItemWeight,
     },
 }

@@ -1,10 +1,12 @@
 //! From a snapshot with a delta to one base segment: compaction.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use roaring::RoaringBitmap;
 
 use super::base_segment::BaseSegment;
+use super::order::{ItemWeight, push_weight};
 use super::snapshot::Snapshot;
 use super::texts::{NameIndex, TextsBuilder};
 use super::trie::TrieBuilder;
@@ -38,6 +40,7 @@ pub(crate) fn compact(
         old.titles.as_ref().map_or(0, |titles| titles.bytes.len()),
     );
     let mut unavailable: Vec<u32> = Vec::new();
+    let mut weights: Vec<ItemWeight> = Vec::new();
     let mut new_tags: BTreeMap<String, RoaringBitmap> = BTreeMap::new();
     let mut shifts = Shifts::default();
     for (position, (_, item)) in (0u32..).zip(snapshot.in_order()) {
@@ -55,6 +58,7 @@ pub(crate) fn compact(
         if !snapshot.is_available(item) {
             unavailable.push(position);
         }
+        push_weight(&mut weights, position as usize, snapshot.weight(item));
         if item < old.num_items() {
             shifts.push(item, position);
         } else {
@@ -67,7 +71,7 @@ pub(crate) fn compact(
     while has_titles && titles.len() < num_items {
         titles.push("");
     }
-    shifts.finish(old.num_items());
+    shifts.finish();
     let names = names.finish();
     let index = NameIndex::build(&names).map_err(|twin| {
         // Only a forged file has a name twice.
@@ -83,46 +87,57 @@ pub(crate) fn compact(
     }
     let base = BaseSegment::new(trie, names, index, has_titles.then(|| titles.finish()))
         .with_tags(tags)
-        .with_unavailable(&unavailable);
-    Ok(Some(BaseSegment { lineage: old.lineage, snapshot: snapshot.number(), ..base }))
+        .with_unavailable(&unavailable)
+        .with_weights(weights);
+    let watermarks = Arc::clone(&snapshot.watermarks);
+    Ok(Some(BaseSegment { lineage: old.lineage, snapshot: snapshot.number(), watermarks, ..base }))
 }
 
 /// Where the items of one base segment are in the next, as stretches that move by one distance.
 #[derive(Default)]
 struct Shifts {
-    /// A stretch's first item, before and after; ascending.
-    stretches: Vec<(u32, u32)>,
-    /// The first item after each stretch.
-    ends: Vec<u32>,
-    next: (u32, u32),
+    /// Ascending by the items' numbers before, once finished.
+    stretches: Vec<Stretch>,
+    /// Whether the items that stay keep their order among themselves. Those of an old file may not.
+    keeps_order: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Stretch {
+    /// The first item's number before.
+    first: u32,
+    /// And after.
+    now: u32,
+    len: u32,
 }
 
 impl Shifts {
     /// Adds the next item that stays: its number before and after.
     fn push(&mut self, item: u32, now: u32) {
-        if self.stretches.is_empty() || (item, now) != self.next {
-            if !self.stretches.is_empty() {
-                self.ends.push(self.next.0);
+        match self.stretches.last_mut() {
+            Some(last) if (item, now) == (last.first + last.len, last.now + last.len) => {
+                last.len += 1;
             }
-            self.stretches.push((item, now));
+            _ => self.stretches.push(Stretch { first: item, now, len: 1 }),
         }
-        self.next = (item + 1, now + 1);
     }
 
-    fn finish(&mut self, num_items: u32) {
-        self.ends.push(self.next.0.min(num_items));
+    fn finish(&mut self) {
+        self.keeps_order = self.stretches.is_sorted_by_key(|stretch| stretch.first);
+        self.stretches.sort_unstable_by_key(|stretch| stretch.first);
     }
 
     /// The numbers that a set's items have after; items that do not stay are left out.
     fn moved(&self, items: &RoaringBitmap) -> RoaringBitmap {
-        let mut stretch = 0;
+        let mut stretches = self.stretches.iter().peekable();
         let moved = items.iter().filter_map(|item| {
-            while stretch < self.stretches.len() && self.ends[stretch] <= item {
-                stretch += 1;
-            }
-            let &(first, now) = self.stretches.get(stretch)?;
+            while stretches.next_if(|stretch| stretch.first + stretch.len <= item).is_some() {}
+            let &&Stretch { first, now, .. } = stretches.peek()?;
             (item >= first).then(|| now + (item - first))
         });
-        RoaringBitmap::from_sorted_iter(moved).expect("a move keeps the order")
+        match self.keeps_order {
+            true => RoaringBitmap::from_sorted_iter(moved).expect("a move keeps the order"),
+            false => moved.collect(),
+        }
     }
 }

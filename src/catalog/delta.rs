@@ -5,45 +5,53 @@
 //! nanoseconds for each of its items and keeps the search as simple as without changes. Once it
 //! has grown, a compaction makes base segment and delta one.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::cmp::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{self, AtomicU64};
 
+use super::chunks::Chunks;
 use super::filter::Filter;
+use super::filter_cache::FilterCache;
 use super::item::Item;
+use super::order::{OrderKey, Ties};
 use super::sid::{MAX_LEVELS, Sid};
 use super::texts::hash;
 use super::trie::{Trie, TrieBuilder};
+use crate::error::Result;
 
 /// The items beside a base segment, numbered in the order of their putting.
 pub(super) struct Delta {
     /// By number. A deleted or replaced item keeps its number.
-    items: Chunks<Arc<Item>>,
+    items: Chunks,
     /// Bits by number: neither deleted nor replaced.
     present: Vec<u64>,
     /// Bits by number: present and available.
     available: Vec<u64>,
     num_present: u32,
-    /// The semantic IDs and numbers of the present items, ascending.
+    /// The semantic IDs and numbers of the present items, in the order of semantic IDs, then of the
+    /// items of one.
     order: Vec<(SidKey, u32)>,
+    ties: Ties,
     /// `[num_present]`; the numbers of `order`.
     numbers: Vec<u32>,
     /// The trie of `order`: the items below a node are a run of it.
     trie: Trie,
     /// The hashed names and numbers of the present items, ascending.
     by_name: Vec<(u64, u32)>,
-    /// By the text of a filter: which numbers pass.
-    passing: Mutex<HashMap<Arc<str>, Passing>>,
+    filters: Arc<Filters>,
+    /// Tells the delta from all others with the same `filters`.
+    version: u64,
 }
 
-/// The numbers that pass a filter, for the items that were there when the filter was last asked.
-#[derive(Clone, Default)]
-struct Passing {
-    upto: u32,
-    bits: Arc<Vec<u64>>,
+/// What all deltas over one base segment cache, each for itself.
+struct Filters {
+    /// Bits by number: which items pass.
+    passing: FilterCache<Vec<u64>>,
+    last_version: AtomicU64,
 }
 
-/// Filters whose passing numbers are cached.
-const MAX_PASSING: usize = 1024;
+/// Bytes of cached filters over added items.
+const MAX_FILTER_CACHE_BYTES: usize = 32 << 20;
 
 /// A semantic ID as one number; the order of numbers is that of semantic IDs.
 type SidKey = u128;
@@ -73,17 +81,22 @@ impl Patch {
 
 impl Delta {
     /// A delta without items.
-    pub fn empty(num_levels: usize) -> Delta {
+    pub fn empty(num_levels: usize, ties: Ties) -> Delta {
         Delta {
             items: Chunks::default(),
             present: Vec::new(),
             available: Vec::new(),
             num_present: 0,
             order: Vec::new(),
+            ties,
             numbers: Vec::new(),
             trie: TrieBuilder::new(num_levels).finish(),
             by_name: Vec::new(),
-            passing: Mutex::default(),
+            filters: Arc::new(Filters {
+                passing: FilterCache::new(MAX_FILTER_CACHE_BYTES),
+                last_version: AtomicU64::new(0),
+            }),
+            version: 0,
         }
     }
 
@@ -113,10 +126,14 @@ impl Delta {
         }
         let is_present = |number: u32| has(&present, number);
         // Only new items need sorting; the old ones are in order.
-        order.sort_unstable();
+        let compare = |a: &(SidKey, u32), b: &(SidKey, u32)| {
+            let key = |number: u32| order_key(self.ties, items.get(number as usize), number);
+            a.0.cmp(&b.0).then_with(|| key(a.1).cmp(&key(b.1)))
+        };
+        order.sort_unstable_by(compare);
         by_name.sort_unstable();
-        let order = merge(&self.order, &order, |&(_, number)| is_present(number));
-        let by_name = merge(&self.by_name, &by_name, |&(_, number)| is_present(number));
+        let order = merge(&self.order, &order, compare, |&(_, number)| is_present(number));
+        let by_name = merge(&self.by_name, &by_name, Ord::cmp, |&(_, number)| is_present(number));
         let mut trie = TrieBuilder::new(self.trie.num_levels());
         let mut codes = [0; MAX_LEVELS];
         for (key, _) in &order {
@@ -125,7 +142,6 @@ impl Delta {
             }
             trie.push(&codes[..self.trie.num_levels()]);
         }
-        let passing = self.passing.lock().expect("no holder panics").clone();
         Delta {
             items,
             present,
@@ -133,9 +149,11 @@ impl Delta {
             num_present: order.len() as u32,
             numbers: order.iter().map(|&(_, number)| number).collect(),
             order,
+            ties: self.ties,
             trie: trie.finish(),
             by_name,
-            passing: Mutex::new(passing),
+            version: self.filters.last_version.fetch_add(1, atomic::Ordering::Relaxed) + 1,
+            filters: Arc::clone(&self.filters),
         }
     }
 
@@ -169,37 +187,50 @@ impl Delta {
         same.map(|&(_, number)| number).find(|&number| self.item(number).name == name)
     }
 
-    /// The numbers of the present items below a node of the trie.
+    /// The numbers of the present items below a node of the trie, in their order.
     pub fn below(&self, node: u32, depth: usize) -> &[u32] {
         let run = self.trie.items(node, depth);
         &self.numbers[run.start as usize..run.end as usize]
     }
 
-    /// The numbers of all present items, by semantic ID, then by number.
+    /// The numbers of all present items, by semantic ID, then in the order of the items of one.
     pub fn in_order(&self) -> &[u32] {
         &self.numbers
     }
 
-    /// Bits by number: which items pass a filter.
-    pub fn passing(&self, text: &str, filter: &Filter) -> Arc<Vec<u64>> {
-        let mut passing = self.passing.lock().expect("no holder panics");
-        if passing.len() >= MAX_PASSING && !passing.contains_key(text) {
-            passing.clear(); // the filters in use are soon there again
-        }
-        let entry = passing.entry(text.into()).or_default();
-        let num_numbers = self.num_numbers();
-        if entry.upto < num_numbers || entry.bits.is_empty() {
-            let mut bits = (*entry.bits).clone();
-            bits.resize(num_numbers.div_ceil(64) as usize, 0);
-            for number in entry.upto..num_numbers {
-                let tags = &self.item(number).tags;
-                let passes = filter.passes(&|tag| tags.iter().any(|other| other == tag));
-                put(&mut bits, number, passes);
-            }
-            *entry = Passing { upto: num_numbers, bits: Arc::new(bits) };
-        }
-        Arc::clone(&entry.bits)
+    /// Where present items are in the order of the trie, ascending; `numbers` ascend as well.
+    ///
+    /// Takes time in proportion to these items and to those that share their semantic IDs.
+    pub fn positions(&self, numbers: &[u32]) -> Vec<u32> {
+        let mut sids: Vec<SidKey> =
+            numbers.iter().map(|&number| key(&self.item(number).sid)).collect();
+        sids.sort_unstable();
+        sids.dedup();
+        let of_sid = |sid: SidKey| {
+            let first = self.order.partition_point(|entry| entry.0 < sid);
+            let run = self.order[first..].iter().take_while(move |entry| entry.0 == sid);
+            (first as u32..).zip(run.map(|entry| entry.1))
+        };
+        let is_wanted = |(_, number): &(u32, u32)| numbers.binary_search(number).is_ok();
+        let entries = sids.into_iter().flat_map(of_sid).filter(is_wanted);
+        entries.map(|(position, _)| position).collect()
     }
+
+    /// Bits by number: which items pass a filter. Bits from the number of items on mean nothing.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`](crate::Error::InvalidField) where `text` is no filter.
+    pub fn passing(&self, text: &str) -> Result<Arc<Vec<u64>>> {
+        self.filters.passing.get_or_make(self.version, text, || {
+            let bits = self.items.passing(&Filter::parse(text)?);
+            let bytes = size_of_val(&*bits);
+            Ok((bits, bytes))
+        })
+    }
+}
+
+fn order_key(ties: Ties, item: &Item, number: u32) -> OrderKey<'_> {
+    OrderKey::new(ties, item.weight, &item.name, number)
 }
 
 fn put(bits: &mut [u64], at: u32, value: bool) {
@@ -212,51 +243,20 @@ fn has(bits: &[u64], at: u32) -> bool {
 }
 
 /// Merges two ascending lists and leaves out the entries that are not to stay.
-fn merge<T: Ord + Copy>(old: &[T], new: &[T], stays: impl Fn(&T) -> bool) -> Vec<T> {
+fn merge<T: Copy>(
+    old: &[T],
+    new: &[T],
+    compare: impl Fn(&T, &T) -> Ordering,
+    stays: impl Fn(&T) -> bool,
+) -> Vec<T> {
     let mut merged = Vec::with_capacity(old.len() + new.len());
     let mut new = new.iter().copied().filter(&stays).peekable();
     for &entry in old.iter().filter(|entry| stays(entry)) {
-        while let Some(earlier) = new.next_if(|other| *other < entry) {
+        while let Some(earlier) = new.next_if(|other| compare(other, &entry).is_lt()) {
             merged.push(earlier);
         }
         merged.push(entry);
     }
     merged.extend(new);
     merged
-}
-
-/// A list that grows at its end and whose copies share the chunks that were full before.
-#[derive(Clone)]
-struct Chunks<T> {
-    chunks: Vec<Arc<Vec<T>>>,
-    len: usize,
-}
-
-const CHUNK: usize = 1024;
-
-impl<T> Default for Chunks<T> {
-    fn default() -> Chunks<T> {
-        Chunks { chunks: Vec::new(), len: 0 }
-    }
-}
-
-impl<T: Clone> Chunks<T> {
-    fn len(&self) -> usize {
-        self.len
-    }
-
-    fn get(&self, at: usize) -> &T {
-        &self.chunks[at / CHUNK][at % CHUNK]
-    }
-
-    fn extend(&mut self, values: impl IntoIterator<Item = T>) {
-        for value in values {
-            if self.len.is_multiple_of(CHUNK) {
-                self.chunks.push(Arc::new(Vec::with_capacity(CHUNK)));
-            }
-            let last = self.chunks.last_mut().expect("pushed when full");
-            Arc::make_mut(last).push(value);
-            self.len += 1;
-        }
-    }
 }

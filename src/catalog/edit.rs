@@ -1,7 +1,7 @@
 //! A batch of changes applied to a snapshot, which makes the next snapshot.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::bitmap::RankBitmap;
 use super::change::Change;
@@ -11,12 +11,15 @@ use super::snapshot::Snapshot;
 use crate::error::{Error, Result};
 
 impl Snapshot {
-    /// The snapshot after a batch of changes, with the next number. All changes apply or none.
+    /// The snapshot after a batch of changes. All changes apply or none. It has the next number, or
+    /// this one's where every item already is as the changes say.
     ///
     /// # Errors
     /// [`Error::InvalidChange`] with the first change that is invalid.
     pub fn with(&self, changes: &[Change]) -> Result<Snapshot> {
-        self.with_numbered(changes, self.number + 1)
+        let edit = Edit::of(self, changes)?;
+        let number = if edit.is_empty() { self.number } else { self.number + 1 };
+        Ok(edit.finish(number))
     }
 
     /// The snapshot after several batches at once, with the number of the last.
@@ -24,12 +27,7 @@ impl Snapshot {
     /// # Errors
     /// [`Error::InvalidChange`] with the first change that is invalid.
     pub(crate) fn with_numbered(&self, changes: &[Change], number: u64) -> Result<Snapshot> {
-        let mut edit = Edit::new(self);
-        for (index, change) in changes.iter().enumerate() {
-            edit.apply(change)
-                .map_err(|error| Error::InvalidChange { index, reason: error.to_string() })?;
-        }
-        Ok(edit.finish(number))
+        Ok(Edit::of(self, changes)?.finish(number))
     }
 }
 
@@ -48,15 +46,29 @@ struct Edit<'a> {
 }
 
 impl<'a> Edit<'a> {
-    fn new(snapshot: &'a Snapshot) -> Edit<'a> {
-        Edit {
+    fn of(snapshot: &'a Snapshot, changes: &[Change]) -> Result<Edit<'a>> {
+        let mut edit = Edit {
             snapshot,
             touched: Default::default(),
             availability: Default::default(),
             deleted: Vec::new(),
             patch: Patch::default(),
             num_put: snapshot.delta.as_ref().map_or(0, |delta| delta.num_numbers()),
+        };
+        for (index, change) in changes.iter().enumerate() {
+            edit.apply(change)
+                .map_err(|error| Error::InvalidChange { index, reason: error.to_string() })?;
         }
+        let first_new = snapshot.num_base_items() + edit.num_put;
+        edit.availability.retain(|&item, is_available| {
+            item >= first_new || snapshot.is_available(item) != *is_available
+        });
+        Ok(edit)
+    }
+
+    /// Whether every item is as it was.
+    fn is_empty(&self) -> bool {
+        self.patch.is_empty() && self.availability.is_empty() && self.deleted.is_empty()
     }
 
     fn apply(&mut self, change: &Change) -> Result<()> {
@@ -84,6 +96,11 @@ impl<'a> Edit<'a> {
                     self.put(item);
                 }
             }
+            &Change::Weight { ref item, weight } => {
+                if let Some(at) = self.find(item) {
+                    self.put(Item { weight, ..self.item(at) });
+                }
+            }
         }
         Ok(())
     }
@@ -99,6 +116,9 @@ impl<'a> Edit<'a> {
         item.tags.sort_unstable();
         item.tags.dedup();
         if let Some(old) = self.find(&item.name) {
+            if self.is_already(old, &item) {
+                return;
+            }
             self.delete(old);
         }
         let number = self.num_put + self.patch.new.len() as u32;
@@ -119,15 +139,36 @@ impl<'a> Edit<'a> {
         }
     }
 
+    /// The item as the batch put it, where it did.
+    fn new_item(&self, at: u32) -> Option<&Item> {
+        let new = self.number(at).and_then(|number| number.checked_sub(self.num_put));
+        new.map(|new| &*self.patch.new[new as usize])
+    }
+
     /// The item after the changes so far.
     fn item(&self, at: u32) -> Item {
-        let new = self.number(at).and_then(|number| number.checked_sub(self.num_put));
-        let mut item = match new {
-            Some(new) => (*self.patch.new[new as usize]).clone(),
-            None => self.snapshot.item(at),
-        };
+        let mut item = self.new_item(at).cloned().unwrap_or_else(|| self.snapshot.item(at));
         item.available = self.availability.get(&at).copied().unwrap_or(item.available);
         item
+    }
+
+    /// Whether the item at `at` is `item` after the changes so far.
+    fn is_already(&self, at: u32, item: &Item) -> bool {
+        let is_available = |before| self.availability.get(&at).copied().unwrap_or(before);
+        match self.new_item(at) {
+            Some(new) => {
+                let available = is_available(new.available);
+                Item { available, ..new.clone() } == *item
+            }
+            None => {
+                let snapshot = self.snapshot;
+                is_available(snapshot.is_available(at)) == item.available
+                    && snapshot.sid(at) == item.sid
+                    && snapshot.weight(at) == item.weight
+                    && snapshot.title(at).unwrap_or_default() == item.title
+                    && snapshot.tag_names(at).eq(item.tags.iter().map(String::as_str))
+            }
+        }
     }
 
     fn finish(self, number: u64) -> Snapshot {
@@ -155,8 +196,13 @@ impl<'a> Edit<'a> {
         let delta = match (patch.is_empty(), &snapshot.delta) {
             (true, before) => before.clone(),
             (false, Some(before)) => Some(Arc::new(before.with(patch))),
-            (false, None) => Some(Arc::new(Delta::empty(snapshot.num_levels()).with(patch))),
+            (false, None) => {
+                let delta = Delta::empty(snapshot.num_levels(), snapshot.base.ties);
+                Some(Arc::new(delta.with(patch)))
+            }
         };
-        Snapshot { number, base: Arc::clone(&snapshot.base), available, deleted, delta }
+        let (base, watermarks) = (Arc::clone(&snapshot.base), Arc::clone(&snapshot.watermarks));
+        let occurring = OnceLock::new();
+        Snapshot { number, base, available, deleted, delta, watermarks, occurring }
     }
 }

@@ -2,13 +2,15 @@
 
 use serde::Serialize;
 
+use super::order::ItemWeight;
 use super::sid::Sid;
 use crate::error::{Error, Result};
 
 /// One item.
 ///
-/// As JSON: `{"item": "17", "sid": [3, 250, 7], "title": "...", "tags": ["garden"], "available": true}`;
-/// a code may be a text that ends in a number, as `"<a_3>"`, and all but `item` and `sid` may be left out.
+/// As JSON: `{"item": "17", "sid": [3, 250, 7], "title": "...", "tags": ["garden"], "available": true,
+/// "weight": 2.5}`; a code may be a text that ends in a number, as `"<a_3>"`, and all but `item` and
+/// `sid` may be left out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Item {
     /// Its name in histories, exclusions and answers; unique in the catalog.
@@ -24,12 +26,23 @@ pub struct Item {
     pub tags: Vec<String>,
     /// Whether the item may be recommended. An unavailable item may still stand in histories.
     pub available: bool,
+    /// Its place among the items that share its semantic ID: larger comes first; equal weights go by
+    /// name.
+    #[serde(skip_serializing_if = "ItemWeight::is_default")]
+    pub weight: ItemWeight,
 }
 
 impl Item {
-    /// An available item without title and tags.
+    /// An available item without title, tags and weight.
     pub fn new(name: impl Into<String>, sid: Sid) -> Item {
-        Item { name: name.into(), sid, title: String::new(), tags: Vec::new(), available: true }
+        Item {
+            name: name.into(),
+            sid,
+            title: String::new(),
+            tags: Vec::new(),
+            available: true,
+            weight: ItemWeight::default(),
+        }
     }
 
     /// Checks that the item can be in a catalog whose semantic IDs have `num_levels` codes.

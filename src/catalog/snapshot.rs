@@ -1,7 +1,7 @@
 //! One immutable state of the catalog.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::base_segment::BaseSegment;
 use super::bitmap::RankBitmap;
@@ -9,8 +9,12 @@ use super::change::Change;
 use super::cursor::{Cursor, Node, Runs};
 use super::delta::Delta;
 use super::item::Item;
+use super::occurring::OccurringCodes;
+use super::order::{ItemWeight, OrderKey, Ties};
 use super::sid::Sid;
 use super::trie::Trie;
+use super::watermark::{Watermark, Watermarks};
+use crate::error::Result;
 
 /// One immutable state of a catalog. A request sees one snapshot from its start to its end.
 ///
@@ -25,6 +29,9 @@ pub struct Snapshot {
     /// The base segment's deleted or replaced items; `None` where none is.
     pub(super) deleted: Option<Arc<RankBitmap>>,
     pub(super) delta: Option<Arc<Delta>>,
+    pub(super) watermarks: Arc<Watermarks>,
+    /// Worked out when it is first asked for.
+    pub(super) occurring: OnceLock<Arc<OccurringCodes>>,
 }
 
 impl Snapshot {
@@ -35,6 +42,8 @@ impl Snapshot {
             available: base.available.clone(),
             deleted: None,
             delta: None,
+            watermarks: Arc::clone(&base.watermarks),
+            occurring: OnceLock::new(),
             base: Arc::new(base),
         }
     }
@@ -44,9 +53,37 @@ impl Snapshot {
         self.number
     }
 
+    /// How far each feed has been applied.
+    pub fn watermarks(&self) -> &Watermarks {
+        &self.watermarks
+    }
+
+    /// The snapshot with a further watermark.
+    ///
+    /// # Errors
+    /// Those of a source's name and of the number of partitions.
+    pub(crate) fn with_watermark(self, watermark: &Watermark) -> Result<Snapshot> {
+        let watermarks = self.watermarks.with(watermark)?;
+        Ok(self.with_watermarks(watermarks))
+    }
+
+    /// The snapshot with other watermarks.
+    pub(crate) fn with_watermarks(self, watermarks: Watermarks) -> Snapshot {
+        Snapshot { watermarks: Arc::new(watermarks), ..self }
+    }
+
     /// The compiled catalog under the snapshot's changes.
     pub fn base(&self) -> &BaseSegment {
         &self.base
+    }
+
+    /// Checks that nobody has written to the file of the base segment
+    /// ([`BaseSegment::check_file`]).
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`](crate::Error::FileChanged).
+    pub fn check_file(&self) -> Result<()> {
+        self.base.check_file()
     }
 
     /// The number of items, available or not.
@@ -118,7 +155,14 @@ impl Snapshot {
 
     /// The item's tags, ascending.
     pub fn tags(&self, item: u32) -> Vec<String> {
-        self.delta_item(item).map_or_else(|| self.base.tags_of(item), |item| item.tags.clone())
+        self.tag_names(item).map(str::to_string).collect()
+    }
+
+    pub(super) fn tag_names(&self, item: u32) -> impl Iterator<Item = &str> {
+        let in_delta = self.delta_item(item);
+        let in_base = in_delta.is_none().then(|| self.base.tags_of(item));
+        let in_delta = in_delta.into_iter().flat_map(|item| &item.tags);
+        in_delta.map(String::as_str).chain(in_base.into_iter().flatten())
     }
 
     /// Whether the item may be recommended.
@@ -130,6 +174,15 @@ impl Snapshot {
         }
     }
 
+    /// The item's weight among the items that share its semantic ID.
+    pub fn weight(&self, item: u32) -> ItemWeight {
+        self.delta_item(item).map_or_else(|| self.base.weight(item), |item| item.weight)
+    }
+
+    fn order_key(&self, ties: Ties, item: u32) -> OrderKey<'_> {
+        OrderKey::new(ties, self.weight(item), self.name(item), item)
+    }
+
     /// The item with all its fields.
     pub fn item(&self, item: u32) -> Item {
         Item {
@@ -138,6 +191,7 @@ impl Snapshot {
             title: self.title(item).unwrap_or_default().into(),
             tags: self.tags(item),
             available: self.is_available(item),
+            weight: self.weight(item),
         }
     }
 
@@ -192,14 +246,31 @@ impl Snapshot {
         cursor.base.get().map_or(0..0, |node| self.base.trie.items(node, depth))
     }
 
+    /// The delta's items below a cursor, as positions in the order of its trie.
+    pub(super) fn delta_positions(&self, cursor: Cursor, depth: usize) -> Range<u32> {
+        let delta = cursor.delta.get().zip(self.delta.as_ref());
+        delta.map_or(0..0, |(node, delta)| delta.trie().items(node, depth))
+    }
+
     /// The items below a cursor that `depth` codes lead to, deleted and unavailable ones included:
-    /// an [`AllowedSet`](super::allowed::AllowedSet) says which of them count. Items of one
-    /// semantic ID come in the order of their putting.
+    /// an [`AllowedSet`](super::allowed::AllowedSet) says which of them count.
+    ///
+    /// They come by semantic ID; those of one by weight, the largest first, then by name in the
+    /// order of its bytes. In a catalog file of format 2 age takes the place of the name until the
+    /// file is compacted.
     pub fn items(&self, cursor: Cursor, depth: usize) -> impl Iterator<Item = u32> + '_ {
         let first = self.num_base_items();
         let delta = cursor.delta.get().zip(self.delta.as_ref());
         let delta = delta.map_or(&[][..], |(node, delta)| delta.below(node, depth));
-        self.base_items(cursor, depth).chain(delta.iter().map(move |&number| first + number))
+        let delta = delta.iter().map(move |&number| first + number);
+        let is_leaf = depth == self.num_levels();
+        let comes_before = move |a: &u32, b: &u32| {
+            let key =
+                |item| ((!is_leaf).then(|| self.sid(item)), self.order_key(self.base.ties, item));
+            key(*a) < key(*b)
+        };
+        let base = self.base_items(cursor, depth).peekable();
+        Merged { base, delta: delta.peekable(), comes_before }
     }
 
     pub(super) fn num_base_items(&self) -> u32 {
@@ -212,7 +283,8 @@ impl Snapshot {
             Change::Put(_) => false,
             Change::Delete { item }
             | Change::Availability { item, .. }
-            | Change::Tag { item, .. } => self.find(item).is_none(),
+            | Change::Tag { item, .. }
+            | Change::Weight { item, .. } => self.find(item).is_none(),
         }
     }
 
@@ -226,22 +298,44 @@ impl Snapshot {
             let entry = move |&number: &u32| (delta.item(number).sid, first_in_delta + number);
             delta.in_order().iter().map(entry)
         });
-        Merged { base, delta: delta.peekable() }
+        let comes_before = |a: &(Sid, u32), b: &(Sid, u32)| a.0 < b.0;
+        let mut merged = Merged { base, delta: delta.peekable(), comes_before }.peekable();
+        // The items of one semantic ID are few, and base segment and delta have each its own in
+        // order already, unless the base segment is of an old file.
+        let mut rest: Vec<(Sid, u32)> = Vec::new();
+        let key = |item| self.order_key(Ties::ByName, item);
+        std::iter::from_fn(move || {
+            if rest.is_empty() {
+                rest.push(merged.next()?);
+                let sid = rest[0].0;
+                while let Some(item) = merged.next_if(|item| item.0 == sid) {
+                    rest.push(item);
+                }
+                rest.sort_unstable_by(|a, b| key(b.1).cmp(&key(a.1)));
+            }
+            rest.pop()
+        })
     }
 }
 
-/// Merges two sequences by semantic ID; where both have one, the base segment's items come first.
-struct Merged<A: Iterator, B: Iterator> {
+/// Merges two sequences; where neither comes before the other, the base segment's items go first.
+struct Merged<A: Iterator, B: Iterator, C> {
     base: std::iter::Peekable<A>,
     delta: std::iter::Peekable<B>,
+    comes_before: C,
 }
 
-impl<A: Iterator<Item = (Sid, u32)>, B: Iterator<Item = (Sid, u32)>> Iterator for Merged<A, B> {
-    type Item = (Sid, u32);
+impl<T, A, B, C> Iterator for Merged<A, B, C>
+where
+    A: Iterator<Item = T>,
+    B: Iterator<Item = T>,
+    C: Fn(&T, &T) -> bool,
+{
+    type Item = T;
 
-    fn next(&mut self) -> Option<(Sid, u32)> {
+    fn next(&mut self) -> Option<T> {
         match (self.base.peek(), self.delta.peek()) {
-            (Some(base), Some(delta)) if delta.0 < base.0 => self.delta.next(),
+            (Some(base), Some(delta)) if (self.comes_before)(delta, base) => self.delta.next(),
             (Some(_), _) => self.base.next(),
             (None, _) => self.delta.next(),
         }

@@ -15,7 +15,7 @@ use crate::tensor::{Dtype, Tensor};
 /// # Errors
 /// The operating system's; [`Error::WeightsFile`] where the file is damaged.
 pub(crate) fn open(path: &Path) -> Result<Tensors> {
-    let mapping = Arc::new(Mapping::open(path)?);
+    let mapping = Arc::new(Mapping::open(path, 0)?);
     let parsed = SafeTensors::deserialize(mapping.bytes()).map_err(|source| {
         let reason = format!("not a whole safetensors file ({source})");
         Error::WeightsFile { path: path.to_path_buf(), reason }

@@ -33,7 +33,7 @@ const LEGACY_MAGIC: &[u8] = &[0x80, 0x02, 0x8a, 0x0a, 0x6c, 0xfc, 0x9c, 0x46, 0x
 /// The operating system's; [`Error::WeightsFile`] where the file is damaged;
 /// [`Error::Unsupported`] where it is sound and holds no state dict.
 pub(crate) fn open(path: &Path) -> Result<Tensors> {
-    let mapping = Arc::new(Mapping::open(path)?);
+    let mapping = Arc::new(Mapping::open(path, 0)?);
     let bytes = mapping.bytes();
     let damaged = |reason: String| Error::WeightsFile { path: path.to_path_buf(), reason };
     if bytes.starts_with(LEGACY_MAGIC) || bytes.starts_with(&[0x80, 0x02, b'}']) {

@@ -5,9 +5,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use sidereal::catalog::Catalog;
+use sidereal::catalog::{Catalog, CatalogOptions};
+use sidereal::models::config::SidLayout;
+use sidereal::models::{Checkpoint, folder, vocab_size};
 use sidereal::wire::RequestDefaults;
-use sidereal::{Constraint, Error, Normalization, Recommender, RecommenderOptions, Result};
+use sidereal::{
+    Constraint, Error, LongHistory, Normalization, Recommender, RecommenderOptions, Result,
+    UnknownItems,
+};
 
 use super::device::DeviceArguments;
 use super::requests::spinner;
@@ -29,9 +34,15 @@ pub struct ModelArguments {
     /// Catalog: a built one, or a file of items; by default the one beside the model
     #[arg(long, value_name = "FILE")]
     pub catalog: Option<PathBuf>,
+    /// Map a built catalog of more than so many MiB, instead of reading it into memory. Replace a
+    /// mapped file by rename (mv), never by cp
+    #[arg(long, value_name = "MIB", default_value_t = MAP_CATALOG_ABOVE_MIB)]
+    pub map_catalog_above: u64,
     #[command(flatten)]
     pub device: DeviceArguments,
 }
+
+pub const MAP_CATALOG_ABOVE_MIB: u64 = CatalogOptions::DEFAULT_MAP_ABOVE >> 20;
 
 #[derive(Args)]
 pub struct SearchArguments {
@@ -44,6 +55,50 @@ pub struct SearchArguments {
     /// What scores are normalised over; by default what the model's sidereal.json says, else vocabulary
     #[arg(long)]
     pub normalize: Option<NormalizationName>,
+    #[command(flatten)]
+    pub leniency: LeniencyArguments,
+    /// Items of one semantic ID at most, where several share it; by default all
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub per_sid: Option<u32>,
+}
+
+#[derive(Args, Clone, Copy)]
+pub struct LeniencyArguments {
+    /// What becomes of items that the catalog does not have
+    #[arg(long, value_name = "POLICY", default_value = "skip")]
+    unknown_items: UnknownItemsName,
+    /// What becomes of a history that is longer than model or engine take
+    #[arg(long, value_name = "POLICY", default_value = "error")]
+    long_history: LongHistoryName,
+}
+
+impl LeniencyArguments {
+    pub fn apply(self, defaults: &mut RequestDefaults) {
+        defaults.unknown_items = match self.unknown_items {
+            UnknownItemsName::Skip => UnknownItems::Skip,
+            UnknownItemsName::Error => UnknownItems::Error,
+        };
+        defaults.long_history = match self.long_history {
+            LongHistoryName::Error => LongHistory::Error,
+            LongHistoryName::Cut => LongHistory::Cut,
+        };
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum UnknownItemsName {
+    /// Leave them out and say so; an error only where none is known
+    Skip,
+    /// The request fails
+    Error,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LongHistoryName {
+    /// The request fails
+    Error,
+    /// As many of the newest items are read as fit
+    Cut,
 }
 
 impl SearchArguments {
@@ -56,9 +111,12 @@ impl SearchArguments {
         defaults.normalization = self.normalize.map(NormalizationName::normalization);
         defaults.constraint = match self.constraint {
             ConstraintName::Trie => Constraint::Trie,
+            ConstraintName::Occurring => Constraint::Occurring,
             ConstraintName::Level => Constraint::Level,
             ConstraintName::None => Constraint::None,
         };
+        self.leniency.apply(&mut defaults);
+        defaults.per_sid = self.per_sid.map(|most| most as usize);
         defaults
     }
 }
@@ -67,6 +125,8 @@ impl SearchArguments {
 pub enum ConstraintName {
     /// Codes that lead to an item that exists and is allowed
     Trie,
+    /// Any code that some item of the catalog has at the level
+    Occurring,
     /// Any code of the level
     Level,
     /// Any token of the vocabulary
@@ -102,11 +162,23 @@ impl ModelArguments {
             Some(path) => path.clone(),
             None => catalog_beside(&self.model)?,
         };
-        let catalog = Catalog::open(&path)?;
+        let map_above = self.map_catalog_above.saturating_mul(1 << 20);
+        let options = CatalogOptions::default().with_map_above(map_above);
+        let catalog = Catalog::open_with(&path, &options)?;
         if let Some(warning) = catalog.warning() {
             say(&format!("warning: {}: {warning}", path.display()));
         }
         Ok(Arc::new(catalog))
+    }
+
+    /// What stops the model itself from being opened, which a user should hear before a missing
+    /// catalog.
+    fn model_error(&self) -> Option<Error> {
+        let check = || {
+            let config = Checkpoint::open(&self.model, self.base.as_deref())?.config;
+            SidLayout::read(&self.model, vocab_size(&config)?)
+        };
+        check().err()
     }
 
     pub fn open(&self) -> Result<Recommender> {
@@ -114,20 +186,19 @@ impl ModelArguments {
     }
 
     pub fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
+        folder::check(&self.model)?;
+        let catalog =
+            self.open_catalog().map_err(|missing| self.model_error().unwrap_or(missing))?;
         let spinner = spinner("opening the model");
         let mut options = options.clone();
         options.base.clone_from(&self.base);
-        let recommender = Recommender::open(&self.model, self.open_catalog()?, &options)?;
+        let recommender = Recommender::open(&self.model, catalog, &options)?;
         spinner.finish_and_clear();
         Ok(recommender)
     }
 }
 
-fn catalog_beside(model: &Path) -> Result<PathBuf> {
-    if !model.is_dir() {
-        let reason = "there is no such model folder".into();
-        return Err(Error::ModelFolder { path: model.to_path_buf(), reason });
-    }
+pub fn catalog_beside(model: &Path) -> Result<PathBuf> {
     let candidates = CATALOG_NAMES.map(|name| model.join(name));
     candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::ModelFolder {
         path: model.to_path_buf(),

@@ -1,29 +1,34 @@
-//! `sidereal catalog`: build, inspect and change catalogs; fit codebooks and assign semantic IDs.
+//! `sidereal catalog`: build, inspect, check and change catalogs; fit codebooks and assign semantic IDs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use sidereal::catalog::sid::MAX_LEVELS;
-use sidereal::catalog::{Catalog, CatalogBuilder, Snapshot, change_log, items};
+use sidereal::catalog::{Catalog, CatalogBuilder, Change, Snapshot, Watermark, change_log, items};
+use sidereal::lines::Lines;
 use sidereal::models::weights::Weights;
 use sidereal::quantizer::{Collision, FitOptions, FitRound, Quantizer};
 use sidereal::{CatalogWriter, Error, Result, WriterOptions};
 
 use super::arguments::{Outcome, refuse_same_file, say, write_error};
+use super::check;
+use super::output::OutputFile;
 use super::requests::{count_bar, progress_bar, spinner};
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Compile a file of items into one memory-mapped file
+    /// Compile a file of items into one file
     Build(Build),
     /// Print what a catalog holds
     Inspect(Inspect),
     /// Put, delete and tag items, and set their availability
     Change(Changes),
+    /// Verify a catalog and its log of changes, and save what can be read of a damaged one
+    Check(check::Arguments),
     /// Fit the codebooks of a residual quantiser to embeddings
     Fit(Fit),
     /// Assign semantic IDs to items by their embeddings
@@ -34,7 +39,7 @@ pub enum Command {
 #[command(after_help = "\
 Items are JSON lines, {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\", \"tags\": [\"new\"]}, or, where the
 name ends in .json, the field's index: {\"17\": [\"<a_3>\", \"<b_250>\", \"<c_7>\"], ...}. Several items may share
-a semantic ID. An item with \"available\": false may stand in histories and is never recommended.
+a semantic ID: they come by \"weight\", the largest first, then by name. An item with \"available\": false may stand in histories and is never recommended.
 
 Example:
   sidereal catalog build --items items.index.json --output items.sidereal")]
@@ -42,9 +47,14 @@ pub struct Build {
     /// File of items
     #[arg(long, value_name = "FILE")]
     items: PathBuf,
-    /// Where the catalog goes; an existing one is replaced at once
+    /// Where the catalog goes; one that is there is replaced by rename. Do so too: mv, never cp, over
+    /// a catalog that is in use
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
+    /// How far a feed had been applied to the items, as source/partition@offset; may be repeated. Changes
+    /// of an existing catalog that come later are kept
+    #[arg(long, value_name = "MARK")]
+    watermark: Vec<Watermark>,
 }
 
 #[derive(Args)]
@@ -69,7 +79,8 @@ Changes are JSON lines, each one of
   {\"delete\": {\"item\": \"17\"}}
   {\"availability\": {\"item\": \"17\", \"available\": false}}
   {\"tag\": {\"item\": \"17\", \"add\": [\"sale\"], \"remove\": [\"new\"]}}
-They go to a log beside the catalog, which everything that opens the catalog reads.
+  {\"weight\": {\"item\": \"17\", \"weight\": 2.5}}
+A change that says what already is changes nothing. They go to a log beside the catalog, which everything that opens the catalog reads.
 
 Example:
   sidereal catalog change items.sidereal --changes today.jsonl --compact")]
@@ -82,6 +93,10 @@ pub struct Changes {
     /// Compile the catalog anew when all is applied, so that the log begins again
     #[arg(long)]
     compact: bool,
+    /// Where the changes end in their feed, as source/partition@offset; changes that are applied already
+    /// are skipped
+    #[arg(long, value_name = "MARK")]
+    watermark: Option<Watermark>,
 }
 
 #[derive(Args)]
@@ -151,6 +166,7 @@ const CHANGES_PER_BATCH: usize = 10_000;
 
 pub fn run(command: &Command) -> Result<Outcome> {
     match command {
+        Command::Check(arguments) => return check::run(arguments),
         Command::Build(arguments) => build(arguments)?,
         Command::Inspect(arguments) => inspect(arguments)?,
         Command::Change(arguments) => change(arguments)?,
@@ -161,43 +177,74 @@ pub fn run(command: &Command) -> Result<Outcome> {
 }
 
 fn change(arguments: &Changes) -> Result<()> {
-    // Every line is read before the first is applied: a file with a bad line changes nothing.
+    let options = WriterOptions::default().with_compact_at(usize::MAX);
+    let writer = CatalogWriter::open(&arguments.catalog, &options)?;
+    let catalog = arguments.catalog.display();
+    let mark = arguments.watermark.as_ref();
+    if let Some(mark) = mark.filter(|mark| writer.catalog().snapshot().watermarks().covers(mark)) {
+        say(&format!("{catalog}: {mark} is applied already; nothing was changed"));
+        return Ok(());
+    }
+    // Every line is checked before the first is applied: a file with a bad line changes nothing.
     let mut changes = Vec::new();
     let bytes = std::fs::metadata(&arguments.changes).ok().map(|metadata| metadata.len());
     let progress = progress_bar(bytes, "reading changes");
     let take = |change| {
+        writer.catalog().check_change(&change)?;
         changes.push(change);
         Ok(())
     };
     items::read_changes(&arguments.changes, take, |read| progress.set_position(read))?;
     progress.finish_and_clear();
-    let options = WriterOptions { compact_at: Some(usize::MAX), ..WriterOptions::default() };
-    let writer = CatalogWriter::open(&arguments.catalog, &options)?;
-    let progress = count_bar(changes.len() as u64, "applying changes");
-    let mut without_effect = 0;
-    for batch in changes.chunks(CHANGES_PER_BATCH) {
-        let before = writer.catalog().snapshot();
-        without_effect += batch.iter().filter(|change| before.is_without_effect(change)).count();
-        writer.apply(batch)?;
-        progress.inc(batch.len() as u64);
-    }
-    writer.sync()?;
-    progress.finish_and_clear();
+    let without_effect = apply(&writer, &changes, mark)?;
     if arguments.compact {
         let spinner = spinner("compiling the catalog anew");
-        writer.compact()?;
+        let compacted = writer.compact();
         spinner.finish_and_clear();
+        if compacted.is_err() {
+            say("all changes are applied and logged; only the compaction failed");
+        }
+        compacted?;
     }
     let snapshot = writer.catalog().snapshot();
     say(&format!(
-        "{}: {} changes applied ({without_effect} named items that were not known), now {} items, \
-         snapshot {}",
-        arguments.catalog.display(),
+        "{catalog}: {} changes applied ({without_effect} named items that were not known), now {} \
+         items, snapshot {}",
         changes.len(),
         snapshot.num_items(),
         snapshot.number(),
     ));
     Ok(())
+}
+
+/// Applies changes in batches, the last one with the watermark, and forces them to the disk. Returns
+/// how many named an item that was not known.
+fn apply(writer: &CatalogWriter, changes: &[Change], mark: Option<&Watermark>) -> Result<usize> {
+    let progress = count_bar(changes.len() as u64, "applying changes");
+    let (mut applied, mut without_effect) = (0, 0);
+    let apply_all = || {
+        for batch in changes.chunks(CHANGES_PER_BATCH) {
+            let before = writer.catalog().snapshot();
+            let is_unknown = |change: &&Change| before.is_without_effect(change);
+            let num_unknown = batch.iter().filter(is_unknown).count();
+            match mark.filter(|_| applied + batch.len() == changes.len()) {
+                Some(mark) => drop(writer.apply_from(mark, batch)?),
+                None => drop(writer.apply(batch)?),
+            }
+            (applied, without_effect) = (applied + batch.len(), without_effect + num_unknown);
+            progress.inc(batch.len() as u64);
+        }
+        if let (Some(mark), []) = (mark, changes) {
+            writer.apply_from(mark, &[])?;
+        }
+        writer.sync()
+    };
+    let outcome: Result<()> = { apply_all }();
+    progress.finish_and_clear();
+    if outcome.is_err() && applied > 0 {
+        say(&format!("the first {applied} of {} changes are applied and logged", changes.len()));
+    }
+    outcome.map(|()| without_effect)
 }
 
 /// The one matrix of a safetensors file, with its number of columns.
@@ -231,7 +278,10 @@ fn fit(arguments: &Fit) -> Result<()> {
         errors[level] = error;
         spinner.set_message(format!("level {level}, round {round}: mean squared error {error:.4}"));
     })?;
-    quantizer.save(&arguments.output)?;
+    let failed = write_error(Some(&arguments.output));
+    let mut output = OutputFile::create(&arguments.output).map_err(&failed)?;
+    output.write_all(&quantizer.to_bytes()?).map_err(&failed)?;
+    output.finish().map_err(&failed)?;
     spinner.finish_and_clear();
     let errors: Vec<String> = errors.iter().map(|error| format!("{error:.4}")).collect();
     say(&format!(
@@ -241,6 +291,21 @@ fn fit(arguments: &Fit) -> Result<()> {
         errors.join(", ")
     ));
     Ok(())
+}
+
+/// Each line is a name.
+fn read_names(path: &Path) -> Result<Vec<String>> {
+    let io = |error| Error::io(path, error);
+    let mut lines = Lines::new(File::open(path).map_err(io)?);
+    let mut names = Vec::new();
+    while let Some(line) = lines.next().map_err(io)? {
+        names.push(line.text().map(str::to_string).map_err(|reason| Error::ItemsFile {
+            path: path.to_path_buf(),
+            place: format!("line {}", names.len() + 1),
+            reason,
+        })?);
+    }
+    Ok(names)
 }
 
 fn assign(arguments: &Assign) -> Result<()> {
@@ -256,11 +321,7 @@ fn assign(arguments: &Assign) -> Result<()> {
     let num_items = embeddings.len() / dim;
     let names: Vec<String> = match &arguments.names {
         None => (0..num_items).map(|item| item.to_string()).collect(),
-        Some(path) => {
-            let text = std::fs::read_to_string(path);
-            let text = text.map_err(write_error(Some(path)))?;
-            text.lines().map(str::to_string).collect()
-        }
+        Some(path) => read_names(path)?,
     };
     if names.len() != num_items {
         let reason = format!("has {} lines for {num_items} embeddings", names.len());
@@ -273,12 +334,12 @@ fn assign(arguments: &Assign) -> Result<()> {
     let spinner = spinner("assigning");
     let sids = quantizer.sids(&embeddings, collision)?;
     let failed = write_error(Some(&arguments.output));
-    let mut output = BufWriter::new(File::create(&arguments.output).map_err(&failed)?);
+    let mut output = OutputFile::create(&arguments.output).map_err(&failed)?;
     for (name, sid) in names.iter().zip(&sids) {
         let line = serde_json::json!({"item": name, "sid": sid.codes()});
         writeln!(output, "{line}").map_err(&failed)?;
     }
-    output.flush().map_err(&failed)?;
+    output.finish().map_err(&failed)?;
     spinner.finish_and_clear();
     let distinct = sids.iter().collect::<std::collections::HashSet<_>>().len();
     let output = arguments.output.display();
@@ -292,12 +353,13 @@ fn build(arguments: &Build) -> Result<()> {
         return Err(Error::InvalidOption { option: "--output", reason: reason.into() });
     }
     refuse_same_file("--output", Some(&arguments.output), &arguments.items)?;
-    let log = change_log::path_of(&arguments.output);
-    if log.exists() {
+    let num_pending = change_log::num_pending(&arguments.output)?;
+    if num_pending > 0 && arguments.watermark.is_empty() {
         let reason = format!(
-            "{} holds changes of the catalog that is there; delete it, or apply them with \
-             `sidereal catalog change --compact` first",
-            log.display()
+            "{} holds changes that the catalog there lacks (batches: {num_pending}); compile them \
+             in with `sidereal catalog change --compact` first, keep the later ones with \
+             --watermark, or delete the log",
+            change_log::path_of(&arguments.output).display()
         );
         return Err(Error::InvalidOption { option: "--output", reason });
     }
@@ -308,9 +370,16 @@ fn build(arguments: &Build) -> Result<()> {
     progress.set_message("laying out");
     let whole = |error| items::whole_file_error(&arguments.items, &error);
     let catalog = builder.build().map_err(whole)?;
-    catalog.save(&arguments.output)?;
-    progress.finish_and_clear();
+    catalog.set_watermarks(&arguments.watermark)?;
     let snapshot = catalog.snapshot();
+    if num_pending == 0 {
+        catalog.save(&arguments.output)?;
+    } else {
+        let writer = CatalogWriter::open(&arguments.output, &WriterOptions::default())?;
+        let kept = writer.replace_base(&catalog)?.kept_batches;
+        say(&format!("batches of changes that are later than the items and were kept: {kept}"));
+    }
+    progress.finish_and_clear();
     let (items, sids) = (snapshot.num_items(), snapshot.base().trie().num_leaves());
     let levels = snapshot.num_levels();
     let output = arguments.output.display();
@@ -332,7 +401,16 @@ fn inspect(arguments: &Inspect) -> Result<()> {
 
 #[derive(Serialize)]
 struct Summary {
+    /// Items that are there now, changes included; of these are `titles`, `weighted` and
+    /// `unavailable`.
     items: usize,
+    /// Items of the file, before the changes that are not compiled yet; of these are all figures
+    /// of semantic IDs, of the trie and of tags.
+    compiled_items: usize,
+    /// Items added or replaced since the file was compiled, also those deleted again.
+    put: usize,
+    /// Compiled items that were deleted or replaced since.
+    deleted: usize,
     sids: usize,
     levels: usize,
     /// Items that are not alone on their semantic ID.
@@ -348,13 +426,16 @@ struct Summary {
     /// Of the compiled file; absent where the catalog was compiled from items just now.
     file_bytes: Option<u64>,
     titles: usize,
+    /// Items with a weight of their own.
+    weighted: usize,
     /// Items that stand in histories alone.
     unavailable: usize,
-    /// Items by tag, of the compiled ones.
+    /// Items by tag.
     tags: BTreeMap<String, u64>,
     snapshot: u64,
-    /// Items added, replaced or deleted since the file was compiled; they are not in the figures
-    /// of the trie.
+    /// How far each feed has been applied.
+    watermarks: Vec<Watermark>,
+    /// `put` and `deleted` together.
     changed: usize,
 }
 
@@ -374,6 +455,9 @@ impl Summary {
             |is: &dyn Fn(u32) -> bool| snapshot.all_items().filter(|&item| is(item)).count();
         Ok(Summary {
             items: snapshot.num_items(),
+            compiled_items: trie.num_items(),
+            put: snapshot.num_put(),
+            deleted: snapshot.num_deleted(),
             sids: trie.num_leaves(),
             levels: trie.num_levels(),
             collisions,
@@ -392,24 +476,39 @@ impl Summary {
             trie_bytes_per_item: trie.size_bytes() as f64 / trie.num_items().max(1) as f64,
             file_bytes: snapshot.base().file_bytes(),
             titles: count(&|item| snapshot.title(item).is_some()),
+            weighted: count(&|item| !snapshot.weight(item).is_default()),
             unavailable: count(&|item| !snapshot.is_available(item)),
             tags: snapshot.base().tags()?.into_iter().collect(),
             snapshot: snapshot.number(),
+            watermarks: snapshot.watermarks().iter().collect(),
             changed: snapshot.num_put() + snapshot.num_deleted(),
         })
     }
 
     fn to_text(&self, path: &Path) -> String {
         let mut text = format!(
-            "{}\n  items          {} ({} with a title)\n  semantic IDs   {} of {} levels\n  \
-             collisions     {} items share a semantic ID, at most {} one\n",
+            "{}\n  items          {} ({} with a title)\n",
             path.display(),
             self.items,
             self.titles,
-            self.sids,
-            self.levels,
-            self.collisions,
-            self.largest_collision,
+        );
+        if self.unavailable > 0 {
+            text += &format!("  unavailable    {} items\n", self.unavailable);
+        }
+        if self.weighted > 0 {
+            text += &format!("  weights        {} items have one of their own\n", self.weighted);
+        }
+        if self.put + self.deleted > 0 {
+            text += &format!(
+                "  compiled       {} items, which the figures below are of; since then {} put, {} \
+                 deleted or replaced\n",
+                self.compiled_items, self.put, self.deleted,
+            );
+        }
+        text += &format!(
+            "  semantic IDs   {} of {} levels\n  \
+             collisions     {} items share a semantic ID, at most {} one\n",
+            self.sids, self.levels, self.collisions, self.largest_collision,
         );
         for level in 0..self.levels {
             text += &format!(
@@ -421,9 +520,6 @@ impl Summary {
             "  trie           {} bytes, {:.2} an item\n",
             self.trie_bytes, self.trie_bytes_per_item
         );
-        if self.unavailable > 0 {
-            text += &format!("  unavailable    {} items\n", self.unavailable);
-        }
         if !self.tags.is_empty() {
             let mut tags: Vec<_> = self.tags.iter().collect();
             tags.sort_by_key(|&(_, &items)| std::cmp::Reverse(items));
@@ -433,10 +529,9 @@ impl Summary {
             let more = if more > 0 { format!(" and {more} more") } else { String::new() };
             text += &format!("  tags           {}: {shown}{more}\n", tags.len());
         }
-        text += &format!("  snapshot       {}", self.snapshot);
-        match self.changed {
-            0 => text += "\n",
-            changed => text += &format!(", {changed} items changed since it was compiled\n"),
+        text += &format!("  snapshot       {}\n", self.snapshot);
+        for watermark in &self.watermarks {
+            text += &format!("  watermark      {watermark}\n");
         }
         match self.file_bytes {
             Some(bytes) => text += &format!("  file           {bytes} bytes"),

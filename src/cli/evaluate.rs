@@ -77,6 +77,10 @@ struct Metrics {
 struct Report {
     requests: u64,
     failed: u64,
+    /// Requests whose target the catalog does not have, which count as not found.
+    unknown_targets: u64,
+    /// Names in histories that the catalog does not have and that were left out.
+    unknown_items: usize,
     beams: usize,
     /// The target counts as found where its semantic ID is.
     by_sid: Metrics,
@@ -89,7 +93,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let recommender = arguments.model.open()?;
     let start = std::time::Instant::now();
     let (mut by_sid, mut by_item) = (Tally::default(), Tally::default());
-    let (mut requests, mut failed) = (0, 0);
+    let (mut requests, mut failed, mut unknown_targets, mut unknown_items) = (0, 0, 0, 0);
     let defaults = arguments.search.defaults(usize::MAX >> 1);
     let check = |request: Request| match request.read.is_empty() {
         true => Ok(request),
@@ -104,7 +108,12 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         let target = answered.line.as_ref().and_then(RequestLine::target);
         match (&answered.answer, target) {
             (Ok(answer), Some(target)) => {
-                let (sid_rank, item_rank) = ranks(answer, target);
+                // What the catalog does not have cannot be found: a miss, and one to know of.
+                let number = answer.snapshot.find(target);
+                unknown_targets += u64::from(number.is_none());
+                unknown_items += answer.unknown_items.history.count;
+                let (sid_rank, item_rank) =
+                    number.map_or((None, None), |number| ranks(answer, number));
                 by_sid.add(sid_rank);
                 by_item.add(item_rank);
             }
@@ -127,6 +136,8 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let report = Report {
         requests,
         failed,
+        unknown_targets,
+        unknown_items,
         beams: defaults.beams,
         by_sid: by_sid.metrics(requests),
         by_item: by_item.metrics(requests),
@@ -137,7 +148,12 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         false => to_text(&report),
     };
     writeln!(std::io::stdout(), "{text}").map_err(write_error(None))?;
-    Ok(if failed == 0 { Outcome::Done } else { Outcome::SomeFailed })
+    let is_nothing_known = failed + unknown_targets == requests;
+    if is_nothing_known && unknown_targets > 0 {
+        say("the catalog has none of the targets, so nothing was evaluated; \
+             are requests and catalog of one data set?");
+    }
+    Ok(if failed == 0 && !is_nothing_known { Outcome::Done } else { Outcome::SomeFailed })
 }
 
 fn bad_requests(path: &Path, reason: String) -> Error {
@@ -145,10 +161,8 @@ fn bad_requests(path: &Path, reason: String) -> Error {
 }
 
 /// The target's rank, from one, by semantic ID and by item.
-fn ranks(answer: &Answer, target: &str) -> (Option<usize>, Option<usize>) {
-    // What the catalog does not have cannot be found: a miss like any other.
-    let Some(number) = answer.snapshot.find(target) else { return (None, None) };
-    let target_sid = answer.snapshot.sid(number);
+fn ranks(answer: &Answer, target: u32) -> (Option<usize>, Option<usize>) {
+    let (target, target_sid) = (answer.snapshot.name(target), answer.snapshot.sid(target));
     let mut sids: Vec<_> = answer.items.iter().map(|found| found.sid).collect();
     sids.dedup();
     let sid_rank = sids.iter().position(|&sid| sid == target_sid).map(|at| at + 1);
@@ -168,8 +182,21 @@ fn to_text(report: &Report) -> String {
             metrics.ndcg_at_20,
         )
     };
+    let mut unknown = String::new();
+    if report.unknown_targets > 0 {
+        unknown += &format!(
+            "{} targets are not in the catalog and count as not found\n",
+            report.unknown_targets
+        );
+    }
+    if report.unknown_items > 0 {
+        unknown += &format!(
+            "{} items of histories are not in the catalog and were left out\n",
+            report.unknown_items
+        );
+    }
     format!(
-        "{} requests, {} failed, beam width {}, {:.1} s\n{:<16}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}\n{}\n{}",
+        "{} requests, {} failed, beam width {}, {:.1} s\n{unknown}{:<16}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}\n{}\n{}",
         report.requests,
         report.failed,
         report.beams,

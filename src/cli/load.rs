@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::pin::Pin;
@@ -17,6 +18,7 @@ use serde::Serialize;
 use sidereal::{Answer, Error, Handle, Input, Recommender, Request, Result};
 
 use super::measure::cpu_time;
+use super::output::OutputFile;
 
 /// Load that arrives over time.
 #[derive(Args)]
@@ -520,8 +522,8 @@ impl OpenReport {
 /// Latency against load, on a logarithmic scale.
 fn plot(path: &Path, loads: &[LoadReport]) -> Result<()> {
     let failed = |reason: String| Error::OutputFile { path: path.to_path_buf(), reason };
-    let area = SVGBackend::new(path, (800, 500)).into_drawing_area();
-    let draw = || -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let draw = |svg: &mut String| -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let area = SVGBackend::with_string(svg, (800, 500)).into_drawing_area();
         area.fill(&WHITE)?;
         let most_load =
             loads.iter().filter_map(|load| load.offered_per_second).fold(1.0, f64::max) * 1.05;
@@ -557,7 +559,14 @@ fn plot(path: &Path, loads: &[LoadReport]) -> Result<()> {
         area.present()?;
         Ok(())
     };
-    draw().map_err(|error| failed(error.to_string()))
+    let mut svg = String::new();
+    draw(&mut svg).map_err(|error| failed(error.to_string()))?;
+    let write = || {
+        let mut output = OutputFile::create(path)?;
+        output.write_all(svg.as_bytes())?;
+        output.finish()
+    };
+    write().map_err(|error| Error::io(path, error))
 }
 
 #[cfg(test)]

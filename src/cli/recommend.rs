@@ -1,6 +1,5 @@
 //! `sidereal recommend`: histories in, items out.
 
-use std::fs::File;
 use std::io::{BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
@@ -8,19 +7,24 @@ use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use sidereal::catalog::Snapshot;
 use sidereal::wire::{AnswerLine, ErrorLine, RequestDefaults, RequestLine};
-use sidereal::{Answer, Error, ReadToken, Recommendation, Request, Result};
+use sidereal::{Answer, Error, ReadToken, Recommendation, Request, Result, UnknownByField};
 
 use super::arguments::{
-    ModelArguments, NormalizationName, Outcome, SearchArguments, refuse_same_file, write_error,
+    LeniencyArguments, ModelArguments, NormalizationName, Outcome, SearchArguments,
+    refuse_same_file, write_error,
 };
+use super::output::create_stream;
 use super::requests::{Answered, Requests, answer_file};
 
 #[derive(Args)]
 #[command(after_help = "\
 A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"exclude\": [\"4\"], \"beams\": 50, \"top_k\": 10}
                  or, instead of \"history\", \"tokens\": [...], the model's input as it is;
+                 \"only\": [\"9\", \"12\", ...] for these items alone,
                  further: \"filter\": \"tag:garden & !tag:adult\", \"groups\": [\"tag:a\", ...] for the best of each,
                  \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\",
+                 \"per_sid\": 2, for so many items of one semantic ID at most,
+                 \"min_snapshot\": 7, for no older state of the catalog,
                  \"beams\": [16, 64, 128] for a width by level, \"log_probs\": true,
                  \"seed\": a number, to draw the beams by chance, \"titles\": false, \"timings\": true,
                  \"forced\": {\"tokens\": [9], \"counted\": true}, tokens that stand before the codes,
@@ -74,6 +78,8 @@ pub struct RankArguments {
     #[arg(long)]
     normalize: Option<NormalizationName>,
     #[command(flatten)]
+    leniency: LeniencyArguments,
+    #[command(flatten)]
     answers: AnswerArguments,
 }
 
@@ -96,6 +102,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
 pub fn run_rank(arguments: &RankArguments) -> Result<Outcome> {
     let mut defaults = RequestDefaults::default();
     defaults.normalization = arguments.normalize.map(NormalizationName::normalization);
+    arguments.leniency.apply(&mut defaults);
     defaults.titles = true;
     let check = |request: Request| match request.candidates.is_empty() {
         true => {
@@ -120,7 +127,7 @@ fn answer(
     let output = arguments.output.as_deref();
     let failed = write_error(output);
     let mut writer: Box<dyn Write> = match output {
-        Some(path) => Box::new(BufWriter::new(File::create(path).map_err(&failed)?)),
+        Some(path) => Box::new(BufWriter::new(create_stream(path).map_err(&failed)?)),
         None => Box::new(BufWriter::new(std::io::stdout())),
     };
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
@@ -181,6 +188,9 @@ fn write_table(
     }
     match &answered.answer {
         Ok(answer) => {
+            for line in unknown_items(answer) {
+                writeln!(writer, "  {line}")?;
+            }
             if !answer.read.is_empty() {
                 writeln!(writer, "{}\n", read_table(&answer.read))?;
             }
@@ -194,6 +204,17 @@ fn write_table(
         }
         Err(error) => writeln!(writer, "  error: {error}\n"),
     }
+}
+
+/// A line for each field that named items which the catalog does not have.
+fn unknown_items(answer: &Answer) -> impl Iterator<Item = String> + '_ {
+    let UnknownByField { history, candidates, only, .. } = &answer.unknown_items;
+    let fields = [("history", history), ("candidates", candidates), ("only", only)];
+    fields.into_iter().filter(|(_, unknown)| unknown.count > 0).map(|(field, unknown)| {
+        let more = if unknown.names.len() < unknown.count { ", ..." } else { "" };
+        let (count, names) = (unknown.count, unknown.names.join(", "));
+        format!("left out {count} of \"{field}\" that the catalog does not have: {names}{more}")
+    })
 }
 
 fn label(catalog: &Snapshot, item: &str) -> String {

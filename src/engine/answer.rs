@@ -110,6 +110,7 @@ impl Codes {
             tokens: prepared.tokens().len(),
             cached_tokens,
             skipped_items: prepared.skipped_items,
+            unknown_items: prepared.unknown_items.clone(),
             weights_version,
             timings: None,
         })

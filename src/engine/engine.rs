@@ -52,6 +52,7 @@ pub struct Engine<B: Backend = CpuBackend> {
     pub(super) weights_version: u64,
     pub(super) memory: B::Memory,
     pub(super) scheduler: Scheduler<B::Slot>,
+    pub(super) scheduler_spec: SchedulerSpec,
     /// One for each sub-batch of a step.
     pub(super) workspaces: Vec<Workspace<B>>,
     /// All threads together.
@@ -90,14 +91,15 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Engine<B>> {
         options.check()?;
         let Checkpoint { config, weights, .. } = Checkpoint::open(folder, None)?;
-        let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
+        let vocab_size = models::vocab_size(&config)?;
+        let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
         Engine::from_parts(backend, &config, weights, layout, catalog, options)
     }
 
-    /// Opens a network from its parts, wherever they come from.
+    /// Opens a network from its parts, wherever they come from, and tries it on a small request.
     ///
     /// # Errors
-    /// Those of [`Engine::open`]; [`Error::Device`].
+    /// Those of [`Engine::open`]; [`Error::NonFiniteModel`]; [`Error::Device`].
     pub fn from_parts(
         backend: B,
         config: &Config,
@@ -124,7 +126,7 @@ impl<B: Backend> Engine<B> {
         let memory = options.memory(&*backend, &spec, max_context, num_steps)?;
         let workers = workers::<B>(pool.current_num_threads(), spec.num_weights)?;
         let metrics = Arc::new(Metrics::default());
-        let scheduler = SchedulerSpec {
+        let scheduler_spec = SchedulerSpec {
             limits: Limits {
                 beam_rows: options.rows_per_step,
                 prompt_tokens: options.tokens_per_step,
@@ -156,7 +158,8 @@ impl<B: Backend> Engine<B> {
             loader: Arc::new(loader),
             model,
             weights_version: 1,
-            scheduler: Scheduler::new(&scheduler, metrics),
+            scheduler: Scheduler::new(&scheduler_spec, metrics),
+            scheduler_spec,
             workspaces: Vec::new(),
             pool,
             workers,
@@ -169,6 +172,8 @@ impl<B: Backend> Engine<B> {
         if !B::COMPUTES_ON_CALLERS {
             engine.warm_up(options)?;
         }
+        engine.probe()?;
+        engine.preparer.last_id.store(0, Ordering::Relaxed); // the first caller's request is 1
         Ok(engine)
     }
 
@@ -180,17 +185,12 @@ impl<B: Backend> Engine<B> {
         let mut request = Request::from_tokens(vec![0; most]);
         request.beams = options.rows_per_step.min(options.max_beam_rows).min(MAX_BEAMS);
         request.top_k = 1;
-        let failure = match self.recommend(&request) {
+        match self.recommend_apart(&request) {
             Err(error @ Error::Device { .. }) => Err(error),
-            // Options that allow no request are no failure of the device; nor are random weights,
-            // or weights that make no sense.
+            // Options that allow no request are no failure of the device; nor are weights that
+            // make no sense.
             _ => Ok(()),
-        };
-        let metrics = Arc::new(Metrics::default());
-        self.scheduler.forget(Arc::clone(&metrics));
-        Arc::get_mut(&mut self.preparer).expect("nobody else has it yet").metrics = metrics;
-        self.phases = PhaseClocks::default();
-        failure
+        }
     }
 
     /// Checks requests for this engine, on any thread, while it steps.
@@ -336,11 +336,12 @@ impl<B: Backend> Engine<B> {
     /// weights, which the answers from now on carry. Requests that run are finished with the
     /// weights that they began with; contexts that were kept are dropped.
     ///
-    /// The network is laid out anew beside the old one: it takes as much memory again meanwhile.
+    /// The network is laid out anew beside the old one: it takes as much memory again meanwhile. It
+    /// is then tried on a small request, and taken if that gives finite scores.
     ///
     /// # Errors
-    /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
-    /// [`Error::Unsupported`] where the weights are random. The old weights stay then.
+    /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`],
+    /// [`Error::NonFiniteModel`], [`Error::FileChanged`]; [`Error::Unsupported`] where the weights are random. The old weights stay then.
     pub fn replace_weights(
         &mut self,
         tensors: impl IntoIterator<Item = (String, Tensor)>,
@@ -359,9 +360,10 @@ impl<B: Backend> Engine<B> {
         Arc::clone(&self.loader) as Arc<dyn ReplaceWeights>
     }
 
-    /// Finishes the requests that run, and takes the network that was loaded.
+    /// Finishes the requests that run, and takes the network that was loaded if it gives scores.
     ///
     /// # Errors
+    /// [`Error::NonFiniteModel`], [`Error::Device`]: the old network stays;
     /// [`Error::EngineFailed`], [`Error::Forked`].
     pub(crate) fn install_weights(&mut self) -> Result<u64> {
         self.ready()?;
@@ -369,9 +371,13 @@ impl<B: Backend> Engine<B> {
         self.finish_running();
         self.is_stepping = false;
         if let Some(model) = self.loader.take() {
-            self.model = model;
+            let before = std::mem::replace(&mut self.model, model);
             self.workspaces.clear(); // their passes hold the old weights
-            self.scheduler.clear_cache();
+            if let Err(error) = self.probe() {
+                self.model = before;
+                self.workspaces.clear();
+                return Err(error);
+            }
             self.weights_version += 1;
         }
         Ok(self.weights_version)

@@ -4,7 +4,7 @@
 //! others extend their beams by a level; all rows of a step share its matrix products. What a
 //! request needs is known when it arrives (pages for its context and tails, beam rows), so it is
 //! admitted when that is free ([`schedule`](crate::schedule)) and then always finishes. The answer
-//! to a request is the same, to the last bit, in any company and on any number of threads.
+//! to a request is the same in any company and on any number of threads, on one kind of CPU to the last bit.
 //!
 //! Computed contexts stay as long as there is room ([`prefix_cache`](crate::prefix_cache)): a
 //! request that begins like an earlier one reads only what is new.
@@ -17,6 +17,7 @@
 //! | --- | --- |
 //! | `engine` | the engine: opening, asking, stepping |
 //! | `prepare` | a request is checked and becomes work, on any thread |
+//! | `lookup` | names in a request become items; unknown ones are left out |
 //! | `program` | the stages of a request, and what they lease |
 //! | `scheduler` | requests that wait and run, their pages: host state alone |
 //! | `step` | one step: admit, plan, batch, run, complete |
@@ -24,14 +25,17 @@
 //! | `answer` | beams become an answer, which goes where its request said |
 //! | `feed` | many requests, a few at a time |
 //! | `weights` | the network is loaded, and replaced |
+//! | `probe` | small requests of the engine's own, apart from all others |
 
 mod answer;
 mod batch;
 #[allow(clippy::module_inception)] // the module's main type has the module's name
 mod engine;
 mod feed;
+mod lookup;
 mod options;
 mod prepare;
+mod probe;
 mod program;
 mod run;
 mod scheduler;

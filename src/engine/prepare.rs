@@ -12,18 +12,22 @@ use std::time::{Duration, Instant};
 
 use tracing::Span;
 
+use super::lookup::{Known, allowed_sets};
 use super::program::{Output, Program, Search, Stage};
-use crate::backend::{NO_TOKEN, SearchRule};
+use crate::answer::{UnknownByField, UnknownNames};
+use crate::backend::SearchRule;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
-use crate::catalog::filter::Filter;
 use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::models::PromptKind;
 use crate::models::config::SidLayout;
 use crate::pages;
-use crate::request::{Forced, Input, MAX_BEAMS, NamedToken, Request, SharedSid};
+use crate::prompt::{Rendered, Source};
+use crate::request::{
+    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid, per_sid_below_one,
+};
 use crate::schedule::{Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
 
@@ -50,6 +54,8 @@ pub struct Prepared {
     pub(super) needs: Needs,
     /// Items of the history that were left out, the oldest ones.
     pub(super) skipped_items: usize,
+    /// Names that the catalog does not have.
+    pub(super) unknown_items: UnknownByField,
     /// When it was handed over.
     pub(super) arrived_us: Micros,
     /// From submission to the end, inside the span that its caller was in.
@@ -86,9 +92,11 @@ impl Prepared {
 
     /// Items of one semantic ID that an answer lists at most.
     pub(super) fn max_items_per_sid(&self) -> usize {
-        match self.request.shared_sid {
-            SharedSid::First if self.candidates.is_none() => 1,
-            _ => usize::MAX,
+        let per_sid = self.request.per_sid.unwrap_or(usize::MAX);
+        match (&self.candidates, self.request.shared_sid) {
+            (Some(_), _) => usize::MAX,
+            (None, SharedSid::First) => per_sid.min(1),
+            (None, SharedSid::All) => per_sid,
         }
     }
 
@@ -191,17 +199,33 @@ impl Preparer {
 
     fn check(&self, arrival: Arrival, request: Request, span: Span) -> Result<Prepared> {
         let snapshot = self.catalog.snapshot();
-        let candidates = self.candidates(&request, &snapshot)?;
+        snapshot.check_file()?;
+        check_snapshot(&request, &snapshot)?;
+        let mut unknown_items = UnknownByField::default();
+        let candidates = self.candidates(&request, &snapshot, &mut unknown_items)?;
         let read = self.read_tokens(&request)?;
         let search = self.search(&request, candidates.as_ref())?;
-        check_fields(&request, search.is_some())?;
-        let tokens = self.tokens(&request.input, &snapshot)?;
-        let allowed_sets = allowed_sets(&request, &snapshot, search.is_some())?;
-        let program = Program::new(self.stages(&request, tokens, &read, search)?, self.prompt);
+        let has_search = search.is_some();
+        check_fields(&request, has_search)?;
+        let mut stages = self.stages(&request, &read, search)?;
+        let room = match request.long_history {
+            LongHistory::Error => usize::MAX,
+            LongHistory::Cut => self.room_for_input(&stages),
+        };
+        let input = self.read_input(&request, &snapshot, room)?;
+        unknown_items.history = input.unknown;
+        let allowed_sets = allowed_sets(&request, &snapshot, has_search, &mut unknown_items)?;
+        stages.insert(0, Stage::Read(input.tokens));
+        let program = Program::new(stages, self.prompt);
         let needs = self.needs(&program)?;
+        if request.constraint == Constraint::Occurring {
+            snapshot.occurring(); // worked out here and not on the thread that steps
+        }
+        self.metrics.items_unknown(&unknown_items);
         Ok(Prepared {
             id: arrival.id,
-            skipped_items: self.skipped_items(&request.input),
+            skipped_items: input.num_cut,
+            unknown_items,
             request,
             snapshot,
             program,
@@ -214,15 +238,14 @@ impl Preparer {
         })
     }
 
-    /// The request's stages.
+    /// The request's stages after the one that reads its input.
     fn stages(
         &self,
         request: &Request,
-        tokens: Vec<u32>,
         read: &[u32],
         search: Option<Search>,
     ) -> Result<Vec<Stage>> {
-        let mut stages = vec![Stage::Read(tokens)];
+        let mut stages = Vec::new();
         let is_own = request.forced.is_some();
         if let Some(Forced { tokens, is_counted }) = &request.forced {
             self.check_forced(tokens)?;
@@ -333,13 +356,19 @@ impl Preparer {
     }
 
     /// The items to score, if the request names some.
-    fn candidates(&self, request: &Request, snapshot: &Snapshot) -> Result<Option<Candidates>> {
+    fn candidates(
+        &self,
+        request: &Request,
+        snapshot: &Snapshot,
+        unknown_items: &mut UnknownByField,
+    ) -> Result<Option<Candidates>> {
         if request.candidates.is_empty() {
             return Ok(None);
         }
         let conflicts = [
             ("filter", request.filter.is_some()),
             ("exclude", !request.exclude.is_empty()),
+            ("only", request.only.is_some()),
             ("groups", !request.groups.is_empty()),
             ("seed", request.seed.is_some()),
             ("constraint", request.constraint != Constraint::Trie),
@@ -348,16 +377,13 @@ impl Preparer {
             let reason = "goes with a search, not with candidates".into();
             return Err(Error::InvalidField { field, reason });
         }
-        let find = |item: &String| {
-            let unknown = || Error::UnknownItem { item: item.clone() };
-            snapshot.find(item).ok_or_else(unknown)
-        };
         let len = request.candidates.len();
         if len > MAX_BEAMS {
             return Err(Error::LimitExceeded { what: "candidates", len, max: MAX_BEAMS });
         }
-        let items = request.candidates.iter().map(find).collect::<Result<Vec<u32>>>()?;
-        Ok(Some(Candidates::new(snapshot, &items)))
+        let known = Known::required(&request.candidates, snapshot, request.unknown_items)?;
+        unknown_items.candidates = known.unknown;
+        Ok(Some(Candidates::new(snapshot, &known.items)))
     }
 
     /// The beam width by level.
@@ -381,16 +407,27 @@ impl Preparer {
         Ok(widths)
     }
 
+    /// The most tokens of a context on which a slot takes so many steps.
+    fn max_context_of(&self, num_steps: usize) -> usize {
+        // All steps but the last are read again.
+        let positions = self.max_positions.map(|max| max.saturating_sub(num_steps - 1));
+        positions.unwrap_or(usize::MAX).min(self.max_context)
+    }
+
+    /// The most tokens of an input that these stages can follow.
+    fn room_for_input(&self, stages: &[Stage]) -> usize {
+        let rest = Program::new(stages.to_vec(), self.prompt);
+        let most = self.max_context_of(rest.max_steps()).min(self.context_pages * pages::PAGE_LEN);
+        most.saturating_sub(rest.tokens().len()).min(self.max_context())
+    }
+
     /// What a request takes, if the engine has it.
     fn needs(&self, program: &Program) -> Result<Needs> {
         let (needs, num_steps) = (program.needs(), program.max_steps());
         if num_steps > self.max_steps {
             return Err(too_many_steps(num_steps, self.max_steps));
         }
-        // All steps but the last are read again.
-        let positions = self.max_positions.map(|max| max.saturating_sub(num_steps - 1));
-        let max = positions.unwrap_or(usize::MAX).min(self.max_context);
-        let context_len = program.tokens().len();
+        let (context_len, max) = (program.tokens().len(), self.max_context_of(num_steps));
         if context_len > max {
             return Err(Error::HistoryTooLong { len: context_len, max });
         }
@@ -413,54 +450,51 @@ impl Preparer {
     /// # Errors
     /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
-        self.tokens(input, &self.catalog.snapshot())
+        let request = Request::new(input.clone());
+        let snapshot = self.catalog.snapshot();
+        snapshot.check_file()?;
+        Ok(self.read_input(&request, &snapshot, usize::MAX)?.tokens)
     }
 
-    fn tokens(&self, input: &Input, snapshot: &Snapshot) -> Result<Vec<u32>> {
-        let tokens = match input {
-            Input::History(items) => self.history_tokens(items, snapshot)?,
-            Input::Tokens(tokens) => tokens.clone(),
-        };
-        self.check_tokens(&tokens)?;
-        Ok(tokens)
+    /// Whether a request's text takes time on the thread that prepares it.
+    pub fn reads_text(&self, request: &Request) -> bool {
+        match &request.input {
+            Input::Text(_) | Input::Messages(_) => true,
+            Input::History(_) => self.layout.prompt.reads_text(),
+            Input::Tokens(_) => false,
+        }
     }
 
-    fn history_tokens(&self, items: &[String], snapshot: &Snapshot) -> Result<Vec<u32>> {
-        let find = |item: &String| {
-            let unknown = || Error::UnknownItem { item: item.clone() };
-            snapshot.find(item).ok_or_else(unknown)
-        };
-        let items = items.iter().map(find).collect::<Result<Vec<u32>>>()?;
-        // A user without a history is asked for with what stands around every history.
-        let prompt = &self.layout.prompt;
-        let newest = self.num_skipped(items.len());
-        let mut tokens = prompt.prefix.clone();
-        for (position, &item) in items[newest..].iter().enumerate() {
-            if position > 0 {
-                tokens.extend_from_slice(&prompt.separator);
+    /// The tokens of an input; of a history that takes more than `room`, those of its newest items.
+    fn read_input(&self, request: &Request, snapshot: &Snapshot, room: usize) -> Result<ReadInput> {
+        let as_given = |tokens| ReadInput { tokens, num_cut: 0, unknown: UnknownNames::default() };
+        let read = match &request.input {
+            Input::History(items) => self.read_history(items, request, snapshot, room)?,
+            Input::Tokens(tokens) => as_given(tokens.clone()),
+            Input::Text(_) | Input::Messages(_) => {
+                as_given(self.layout.prompt.text_tokens(request)?.unwrap_or_default())
             }
-            let sid = snapshot.sid(item);
-            let levels = self.layout.levels.iter().zip(sid.codes());
-            // A code without a token, which the catalog refuses, would be out of the vocabulary.
-            let token = |(tokens, &code): (&Vec<u32>, &u16)| {
-                tokens.get(usize::from(code)).copied().unwrap_or(NO_TOKEN)
-            };
-            tokens.extend(levels.map(token));
-        }
-        tokens.extend_from_slice(&prompt.suffix);
-        Ok(tokens)
+        };
+        self.check_tokens(&read.tokens)?;
+        Ok(read)
     }
 
-    /// Items of a history that are left out, the oldest ones.
-    fn num_skipped(&self, items: usize) -> usize {
-        self.layout.prompt.max_items.map_or(0, |max| items.saturating_sub(max))
-    }
-
-    fn skipped_items(&self, input: &Input) -> usize {
-        match input {
-            Input::History(items) => self.num_skipped(items.len()),
-            _ => 0,
-        }
+    fn read_history(
+        &self,
+        names: &[String],
+        request: &Request,
+        snapshot: &Snapshot,
+        room: usize,
+    ) -> Result<ReadInput> {
+        // Cut first, so that an item that is not read anyway can fail nothing.
+        let prompt = &self.layout.prompt;
+        let num_cut = names.len().saturating_sub(prompt.max_items.unwrap_or(usize::MAX));
+        let Known { items, unknown } =
+            Known::required(&names[num_cut..], snapshot, request.unknown_items)?;
+        // A user without a history is asked for with what stands around every history.
+        let source = Source { items: &items, snapshot, levels: &self.layout.levels, request };
+        let Rendered { tokens, num_items } = prompt.render(&source, room)?;
+        Ok(ReadInput { tokens, num_cut: num_cut + items.len() - num_items, unknown })
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
@@ -482,11 +516,35 @@ impl Preparer {
     }
 }
 
+/// A request's input as the model reads it.
+struct ReadInput {
+    tokens: Vec<u32>,
+    /// Items of the history that were left out, the oldest ones.
+    num_cut: usize,
+    /// Names of the history that the catalog does not have.
+    unknown: UnknownNames,
+}
+
+/// Refuses a catalog that is behind the state that the request asks for: it may not know the
+/// request's items yet, so this comes before all that looks them up.
+fn check_snapshot(request: &Request, snapshot: &Snapshot) -> Result<()> {
+    let snapshot = snapshot.number();
+    match request.min_snapshot {
+        Some(min_snapshot) if snapshot < min_snapshot => {
+            Err(Error::CatalogBehind { snapshot, min_snapshot })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Refuses values that no request may have, and fields that the request's program has no use for.
 fn check_fields(request: &Request, has_search: bool) -> Result<()> {
     let Request { top_k, temperature, constraint, .. } = *request;
     if top_k == 0 {
         return Err(Error::TopK { top_k: 0 });
+    }
+    if request.per_sid == Some(0) {
+        return Err(per_sid_below_one(0));
     }
     if !(temperature.is_finite() && temperature > 0.0 && (1.0 / temperature).is_finite()) {
         let reason = format!("{temperature} is not a number above zero");
@@ -499,6 +557,7 @@ fn check_fields(request: &Request, has_search: bool) -> Result<()> {
     let of_searches = [
         ("filter", request.filter.is_some()),
         ("exclude", !request.exclude.is_empty()),
+        ("only", request.only.is_some()),
         ("seed", request.seed.is_some()),
         ("log_probs", request.log_probs),
     ];
@@ -519,42 +578,6 @@ pub(super) fn too_many_steps(num_steps: usize, max: usize) -> Error {
         what: format!("a search of {num_steps} steps on this device"),
         way_out: format!("at most {max} are; force fewer tokens, or use the CPU"),
     }
-}
-
-/// By slot, what may come back. Named tokens are read whatever the catalog has.
-fn allowed_sets(
-    request: &Request,
-    snapshot: &Snapshot,
-    has_search: bool,
-) -> Result<Vec<AllowedSet>> {
-    let mut all = Vec::new();
-    if !request.read.is_empty() {
-        all.push(snapshot.allowed_set(&[], None)?);
-    }
-    if has_search {
-        all.extend(searches(request, snapshot)?);
-    }
-    Ok(all)
-}
-
-/// What may come back, search by search.
-fn searches(request: &Request, snapshot: &Snapshot) -> Result<Vec<AllowedSet>> {
-    let find = |name: &String| snapshot.find(name);
-    let mut excluded: Vec<u32> = request.exclude.iter().filter_map(find).collect();
-    excluded.sort_unstable();
-    excluded.dedup();
-    let filter = request.filter.as_deref();
-    if request.groups.is_empty() {
-        return Ok(vec![snapshot.allowed_set(&excluded, filter)?]);
-    }
-    let allowed_set = |group: &String| {
-        let both = match filter {
-            Some(filter) => &Filter::both(filter, group)?,
-            None => group,
-        };
-        snapshot.allowed_set(&excluded, Some(both))
-    };
-    request.groups.iter().map(allowed_set).collect()
 }
 
 pub(super) fn micros(duration: Duration) -> Micros {

@@ -24,6 +24,7 @@ use crate::schedule::Needs;
 use crate::search::{Constraint, Normalization};
 
 /// One stage of a program.
+#[derive(Clone)]
 pub(super) enum Stage {
     /// Reads tokens into the context.
     Read(Vec<u32>),
@@ -44,6 +45,7 @@ pub(super) enum Stage {
 }
 
 /// The searches of a request, all along one trunk.
+#[derive(Clone)]
 pub(super) struct Search {
     /// The beam width by level.
     pub widths: Vec<usize>,

@@ -126,7 +126,7 @@ impl<S> Scheduler<S> {
 
     /// Ends a request that waits or runs; what it held is free at once.
     pub fn cancel(&mut self, id: RequestId) {
-        self.end_if(|own, _| (own == id).then_some(Error::Cancelled));
+        self.end_if(|own, _| (own.id == id).then_some(Error::Cancelled));
     }
 
     /// Ends all requests.
@@ -157,16 +157,21 @@ impl<S> Scheduler<S> {
         self.clear_cache();
     }
 
-    /// Ends the requests for which there is an error; `error` gets the ID and whether it runs.
-    fn end_if(&mut self, error: impl Fn(RequestId, bool) -> Option<Error>) {
+    /// Ends the requests that run on a catalog whose file was written to.
+    pub fn end_changed(&mut self) {
+        self.end_if(|own, is_running| is_running.then(|| own.snapshot.check_file().err())?);
+    }
+
+    /// Ends the requests for which there is an error; `error` gets the request and whether it runs.
+    fn end_if(&mut self, error: impl Fn(&Prepared, bool) -> Option<Error>) {
         let metrics = &self.metrics;
         let mut end = |prepared: Prepared, reply, error| {
             prepared.span.in_scope(|| metrics.request_failed(&error));
             self.ended.push((reply, Err(error)));
         };
         let mut at = 0;
-        while let Some((waiting, _, _)) = self.waiting.get(at) {
-            match error(waiting.id, false) {
+        while let Some((_, prepared, _)) = self.waiting.get(at) {
+            match error(prepared, false) {
                 Some(error) => {
                     let (_, prepared, reply) = self.waiting.remove(at);
                     end(prepared, reply, error);
@@ -176,7 +181,7 @@ impl<S> Scheduler<S> {
         }
         at = 0;
         while let Some(running) = self.running.get(at) {
-            match error(running.prepared.id, true) {
+            match error(&running.prepared, true) {
                 Some(error) => {
                     let Running { prepared, reply, .. } = self.running.remove(at);
                     end(prepared, reply, error);
@@ -196,11 +201,9 @@ impl<S> Scheduler<S> {
         self.cache.iter_mut().for_each(PrefixCache::clear);
     }
 
-    /// Forgets what was computed and measured, and counts in `metrics` from now on.
-    pub fn forget(&mut self, metrics: Arc<Metrics>) {
-        self.metrics = metrics;
-        self.cache = self.cache.as_ref().map(|_| PrefixCache::default());
-        self.run_time = RunTime::default();
+    /// Where it counts.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Admits the requests for which there is room. `open` opens a slot of a request's program (by

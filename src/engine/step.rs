@@ -40,6 +40,7 @@ impl<B: Backend> Engine<B> {
     }
 
     fn step_running(&mut self) {
+        self.scheduler.end_changed();
         let backend = &self.backend;
         let scheduled =
             self.scheduler.schedule(|running| batch::num_decode_rows(&**backend, running));
@@ -54,7 +55,7 @@ impl<B: Backend> Engine<B> {
         self.run_sub_batches(&mut sub_batches);
         self.complete(&scheduled, sub_batches);
         let took_us = self.preparer.now_us().saturating_sub(began_us);
-        self.preparer.metrics().step(rows, prompt_tokens, took_us);
+        self.scheduler.metrics().step(rows, prompt_tokens, took_us);
     }
 
     fn sub_batches(&mut self, scheduled: &[Scheduled]) -> Vec<SubBatch<B>> {
@@ -95,12 +96,17 @@ impl<B: Backend> Engine<B> {
             let Running { prepared, slots, cached_tokens, .. } = &running;
             let beams: Vec<_> = beams.by_ref().take(slots.len()).collect();
             let version = self.weights_version;
-            let answer = self.codes.answer(prepared, *cached_tokens, version, beams.into_iter());
+            // Names are read from the catalog's file, so it is checked before and after.
+            let snapshot = &prepared.snapshot;
+            let answer = snapshot.check_file().and_then(|()| {
+                self.codes.answer(prepared, *cached_tokens, version, beams.into_iter())
+            });
+            let answer = answer.and_then(|answer| snapshot.check_file().map(|()| answer));
             let answer = match running.is_late(now_us) {
                 true => Err(prepared.deadline_exceeded()),
                 false => answer,
             };
-            let metrics = self.preparer.metrics();
+            let metrics = self.scheduler.metrics();
             prepared.span.in_scope(|| match &answer {
                 Ok(_) => metrics.request_answered(&timings),
                 Err(error) => metrics.request_failed(error),

@@ -15,18 +15,20 @@ use crate::error::Result;
 use config::{Config, SidLayout};
 use weights::Weights;
 
+mod checkpoint;
 pub mod config;
 pub mod decoder_only;
 mod family;
-mod folder;
+pub mod folder;
+pub mod levels;
 mod network;
 mod rope;
 pub mod t5;
 pub mod vocabulary;
 pub mod weights;
 
+pub use checkpoint::Checkpoint;
 pub use family::Family;
-pub use folder::Checkpoint;
 pub use network::{Activations, ForwardPass, Model, ModelOutput, ModelSpec, Network, PromptKind};
 
 /// Puts a checkpoint on a device; `layout` says which tokens its searches choose from.

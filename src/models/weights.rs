@@ -51,6 +51,9 @@ enum Source {
 impl Weights {
     /// Opens the weights of a Hugging Face folder: safetensors or torch's files, in shards or not.
     ///
+    /// A network that is loaded has copies of its weights. The files are read again where some of
+    /// the weights are replaced, and must not have been written to until then.
+    ///
     /// # Errors
     /// The operating system's; [`Error::ModelFolder`] where there are none or several;
     /// [`Error::WeightsFile`] where a file is damaged.
@@ -159,7 +162,8 @@ impl Weights {
     /// The tensor of this name, which must have this shape and finite numbers.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`].
+    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
+    /// [`Error::FileChanged`].
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         self.num_taken += shape.iter().product::<usize>();
         match &mut self.source {
@@ -174,6 +178,7 @@ impl Weights {
                         expected: shape.to_vec(),
                     });
                 }
+                tensor.check_file()?;
                 if let Some(index) = tensor.first_non_finite() {
                     return Err(Error::NonFiniteWeight { name: name.into(), index });
                 }
@@ -211,12 +216,27 @@ impl Weights {
         self.num_taken
     }
 
-    /// Checks that nothing is left over but what `is_spare` knows to change nothing.
+    /// Checks that nobody has written to the files since they were mapped.
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`]: what was read of them cannot be trusted.
+    pub fn check_files(&self) -> Result<()> {
+        match &self.source {
+            Source::Files(Tensors { floats, .. }) => {
+                floats.values().try_for_each(Tensor::check_file)
+            }
+            Source::Random(_) => Ok(()),
+        }
+    }
+
+    /// Checks that nothing is left over but what `is_spare` knows to change nothing, and that the
+    /// files stayed as they were while they were read.
     ///
     /// # Errors
     /// [`Error::UnexpectedTensor`] with the first name; [`Error::Unsupported`] for weights that are
-    /// quantised or of a number type that cannot be read.
+    /// quantised or of a number type that cannot be read; [`Error::FileChanged`].
     pub fn finish(self, is_spare: impl Fn(&str, &Tensor) -> bool) -> Result<()> {
+        self.check_files()?;
         let Source::Files(Tensors { floats, others, .. }) = &self.source else {
             return Ok(());
         };

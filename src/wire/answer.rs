@@ -22,11 +22,11 @@ impl<'a> AnswerLine<'a> {
     }
 }
 
-/// `groups` and `read` are there where the request asks for some; `timings` and `skipped_items`
-/// where it asks for timings.
+/// `groups` and `read` are there where the request asks for some, `unknown_items` where some were left
+/// out; `timings` and `skipped_items` where it asks for timings.
 impl Serialize for Answer {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut answer = serializer.serialize_struct("Answer", 8)?;
+        let mut answer = serializer.serialize_struct("Answer", 9)?;
         answer.serialize_field("items", &self.items)?;
         match self.groups.is_empty() {
             true => answer.skip_field("groups")?,
@@ -39,6 +39,9 @@ impl Serialize for Answer {
         answer.serialize_field("snapshot", &self.snapshot.number())?;
         answer.serialize_field("tokens", &self.tokens)?;
         answer.serialize_field("cached_tokens", &self.cached_tokens)?;
+        if self.unknown_items.count() > 0 {
+            answer.serialize_field("unknown_items", &self.unknown_items)?;
+        }
         if let Some(timings) = &self.timings {
             answer.serialize_field("skipped_items", &self.skipped_items)?;
             answer.serialize_field("timings", timings)?;
@@ -90,7 +93,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::answer::{Group, ReadToken, Timings};
+    use crate::answer::{Group, ReadToken, Timings, UnknownByField};
     use crate::catalog::sid::Sid;
     use crate::catalog::{CatalogBuilder, Item};
 
@@ -109,6 +112,7 @@ mod tests {
             tokens: 7,
             cached_tokens: 5,
             skipped_items: 2,
+            unknown_items: UnknownByField::default(),
             weights_version: 1,
             timings: None,
         }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::name::name;
 use crate::catalog::items::{Code, to_sid};
-use crate::catalog::{Change, Item};
+use crate::catalog::{Change, Item, ItemWeight};
 use crate::error::{Error, Result};
 
 /// An item before its codes are read. Further fields are allowed and ignored: files of items hold
@@ -18,6 +18,7 @@ struct ItemLine {
     #[serde(default)]
     tags: Vec<String>,
     available: Option<bool>,
+    weight: Option<ItemWeight>,
 }
 
 impl TryFrom<ItemLine> for Item {
@@ -30,6 +31,7 @@ impl TryFrom<ItemLine> for Item {
             title: line.title.unwrap_or_default(),
             tags: line.tags,
             available: line.available.unwrap_or(true),
+            weight: line.weight.unwrap_or_default(),
         })
     }
 }
@@ -61,6 +63,11 @@ enum ChangeLine {
         #[serde(default)]
         remove: Vec<String>,
     },
+    Weight {
+        #[serde(deserialize_with = "name")]
+        item: String,
+        weight: ItemWeight,
+    },
 }
 
 impl<'de> Deserialize<'de> for Change {
@@ -72,6 +79,7 @@ impl<'de> Deserialize<'de> for Change {
                 Change::Availability { item, available }
             }
             ChangeLine::Tag { item, add, remove } => Change::Tag { item, add, remove },
+            ChangeLine::Weight { item, weight } => Change::Weight { item, weight },
         })
     }
 }

@@ -8,14 +8,16 @@
 //! - An [`ErrorBody`] is `{"code": "unknown_item", "message": "..."}`, with a `kind` for doors that
 //!   say it; an [`ErrorLine`] is the answer to a line that failed.
 //! - An [`Item`](crate::catalog::Item) is `{"item": "17", "sid": [3, 250, 7], "title": "...",
-//!   "tags": ["garden"], "available": true}`, and a [`Change`](crate::catalog::Change) is one of
-//!   `{"put": {...}}`, `{"delete": {...}}`, `{"availability": {...}}` and `{"tag": {...}}`.
+//!   "tags": ["garden"], "available": true, "weight": 2.5}`, and a [`Change`](crate::catalog::Change) is one of
+//!   `{"put": {...}}`, `{"delete": {...}}`, `{"availability": {...}}`, `{"tag": {...}}` and
+//!   `{"weight": {...}}`.
 //!
 //! Scores are written with as many digits as an `f32` needs to be read back to the last bit.
 
 mod answer;
 mod change;
 mod error;
+mod loose;
 mod name;
 mod request;
 

@@ -2,17 +2,22 @@
 
 use std::time::Duration;
 
+use serde::de::Error as _;
 use serde::ser::SerializeStruct;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::name::Name;
+use super::loose::{LooseName, Real, Scalar, Whole};
 use crate::error::{Error, Result};
-use crate::request::{Forced, Input, MAX_BEAMS, NamedToken, Priority, Request, SharedSid};
+use crate::request::{
+    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
+    per_sid_below_one,
+};
 use crate::search::{Constraint, Normalization};
 
 /// Fields that are looked for under other names, and their own.
-const OTHER_NAMES: [(&str, &str); 5] = [
+const OTHER_NAMES: [(&str, &str); 6] = [
+    ("prompt", "text"),
     ("each", "groups"),
     ("sample", "seed"),
     ("k", "top_k"),
@@ -21,18 +26,35 @@ const OTHER_NAMES: [(&str, &str); 5] = [
 ];
 
 /// One request as JSON, before defaults are filled in: a line of a requests file, or a body.
+///
+/// A null is the same as leaving the field out. Numbers and names are read in every notation that
+/// means the same; other fields and other types than the documented ones are errors.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RequestLine {
-    /// Echoed in the answer; a string or a number.
+    /// Echoed in the answer; any JSON value.
     #[serde(default)]
     pub id: Option<Value>,
     #[serde(default, deserialize_with = "names")]
     history: Option<Vec<String>>,
     #[serde(default)]
-    tokens: Option<Vec<i64>>,
+    tokens: Option<Vec<Whole>>,
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
+    messages: Option<Vec<Map<String, Value>>>,
+    #[serde(default)]
+    variables: Option<Map<String, Value>>,
+    #[serde(default)]
+    special_tokens: Option<bool>,
+    #[serde(default)]
+    unknown_items: Option<UnknownItems>,
+    #[serde(default)]
+    long_history: Option<LongHistory>,
     #[serde(default, deserialize_with = "names")]
     exclude: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "names")]
+    only: Option<Vec<String>>,
     #[serde(default)]
     filter: Option<String>,
     #[serde(default)]
@@ -43,7 +65,7 @@ pub struct RequestLine {
     forced: Option<ForcedTokens>,
     #[serde(default)]
     read: Option<Vec<TokenName>>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "seed")]
     seed: Option<u64>,
     #[serde(default)]
     log_probs: Option<bool>,
@@ -54,30 +76,34 @@ pub struct RequestLine {
     #[serde(default)]
     beams: Option<Beams>,
     #[serde(default)]
-    top_k: Option<i64>,
+    top_k: Option<Whole>,
     #[serde(default)]
     normalize: Option<Normalization>,
     #[serde(default)]
     constraint: Option<Constraint>,
     #[serde(default)]
-    temperature: Option<f32>,
+    temperature: Option<Real>,
     #[serde(default)]
     shared_sid: Option<SharedSid>,
-    #[serde(default, deserialize_with = "optional_name")]
-    user: Option<String>,
+    #[serde(default)]
+    per_sid: Option<Whole>,
+    #[serde(default)]
+    user: Option<Scalar>,
     #[serde(default)]
     priority: Option<Priority>,
     #[serde(default)]
-    deadline_ms: Option<f64>,
-    #[serde(default, deserialize_with = "optional_name")]
-    target: Option<String>,
+    deadline_ms: Option<Real>,
+    #[serde(default)]
+    min_snapshot: Option<Whole>,
+    #[serde(default)]
+    target: Option<LooseName>,
 }
 
 /// Tokens before the codes, and whether they are part of the scores.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ForcedTokens {
-    tokens: Vec<i64>,
+    tokens: Vec<Whole>,
     #[serde(default)]
     counted: bool,
 }
@@ -87,43 +113,44 @@ struct ForcedTokens {
 #[serde(untagged, expecting = "expected a token, its text or its number")]
 enum TokenName {
     Text(String),
-    Id(i64),
+    Id(Whole),
 }
 
 /// One width, or one for each level.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(try_from = "Value")]
 enum Beams {
-    One(i64),
-    ByLevel(Vec<i64>),
+    One(Whole),
+    ByLevel(Vec<Whole>),
 }
 
 impl TryFrom<Value> for Beams {
     type Error = String;
 
     fn try_from(value: Value) -> std::result::Result<Beams, String> {
-        let one = value.as_i64().map(Beams::One);
-        let by_level = || {
-            let widths = value.as_array()?.iter().map(Value::as_i64);
-            widths.collect::<Option<Vec<i64>>>().map(Beams::ByLevel)
+        let beams = match value.is_array() {
+            true => Vec::deserialize(&value).map(Beams::ByLevel),
+            false => Whole::deserialize(&value).map(Beams::One),
         };
-        one.or_else(by_level).ok_or_else(|| {
-            format!("beams: {value} is not a width, or a list of one for each level")
-        })
+        beams.map_err(|_| format!("beams: {value} is not a width, or a list of one for each level"))
     }
 }
 
 fn names<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> std::result::Result<Option<Vec<String>>, D::Error> {
-    let names = Option::<Vec<Name>>::deserialize(deserializer)?;
-    Ok(names.map(|names| names.into_iter().map(String::from).collect()))
+    let names = Option::<Vec<LooseName>>::deserialize(deserializer)?;
+    Ok(names.map(|names| names.into_iter().map(|name| name.0).collect()))
 }
 
-fn optional_name<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> std::result::Result<Option<String>, D::Error> {
-    Ok(Option::<Name>::deserialize(deserializer)?.map(String::from))
+fn seed<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<u64>, D::Error> {
+    let seed = Option::<Whole>::deserialize(deserializer)?;
+    let checked = seed.map(|Whole(seed)| {
+        let out_of_range =
+            |_| D::Error::custom(format!("seed: {seed} is not between 0 and 2^64 - 1"));
+        u64::try_from(seed).map_err(out_of_range)
+    });
+    checked.transpose()
 }
 
 /// The values of fields that a line leaves out.
@@ -140,8 +167,14 @@ pub struct RequestDefaults {
     pub normalization: Option<Normalization>,
     /// Constraint.
     pub constraint: Constraint,
+    /// Items of one semantic ID; `None` for all. A line's `shared_sid` replaces it too.
+    pub per_sid: Option<usize>,
     /// Whether items come with their titles.
     pub titles: bool,
+    /// What becomes of unknown items.
+    pub unknown_items: UnknownItems,
+    /// What becomes of histories that are too long.
+    pub long_history: LongHistory,
 }
 
 impl Default for RequestDefaults {
@@ -153,7 +186,10 @@ impl Default for RequestDefaults {
             top_k: request.top_k,
             normalization: request.normalization,
             constraint: request.constraint,
+            per_sid: request.per_sid,
             titles: request.titles,
+            unknown_items: request.unknown_items,
+            long_history: request.long_history,
         }
     }
 }
@@ -183,28 +219,59 @@ impl RequestLine {
 
     /// The item that the user took next, where the line says so: evaluation needs it.
     pub fn target(&self) -> Option<&str> {
-        self.target.as_deref()
+        self.target.as_ref().map(|name| &*name.0)
+    }
+
+    /// The one input that the line gives. A program that writes every field writes empty ones beside
+    /// the one that it means.
+    fn input(&self) -> Result<Input> {
+        let history = self.history.as_ref().map(|items| {
+            let input = Ok(Input::History(items.clone()));
+            (items.is_empty(), input)
+        });
+        let tokens = self.tokens.as_ref().map(|tokens| {
+            let input = tokens_in_range("tokens", tokens).map(Input::Tokens);
+            (tokens.is_empty(), input)
+        });
+        let text = self.text.as_ref().map(|text| {
+            let input = Ok(Input::Text(text.clone()));
+            (text.is_empty(), input)
+        });
+        let messages = self.messages.as_ref().map(|messages| {
+            let input = messages.iter().cloned().map(Value::Object).collect();
+            (messages.is_empty(), Ok(Input::Messages(input)))
+        });
+        let given: Vec<_> = [history, tokens, text, messages].into_iter().flatten().collect();
+        let mut meant = given.iter().filter(|(is_empty, _)| !is_empty);
+        match (meant.next(), meant.next()) {
+            (Some(_), Some(_)) => Err(Error::InvalidField {
+                field: "tokens",
+                reason:
+                    "give one of \"history\", \"tokens\", \"text\" and \"messages\", not several"
+                        .into(),
+            }),
+            (Some((_, input)), None) => input.clone(),
+            (None, _) => {
+                given.into_iter().next().map_or(Err(Error::EmptyInput), |(_, input)| input)
+            }
+        }
     }
 
     /// The request, with `defaults` where the line is silent.
     ///
     /// # Errors
-    /// The caller's: a number out of range, both or neither of `history` and `tokens`.
+    /// The caller's: a number out of range; none or several of `history`, `tokens`, `text` and
+    /// `messages`.
     pub fn to_request(&self, defaults: &RequestDefaults) -> Result<Request> {
-        let input = match (&self.history, &self.tokens) {
-            (Some(_), Some(_)) => {
-                return Err(Error::InvalidField {
-                    field: "tokens",
-                    reason: "give either \"history\" or \"tokens\", not both".into(),
-                });
-            }
-            (Some(items), None) => Input::History(items.clone()),
-            (None, Some(tokens)) => Input::Tokens(tokens_in_range("tokens", tokens)?),
-            (None, None) => return Err(Error::EmptyInput),
+        let input = self.input()?;
+        let top_k = match self.top_k {
+            Some(Whole(top_k)) if top_k < 1 => return Err(Error::TopK { top_k: clamped(top_k) }),
+            Some(Whole(top_k)) => usize::try_from(top_k).unwrap_or(usize::MAX),
+            None => defaults.top_k,
         };
-        let top_k = self.top_k.unwrap_or(defaults.top_k as i64);
-        let width = |width: i64| {
-            usize::try_from(width).map_err(|_| Error::BeamWidth { width, max: MAX_BEAMS })
+        let width = |Whole(width): Whole| {
+            let out_of_range = |_| Error::BeamWidth { width: clamped(width), max: MAX_BEAMS };
+            u32::try_from(width).map(|width| width as usize).map_err(out_of_range)
         };
         let (beams, widths) = match &self.beams {
             None => (defaults.beams, defaults.widths.clone()),
@@ -214,12 +281,24 @@ impl RequestLine {
                 (widths.last().copied().unwrap_or(0), widths)
             }
         };
-        let deadline = self.deadline_ms.map(|ms| {
+        let deadline = self.deadline_ms.map(|Real(ms)| {
             Duration::try_from_secs_f64(ms / 1e3).map_err(|_| Error::InvalidField {
                 field: "deadline_ms",
                 reason: format!("{ms} is not a number of milliseconds"),
             })
         });
+        let min_snapshot = self.min_snapshot.map(|Whole(number)| {
+            u64::try_from(number).map_err(|_| Error::InvalidField {
+                field: "min_snapshot",
+                reason: format!("{number} is not the number of a snapshot"),
+            })
+        });
+        let per_sid = match (self.per_sid, self.shared_sid) {
+            (Some(Whole(most)), _) if most < 1 => return Err(per_sid_below_one(clamped(most))),
+            (Some(Whole(most)), _) => Some(usize::try_from(most).unwrap_or(usize::MAX)),
+            (None, Some(_)) => None,
+            (None, None) => defaults.per_sid,
+        };
         let forced = self.forced.as_ref().map(|forced| match forced.tokens.is_empty() {
             true => Err(Error::InvalidField {
                 field: "forced",
@@ -236,7 +315,10 @@ impl RequestLine {
         });
         Ok(Request {
             input,
+            unknown_items: self.unknown_items.unwrap_or(defaults.unknown_items),
+            long_history: self.long_history.unwrap_or(defaults.long_history),
             exclude: self.exclude.clone().unwrap_or_default(),
+            only: self.only.clone(),
             filter: self.filter.clone(),
             groups: self.groups.clone().unwrap_or_default(),
             candidates: self.candidates.clone().unwrap_or_default(),
@@ -248,14 +330,18 @@ impl RequestLine {
             timings: self.timings.unwrap_or(false),
             beams,
             widths,
-            top_k: usize::try_from(top_k).map_err(|_| Error::TopK { top_k })?,
+            top_k,
             normalization: self.normalize.or(defaults.normalization),
             constraint: self.constraint.unwrap_or(defaults.constraint),
-            temperature: self.temperature.unwrap_or(1.0),
+            temperature: self.temperature.map_or(1.0, |Real(temperature)| temperature as f32),
             shared_sid: self.shared_sid.unwrap_or_default(),
-            user: self.user.clone(),
+            per_sid,
+            variables: self.variables.clone().unwrap_or_default(),
+            special_tokens: self.special_tokens,
+            user: self.user.as_ref().map(|user| user.0.clone()).filter(|user| !user.is_empty()),
             priority: self.priority.unwrap_or_default(),
             deadline: deadline.transpose()?,
+            min_snapshot: min_snapshot.transpose()?,
         })
     }
 }
@@ -270,12 +356,16 @@ fn with_own_name(error: &str) -> String {
     }
 }
 
-fn tokens_in_range(field: &'static str, tokens: &[i64]) -> Result<Vec<u32>> {
+fn clamped(number: i128) -> i64 {
+    number.clamp(i64::MIN.into(), i64::MAX.into()) as i64
+}
+
+fn tokens_in_range(field: &'static str, tokens: &[Whole]) -> Result<Vec<u32>> {
     let tokens = tokens.iter().enumerate();
     tokens.map(|(position, &token)| in_range(field, position, token)).collect()
 }
 
-fn in_range(field: &'static str, position: usize, token: i64) -> Result<u32> {
+fn in_range(field: &'static str, position: usize, Whole(token): Whole) -> Result<u32> {
     u32::try_from(token).map_err(|_| Error::InvalidField {
         field,
         reason: format!("{token} at position {position} is not a token"),
@@ -285,10 +375,18 @@ fn in_range(field: &'static str, position: usize, token: i64) -> Result<u32> {
 /// The line that says the whole request, whatever a reader's defaults are.
 impl Serialize for Request {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut line = serializer.serialize_struct("Request", 20)?;
+        let mut line = serializer.serialize_struct("Request", 23)?;
         match &self.input {
             Input::History(items) => line.serialize_field("history", items)?,
             Input::Tokens(tokens) => line.serialize_field("tokens", tokens)?,
+            Input::Text(text) => line.serialize_field("text", text)?,
+            Input::Messages(messages) => line.serialize_field("messages", messages)?,
+        }
+        if !self.variables.is_empty() {
+            line.serialize_field("variables", &self.variables)?;
+        }
+        if let Some(special_tokens) = self.special_tokens {
+            line.serialize_field("special_tokens", &special_tokens)?;
         }
         for (field, texts) in
             [("exclude", &self.exclude), ("groups", &self.groups), ("candidates", &self.candidates)]
@@ -296,6 +394,11 @@ impl Serialize for Request {
             if !texts.is_empty() {
                 line.serialize_field(field, texts)?;
             }
+        }
+        line.serialize_field("unknown_items", &self.unknown_items)?;
+        line.serialize_field("long_history", &self.long_history)?;
+        if let Some(only) = &self.only {
+            line.serialize_field("only", only)?;
         }
         for (field, text) in [("filter", &self.filter), ("user", &self.user)] {
             if let Some(text) = text {
@@ -325,9 +428,15 @@ impl Serialize for Request {
         line.serialize_field("constraint", &self.constraint)?;
         line.serialize_field("temperature", &self.temperature)?;
         line.serialize_field("shared_sid", &self.shared_sid)?;
+        if let Some(per_sid) = self.per_sid {
+            line.serialize_field("per_sid", &per_sid)?;
+        }
         line.serialize_field("priority", &self.priority)?;
         if let Some(deadline) = self.deadline {
             line.serialize_field("deadline_ms", &(deadline.as_nanos() as f64 / 1e6))?;
+        }
+        if let Some(min_snapshot) = self.min_snapshot {
+            line.serialize_field("min_snapshot", &min_snapshot)?;
         }
         line.end()
     }

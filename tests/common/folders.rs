@@ -154,6 +154,10 @@ impl Folder {
         let options = EngineOptions::default().with_threads(1);
         Engine::open(self.path(), Arc::clone(catalog), &options)
     }
+
+    pub fn open_as(&self, options: &EngineOptions) -> Result<Engine, Error> {
+        Engine::open(self.path(), Arc::clone(&self.catalog), options)
+    }
 }
 
 /// The tensor of a name.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sidereal::backend::Backend;
 use sidereal::backend::cpu::CpuBackend;
 use sidereal::catalog::sid::Sid;
-use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, Snapshot};
+use sidereal::catalog::{Catalog, CatalogBuilder, Change, Item, ItemWeight, Snapshot};
 use sidereal::models::config::{Config, Prompt, SidLayout};
 use sidereal::models::vocabulary::Vocabulary;
 use sidereal::models::weights::Weights;
@@ -38,12 +38,7 @@ impl Tiny {
         let mut some = |most: usize| (0..rng.usize(0..=most)).map(|_| rng.u32(0..5)).collect();
         let layout = SidLayout {
             levels: (0..num_levels).map(tokens).collect(),
-            prompt: Prompt {
-                prefix: some(2),
-                suffix: some(2),
-                separator: some(1),
-                max_items: None,
-            },
+            prompt: Prompt::new(some(2), some(1), some(2)),
             forced: None,
             suffix: some(2),
             vocabulary: Vocabulary::default(),
@@ -137,7 +132,14 @@ pub fn random_item(rng: &mut fastrand::Rng, name: &str, num_levels: usize, codes
     if rng.bool() {
         item.title = format!("the {name}");
     }
+    item.weight = random_weight(rng);
     item
+}
+
+/// The default in half of all cases, else one of a few.
+fn random_weight(rng: &mut fastrand::Rng) -> ItemWeight {
+    let weights = [0.0, 0.0, 0.0, -1.5, 0.25, 7.0];
+    ItemWeight::new(weights[rng.usize(0..weights.len())]).expect("finite")
 }
 
 /// Any change to the items named by the numbers below `names`, known or not.
@@ -145,7 +147,8 @@ pub fn random_change(rng: &mut fastrand::Rng, names: usize, levels: usize, codes
     let item = rng.usize(0..names).to_string();
     let mut some = || TAGS.iter().filter(|_| rng.bool()).map(|tag| tag.to_string()).collect();
     let (add, remove) = (some(), some());
-    match rng.u8(0..8) {
+    match rng.u8(0..9) {
+        8 => Change::Weight { item, weight: random_weight(rng) },
         0..4 => Change::Put(random_item(rng, &item, levels, codes)),
         4..6 => Change::Delete { item },
         6 => Change::Availability { item, available: rng.bool() },
@@ -205,6 +208,13 @@ pub fn random_request(
     };
     if request.normalization == Some(Normalization::Vocabulary) && rng.u8(0..4) == 0 {
         request.constraint = Constraint::None;
+    } else if rng.u8(0..6) == 0 {
+        request.constraint = [Constraint::Occurring, Constraint::Level][rng.usize(0..2)];
+    }
+    if rng.u8(0..5) == 0 {
+        let snapshot = tiny.snapshot();
+        let items = snapshot.all_items().filter(|_| rng.bool());
+        request.only = Some(items.map(|item| snapshot.name(item).to_string()).collect());
     }
     request.filter = rng.bool().then(|| format!("tag:{}", TAGS[rng.usize(0..3)]));
     if rng.u8(0..5) == 0 {

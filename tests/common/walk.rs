@@ -17,6 +17,8 @@ pub struct Walk {
     /// Only items with this tag, if any.
     pub tag: Option<&'static str>,
     pub excluded: Vec<u32>,
+    /// These items alone, if any are listed.
+    pub only: Option<Vec<u32>>,
     pub normalization: Normalization,
     pub constraint: Constraint,
     pub beams: usize,
@@ -68,18 +70,25 @@ impl Walk {
             false => Vec::new(),
         };
         excluded.sort_unstable();
+        let only = (cases.rng.u8(0..3) == 0).then(|| {
+            let mut only: Vec<u32> = catalog.all_items().filter(|_| cases.rng.bool()).collect();
+            only.sort_unstable();
+            only
+        });
         let normalizations =
             [Normalization::Vocabulary, Normalization::Level, Normalization::Children];
         let normalization = normalizations[cases.rng.usize(0..3)];
         let constraint = match (cases.rng.u8(0..4), normalization) {
             (0, Normalization::Vocabulary | Normalization::Children) => Constraint::None,
-            (1, _) => Constraint::Level,
+            (1, _) if cases.rng.bool() => Constraint::Level,
+            (1, _) => Constraint::Occurring,
             _ => Constraint::Trie,
         };
         let context_len = cases.size(200);
         Walk {
             snapshot: catalog,
             excluded,
+            only,
             tag: TAGS.get(cases.rng.usize(0..2 * TAGS.len())).copied(),
             normalization,
             constraint,
@@ -111,7 +120,12 @@ impl Walk {
 
     pub fn allowed_set(&self) -> AllowedSet {
         let filter = self.tag.map(|tag| format!("tag:{tag}"));
-        self.snapshot.allowed_set(&self.excluded, filter.as_deref()).expect("a sound filter")
+        let allowed_set = self.snapshot.allowed_set(&self.excluded, filter.as_deref());
+        let allowed_set = allowed_set.expect("a sound filter");
+        match &self.only {
+            Some(only) => allowed_set.restricted_to(&self.snapshot, only),
+            None => allowed_set,
+        }
     }
 
     /// Whether an allowed item's semantic ID starts with these codes.
@@ -120,6 +134,7 @@ impl Walk {
             self.snapshot.is_available(item)
                 && self.tag.is_none_or(|tag| self.snapshot.tags(item).contains(&tag.to_string()))
                 && !self.excluded.contains(&item)
+                && self.only.as_ref().is_none_or(|only| only.contains(&item))
                 && self.snapshot.sid(item).codes().starts_with(codes)
         })
     }
@@ -142,6 +157,17 @@ impl Walk {
                 let allowed = match self.constraint {
                     Constraint::None => (0..logits.len() as u32).collect(),
                     Constraint::Level => known.clone(),
+                    Constraint::Occurring => {
+                        let token = |item| {
+                            let codes = self.snapshot.sid(item);
+                            tokens[usize::from(codes.codes()[level])]
+                        };
+                        let items = self.snapshot.all_items();
+                        let mut occurring: Vec<u32> = items.map(token).collect();
+                        occurring.sort_unstable();
+                        occurring.dedup();
+                        occurring
+                    }
                     Constraint::Trie => {
                         let codes = steps.codes(prefix);
                         let legal = |&token: &u32| {

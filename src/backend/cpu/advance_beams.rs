@@ -3,8 +3,8 @@
 //! The overview, slot by slot (slots are independent and run in parallel):
 //!
 //! 1. [`Search::best`] goes through the beams. Where the continuations of a beam come from is the
-//!    rule's [`Continuations`]: the children of its node in the catalog, a level, the vocabulary,
-//!    named tokens, or one forced token.
+//!    rule's [`Continuations`]: the children of its node in the catalog, the codes that occur at the
+//!    level or all of its codes, the vocabulary, named tokens, or one forced token.
 //! 2. A continuation's score is the beam's plus `logit / temperature - normalizer`. Normalisers over
 //!    the vocabulary and over levels come from the head; one over children is summed here.
 //! 3. Score and identity (the rank of the beam by its tokens, then the choice) become one `u64` that
@@ -172,8 +172,13 @@ impl Search<'_> {
             match self.continuations {
                 Continuations::Forced => self.offer_forced(beams, beam, &mut best)?,
                 Continuations::Children => self.offer_children(beams, beam, &mut best)?,
+                Continuations::Occurring => {
+                    let codes = self.occurring().iter().map(|&code| code.into());
+                    self.offer_codes(beams, beam, codes, &mut best)?;
+                }
                 Continuations::Level | Continuations::Tokens => {
-                    self.offer_level(beams, beam, &mut best)?;
+                    let num_codes = self.num_choices().min(self.columns.columns.len() as u32);
+                    self.offer_codes(beams, beam, 0..num_codes, &mut best)?;
                 }
                 Continuations::Vocabulary => self.offer_vocabulary(beams, beam, &mut best)?,
             }
@@ -187,7 +192,9 @@ impl Search<'_> {
     fn num_choices(&self) -> u32 {
         match self.continuations {
             Continuations::Forced => 1,
-            Continuations::Children | Continuations::Level => 1 << u16::BITS,
+            Continuations::Children | Continuations::Occurring | Continuations::Level => {
+                1 << u16::BITS
+            }
             Continuations::Vocabulary => self.vocab_size,
             Continuations::Tokens => self.tokens.len() as u32,
         }
@@ -197,10 +204,22 @@ impl Search<'_> {
         beams.ranks[beam] * self.num_choices()
     }
 
-    /// The normaliser of a beam over the vocabulary or the level, and the score that none of its
-    /// continuations can pass; `None` where it is not finite.
+    /// The codes that some item has at the level of the step.
+    fn occurring(&self) -> &[u16] {
+        &self.rule.snapshot.occurring()[self.rule.depth]
+    }
+
+    /// The normaliser of a beam over the vocabulary, the level or the codes that occur there, and the
+    /// score that none of its continuations can pass; `None` where it is not finite.
     fn normalizer(&self, beams: &Beams, beam: usize) -> Option<(f32, f32)> {
-        let sum = &self.normalizers[beam];
+        let over_occurring;
+        let sum = match self.rule.normalizer() {
+            Normalizer::Children => {
+                over_occurring = self.over_occurring(beam);
+                &over_occurring
+            }
+            _ => &self.normalizers[beam],
+        };
         let value = sum.value();
         value.is_finite().then(|| (value, beams.scores[beam] + sum.ceiling()))
     }
@@ -363,11 +382,28 @@ impl Search<'_> {
         passes
     }
 
-    fn offer_level(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
+    /// The sum over the codes that occur at the level.
+    fn over_occurring(&self, beam: usize) -> LogSumExp {
+        let logits = self.level_logits(beam);
+        let column = |&code: &u16| self.columns.column(code.into());
+        let columns = self.occurring().iter().filter_map(column);
+        let occurring: Vec<f32> = columns.filter_map(|at| logits.get(at).copied()).collect();
+        let mut sum = LogSumExp::default();
+        sum.add(&occurring, self.inverse_temperature);
+        sum
+    }
+
+    fn offer_codes(
+        &self,
+        beams: &Beams,
+        beam: usize,
+        codes: impl Iterator<Item = u32>,
+        best: &mut Best,
+    ) -> Option<()> {
         let (normalizer, _) = self.normalizer(beams, beam)?;
         let logits = &self.logits.row(self.slot, beam)[self.first..];
         let first_place = self.first_place(beams, beam);
-        for code in 0..self.num_choices().min(self.columns.columns.len() as u32) {
+        for code in codes {
             let Some(column) = self.columns.column(code as usize) else { continue };
             let score = beams.scores[beam] + self.gain(logits[column], normalizer);
             if score >= best.threshold {
@@ -486,6 +522,7 @@ impl Search<'_> {
                 self.over_children(beams, beam).expect("a chosen beam has continuations")
             }
             Continuations::Vocabulary => self.logits.vocabulary[self.first_row + beam].value(),
+            Continuations::Occurring => self.over_occurring(beam).value(),
             Continuations::Level | Continuations::Tokens => {
                 let logits = self.level_logits(beam);
                 over_level(self.columns, logits, self.inverse_temperature).value()
@@ -509,7 +546,7 @@ impl Search<'_> {
         match self.continuations {
             Continuations::Forced | Continuations::Tokens => self.tokens[choice as usize],
             Continuations::Vocabulary => choice,
-            Continuations::Children | Continuations::Level => {
+            Continuations::Children | Continuations::Occurring | Continuations::Level => {
                 let column = self.columns.column(choice as usize);
                 self.columns.span.start
                     + column.expect("only codes with a token are offered") as u32

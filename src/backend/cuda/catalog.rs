@@ -12,7 +12,7 @@ use super::shared::shared_struct;
 use crate::backend::SearchRule;
 use crate::catalog::arrays::{AllowedArrays, Identity, TrieArrays};
 use crate::catalog::sid::MAX_LEVELS;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 shared_struct! {
     /// A rank trie: edge e leads to node e + 1, and the items below a node are one run.
@@ -42,10 +42,10 @@ shared_struct! {
         nodes: u64 = "const uint64_t*",
         /// Sorted members that are not allowed after all.
         pub excluded: u64 = "const uint32_t*",
-        /// Sorted: the items that are scored, where no search is made.
-        pub candidates: u64 = "const uint32_t*",
+        /// Sorted: the items that are scored, where no search is made, or all that are allowed.
+        pub listed: u64 = "const uint32_t*",
         pub num_excluded: u32,
-        pub num_candidates: u32,
+        pub num_listed: u32,
     }
 }
 
@@ -97,6 +97,26 @@ impl<D: Driver> Catalogs<D> {
         (owner, arrays): (Identity, TrieArrays<'_>),
     ) -> Result<Arc<Trie<D>>> {
         self.tries.get_or_copy(vec![owner], || Trie::new(device, &arrays))
+    }
+}
+
+/// Zeros in the arrays of a trie without items: a root without edges, and the ends of its depths.
+pub(super) const EMPTY_TRIE: [u32; MAX_LEVELS + 2] = [0; MAX_LEVELS + 2];
+
+impl TrieEntry {
+    /// A trie of `num_levels` without items; `zeros`: the address of [`EMPTY_TRIE`].
+    pub fn empty(num_levels: usize, zeros: u64) -> TrieEntry {
+        let mut depth_start = [0; MAX_LEVELS + 2];
+        depth_start[1..num_levels + 2].fill(1);
+        TrieEntry {
+            first_edge: zeros,
+            codes: zeros,
+            first_item: zeros,
+            leaf_item: 0,
+            num_levels: num_levels as u32,
+            depth_start,
+            padding: 0,
+        }
     }
 }
 
@@ -176,14 +196,20 @@ impl<D: Driver> Allowed<D> {
 
 /// The arrays that one slot is searched by. Made once, at its first step.
 pub(super) struct SearchArrays<D: Driver> {
-    pub base: Arc<Trie<D>>,
+    /// Why they could not be copied. The slot is then searched in a trie without items, beside
+    /// other slots that have theirs, and its beams are this error.
+    pub failure: Option<Error>,
+    /// `None` after a failure.
+    pub base: Option<Arc<Trie<D>>>,
     pub base_allowed: Option<Arc<Allowed<D>>>,
     pub added: Option<Arc<Trie<D>>>,
     /// Bits of the added items and their counts.
     pub added_words: Vec<u64>,
     pub added_counts: Vec<u32>,
     pub excluded: Vec<u32>,
-    pub candidates: Option<(Vec<u32>, Vec<u32>)>,
+    /// Candidates, or the items of an allow-list: those in the base segment, and those in the delta by
+    /// their position in its trie.
+    pub listed: Option<(Vec<u32>, Vec<u32>)>,
 }
 
 impl<D: Driver> SearchArrays<D> {
@@ -200,33 +226,36 @@ impl<D: Driver> SearchArrays<D> {
             catalogs.allowed.get_or_copy(owners, || Allowed::new(device, &arrays()))
         });
         Ok(SearchArrays {
-            base: catalogs.trie(device, snapshot.base_trie())?,
+            failure: None,
+            base: Some(catalogs.trie(device, snapshot.base_trie())?),
             base_allowed: base_allowed.transpose()?,
             added: snapshot.delta_trie().map(|trie| catalogs.trie(device, trie)).transpose()?,
             added_words: added_allowed.as_ref().map_or(Vec::new(), |set| set.words().to_vec()),
             added_counts: added_allowed.as_ref().map_or(Vec::new(), |set| set.counts().to_vec()),
             excluded: allowed_set.base_excluded(),
-            candidates: candidates.map(|candidates| candidates.split(snapshot)),
+            listed: match candidates {
+                Some(candidates) => Some(candidates.split(snapshot)),
+                None => allowed_set.listed().map(|(base, added)| (base.to_vec(), added.to_vec())),
+            },
         })
     }
 
-    /// Stands for what there was no memory for, in a step that has failed.
-    pub fn nothing() -> SearchArrays<D> {
-        let base =
-            Trie { entry: TrieEntry::zeroed(), depth_start: Vec::new(), _memory: Vec::new() };
+    /// Stands for arrays that could not be copied.
+    pub fn failed(error: Error) -> SearchArrays<D> {
         SearchArrays {
-            base: Arc::new(base),
+            failure: Some(error),
+            base: None,
             base_allowed: None,
             added: None,
             added_words: Vec::new(),
             added_counts: Vec::new(),
             excluded: Vec::new(),
-            candidates: None,
+            listed: None,
         }
     }
 
     /// The most prefixes of `depth` codes that the catalog has.
     pub fn num_prefixes(&self, depth: usize) -> usize {
-        self.base.num_nodes(depth) + self.added.as_ref().map_or(0, |added| added.num_nodes(depth))
+        [&self.base, &self.added].into_iter().flatten().map(|trie| trie.num_nodes(depth)).sum()
     }
 }

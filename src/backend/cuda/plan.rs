@@ -139,10 +139,7 @@ pub(super) fn plan<D: Driver>(
     let (mut needs_vocabulary, mut needs_level, mut needs_children) = (false, false, false);
     for (slot, rule) in slots.iter().zip(rules) {
         let search = slot.search.get_or_init(|| {
-            SearchArrays::new(device, catalogs, rule).unwrap_or_else(|error| {
-                device.fail_step(error);
-                SearchArrays::nothing()
-            })
+            SearchArrays::new(device, catalogs, rule).unwrap_or_else(SearchArrays::failed)
         });
         let (normalizer, continuations) = (rule.normalizer(), rule.continuations());
         needs_vocabulary |= normalizer == Normalizer::Vocabulary
@@ -151,8 +148,9 @@ pub(super) fn plan<D: Driver>(
         needs_level |= normalizer == Normalizer::Level
             || (rule.log_probs
                 && matches!(continuations, Continuations::Level | Continuations::Tokens));
-        needs_children |= continuations == Continuations::Children
-            && (normalizer == Normalizer::Children || rule.seed.is_some() || rule.log_probs);
+        needs_children |=
+            matches!(continuations, Continuations::Children | Continuations::Occurring)
+                && (normalizer == Normalizer::Children || rule.seed.is_some() || rule.log_probs);
         if let StepChoice::Tokens(tokens) = rule.choice {
             longest = longest.max(tokens.len());
         }

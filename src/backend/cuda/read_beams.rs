@@ -38,7 +38,10 @@ impl<D: Driver> ReadBeams for CudaBackend<D> {
             Ok((words, parts)) => slots
                 .iter()
                 .zip(parts)
-                .map(|(slot, part)| beams_of(slot, &words[part.first_word as usize..]))
+                .map(|(slot, part)| match slot.search.get().and_then(|it| it.failure.as_ref()) {
+                    Some(failure) => Err(failure.clone()),
+                    None => beams_of(slot, &words[part.first_word as usize..]),
+                })
                 .collect(),
             Err(error) => {
                 let reason = reason_of(error);

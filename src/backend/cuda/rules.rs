@@ -2,7 +2,7 @@
 
 use bytemuck::Zeroable;
 
-use super::catalog::{AllowedEntry, TrieEntry};
+use super::catalog::{AllowedEntry, EMPTY_TRIE, TrieEntry};
 use super::device_memory::DeviceMemory;
 use super::driver::Driver;
 use super::head::Head;
@@ -24,6 +24,8 @@ shared_struct! {
         /// By code: its column, or kNone; null where code c is column c. Of named tokens, which are
         /// columns in their order: the tokens.
         columns: u64 = "const uint32_t*",
+        /// Sorted codes that occur at the level, where these are the choices.
+        occurring: u64 = "const uint16_t*",
         logits_stride: u32,
         /// Of the first column of the step.
         first_token: u32,
@@ -43,6 +45,8 @@ shared_struct! {
         num_choices: u32,
         /// Codes that lead to the beams' places.
         depth: u32,
+        num_occurring: u32,
+        padding: u32,
     }
 }
 
@@ -51,6 +55,7 @@ pub(super) const HAS_ADDED: u32 = 1;
 pub(super) const HAS_SEED: u32 = 2;
 pub(super) const KEEPS_LOG_PROBS: u32 = 4;
 pub(super) const HAS_CANDIDATES: u32 = 8;
+pub(super) const HAS_LIST: u32 = 16;
 
 /// `RuleEntry::normalizer`
 pub(super) const BY_VOCABULARY: u32 = 0;
@@ -64,15 +69,19 @@ pub(super) const OF_LEVEL: u32 = 1;
 pub(super) const OF_VOCABULARY: u32 = 2;
 pub(super) const FORCED: u32 = 3;
 pub(super) const NAMED: u32 = 4;
+pub(super) const OCCURRING: u32 = 5;
 
 /// Where the arrays of one slot's rule begin: bytes behind those of all entries.
 struct Offsets {
     excluded: usize,
     added_words: usize,
     added_counts: usize,
-    candidates: usize,
-    added_candidates: usize,
+    listed: usize,
+    added_listed: usize,
     named: usize,
+    occurring: usize,
+    /// Of [`EMPTY_TRIE`], where the slot has no other.
+    empty_trie: usize,
 }
 
 /// Arrays one after the other, each aligned to 16 bytes.
@@ -89,7 +98,7 @@ impl ArrayBytes {
 
     fn push_slot<D: Driver>(&mut self, slot: &Slot<D>, rule: &SearchRule<'_>) -> Offsets {
         let search = slot.search.get().expect("planned before");
-        let (base, added) = match &search.candidates {
+        let (base, added) = match &search.listed {
             Some((base, added)) => (&base[..], &added[..]),
             None => (&[][..], &[][..]),
         };
@@ -101,9 +110,14 @@ impl ArrayBytes {
             excluded: self.push(&search.excluded),
             added_words: self.push(&search.added_words),
             added_counts: self.push(&search.added_counts),
-            candidates: self.push(base),
-            added_candidates: self.push(added),
+            listed: self.push(base),
+            added_listed: self.push(added),
             named: self.push(named),
+            occurring: self.push(occurring(rule)),
+            empty_trie: match search.base {
+                Some(_) => 0,
+                None => self.push(&EMPTY_TRIE),
+            },
         }
     }
 }
@@ -138,7 +152,13 @@ pub(super) fn write<D: Driver>(
     let mut first_key = 0;
     let mut entries = Vec::new();
     for (((slot, rule), offsets), &row) in slots.iter().zip(rules).zip(offsets).zip(first_rows) {
-        let mut entry = allowed_entry(slot, &offsets, at);
+        let mut entry = allowed_entry(slot, rule, &offsets, at);
+        if slot.search.get().is_some_and(|search| search.listed.is_some()) {
+            let is_scored = rule.candidates.is_some();
+            entry.flags |= if is_scored { HAS_CANDIDATES } else { HAS_LIST };
+        }
+        entry.occurring = at(offsets.occurring);
+        entry.num_occurring = occurring(rule).len() as u32;
         if let Some(seed) = rule.sampling_seed() {
             entry.seed = seed;
             entry.flags |= HAS_SEED;
@@ -159,6 +179,7 @@ pub(super) fn write<D: Driver>(
         };
         (entry.choices, entry.num_choices) = match rule.continuations() {
             Continuations::Children => (OF_TRIE, 1 << u16::BITS),
+            Continuations::Occurring => (OCCURRING, 1 << u16::BITS),
             Continuations::Level => (OF_LEVEL, 1 << u16::BITS),
             Continuations::Vocabulary => (OF_VOCABULARY, entry.num_codes),
             Continuations::Forced => (FORCED, 1),
@@ -183,12 +204,16 @@ pub(super) fn write<D: Driver>(
 /// array by its offset.
 fn allowed_entry<D: Driver>(
     slot: &Slot<D>,
+    rule: &SearchRule<'_>,
     offsets: &Offsets,
     at: impl Fn(usize) -> u64,
 ) -> RuleEntry {
     let search = slot.search.get().expect("planned before");
     let mut entry = RuleEntry::zeroed();
-    entry.base = search.base.entry;
+    entry.base = match &search.base {
+        Some(base) => base.entry,
+        None => TrieEntry::empty(rule.snapshot.num_levels(), at(offsets.empty_trie)),
+    };
     if let Some(allowed) = &search.base_allowed {
         entry.base_allowed = allowed.entry;
     }
@@ -200,23 +225,31 @@ fn allowed_entry<D: Driver>(
         entry.added_allowed.counts = at(offsets.added_counts);
         entry.flags |= HAS_ADDED;
     }
-    if let Some((in_base, in_added)) = &search.candidates {
-        entry.base_allowed.candidates = at(offsets.candidates);
-        entry.base_allowed.num_candidates = in_base.len() as u32;
-        entry.added_allowed.candidates = at(offsets.added_candidates);
-        entry.added_allowed.num_candidates = in_added.len() as u32;
-        entry.flags |= HAS_CANDIDATES;
+    if let Some((in_base, in_added)) = &search.listed {
+        entry.base_allowed.listed = at(offsets.listed);
+        entry.base_allowed.num_listed = in_base.len() as u32;
+        entry.added_allowed.listed = at(offsets.added_listed);
+        entry.added_allowed.num_listed = in_added.len() as u32;
     }
     entry
+}
+
+/// The codes that occur at the level of a step, where these are its choices.
+fn occurring<'a>(rule: &SearchRule<'a>) -> &'a [u16] {
+    match rule.continuations() {
+        Continuations::Occurring => &rule.snapshot.occurring()[rule.depth],
+        _ => &[],
+    }
 }
 
 /// By code of the step, where that says something: the column, or the named token itself.
 fn columns<D: Driver>(head: &Head<D>, rule: &SearchRule<'_>, named: u64) -> u64 {
     match (rule.choice, rule.continuations()) {
         (StepChoice::Tokens(_), _) => named,
-        (StepChoice::Level(level), Continuations::Children | Continuations::Level) => {
-            head.levels[level].columns.as_ref().map_or(0, |columns| columns.at(0))
-        }
+        (
+            StepChoice::Level(level),
+            Continuations::Children | Continuations::Occurring | Continuations::Level,
+        ) => head.levels[level].columns.as_ref().map_or(0, |columns| columns.at(0)),
         _ => 0,
     }
 }
