@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -152,13 +153,19 @@ pub enum Error {
     },
 
     // Nobody's: try again later, or elsewhere.
-    /// Too many requests wait already.
-    #[error("{queued} requests wait already, {limit} may; try again later")]
+    /// Too many requests wait already, or for too long.
+    #[error(
+        "the queue is full: {queued} requests wait, of at most {limit}, and a new one would for about {wait_ms} ms; try again in {retry_after_ms} ms, or send it elsewhere"
+    )]
     Overloaded {
         /// Requests that wait.
         queued: usize,
         /// How many may.
         limit: usize,
+        /// How long a new request would wait, as predicted.
+        wait_ms: u64,
+        /// When there will be room, as predicted.
+        retry_after_ms: u64,
     },
     /// A compaction is under way, and the changes that wait for its end are as many as may.
     #[error("{backlog} changes wait for the end of a compaction, {limit} may; try again later")]
@@ -169,10 +176,13 @@ pub enum Error {
         limit: usize,
     },
     /// The request's deadline went by, or would have before its answer was there.
-    #[error("the answer could not be there within its deadline of {deadline_ms} ms")]
+    #[error("the answer could not be there within its deadline of {deadline_ms} ms{}", retry(*retry_after_ms))]
     DeadlineExceeded {
         /// The deadline, from the moment when the request was handed over.
         deadline_ms: u64,
+        /// Where the engine refused it because of what waited and ran before it: when it would have
+        /// been in time, as predicted.
+        retry_after_ms: Option<u64>,
     },
     /// A request asks for a newer state of the catalog than the engine has.
     #[error(
@@ -421,10 +431,27 @@ impl Error {
         self.kind_and_code().0
     }
 
+    /// When a request that was refused for want of time or room may come again, as predicted; `None`
+    /// where nothing is predicted.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match *self {
+            Error::Overloaded { retry_after_ms, .. } => Some(retry_after_ms),
+            Error::DeadlineExceeded { retry_after_ms, .. } => retry_after_ms,
+            _ => None,
+        }
+        .map(Duration::from_millis)
+    }
+
     /// A short stable name, for programs: `unknown_item`, `history_too_long`, ...
     pub fn code(&self) -> &'static str {
         self.kind_and_code().1
     }
+}
+
+/// The way out of a deadline that could not be met.
+fn retry(after_ms: Option<u64>) -> String {
+    let after = after_ms.map(|ms| format!("; try again in {ms} ms, or send it elsewhere"));
+    after.unwrap_or_default()
 }
 
 /// Makes the list of all codes and the match over all variants of one table: neither can lack one.
@@ -517,9 +544,9 @@ mod tests {
             Error::Cancelled,
             Error::CalledFromCallback,
             Error::Forked,
-            Error::Overloaded { queued: 9, limit: 8 },
+            Error::Overloaded { queued: 9, limit: 8, wait_ms: 30, retry_after_ms: 4 },
             Error::WriterBusy { backlog: 9, limit: 8 },
-            Error::DeadlineExceeded { deadline_ms: 5 },
+            Error::DeadlineExceeded { deadline_ms: 5, retry_after_ms: Some(3) },
             Error::CatalogBehind { snapshot: 3, min_snapshot: 4 },
             Error::ShuttingDown,
             Error::io(&path, std::io::ErrorKind::NotFound.into()),

@@ -42,7 +42,7 @@
 //!
 //! A module uses lower floors only, and a test holds it to that: the command line, the
 //! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
-//! [`schedule`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
+//! [`schedule`], [`cost`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
 //!
 //! # What is absent, deliberately
 //!
@@ -60,6 +60,8 @@ mod answer;
 pub mod backend;
 pub mod catalog;
 mod checkpoint;
+#[doc(hidden)] // for tests and benchmarks
+pub mod cost;
 pub mod device;
 pub mod engine;
 mod error;

@@ -42,7 +42,7 @@ use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::request::{Input, Request};
 use crate::schedule::RequestId;
-use crate::service::queue::PushError;
+use crate::service::queue::{Bounds, PushError};
 use crate::service::{BeforeStep, Handle, Message, Service, Shared, oneshot};
 use crate::tensor::{Dtype, Tensor};
 
@@ -70,6 +70,10 @@ pub struct RecommenderOptions {
     /// The folder of the base, where the model's folder is that of a LoRA adapter;
     /// [`Checkpoint::open`] says where it is looked for otherwise.
     pub base: Option<PathBuf>,
+    /// How long a new request may be expected to wait for its answer; where it would be longer, it
+    /// is refused with [`Error::Overloaded`]. A request that nothing waits before is taken in any
+    /// case. `None` for any time.
+    pub max_wait: Option<Duration>,
     /// Called on the engine's thread before each step with the number of steps before it: for
     /// metrics, and for tests of what happens when that thread fails.
     pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
@@ -92,6 +96,7 @@ impl RecommenderOptions {
             dtype: None,
             max_queued: 1024,
             base: None,
+            max_wait: None,
             before_step: None,
         }
     }
@@ -126,6 +131,12 @@ impl RecommenderOptions {
         self
     }
 
+    /// Sets [`max_wait`](RecommenderOptions::max_wait).
+    pub fn with_max_wait(mut self, wait: Duration) -> RecommenderOptions {
+        self.max_wait = Some(wait);
+        self
+    }
+
     /// Sets [`before_step`](RecommenderOptions::before_step).
     pub fn with_before_step(
         mut self,
@@ -145,6 +156,7 @@ impl fmt::Debug for RecommenderOptions {
             .field("engine", &self.engine)
             .field("max_queued", &self.max_queued)
             .field("base", &self.base)
+            .field("max_wait", &self.max_wait)
             .finish_non_exhaustive()
     }
 }
@@ -256,8 +268,8 @@ impl Recommender {
         device.with_backend(options.dtype, work)
     }
 
-    /// Takes over an engine, on whatever backend; of the options, `max_queued` and `before_step`
-    /// count.
+    /// Takes over an engine, on whatever backend; of the options, `max_queued`, `max_wait` and
+    /// `before_step` count.
     ///
     /// # Errors
     /// [`Error::InvalidOption`]; [`Error::Device`] where no thread can be started.
@@ -272,7 +284,10 @@ impl Recommender {
             description: engine.backend().description(),
             num_threads: engine.num_threads(),
             has_phases: B::COMPUTES_ON_CALLERS,
-            service: Service::start(engine, options.max_queued, options.before_step.clone())?,
+            service: {
+                let bounds = Bounds::new(options.max_queued, options.max_wait);
+                Service::start(engine, bounds, options.before_step.clone())?
+            },
         };
         Ok(Recommender { inner: Arc::new(inner) })
     }
@@ -351,10 +366,7 @@ impl Recommender {
         let shared = self.shared();
         let (num_refused, error): (usize, &dyn Fn() -> Error) =
             match shared.queue.push_all(messages) {
-                Ok((rest, queued)) => {
-                    let limit = shared.max_queued;
-                    (rest.len(), &move || Error::Overloaded { queued, limit })
-                }
+                Ok((rest, backlog)) => (rest.len(), &move || shared.overloaded(&backlog)),
                 Err(all) => (all.len(), &|| shared.end()),
             };
         let refused = handles.iter_mut().rev().filter(|handle| handle.is_ok());
@@ -598,9 +610,7 @@ impl Recommender {
         let shared = self.shared();
         let (message, error) = match shared.queue.push(message) {
             Ok(()) => return Ok(()),
-            Err(PushError::Full { entry, queued }) => {
-                (entry, Error::Overloaded { queued, limit: shared.max_queued })
-            }
+            Err(PushError::Full { entry, backlog }) => (entry, shared.overloaded(&backlog)),
             Err(PushError::Closed(entry)) => (entry, shared.end()),
         };
         if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {

@@ -17,10 +17,12 @@ mod inspect;
 mod load;
 mod measure;
 mod output;
+mod plot;
 mod recommend;
 mod requests;
 mod selftest;
 mod shapes;
+mod tally;
 
 /// Exact recommendations from generative models: semantic IDs under a catalog's trie.
 #[derive(Parser)]

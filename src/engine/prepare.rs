@@ -28,7 +28,7 @@ use crate::prompt::{Rendered, Source};
 use crate::request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid, per_sid_below_one,
 };
-use crate::schedule::{Micros, Needs, RequestId, Waiting};
+use crate::schedule::{Demand, Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
 
 /// Groups that one request may ask for.
@@ -74,7 +74,7 @@ impl Prepared {
     }
 
     /// The request as the scheduler's pure functions see it.
-    pub(super) fn waiting(&self) -> Waiting {
+    pub(super) fn waiting(&self, demand: Demand) -> Waiting {
         let deadline = |within| self.arrived_us.saturating_add(micros(within));
         Waiting {
             id: self.id,
@@ -82,12 +82,19 @@ impl Prepared {
             arrived_us: self.arrived_us,
             deadline_us: self.request.deadline.map(deadline),
             needs: self.needs,
+            demand,
+            is_accepted: false,
         }
     }
 
-    pub(super) fn deadline_exceeded(&self) -> Error {
+    /// The error of a request that is late; `retry_after_us` where it would not be if it came so
+    /// much later.
+    pub(super) fn deadline_exceeded(&self, retry_after_us: Option<Micros>) -> Error {
         let deadline = self.request.deadline.unwrap_or_default();
-        Error::DeadlineExceeded { deadline_ms: deadline.as_millis() as u64 }
+        Error::DeadlineExceeded {
+            deadline_ms: deadline.as_millis() as u64,
+            retry_after_ms: retry_after_us.map(|us| us.div_ceil(1000)),
+        }
     }
 
     /// Items of one semantic ID that an answer lists at most.

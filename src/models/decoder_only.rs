@@ -7,6 +7,8 @@
 //! folded into the weights, and has GELU in its feed-forward layers (Jiang et al. 2023, Gemma Team
 //! 2024).
 
+use std::ops::Range;
+
 use super::config::{Config, SidLayout};
 use super::family::Family;
 use super::network::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
@@ -200,6 +202,18 @@ impl<B: Backend> Network<B> for DecoderOnly<B> {
         }
         backend.rms_norm(&s.residual, &self.norm, self.epsilon, &mut s.hidden);
         std::mem::swap(&mut s.residual, &mut s.last); // each buffer keeps its size from pass to pass
+    }
+
+    fn encode(
+        &self,
+        _: &B,
+        _: &[u32],
+        _: &B::Memory,
+        _: &mut [B::Slot],
+        _: Range<usize>,
+        _: &mut Activations<B>,
+    ) {
+        unreachable!("prompts are read in chunks")
     }
 
     fn output<'s>(&self, scratch: &'s Activations<B>) -> &'s B::Buffer {

@@ -29,7 +29,10 @@ pub mod weights;
 
 pub use checkpoint::Checkpoint;
 pub use family::Family;
-pub use network::{Activations, ForwardPass, Model, ModelOutput, ModelSpec, Network, PromptKind};
+pub use network::{
+    Activations, EncoderPiece, EncoderSweep, ForwardPass, Model, ModelOutput, ModelSpec, Network,
+    PromptKind,
+};
 
 /// Puts a checkpoint on a device; `layout` says which tokens its searches choose from.
 ///

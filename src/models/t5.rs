@@ -7,12 +7,18 @@
 //! 1/sqrt(d_model); mT5 never scales. Encoder, decoder and head usually have one embedding, and a
 //! checkpoint may give each its own.
 
+use std::ops::Range;
+use std::slice;
+
 use super::config::{Config, SidLayout};
 use super::family::Family;
-use super::network::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
+use super::network::{
+    Activations, EncoderPiece, EncoderSweep, ModelOutput, ModelSpec, Network, PromptKind,
+};
 use super::weights::Weights;
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Epilogue, Heads, KvLayout, KvScope, Mask,
+    PrefillAttention,
 };
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -183,7 +189,10 @@ impl<B: Backend> T5<B> {
                     heads,
                     values_are_keys: false,
                 },
-                prompt: PromptKind::Whole { start_token: config.start_token(vocab_size)? },
+                prompt: PromptKind::Whole {
+                    start_token: config.start_token(vocab_size)?,
+                    num_layers,
+                },
                 output: ModelOutput::Logits,
                 num_weights: weights.num_taken(),
             },
@@ -205,21 +214,32 @@ impl<B: Backend> T5<B> {
 
     /// Reads the prompts, and stores in the contexts what the decoder attends to. While a prompt is
     /// read, its context's first set holds the keys and values of the encoder's layers.
-    fn encode(&self, backend: &B, tokens: &[u32], batch: &Batch<'_, B>, s: &mut Activations<B>) {
+    fn read_prompts(
+        &self,
+        backend: &B,
+        tokens: &[u32],
+        batch: &Batch<'_, B>,
+        s: &mut Activations<B>,
+    ) {
         let longest = batch.chunks.iter().map(ExactSizeIterator::len).max().unwrap_or(0) as i64;
         let bias = self.encoder_bias.table(1 - longest..longest);
-        let heads = self.spec.kv.heads;
-        let over_prompt =
-            AttentionSpec::softmax(heads, Mask::Bidirectional, 1.0).with_bias(&bias[..]);
+        let over_prompt = self.over_prompt(&bias);
         backend.embed(&self.embedding, tokens, batch, &mut s.residual);
-        for EncoderLayer { attention, feed_forward } in &self.encoder {
-            backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
-            backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
-            backend.store_context(0, &s.projected, heads.query_dim(), heads, batch);
-            backend.attend_prefill(0, &s.projected, &over_prompt, batch, &mut s.attended);
-            backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
-            feed_forward.forward(backend, self.epsilon, s);
+        for layer in &self.encoder {
+            layer.project(self, backend, batch, s);
+            layer.attend(self, backend, &over_prompt, batch, s);
         }
+        self.store_cross(backend, batch, s);
+    }
+
+    /// The encoder's attention.
+    fn over_prompt<'a>(&self, bias: &'a [f32]) -> PrefillAttention<'a> {
+        AttentionSpec::softmax(self.spec.kv.heads, Mask::Bidirectional, 1.0).with_bias(bias)
+    }
+
+    /// Stores what the decoder attends to, from the encoder's last rows.
+    fn store_cross(&self, backend: &B, batch: &Batch<'_, B>, s: &mut Activations<B>) {
+        let heads = self.spec.kv.heads;
         backend.rms_norm(&s.residual, &self.encoder_norm, self.epsilon, &mut s.normed);
         for (layer, decoder) in self.decoder.iter().enumerate() {
             backend.matmul(&s.normed, &decoder.cross_kv, None, Epilogue::Store, &mut s.projected);
@@ -253,8 +273,41 @@ impl<B: Backend> T5<B> {
     }
 }
 
+/// The activations of T5.
+pub struct Scratch<B: Backend> {
+    /// Of the rows of a pass.
+    rows: Activations<B>,
+    /// Of the parts of a prompt that is read in pieces.
+    parts: Vec<Activations<B>>,
+}
+
+impl<B: Backend> EncoderLayer<B> {
+    /// Stores the keys and values of rows, and leaves their queries.
+    fn project(&self, t5: &T5<B>, backend: &B, batch: &Batch<'_, B>, s: &mut Activations<B>) {
+        let (EncoderLayer { attention, .. }, heads) = (self, t5.spec.kv.heads);
+        backend.rms_norm(&s.residual, &attention.norm, t5.epsilon, &mut s.normed);
+        backend.matmul(&s.normed, &attention.qkv, None, Epilogue::Store, &mut s.projected);
+        backend.store_context(0, &s.projected, heads.query_dim(), heads, batch);
+    }
+
+    /// The rest of the layer, once the keys and values of the whole prompt are there.
+    fn attend(
+        &self,
+        t5: &T5<B>,
+        backend: &B,
+        over_prompt: &PrefillAttention<'_>,
+        batch: &Batch<'_, B>,
+        s: &mut Activations<B>,
+    ) {
+        let EncoderLayer { attention, feed_forward } = self;
+        backend.attend_prefill(0, &s.projected, over_prompt, batch, &mut s.attended);
+        backend.matmul(&s.attended, &attention.out, None, Epilogue::Add, &mut s.residual);
+        feed_forward.forward(backend, t5.epsilon, s);
+    }
+}
+
 impl<B: Backend> Network<B> for T5<B> {
-    type Scratch = Activations<B>;
+    type Scratch = Scratch<B>;
 
     fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -264,8 +317,8 @@ impl<B: Backend> Network<B> for T5<B> {
         &self.head
     }
 
-    fn new_scratch(&self, backend: &B) -> Activations<B> {
-        Activations::new(backend)
+    fn new_scratch(&self, backend: &B) -> Scratch<B> {
+        Scratch { rows: Activations::new(backend), parts: Vec::new() }
     }
 
     fn forward(
@@ -273,16 +326,54 @@ impl<B: Backend> Network<B> for T5<B> {
         backend: &B,
         tokens: &[u32],
         batch: &mut Batch<'_, B>,
-        s: &mut Activations<B>,
+        Scratch { rows, .. }: &mut Scratch<B>,
     ) {
         if !batch.chunks.is_empty() {
-            self.encode(backend, tokens, &batch.prompts_alone(), s);
+            self.read_prompts(backend, tokens, &batch.prompts_alone(), rows);
         }
-        self.decode(backend, &mut batch.beams_from(0), s);
+        self.decode(backend, &mut batch.beams_from(0), rows);
     }
 
-    fn output<'s>(&self, scratch: &'s Activations<B>) -> &'s B::Buffer {
-        &scratch.hidden
+    /// The rows of a piece have activations of their own, which hold the residual stream from layer
+    /// to layer, and the queries from the first half of a layer to the second.
+    fn encode(
+        &self,
+        backend: &B,
+        tokens: &[u32],
+        memory: &B::Memory,
+        slots: &mut [B::Slot],
+        pieces: Range<usize>,
+        Scratch { parts, .. }: &mut Scratch<B>,
+    ) {
+        let len = tokens.len();
+        let bias = self.encoder_bias.table(1 - len as i64..len as i64);
+        let over_prompt = self.over_prompt(&bias);
+        for number in pieces {
+            let EncoderPiece { sweep, rows, part } =
+                PromptKind::piece(self.encoder.len(), len, number);
+            if part == parts.len() {
+                parts.push(Activations::new(backend));
+            }
+            let s = &mut parts[part];
+            let batch = &Batch::new(memory, slice::from_ref(&rows), slots);
+            match sweep {
+                EncoderSweep::Project(layer) => {
+                    if layer == 0 {
+                        let tokens = &tokens[rows.clone()];
+                        backend.embed(&self.embedding, tokens, batch, &mut s.residual);
+                    }
+                    self.encoder[layer].project(self, backend, batch, s);
+                }
+                EncoderSweep::Attend(layer) => {
+                    self.encoder[layer].attend(self, backend, &over_prompt, batch, s);
+                }
+                EncoderSweep::Finish => self.store_cross(backend, batch, s),
+            }
+        }
+    }
+
+    fn output<'s>(&self, scratch: &'s Scratch<B>) -> &'s B::Buffer {
+        &scratch.rows.hidden
     }
 }
 

@@ -245,7 +245,7 @@ const DISPENSABLE: [(&[Kind], &str); 6] = [
 /// # Errors
 /// The operating system's; [`Error::CatalogFile`] where the trie or the names are damaged.
 pub(super) fn salvage(path: &Path) -> Result<(BaseSegment, Vec<&'static str>)> {
-    let mapping = Arc::new(Mapping::open(path)?);
+    let mapping = Arc::new(Mapping::open(path, u64::MAX)?);
     let salvaged = parse_head(mapping.bytes()).and_then(|(header, mut table, mut damaged)| {
         let mut lost = Vec::new();
         for (kinds, what) in DISPENSABLE {
