@@ -122,7 +122,7 @@ impl Catalog {
     /// # Errors
     /// The operating system's; [`Error::CatalogContents`] where the old file's sets are damaged.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let snapshot = self.snapshot();
+        let snapshot = self.checked_snapshot()?;
         let base = snapshot.base();
         if snapshot.number() == base.snapshot && base.ties == Ties::ByName {
             return format::save(base, path);
@@ -134,6 +134,17 @@ impl Catalog {
     /// The state of the catalog now.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.current.load_full()
+    }
+
+    /// The state of the catalog now, whose file nobody has written to
+    /// ([`Snapshot::check_file`]).
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`].
+    pub fn checked_snapshot(&self) -> Result<Arc<Snapshot>> {
+        let snapshot = self.snapshot();
+        snapshot.check_file()?;
+        Ok(snapshot)
     }
 
     /// Makes `snapshot` the one that new requests see.

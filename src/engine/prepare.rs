@@ -198,8 +198,7 @@ impl Preparer {
     }
 
     fn check(&self, arrival: Arrival, request: Request, span: Span) -> Result<Prepared> {
-        let snapshot = self.catalog.snapshot();
-        snapshot.check_file()?;
+        let snapshot = self.catalog.checked_snapshot()?;
         check_snapshot(&request, &snapshot)?;
         let mut unknown_items = UnknownByField::default();
         let candidates = self.candidates(&request, &snapshot, &mut unknown_items)?;
@@ -450,8 +449,7 @@ impl Preparer {
     /// # Errors
     /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
-        let snapshot = self.catalog.snapshot();
-        snapshot.check_file()?;
+        let snapshot = self.catalog.checked_snapshot()?;
         Ok(self.read_input(input, UnknownItems::Skip, &snapshot, usize::MAX)?.tokens)
     }
 
