@@ -76,9 +76,10 @@ fn candidates_do_not_go_with_what_belongs_to_a_search() {
     };
     assert_eq!(code(&|_| {}), None);
     assert_eq!(code(&|request| request.filter = Some("tag:a".into())), Some("invalid_field"));
+    assert_eq!(code(&|request| request.only = Some(vec!["0".into()])), Some("invalid_field"));
     assert_eq!(code(&|request| request.exclude = vec!["0".into()]), Some("invalid_field"));
     assert_eq!(code(&|request| request.seed = Some(1)), Some("invalid_field"));
-    assert_eq!(code(&|request| request.candidates.push("nobody".into())), Some("unknown_item"));
+    assert_eq!(code(&|request| request.candidates = vec!["nobody".into()]), Some("unknown_item"));
     assert_eq!(
         code(&|request| request.candidates = vec!["0".into(); 5000]),
         Some("limit_exceeded")

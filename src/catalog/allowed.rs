@@ -220,7 +220,9 @@ fn within(list: &[u32], range: Range<u32>) -> &[u32] {
 
 /// Whether an ascending list has a member in a range. Members before the range are dropped from it.
 fn reaches(list: &mut &[u32], range: Range<u32>) -> bool {
-    *list = &list[list.partition_point(|&item| item < range.start)..];
+    // One by one: all children of a cursor together pass each member once.
+    let passed = list.iter().take_while(|&&item| item < range.start).count();
+    *list = &list[passed..];
     list.first().is_some_and(|&item| item < range.end)
 }
 
