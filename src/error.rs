@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -152,19 +153,36 @@ pub enum Error {
     },
 
     // Nobody's: try again later, or elsewhere.
-    /// Too many requests wait already.
-    #[error("{queued} requests wait already, {limit} may; try again later")]
+    /// Too many requests wait already, or for too long.
+    #[error(
+        "the queue is full: {queued} requests wait, of at most {limit}, and a new one would for about {wait_ms} ms; try again in {retry_after_ms} ms, or send it elsewhere"
+    )]
     Overloaded {
         /// Requests that wait.
         queued: usize,
         /// How many may.
         limit: usize,
+        /// How long a new request would wait, as predicted.
+        wait_ms: u64,
+        /// When there will be room, as predicted.
+        retry_after_ms: u64,
+    },
+    /// A compaction is under way, and the changes that wait for its end are as many as may.
+    #[error("{backlog} changes wait for the end of a compaction, {limit} may; try again later")]
+    WriterBusy {
+        /// Changes that wait.
+        backlog: usize,
+        /// How many may.
+        limit: usize,
     },
     /// The request's deadline went by, or would have before its answer was there.
-    #[error("the answer could not be there within its deadline of {deadline_ms} ms")]
+    #[error("the answer could not be there within its deadline of {deadline_ms} ms{}", retry(*retry_after_ms))]
     DeadlineExceeded {
         /// The deadline, from the moment when the request was handed over.
         deadline_ms: u64,
+        /// Where the engine refused it because of what waited and ran before it: when it would have
+        /// been in time, as predicted.
+        retry_after_ms: Option<u64>,
     },
     /// A request asks for a newer state of the catalog than the engine has.
     #[error(
@@ -232,6 +250,38 @@ pub enum Error {
         /// What is wrong, and the way out.
         reason: String,
     },
+    /// Another writer has the catalog open.
+    #[error(
+        "{path}: another writer has the catalog open; there can be one at a time: close it, or try again when it is done",
+        path = path.display()
+    )]
+    CatalogInUse {
+        /// The catalog.
+        path: PathBuf,
+    },
+    /// The disk failed when a batch was to be forced to it. The batch is not applied.
+    #[error(
+        "{path}: {source}; the batch may be in the log all the same: open the catalog again, and if its snapshot is {snapshot} or later, the batch is there",
+        path = path.display()
+    )]
+    MayBeLogged {
+        /// The log.
+        path: PathBuf,
+        /// The snapshot that the batch would have made.
+        snapshot: u64,
+        /// The operating system's error.
+        source: Arc<std::io::Error>,
+    },
+    /// A new base segment is older than the oldest changes of the log.
+    #[error(
+        "the new base would lose changes: {reason}, and the log begins after {oldest}; build a newer one, and give its watermarks with `catalog build --watermark`"
+    )]
+    StaleBase {
+        /// The watermark before the first batch of the log.
+        oldest: String,
+        /// What the new base has of that partition.
+        reason: String,
+    },
     /// A file of items cannot be read.
     #[error("{path}: {place}: {reason}", path = path.display())]
     ItemsFile {
@@ -283,14 +333,19 @@ pub enum Error {
         reason: String,
     },
     /// The checkpoint lacks a tensor that its configuration asks for.
-    #[error("the checkpoint has no tensor {name:?}, which its config.json calls for")]
+    #[error(
+        "the checkpoint has no tensor {name:?}, which its config.json calls for{}",
+        missing_tensor_hint(name, nearest.as_deref())
+    )]
     MissingTensor {
         /// The tensor's name.
         name: String,
+        /// The most similar name that the checkpoint has and nobody asked for.
+        nearest: Option<String>,
     },
     /// The checkpoint has a tensor that its configuration does not account for.
     #[error(
-        "the checkpoint has a tensor {name:?} that its config.json does not account for; is it another architecture's?"
+        "the checkpoint has a tensor {name:?} that its config.json does not account for; is it another architecture's? Where it changes no answer, list it in sidereal.json: \"ignore\": [{name:?}]"
     )]
     UnexpectedTensor {
         /// The tensor's name.
@@ -356,6 +411,15 @@ pub enum Error {
     },
 }
 
+/// What to do about a tensor that is missing.
+fn missing_tensor_hint(name: &str, nearest: Option<&str>) -> String {
+    let nearest = nearest.map(|nearest| format!("; the nearest that it has is {nearest:?}"));
+    let tied =
+        "; where the head is the embedding, say so in config.json: \"tie_word_embeddings\": true";
+    let tied = if name == "lm_head.weight" { tied } else { "" };
+    format!("{}{tied}", nearest.unwrap_or_default())
+}
+
 impl Error {
     /// Wraps an error of the operating system with the file that it concerns.
     pub fn io(path: &Path, source: std::io::Error) -> Error {
@@ -367,10 +431,27 @@ impl Error {
         self.kind_and_code().0
     }
 
+    /// When a request that was refused for want of time or room may come again, as predicted; `None`
+    /// where nothing is predicted.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match *self {
+            Error::Overloaded { retry_after_ms, .. } => Some(retry_after_ms),
+            Error::DeadlineExceeded { retry_after_ms, .. } => retry_after_ms,
+            _ => None,
+        }
+        .map(Duration::from_millis)
+    }
+
     /// A short stable name, for programs: `unknown_item`, `history_too_long`, ...
     pub fn code(&self) -> &'static str {
         self.kind_and_code().1
     }
+}
+
+/// The way out of a deadline that could not be met.
+fn retry(after_ms: Option<u64>) -> String {
+    let after = after_ms.map(|ms| format!("; try again in {ms} ms, or send it elsewhere"));
+    after.unwrap_or_default()
 }
 
 /// Makes the list of all codes and the match over all variants of one table: neither can lack one.
@@ -407,6 +488,7 @@ kinds_and_codes! {
     CalledFromCallback: Caller "called_from_callback",
     Forked: Caller "forked",
     Overloaded: Overloaded "overloaded",
+    WriterBusy: Overloaded "writer_busy",
     DeadlineExceeded: Overloaded "deadline_exceeded",
     CatalogBehind: Overloaded "catalog_behind",
     ShuttingDown: Overloaded "shutting_down",
@@ -415,6 +497,9 @@ kinds_and_codes! {
     CatalogFile: Files "catalog_file",
     CatalogContents: Files "catalog_contents",
     ChangeLog: Files "change_log",
+    CatalogInUse: Files "catalog_in_use",
+    MayBeLogged: Files "may_be_logged",
+    StaleBase: Files "stale_base",
     ItemsFile: Files "items_file",
     RequestsFile: Files "requests_file",
     OutputFile: Files "output_file",
@@ -459,8 +544,9 @@ mod tests {
             Error::Cancelled,
             Error::CalledFromCallback,
             Error::Forked,
-            Error::Overloaded { queued: 9, limit: 8 },
-            Error::DeadlineExceeded { deadline_ms: 5 },
+            Error::Overloaded { queued: 9, limit: 8, wait_ms: 30, retry_after_ms: 4 },
+            Error::WriterBusy { backlog: 9, limit: 8 },
+            Error::DeadlineExceeded { deadline_ms: 5, retry_after_ms: Some(3) },
             Error::CatalogBehind { snapshot: 3, min_snapshot: 4 },
             Error::ShuttingDown,
             Error::io(&path, std::io::ErrorKind::NotFound.into()),
@@ -468,13 +554,20 @@ mod tests {
             Error::CatalogFile { path: path.clone(), reason: reason.clone() },
             Error::CatalogContents { reason: reason.clone() },
             Error::ChangeLog { path: path.clone(), reason: reason.clone() },
+            Error::CatalogInUse { path: path.clone() },
+            Error::MayBeLogged {
+                path: path.clone(),
+                snapshot: 3,
+                source: Arc::new(std::io::ErrorKind::StorageFull.into()),
+            },
+            Error::StaleBase { oldest: "items/0@41".into(), reason: reason.clone() },
             Error::ItemsFile { path: path.clone(), place: "line 1".into(), reason: reason.clone() },
             Error::RequestsFile { path: path.clone(), reason: reason.clone() },
             Error::OutputFile { path: path.clone(), reason: reason.clone() },
             Error::ModelFolder { path: path.clone(), reason: reason.clone() },
             Error::ModelConfig { path: path.clone(), reason: reason.clone() },
             Error::WeightsFile { path, reason: reason.clone() },
-            Error::MissingTensor { name: name.clone() },
+            Error::MissingTensor { name: name.clone(), nearest: None },
             Error::UnexpectedTensor { name: name.clone() },
             Error::TensorShape { name: name.clone(), found: vec![1], expected: vec![2] },
             Error::NonFiniteWeight { name, index: 3 },

@@ -42,7 +42,7 @@
 //!
 //! A module uses lower floors only, and a test holds it to that: the command line, the
 //! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
-//! [`schedule`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
+//! [`schedule`], [`cost`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
 //!
 //! # What is absent, deliberately
 //!
@@ -52,13 +52,16 @@
 //!   is written once for all devices.
 //! - A forbidden code is not a code with a low score: it is never considered.
 //! - An answer does not depend on the other requests of a step, on how its prompt is cut, on what is
-//!   cached or on the number of threads, to the last bit. (On a GPU, up to the order in which cuBLASLt
-//!   sums for as many rows.)
+//!   cached or on the number of threads, on one kind of CPU to the last bit. (On a GPU, up to the
+//!   order in which cuBLASLt sums for as many rows.)
 //! - A device is not waited for between the levels of a search ([`backend::cuda`]).
 
 mod answer;
 pub mod backend;
 pub mod catalog;
+mod checkpoint;
+#[doc(hidden)] // for tests and benchmarks
+pub mod cost;
 pub mod device;
 pub mod engine;
 mod error;
@@ -70,6 +73,7 @@ pub mod models;
 pub mod pages;
 #[doc(hidden)] // for tests and benchmarks
 pub mod prefix_cache;
+pub mod prompt;
 pub mod quantizer;
 mod recommender;
 mod request;
@@ -92,7 +96,7 @@ pub use request::{
 pub use search::{Constraint, Normalization};
 pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
-pub use writer::{CatalogWriter, Durability, WriterOptions};
+pub use writer::{Applied, CatalogWriter, Durability, Replaced, WriterOptions};
 
 /// The Rust code of the pages, compiled by `cargo test --doc`.
 #[cfg(doctest)]

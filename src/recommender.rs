@@ -17,13 +17,14 @@
 //!
 //! On async workers, use the calls that do not wait and await the [`Handle`]. Changes of the
 //! catalog go through a [`CatalogWriter`](crate::CatalogWriter), whose `apply` may wait for a
-//! compaction.
+//! compaction; its `try_apply` does not. Its `replace_base` puts a new full catalog in place while
+//! requests run.
 //!
 //! Callbacks run on the engine's own thread, and all requests wait for them. They may call
 //! everything that does not wait; a call that waits returns [`Error::CalledFromCallback`] there.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -36,11 +37,12 @@ use crate::engine::{
 };
 use crate::error::{Error, Result};
 use crate::metrics::{Gauges, MetricsSnapshot};
+use crate::models::Checkpoint;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::request::{Input, Request};
 use crate::schedule::RequestId;
-use crate::service::queue::PushError;
+use crate::service::queue::{Bounds, PushError};
 use crate::service::{BeforeStep, Handle, Message, Service, Shared, oneshot};
 use crate::tensor::{Dtype, Tensor};
 
@@ -65,6 +67,13 @@ pub struct RecommenderOptions {
     pub engine: EngineOptions,
     /// Requests that may wait; more are refused with [`Error::Overloaded`].
     pub max_queued: usize,
+    /// How long a new request may be expected to wait for its answer; where it would be longer, it
+    /// is refused with [`Error::Overloaded`]. A request that nothing waits before is taken in any
+    /// case. `None` for any time.
+    pub max_wait: Option<Duration>,
+    /// The folder of the base, where the model's folder is that of a LoRA adapter;
+    /// [`Checkpoint::open`] says where it is looked for otherwise.
+    pub base: Option<PathBuf>,
     /// Called on the engine's thread before each step with the number of steps before it: for
     /// metrics, and for tests of what happens when that thread fails.
     pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
@@ -86,6 +95,8 @@ impl RecommenderOptions {
             device,
             dtype: None,
             max_queued: 1024,
+            max_wait: None,
+            base: None,
             before_step: None,
         }
     }
@@ -114,6 +125,18 @@ impl RecommenderOptions {
         self
     }
 
+    /// Sets [`max_wait`](RecommenderOptions::max_wait).
+    pub fn with_max_wait(mut self, wait: Duration) -> RecommenderOptions {
+        self.max_wait = Some(wait);
+        self
+    }
+
+    /// Sets [`base`](RecommenderOptions::base).
+    pub fn with_base(mut self, folder: impl Into<PathBuf>) -> RecommenderOptions {
+        self.base = Some(folder.into());
+        self
+    }
+
     /// Sets [`before_step`](RecommenderOptions::before_step).
     pub fn with_before_step(
         mut self,
@@ -132,6 +155,8 @@ impl fmt::Debug for RecommenderOptions {
             .field("dtype", &self.dtype)
             .field("engine", &self.engine)
             .field("max_queued", &self.max_queued)
+            .field("max_wait", &self.max_wait)
+            .field("base", &self.base)
             .finish_non_exhaustive()
     }
 }
@@ -220,9 +245,10 @@ impl Recommender {
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
-        let config = Config::read(&folder.join("config.json"))?;
-        let layout = SidLayout::read(folder, crate::models::vocab_size(&config)?)?;
-        Recommender::from_parts(&config, Weights::open(folder)?, layout, catalog, options)
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, options.base.as_deref())?;
+        let vocab_size = crate::models::vocab_size(&config)?;
+        let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
+        Recommender::from_parts(&config, weights, layout, catalog, options)
     }
 
     /// Opens a network from its parts, wherever they come from.
@@ -242,8 +268,8 @@ impl Recommender {
         device.with_backend(options.dtype, work)
     }
 
-    /// Takes over an engine, on whatever backend; of the options, `max_queued` and `before_step`
-    /// count.
+    /// Takes over an engine, on whatever backend; of the options, `max_queued`, `max_wait` and
+    /// `before_step` count.
     ///
     /// # Errors
     /// [`Error::InvalidOption`]; [`Error::Device`] where no thread can be started.
@@ -258,7 +284,10 @@ impl Recommender {
             description: engine.backend().description(),
             num_threads: engine.num_threads(),
             has_phases: B::COMPUTES_ON_CALLERS,
-            service: Service::start(engine, options.max_queued, options.before_step.clone())?,
+            service: {
+                let bounds = Bounds::new(options.max_queued, options.max_wait);
+                Service::start(engine, bounds, options.before_step.clone())?
+            },
         };
         Ok(Recommender { inner: Arc::new(inner) })
     }
@@ -337,10 +366,7 @@ impl Recommender {
         let shared = self.shared();
         let (num_refused, error): (usize, &dyn Fn() -> Error) =
             match shared.queue.push_all(messages) {
-                Ok((rest, queued)) => {
-                    let limit = shared.max_queued;
-                    (rest.len(), &move || Error::Overloaded { queued, limit })
-                }
+                Ok((rest, backlog)) => (rest.len(), &move || shared.overloaded(&backlog)),
                 Err(all) => (all.len(), &|| shared.end()),
             };
         let refused = handles.iter_mut().rev().filter(|handle| handle.is_ok());
@@ -349,12 +375,16 @@ impl Recommender {
     }
 
     /// Hands over a request that is checked on the engine's thread, between two steps: this call
-    /// never takes long. The request sees the catalog as it is when it is checked.
+    /// never takes long. A request whose text has to become tokens is checked here instead, as by
+    /// [`submit`](Recommender::submit). The request sees the catalog as it is when it is checked.
     ///
     /// # Errors
     /// [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`];
     /// the request's own come as the answer.
     pub fn submit_deferred(&self, request: Request) -> Result<Handle> {
+        if self.inner.preparer.reads_text(&request) {
+            return self.submit(request); // text is never read on the engine's thread
+        }
         self.shared().check_process().map_err(|error| self.refused(error))?;
         let arrival = self.inner.preparer.arrival();
         let (handle, reply) = self.handle(arrival.id);
@@ -398,6 +428,9 @@ impl Recommender {
         requests: &[Request],
         mut deliver: impl FnMut(usize, Result<Answer>),
     ) {
+        if requests.iter().any(|request| self.inner.preparer.reads_text(request)) {
+            return self.recommend_texts(requests, deliver);
+        }
         let (sender, answers) = mpsc::channel();
         let mut is_answered = vec![false; requests.len()];
         let shared = self.shared();
@@ -418,6 +451,32 @@ impl Recommender {
             };
             deliver(index, Err(self.refused(error)));
         }
+    }
+
+    /// Answers requests of which some are texts: each is checked on this thread, while the engine
+    /// answers those before it.
+    fn recommend_texts(
+        &self,
+        requests: &[Request],
+        mut deliver: impl FnMut(usize, Result<Answer>),
+    ) {
+        let (sender, answers) = mpsc::channel();
+        for (index, request) in requests.iter().enumerate() {
+            let prepared =
+                self.shared().check_waiting().and_then(|()| self.prepare(request.clone()));
+            match prepared {
+                Ok(prepared) => {
+                    let sender = sender.clone();
+                    let reply = Reply::new(move |answer| drop(sender.send((index, answer))));
+                    // Where the engine has ended, the reply says so.
+                    let _ = self.shared().queue.push_wait(Message::Enqueue(prepared, reply));
+                }
+                Err(error) => deliver(index, Err(error)),
+            }
+            answers.try_iter().for_each(|(index, answer)| deliver(index, answer));
+        }
+        drop(sender);
+        answers.into_iter().for_each(|(index, answer)| deliver(index, answer));
     }
 
     /// Scores given items for an input: the answer lists those that are available, best first, each
@@ -551,9 +610,7 @@ impl Recommender {
         let shared = self.shared();
         let (message, error) = match shared.queue.push(message) {
             Ok(()) => return Ok(()),
-            Err(PushError::Full { entry, queued }) => {
-                (entry, Error::Overloaded { queued, limit: shared.max_queued })
-            }
+            Err(PushError::Full { entry, backlog }) => (entry, shared.overloaded(&backlog)),
             Err(PushError::Closed(entry)) => (entry, shared.end()),
         };
         if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {

@@ -61,7 +61,8 @@ fn assert_holds(snapshot: &Snapshot, items: &[Item], what: &str) {
 }
 
 fn writer_of(catalog: &Arc<Catalog>, compact_at: Option<usize>) -> CatalogWriter {
-    let options = WriterOptions { compact_at, ..WriterOptions::default() };
+    let mut options = WriterOptions::default();
+    options.compact_at = compact_at;
     CatalogWriter::in_memory(Arc::clone(catalog), &options).expect("a thread")
 }
 
@@ -397,7 +398,7 @@ impl OnDisk {
     }
 
     fn writer(&self) -> CatalogWriter {
-        let options = WriterOptions { compact_at: Some(usize::MAX), ..WriterOptions::default() };
+        let options = WriterOptions::default().with_compact_at(usize::MAX);
         CatalogWriter::open(&self.path(), &options).expect("a sound catalog")
     }
 
@@ -413,70 +414,6 @@ impl OnDisk {
             states.push((self.items.clone(), writer.log_bytes()));
         }
         states
-    }
-}
-
-#[test]
-fn a_log_cut_at_any_byte_reopens_with_every_whole_batch() {
-    let mut rng = fastrand::Rng::with_seed(4);
-    let mut on_disk = OnDisk::new(4);
-    let states = on_disk.change(&mut rng, 12);
-    let log = change_log::path_of(&on_disk.path());
-    let bytes = std::fs::read(&log).expect("the log");
-    assert_eq!(bytes.len() as u64, states[12].1);
-    for len in states[0].1 as usize..=bytes.len() {
-        let what = format!("cut at {len}");
-        // What follows is not there, or was never written to the disk.
-        for tail in [vec![], vec![0; bytes.len() - len]] {
-            let cut = [&bytes[..len], &tail].concat();
-            let is_whole = |(_, end): &(_, u64)| cut.starts_with(&bytes[..*end as usize]);
-            let whole = states.iter().rposition(is_whole).expect("the header");
-            let (items, end) = &states[whole];
-            std::fs::write(&log, &cut).expect("a writable folder");
-            let read = Catalog::open(&on_disk.path()).expect(&what);
-            assert_holds(&read.snapshot(), items, &what);
-            let writer = on_disk.writer();
-            assert_holds(&writer.catalog().snapshot(), items, &what);
-            assert_eq!(
-                (writer.catalog().snapshot().number(), writer.log_bytes()),
-                (1 + whole as u64, *end)
-            );
-            if len % 5 == 0 {
-                let put = Change::Put(Item::new("after", Sid::new(&[1, 2, 3]).expect("three")));
-                writer.apply(&[put]).expect("a sound change");
-                drop(writer);
-                let snapshot = Catalog::open(&on_disk.path()).expect(&what).snapshot();
-                assert!(snapshot.find("after").is_some(), "{what}");
-            }
-        }
-    }
-}
-
-#[test]
-fn damage_before_the_last_record_is_an_error() {
-    let mut rng = fastrand::Rng::with_seed(5);
-    let mut on_disk = OnDisk::new(5);
-    let states = on_disk.change(&mut rng, 5);
-    let log = change_log::path_of(&on_disk.path());
-    let bytes = std::fs::read(&log).expect("the log");
-    for at in 0..bytes.len() {
-        let mut damaged = bytes.clone();
-        damaged[at] ^= 1 << (at % 8);
-        std::fs::write(&log, &damaged).expect("a writable folder");
-        match Catalog::open(&on_disk.path()) {
-            Err(Error::ChangeLog { reason, .. }) => assert!(!reason.is_empty()),
-            Err(other) => panic!("byte {at}: {other}"),
-            // The last record may always have been torn, and so may one whose length now says
-            // that it goes on beyond the end.
-            Ok(catalog) => {
-                let batches = catalog.snapshot().number() as usize - 1;
-                let in_length = states[..5]
-                    .iter()
-                    .any(|(_, start)| (*start as usize..*start as usize + 4).contains(&at));
-                assert!(batches == 4 || in_length, "byte {at}: {batches} batches");
-                assert_holds(&catalog.snapshot(), &states[batches].0, &format!("byte {at}"));
-            }
-        }
     }
 }
 
@@ -579,7 +516,8 @@ fn a_writer_that_is_closed_is_closed_whatever_processes_are_started_meanwhile() 
 #[test]
 fn a_compilation_that_fails_loses_nothing() {
     let mut on_disk = OnDisk::new(9);
-    let options = WriterOptions { compact_at: Some(usize::MAX), durability: Durability::Machine };
+    let options =
+        WriterOptions::default().with_compact_at(usize::MAX).with_durability(Durability::Machine);
     let writer = CatalogWriter::open(&on_disk.path(), &options).expect("a sound catalog");
     // A folder where the new file is to be written.
     let partial = on_disk.folder.path().join("c.sidereal.partial");

@@ -178,7 +178,16 @@ fn a_catalog_is_changed_and_answers_with_what_is_there_now() {
         assert_eq!(summary["snapshot"], 2);
         assert_eq!(summary["items"], old);
         assert_eq!(summary["unavailable"], 1);
+        // One item is new, one replaced, one gone: what is there and what is compiled are counted
+        // apart.
+        assert_eq!(summary["compiled_items"], old);
+        let since = if compact { (0, 0) } else { (2, 2) };
+        assert_eq!(summary["put"], since.0);
+        assert_eq!(summary["deleted"], since.1);
         assert_eq!(summary["changed"] == 0, compact);
+        let text = run(&["catalog", "inspect", plain(&path)]);
+        let text = String::from_utf8_lossy(&text.stdout).into_owned();
+        assert_eq!(text.contains("since then 2 put, 2 deleted or replaced"), !compact, "{text}");
         let answer = recommend_small(&small, &line, &wide).remove(0);
         let mut new = names(&answer["groups"][0]);
         new.sort_unstable();
@@ -204,6 +213,55 @@ fn a_catalog_is_changed_and_answers_with_what_is_there_now() {
     let built = run(&build);
     assert_eq!(code(&built), 2);
     assert!(errors(&built).contains("--compact"), "{}", errors(&built));
+}
+
+#[test]
+fn items_of_one_sid_come_by_weight_as_many_as_are_asked_for_and_repeats_change_nothing() {
+    let small = Folder::small();
+    let path = small.path().join("catalog.sidereal");
+    let items_file = small.path().join("items.jsonl");
+    let build = ["catalog", "build", "--items", plain(&items_file), "--output", plain(&path)];
+    assert_eq!(code(&run(&build)), 0);
+    let put = |name: &str, weight: f32| json!({"put": {"item": name, "sid": [5, 5, 5], "tags": ["twin"], "weight": weight}});
+    let changes = [put("a", 0.0), put("b", 2.0), put("c", 0.0)].map(|line| line.to_string() + "\n");
+    let changes = small.write("changes.jsonl", changes.concat());
+    let change = ["catalog", "change", plain(&path), "--changes", plain(&changes)];
+    let ask = |fields: &str, more: &[&str]| {
+        let line = format!("{{\"history\": [\"i3\"], \"filter\": \"tag:twin\"{fields}}}\n");
+        let answer =
+            recommend_small(&small, &line, &[&["--beams", "216"], more].concat()).remove(0);
+        assert_eq!(answer["snapshot"], 2);
+        names(&answer).join(" ")
+    };
+    for _ in 0..3 {
+        assert_eq!(code(&run(&change)), 0);
+        assert_eq!(ask("", &[]), "b a c");
+    }
+    assert_eq!(ask("", &["--per-sid", "2"]), "b a");
+    assert_eq!(ask(", \"per_sid\": 1", &["--per-sid", "2"]), "b");
+    assert_eq!(ask(", \"per_sid\": 2, \"top_k\": 1", &[]), "b");
+    assert_eq!(ask(", \"per_sid\": 2, \"exclude\": [\"b\"]", &[]), "a c");
+    assert_eq!(ask(", \"shared_sid\": \"all\"", &["--per-sid", "2"]), "b a c");
+    assert_eq!(ask(", \"min_snapshot\": 2", &[]), "b a c");
+    let inspected = run(&["catalog", "inspect", plain(&path), "--json"]);
+    let summary: Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
+    assert_eq!((&summary["weighted"], &summary["put"]), (&json!(1), &json!(3)));
+
+    small.write("changes.jsonl", "{\"weight\": {\"item\": \"c\", \"weight\": 3}}\n");
+    assert_eq!(code(&run(&change)), 0);
+    let lines = "{\"history\": [\"i3\"], \"filter\": \"tag:twin\", \"min_snapshot\": 3}\n\
+                 {\"history\": [\"i3\"], \"min_snapshot\": 4}\n{\"history\": [\"i3\"], \"per_sid\": 0}\n";
+    let arguments = ["recommend", "--model", plain(small.path()), "--requests", "-"];
+    let output = run_with(&arguments, lines.as_bytes());
+    assert_eq!(code(&output), 1);
+    let lines = self::lines(&output.stdout);
+    assert_eq!(names(&lines[0]), ["c", "b", "a"]);
+    assert_eq!(lines[1]["error"]["code"], "catalog_behind");
+    let message = lines[1]["error"]["message"].as_str().expect("a text");
+    assert!(message.contains("snapshot 3") && message.contains("for 4"), "{message}");
+    assert_eq!(lines[2]["error"]["code"], "invalid_field");
+    let refused = run_with(&[&arguments[..], &["--per-sid", "0"]].concat(), b"");
+    assert_eq!(code(&refused), 2, "{}", errors(&refused));
 }
 
 #[test]

@@ -117,7 +117,7 @@ fn the_paths_of_a_rank_constraint_are_the_semantic_ids_of_allowed_items() {
         let mut rng = fastrand::Rng::with_seed(seed);
         let num_levels = 1 + seed as usize % 4;
         let catalog = Arc::new(random_catalog(&mut rng, num_levels, 5));
-        let options = WriterOptions { compact_at: Some(usize::MAX), ..WriterOptions::default() };
+        let options = WriterOptions::default().with_compact_at(usize::MAX);
         let writer = CatalogWriter::in_memory(Arc::clone(&catalog), &options).expect("a thread");
         let changes: Vec<Change> =
             (0..10).map(|_| random_change(&mut rng, 25, num_levels, 5)).collect();

@@ -1,8 +1,12 @@
 //! Files of items in Parquet, as pyarrow writes them.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use parquet::data_type::{ByteArrayType, DoubleType, Int32Type};
+use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
+use parquet::schema::parser::parse_message_type;
 use sidereal::Error;
 use sidereal::catalog::Catalog;
 
@@ -42,6 +46,52 @@ fn codes_may_stand_in_a_column_a_level_and_names_be_numbers() {
     assert_eq!(catalog.sid(item("8")).codes(), [2, 6]);
     assert_eq!(catalog.sid(item("9")), catalog.sid(item("7")));
     assert_eq!((catalog.title(item("8")), catalog.title(item("9"))), (None, Some("é")));
+}
+
+/// A file of items `0`, `1` and so on, all of one semantic ID, with these weights.
+fn file_with_weights(weights: &[Option<f64>]) -> Vec<u8> {
+    let schema = "message items {
+        required binary item (UTF8); required int32 sid_0; optional double weight;
+    }";
+    let schema = parse_message_type(schema).expect("a sound schema");
+    let writer = SerializedFileWriter::new(Vec::new(), Arc::new(schema), Arc::default());
+    let mut writer = writer.expect("memory takes all bytes");
+    let mut group = writer.next_row_group().expect("a file that is not closed");
+    let names: Vec<_> = (0..weights.len()).map(|n| n.to_string().as_str().into()).collect();
+    write_column::<ByteArrayType>(&mut group, &names, None);
+    write_column::<Int32Type>(&mut group, &vec![7; weights.len()], None);
+    let levels: Vec<i16> = weights.iter().map(|weight| weight.is_some().into()).collect();
+    let weights: Vec<f64> = weights.iter().copied().flatten().collect();
+    write_column::<DoubleType>(&mut group, &weights, Some(&levels));
+    group.close().expect("all columns are written");
+    writer.into_inner().expect("a whole file")
+}
+
+fn write_column<T: parquet::data_type::DataType>(
+    group: &mut SerializedRowGroupWriter<'_, Vec<u8>>,
+    values: &[T::T],
+    levels: Option<&[i16]>,
+) {
+    let mut column = group.next_column().expect("a sound group").expect("a further column");
+    column.typed::<T>().write_batch(values, levels, None).expect("values of the column's type");
+    column.close().expect("a whole column");
+}
+
+#[test]
+fn weights_are_a_column_and_where_it_is_null_an_item_has_none() {
+    let folder = temp();
+    let open = |weights: &[Option<f64>]| {
+        let path = write(&folder, "items.parquet", file_with_weights(weights));
+        Catalog::open(Path::new(&path))
+    };
+    let catalog = open(&[None, Some(2.5), Some(-1.0)]).expect("a sound file").snapshot();
+    let leaf = catalog.cursor(&[7]).expect("the items' semantic ID");
+    let items = catalog.items(leaf, 1).map(|item| (catalog.name(item), catalog.weight(item).get()));
+    assert_eq!(items.collect::<Vec<_>>(), [("1", 2.5), ("0", 0.0), ("2", -1.0)]);
+    for bad in [f64::NAN, f64::INFINITY, 1e300] {
+        let error = open(&[None, Some(bad)]).err().expect("not finite in 32 bits").to_string();
+        assert!(error.contains("row 1") && error.contains("weight"), "{error}");
+    }
 }
 
 #[test]

@@ -313,7 +313,7 @@ fn finite_weights_that_give_no_score_are_refused_and_the_old_ones_stay() {
         };
         // Of two requests that are there already, one runs and one waits.
         let (sender, answers) = mpsc::channel();
-        let mut submit = |engine: &mut Engine| {
+        let submit = |engine: &mut Engine| {
             let sender = sender.clone();
             let reply = move |answer| sender.send(answer).expect("a receiver");
             engine.submit(requests[0].clone(), reply).expect("a sound request");

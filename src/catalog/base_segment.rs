@@ -14,6 +14,7 @@ use super::selection::Selection;
 use super::tags::Tags;
 use super::texts::{NameIndex, Texts};
 use super::trie::Trie;
+use super::watermark::Watermarks;
 use crate::error::Result;
 use crate::mapping::Mapping;
 
@@ -37,6 +38,8 @@ pub struct BaseSegment {
     pub(super) lineage: u64,
     /// The number of the compiled snapshot.
     pub(super) snapshot: u64,
+    /// How far each feed was applied when the catalog was compiled.
+    pub(super) watermarks: Arc<Watermarks>,
     /// The file that the arrays lie in; `None` where they were built in memory.
     pub(super) file: Option<Arc<Mapping>>,
     pub(super) selections: FilterCache<Selection>,
@@ -46,6 +49,16 @@ impl BaseSegment {
     /// The trie of semantic IDs.
     pub fn trie(&self) -> &Trie {
         &self.trie
+    }
+
+    /// Identifies the catalog through all its changes.
+    pub(crate) fn lineage(&self) -> u64 {
+        self.lineage
+    }
+
+    /// The number of the compiled snapshot.
+    pub(crate) fn snapshot(&self) -> u64 {
+        self.snapshot
     }
 
     /// The number of items.
@@ -95,7 +108,7 @@ impl BaseSegment {
 
     pub(super) fn weight(&self, item: u32) -> ItemWeight {
         let weight = self.weights.as_ref().map_or(0.0, |weights| weights[item as usize]);
-        ItemWeight::new(weight).expect("checked when the catalog was opened")
+        ItemWeight::new(weight).unwrap_or_default() // checked when the file was opened
     }
 
     pub(super) fn find(&self, name: &str) -> Option<u32> {
@@ -148,9 +161,15 @@ impl BaseSegment {
             ties: Ties::ByName,
             lineage: 0,
             snapshot: 1,
+            watermarks: Arc::default(),
             file: None,
             selections: FilterCache::new(MAX_FILTER_CACHE_BYTES),
         }
+    }
+
+    /// The base segment as a later state of another catalog.
+    pub(crate) fn with_lineage(self, lineage: u64) -> BaseSegment {
+        BaseSegment { lineage, ..self }
     }
 
     pub(super) fn with_tags(self, tags: BTreeMap<String, RoaringBitmap>) -> BaseSegment {

@@ -9,14 +9,18 @@ use super::base_segment::BaseSegment;
 use super::builder::CatalogBuilder;
 use super::change::Change;
 use super::compaction::compact;
-use super::file::{change_log, format};
+use super::file::lock::CatalogLock;
+use super::file::{change_log, format, resolve};
 use super::items;
 use super::order::Ties;
 use super::snapshot::Snapshot;
+use super::watermark::Watermark;
 use crate::error::{Error, Result};
 
 /// How often [`Catalog::open`] reads file and log until they belong together.
 const OPEN_ATTEMPTS: usize = 3;
+/// Items from which on a warning of [`Catalog::warning`] makes sense.
+const SMALLEST_CROWD: usize = 4;
 
 /// How a compiled catalog is opened.
 ///
@@ -89,11 +93,12 @@ impl Catalog {
         } else {
             // A writer's compaction may end between reading the file and reading the log: the log
             // is then too new for the file, and both are read again.
+            let resolved = resolve(path).map_err(|error| Error::io(path, error))?;
             let mut attempts = OPEN_ATTEMPTS;
             loop {
                 attempts -= 1;
-                let catalog = Catalog::of(format::open(path, options.map_above)?);
-                match change_log::replay(path, &catalog.snapshot()) {
+                let catalog = Catalog::of(format::open(&resolved, options.map_above)?);
+                match change_log::replay(&resolved, &catalog.snapshot()) {
                     Ok(None) => return Ok(catalog),
                     Ok(Some(after)) => {
                         catalog.publish(after);
@@ -113,22 +118,67 @@ impl Catalog {
     }
 
     fn of(base: BaseSegment) -> Catalog {
-        Catalog { current: ArcSwap::from_pointee(Snapshot::of(base)), writable: Mutex::default() }
+        Catalog::of_snapshot(Snapshot::of(base))
+    }
+
+    /// A catalog that begins with a snapshot.
+    pub(super) fn of_snapshot(snapshot: Snapshot) -> Catalog {
+        Catalog { current: ArcSwap::from_pointee(snapshot), writable: Mutex::default() }
     }
 
     /// Writes the catalog, with all its changes, as one file; an existing file is replaced as a
-    /// whole or not at all.
+    /// whole or not at all, and keeps its mode. A symbolic link is followed.
     ///
     /// # Errors
-    /// The operating system's; [`Error::CatalogContents`] where the old file's sets are damaged.
+    /// The operating system's; [`Error::CatalogInUse`] where a writer has the file open;
+    /// [`Error::ChangeLog`] where the log beside it has changes that are not compiled in;
+    /// [`Error::CatalogContents`] where the old file's sets are damaged.
     pub fn save(&self, path: &Path) -> Result<()> {
+        let path = resolve(path).map_err(|error| Error::io(path, error))?;
+        let lock = CatalogLock::take(&path)?;
+        change_log::make_way(&path)?;
         let snapshot = self.checked_snapshot()?;
-        let base = snapshot.base();
+        let (base, watermarks) = (snapshot.base(), snapshot.watermarks());
         if snapshot.number() == base.snapshot && base.ties == Ties::ByName {
-            return format::save(base, path);
+            return format::save(base, watermarks, &path, &lock);
         }
         let base = compact(&snapshot, |_| true)?.expect("progress never stops it");
-        format::save(&base, path)
+        format::save(&base, watermarks, &path, &lock)
+    }
+
+    /// Says how far feeds had been applied when the catalog's items were read from their source, so
+    /// that what they send again is skipped.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] and [`Error::LimitExceeded`] for watermarks that cannot be.
+    pub fn set_watermarks(&self, watermarks: &[Watermark]) -> Result<()> {
+        let mut snapshot = Snapshot::clone(&self.snapshot());
+        for watermark in watermarks {
+            snapshot = snapshot.with_watermark(watermark)?;
+        }
+        self.publish(snapshot);
+        Ok(())
+    }
+
+    /// A warning for the owner of the items, where nearly all of them have one semantic ID: no model
+    /// could tell them apart, so their codes were probably misread.
+    pub fn warning(&self) -> Option<String> {
+        let snapshot = self.snapshot();
+        let trie = snapshot.base().trie();
+        let all = trie.num_items();
+        let is_crowd = |items: usize| all >= SMALLEST_CROWD && items * 10 >= all * 9;
+        // The others have a semantic ID each at most.
+        if !is_crowd(all + 1 - trie.num_leaves().min(all)) {
+            return None;
+        }
+        let (sid, items) = trie.leaves().max_by_key(|(_, items)| items.len())?;
+        is_crowd(items.len()).then(|| {
+            format!(
+                "{} of {all} items have the semantic ID {:?}: check how the items file spells its codes",
+                items.len(),
+                sid.codes()
+            )
+        })
     }
 
     /// The state of the catalog now.
@@ -173,6 +223,27 @@ impl Catalog {
             self.writable.lock().expect("no holder panics").retain(|other| *other != levels);
         }
         checked
+    }
+
+    /// Checks that every registered model can write the items of a snapshot.
+    ///
+    /// # Errors
+    /// [`Error::LevelsMismatch`].
+    pub(crate) fn check_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        let writable = self.writable.lock().expect("no holder panics");
+        writable.iter().try_for_each(|levels| check_levels(levels, snapshot))
+    }
+
+    /// Checks that a change can be applied: its item fits the catalog, and every registered model
+    /// can write it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] or [`Error::InvalidChange`] with what is wrong.
+    pub fn check_change(&self, change: &Change) -> Result<()> {
+        if let Change::Put(item) = change {
+            item.check(self.snapshot().num_levels())?;
+        }
+        self.check(std::slice::from_ref(change))
     }
 
     /// Checks that every registered model can write the items that `changes` put.

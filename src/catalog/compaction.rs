@@ -1,6 +1,7 @@
 //! From a snapshot with a delta to one base segment: compaction.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use roaring::RoaringBitmap;
 
@@ -91,7 +92,8 @@ pub(crate) fn compact(
         .with_unavailable(&unavailable)
         .with_weights(weights);
     snapshot.check_file()?; // or what is compiled may be of two files
-    Ok(Some(BaseSegment { lineage: old.lineage, snapshot: snapshot.number(), ..base }))
+    let watermarks = Arc::clone(&snapshot.watermarks);
+    Ok(Some(BaseSegment { lineage: old.lineage, snapshot: snapshot.number(), watermarks, ..base }))
 }
 
 /// Where the items of one base segment are in the next, as stretches that move by one distance.

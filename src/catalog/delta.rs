@@ -13,7 +13,7 @@ use super::chunks::Chunks;
 use super::filter::Filter;
 use super::filter_cache::FilterCache;
 use super::item::Item;
-use super::order::{Place, Ties};
+use super::order::{OrderKey, Ties};
 use super::sid::{MAX_LEVELS, Sid};
 use super::texts::hash;
 use super::trie::{Trie, TrieBuilder};
@@ -127,8 +127,8 @@ impl Delta {
         let is_present = |number: u32| has(&present, number);
         // Only new items need sorting; the old ones are in order.
         let compare = |a: &(SidKey, u32), b: &(SidKey, u32)| {
-            let place = |number: u32| place(self.ties, items.get(number as usize), number);
-            a.0.cmp(&b.0).then_with(|| place(a.1).cmp(&place(b.1)))
+            let key = |number: u32| order_key(self.ties, items.get(number as usize), number);
+            a.0.cmp(&b.0).then_with(|| key(a.1).cmp(&key(b.1)))
         };
         order.sort_unstable_by(compare);
         by_name.sort_unstable();
@@ -229,8 +229,8 @@ impl Delta {
     }
 }
 
-fn place(ties: Ties, item: &Item, number: u32) -> Place<'_> {
-    Place::new(ties, item.weight, &item.name, number)
+fn order_key(ties: Ties, item: &Item, number: u32) -> OrderKey<'_> {
+    OrderKey::new(ties, item.weight, &item.name, number)
 }
 
 fn put(bits: &mut [u64], at: u32, value: bool) {

@@ -203,7 +203,8 @@ impl<'a> Edit<'a> {
                 Some(Arc::new(delta.with(patch)))
             }
         };
-        let (base, occurring) = (Arc::clone(&snapshot.base), OnceLock::new());
-        Snapshot { number, base, available, deleted, delta, occurring }
+        let (base, watermarks) = (Arc::clone(&snapshot.base), Arc::clone(&snapshot.watermarks));
+        let occurring = OnceLock::new();
+        Snapshot { number, base, available, deleted, delta, watermarks, occurring }
     }
 }

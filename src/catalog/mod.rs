@@ -37,11 +37,13 @@ mod tags;
 mod texts;
 pub mod token_trie;
 pub mod trie;
+mod watermark;
 
 pub use builder::{CatalogBuilder, SidTable};
 pub use catalog::{Catalog, CatalogOptions};
 pub use change::Change;
-pub use file::change_log;
+pub use file::{change_log, check};
 pub use item::Item;
 pub use order::ItemWeight;
 pub use snapshot::Snapshot;
+pub use watermark::{Watermark, Watermarks};

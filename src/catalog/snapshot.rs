@@ -10,9 +10,10 @@ use super::cursor::{Cursor, Node, Runs};
 use super::delta::Delta;
 use super::item::Item;
 use super::occurring::OccurringCodes;
-use super::order::{ItemWeight, Place, Ties};
+use super::order::{ItemWeight, OrderKey, Ties};
 use super::sid::Sid;
 use super::trie::Trie;
+use super::watermark::{Watermark, Watermarks};
 use crate::error::Result;
 
 /// One immutable state of a catalog. A request sees one snapshot from its start to its end.
@@ -28,6 +29,7 @@ pub struct Snapshot {
     /// The base segment's deleted or replaced items; `None` where none is.
     pub(super) deleted: Option<Arc<RankBitmap>>,
     pub(super) delta: Option<Arc<Delta>>,
+    pub(super) watermarks: Arc<Watermarks>,
     /// Worked out when it is first asked for.
     pub(super) occurring: OnceLock<Arc<OccurringCodes>>,
 }
@@ -40,6 +42,7 @@ impl Snapshot {
             available: base.available.clone(),
             deleted: None,
             delta: None,
+            watermarks: Arc::clone(&base.watermarks),
             occurring: OnceLock::new(),
             base: Arc::new(base),
         }
@@ -48,6 +51,25 @@ impl Snapshot {
     /// The snapshot's number; every batch of changes makes the next.
     pub fn number(&self) -> u64 {
         self.number
+    }
+
+    /// How far each feed has been applied.
+    pub fn watermarks(&self) -> &Watermarks {
+        &self.watermarks
+    }
+
+    /// The snapshot with a further watermark.
+    ///
+    /// # Errors
+    /// Those of a source's name and of the number of partitions.
+    pub(crate) fn with_watermark(self, watermark: &Watermark) -> Result<Snapshot> {
+        let watermarks = self.watermarks.with(watermark)?;
+        Ok(self.with_watermarks(watermarks))
+    }
+
+    /// The snapshot with other watermarks.
+    pub(crate) fn with_watermarks(self, watermarks: Watermarks) -> Snapshot {
+        Snapshot { watermarks: Arc::new(watermarks), ..self }
     }
 
     /// The compiled catalog under the snapshot's changes.
@@ -157,9 +179,8 @@ impl Snapshot {
         self.delta_item(item).map_or_else(|| self.base.weight(item), |item| item.weight)
     }
 
-    /// The item's place among the items that share its semantic ID.
-    fn place(&self, ties: Ties, item: u32) -> Place<'_> {
-        Place::new(ties, self.weight(item), self.name(item), item)
+    fn order_key(&self, ties: Ties, item: u32) -> OrderKey<'_> {
+        OrderKey::new(ties, self.weight(item), self.name(item), item)
     }
 
     /// The item with all its fields.
@@ -244,7 +265,8 @@ impl Snapshot {
         let delta = delta.iter().map(move |&number| first + number);
         let is_leaf = depth == self.num_levels();
         let comes_before = move |a: &u32, b: &u32| {
-            let key = |item| ((!is_leaf).then(|| self.sid(item)), self.place(self.base.ties, item));
+            let key =
+                |item| ((!is_leaf).then(|| self.sid(item)), self.order_key(self.base.ties, item));
             key(*a) < key(*b)
         };
         let base = self.base_items(cursor, depth).peekable();
@@ -281,7 +303,7 @@ impl Snapshot {
         // The items of one semantic ID are few, and base segment and delta have each its own in
         // order already, unless the base segment is of an old file.
         let mut rest: Vec<(Sid, u32)> = Vec::new();
-        let place = |item| self.place(Ties::ByName, item);
+        let key = |item| self.order_key(Ties::ByName, item);
         std::iter::from_fn(move || {
             if rest.is_empty() {
                 rest.push(merged.next()?);
@@ -289,7 +311,7 @@ impl Snapshot {
                 while let Some(item) = merged.next_if(|item| item.0 == sid) {
                     rest.push(item);
                 }
-                rest.sort_unstable_by(|a, b| place(b.1).cmp(&place(a.1)));
+                rest.sort_unstable_by(|a, b| key(b.1).cmp(&key(a.1)));
             }
             rest.pop()
         })

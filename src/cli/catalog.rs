@@ -1,4 +1,4 @@
-//! `sidereal catalog`: build, inspect and change catalogs; fit codebooks and assign semantic IDs.
+//! `sidereal catalog`: build, inspect, check and change catalogs; fit codebooks and assign semantic IDs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use sidereal::catalog::sid::MAX_LEVELS;
-use sidereal::catalog::{Catalog, CatalogBuilder, Snapshot, change_log, items};
+use sidereal::catalog::{Catalog, CatalogBuilder, Change, Snapshot, Watermark, change_log, items};
 use sidereal::lines::Lines;
 use sidereal::models::weights::Weights;
 use sidereal::quantizer::{Collision, FitOptions, FitRound, Quantizer};
 use sidereal::{CatalogWriter, Error, Result, WriterOptions};
 
 use super::arguments::{Outcome, refuse_same_file, say, write_error};
+use super::check;
 use super::output::OutputFile;
 use super::requests::{count_bar, progress_bar, spinner};
 
@@ -26,6 +27,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Put, delete and tag items, and set their availability
     Change(Changes),
+    /// Verify a catalog and its log of changes, and save what can be read of a damaged one
+    Check(check::Arguments),
     /// Fit the codebooks of a residual quantiser to embeddings
     Fit(Fit),
     /// Assign semantic IDs to items by their embeddings
@@ -36,7 +39,7 @@ pub enum Command {
 #[command(after_help = "\
 Items are JSON lines, {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\", \"tags\": [\"new\"]}, or, where the
 name ends in .json, the field's index: {\"17\": [\"<a_3>\", \"<b_250>\", \"<c_7>\"], ...}. Several items may share
-a semantic ID. An item with \"available\": false may stand in histories and is never recommended.
+a semantic ID: they come by \"weight\", the largest first, then by name. An item with \"available\": false may stand in histories and is never recommended.
 
 Example:
   sidereal catalog build --items items.index.json --output items.sidereal")]
@@ -48,6 +51,10 @@ pub struct Build {
     /// a catalog that is in use
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
+    /// How far a feed had been applied to the items, as source/partition@offset; may be repeated. Changes
+    /// of an existing catalog that come later are kept
+    #[arg(long, value_name = "MARK")]
+    watermark: Vec<Watermark>,
 }
 
 #[derive(Args)]
@@ -86,6 +93,10 @@ pub struct Changes {
     /// Compile the catalog anew when all is applied, so that the log begins again
     #[arg(long)]
     compact: bool,
+    /// Where the changes end in their feed, as source/partition@offset; changes that are applied already
+    /// are skipped
+    #[arg(long, value_name = "MARK")]
+    watermark: Option<Watermark>,
 }
 
 #[derive(Args)]
@@ -155,6 +166,7 @@ const CHANGES_PER_BATCH: usize = 10_000;
 
 pub fn run(command: &Command) -> Result<Outcome> {
     match command {
+        Command::Check(arguments) => return check::run(arguments),
         Command::Build(arguments) => build(arguments)?,
         Command::Inspect(arguments) => inspect(arguments)?,
         Command::Change(arguments) => change(arguments)?,
@@ -165,43 +177,74 @@ pub fn run(command: &Command) -> Result<Outcome> {
 }
 
 fn change(arguments: &Changes) -> Result<()> {
-    // Every line is read before the first is applied: a file with a bad line changes nothing.
+    let options = WriterOptions::default().with_compact_at(usize::MAX);
+    let writer = CatalogWriter::open(&arguments.catalog, &options)?;
+    let catalog = arguments.catalog.display();
+    let mark = arguments.watermark.as_ref();
+    if let Some(mark) = mark.filter(|mark| writer.catalog().snapshot().watermarks().covers(mark)) {
+        say(&format!("{catalog}: {mark} is applied already; nothing was changed"));
+        return Ok(());
+    }
+    // Every line is checked before the first is applied: a file with a bad line changes nothing.
     let mut changes = Vec::new();
     let bytes = std::fs::metadata(&arguments.changes).ok().map(|metadata| metadata.len());
     let progress = progress_bar(bytes, "reading changes");
     let take = |change| {
+        writer.catalog().check_change(&change)?;
         changes.push(change);
         Ok(())
     };
     items::read_changes(&arguments.changes, take, |read| progress.set_position(read))?;
     progress.finish_and_clear();
-    let options = WriterOptions { compact_at: Some(usize::MAX), ..WriterOptions::default() };
-    let writer = CatalogWriter::open(&arguments.catalog, &options)?;
-    let progress = count_bar(changes.len() as u64, "applying changes");
-    let mut without_effect = 0;
-    for batch in changes.chunks(CHANGES_PER_BATCH) {
-        let before = writer.catalog().snapshot();
-        without_effect += batch.iter().filter(|change| before.is_without_effect(change)).count();
-        writer.apply(batch)?;
-        progress.inc(batch.len() as u64);
-    }
-    writer.sync()?;
-    progress.finish_and_clear();
+    let without_effect = apply(&writer, &changes, mark)?;
     if arguments.compact {
         let spinner = spinner("compiling the catalog anew");
-        writer.compact()?;
+        let compacted = writer.compact();
         spinner.finish_and_clear();
+        if compacted.is_err() {
+            say("all changes are applied and logged; only the compaction failed");
+        }
+        compacted?;
     }
     let snapshot = writer.catalog().snapshot();
     say(&format!(
-        "{}: {} changes applied ({without_effect} named items that were not known), now {} items, \
-         snapshot {}",
-        arguments.catalog.display(),
+        "{catalog}: {} changes applied ({without_effect} named items that were not known), now {} \
+         items, snapshot {}",
         changes.len(),
         snapshot.num_items(),
         snapshot.number(),
     ));
     Ok(())
+}
+
+/// Applies changes in batches, the last one with the watermark, and forces them to the disk. Returns
+/// how many named an item that was not known.
+fn apply(writer: &CatalogWriter, changes: &[Change], mark: Option<&Watermark>) -> Result<usize> {
+    let progress = count_bar(changes.len() as u64, "applying changes");
+    let (mut applied, mut without_effect) = (0, 0);
+    let apply_all = || {
+        for batch in changes.chunks(CHANGES_PER_BATCH) {
+            let before = writer.catalog().snapshot();
+            let is_unknown = |change: &&Change| before.is_without_effect(change);
+            let num_unknown = batch.iter().filter(is_unknown).count();
+            match mark.filter(|_| applied + batch.len() == changes.len()) {
+                Some(mark) => drop(writer.apply_from(mark, batch)?),
+                None => drop(writer.apply(batch)?),
+            }
+            (applied, without_effect) = (applied + batch.len(), without_effect + num_unknown);
+            progress.inc(batch.len() as u64);
+        }
+        if let (Some(mark), []) = (mark, changes) {
+            writer.apply_from(mark, &[])?;
+        }
+        writer.sync()
+    };
+    let outcome: Result<()> = { apply_all }();
+    progress.finish_and_clear();
+    if outcome.is_err() && applied > 0 {
+        say(&format!("the first {applied} of {} changes are applied and logged", changes.len()));
+    }
+    outcome.map(|()| without_effect)
 }
 
 /// The one matrix of a safetensors file, with its number of columns.
@@ -310,12 +353,13 @@ fn build(arguments: &Build) -> Result<()> {
         return Err(Error::InvalidOption { option: "--output", reason: reason.into() });
     }
     refuse_same_file("--output", Some(&arguments.output), &arguments.items)?;
-    let log = change_log::path_of(&arguments.output);
-    if log.exists() {
+    let num_pending = change_log::num_pending(&arguments.output)?;
+    if num_pending > 0 && arguments.watermark.is_empty() {
         let reason = format!(
-            "{} holds changes of the catalog that is there; delete it, or apply them with \
-             `sidereal catalog change --compact` first",
-            log.display()
+            "{} holds changes that the catalog there lacks (batches: {num_pending}); compile them \
+             in with `sidereal catalog change --compact` first, keep the later ones with \
+             --watermark, or delete the log",
+            change_log::path_of(&arguments.output).display()
         );
         return Err(Error::InvalidOption { option: "--output", reason });
     }
@@ -326,13 +370,23 @@ fn build(arguments: &Build) -> Result<()> {
     progress.set_message("laying out");
     let whole = |error| items::whole_file_error(&arguments.items, &error);
     let catalog = builder.build().map_err(whole)?;
-    catalog.save(&arguments.output)?;
-    progress.finish_and_clear();
+    catalog.set_watermarks(&arguments.watermark)?;
     let snapshot = catalog.snapshot();
+    if num_pending == 0 {
+        catalog.save(&arguments.output)?;
+    } else {
+        let writer = CatalogWriter::open(&arguments.output, &WriterOptions::default())?;
+        let kept = writer.replace_base(&catalog)?.kept_batches;
+        say(&format!("batches of changes that are later than the items and were kept: {kept}"));
+    }
+    progress.finish_and_clear();
     let (items, sids) = (snapshot.num_items(), snapshot.base().trie().num_leaves());
     let levels = snapshot.num_levels();
     let output = arguments.output.display();
     say(&format!("{output}: {items} items, {sids} semantic IDs of {levels} levels"));
+    if let Some(warning) = catalog.warning() {
+        say(&format!("warning: {warning}"));
+    }
     Ok(())
 }
 
@@ -379,6 +433,8 @@ struct Summary {
     /// Items by tag.
     tags: BTreeMap<String, u64>,
     snapshot: u64,
+    /// How far each feed has been applied.
+    watermarks: Vec<Watermark>,
     /// `put` and `deleted` together.
     changed: usize,
 }
@@ -424,6 +480,7 @@ impl Summary {
             unavailable: count(&|item| !snapshot.is_available(item)),
             tags: snapshot.base().tags()?.into_iter().collect(),
             snapshot: snapshot.number(),
+            watermarks: snapshot.watermarks().iter().collect(),
             changed: snapshot.num_put() + snapshot.num_deleted(),
         })
     }
@@ -473,6 +530,9 @@ impl Summary {
             text += &format!("  tags           {}: {shown}{more}\n", tags.len());
         }
         text += &format!("  snapshot       {}\n", self.snapshot);
+        for watermark in &self.watermarks {
+            text += &format!("  watermark      {watermark}\n");
+        }
         match self.file_bytes {
             Some(bytes) => text += &format!("  file           {bytes} bytes"),
             None => text += "  file           not compiled (a file of items)",

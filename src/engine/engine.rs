@@ -1,5 +1,6 @@
 //! The engine: opening, asking, stepping.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -14,6 +15,7 @@ use super::prepare::{self, Prepared, Preparer};
 use super::program::Program;
 use super::scheduler::{Scheduler, SchedulerSpec};
 use super::status::{EngineStatus, PhaseClocks, Phases};
+use super::step::Unobserved;
 use super::weights::{Loader, ReplaceWeights};
 use crate::answer::Answer;
 use crate::backend::Backend;
@@ -23,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{Metrics, MetricsSnapshot};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
-use crate::models::{self, Model, ModelSpec};
+use crate::models::{self, Checkpoint, ForwardPass, Model, ModelSpec};
 use crate::pages;
 use crate::request::{Input, MAX_BEAMS, Request};
 use crate::schedule::{Limits, RequestId};
@@ -55,6 +57,9 @@ pub struct Engine<B: Backend = CpuBackend> {
     pub(super) scheduler_spec: SchedulerSpec,
     /// One for each sub-batch of a step.
     pub(super) workspaces: Vec<Workspace<B>>,
+    /// By request: the passes that read prompts in pieces, with what they hold meanwhile.
+    pub(super) encodings: HashMap<RequestId, Box<dyn ForwardPass<B>>>,
+    pub(super) unobserved: Unobserved,
     /// All threads together.
     pub(super) pool: Arc<ThreadPool>,
     /// One thread each, for a sub-batch of a step; empty where there is but one thread or the
@@ -90,9 +95,10 @@ impl<B: Backend> Engine<B> {
         options: &EngineOptions,
     ) -> Result<Engine<B>> {
         options.check()?;
-        let config = Config::read(&folder.join("config.json"))?;
-        let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
-        Engine::from_parts(backend, &config, Weights::open(folder)?, layout, catalog, options)
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, None)?;
+        let vocab_size = models::vocab_size(&config)?;
+        let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
+        Engine::from_parts(backend, &config, weights, layout, catalog, options)
     }
 
     /// Opens a network from its parts, wherever they come from, and tries it on a small request.
@@ -134,7 +140,7 @@ impl<B: Backend> Engine<B> {
             context_pages: memory.context_pages,
             tail_pages: memory.tail_pages,
             has_cache: options.prefix_cache,
-            is_prompt_whole: spec.prompt.is_whole(),
+            prompt: spec.prompt,
         };
         let mut engine = Engine {
             codes: Codes::new(&layout),
@@ -162,6 +168,8 @@ impl<B: Backend> Engine<B> {
             workspaces: Vec::new(),
             pool,
             workers,
+            encodings: HashMap::new(),
+            unobserved: Unobserved::default(),
             phases: PhaseClocks::default(),
             process: std::process::id(),
             is_stepping: false,
@@ -307,9 +315,17 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// [`Error::EngineFailed`], [`Error::Forked`].
     pub fn step(&mut self) -> Result<()> {
+        self.refuse();
         self.compute()?;
         self.deliver();
         Ok(())
+    }
+
+    /// Ends the requests that cannot be answered in time, of which callers are not told yet. Whether
+    /// there are any.
+    pub(crate) fn refuse(&mut self) -> bool {
+        self.scheduler.expire(self.preparer.now_us());
+        self.scheduler.has_ended()
     }
 
     /// One step, of which callers are not told yet.
@@ -372,6 +388,7 @@ impl<B: Backend> Engine<B> {
         if let Some(model) = self.loader.take() {
             let before = std::mem::replace(&mut self.model, model);
             self.workspaces.clear(); // their passes hold the old weights
+            self.encodings.clear();
             if let Err(error) = self.probe() {
                 self.model = before;
                 self.workspaces.clear();

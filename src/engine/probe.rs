@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::engine::Engine;
 use super::prepare::Preparer;
 use super::scheduler::Scheduler;
+use super::step::Unobserved;
 use crate::answer::Answer;
 use crate::backend::{Backend, NO_TOKEN};
 use crate::error::{Error, Result};
@@ -48,6 +49,7 @@ impl<B: Backend> Engine<B> {
         let phases = std::mem::take(&mut self.phases);
         let answer = self.recommend(request);
         (self.scheduler, self.phases) = (scheduler, phases);
+        self.unobserved = Unobserved::default();
         answer
     }
 }
@@ -56,13 +58,11 @@ impl Preparer {
     /// A request with a history of one item, whether or not the catalog has it: the codes are
     /// spread over each level, by the number of the probe.
     fn probe(&self, number: usize) -> Request {
-        let prompt = &self.layout.prompt;
-        let mut tokens = prompt.prefix.clone();
+        let mut tokens = self.layout.prompt.fixed_tokens();
         for level in &self.layout.levels {
             let known: Vec<u32> = level.iter().copied().filter(|&it| it != NO_TOKEN).collect();
             tokens.extend(known.get(number * known.len() / NUM_PROBES));
         }
-        tokens.extend_from_slice(&prompt.suffix);
         let mut request = Request::from_tokens(tokens);
         // Without the trie it needs no item that is available.
         request.constraint = Constraint::Level;

@@ -46,6 +46,8 @@ pub struct EngineStatus {
     pub free_tail_pages: usize,
     /// Hits and misses of the prefix cache.
     pub cache: CacheStats,
+    /// How long all that waits and runs will take, as predicted, in microseconds.
+    pub backlog_us: u64,
 }
 
 impl EngineStatus {
@@ -62,6 +64,8 @@ impl EngineStatus {
                 tail_free: self.free_tail_pages as u64,
                 tail_running: (self.tail_pages - self.free_tail_pages) as u64,
             },
+            backlog_us: self.backlog_us,
+            evicted_pages: self.cache.evicted_pages,
             catalog_snapshot: catalog.snapshot().number(),
             weights_version,
         }

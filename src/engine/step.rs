@@ -5,15 +5,21 @@ use super::engine::Engine;
 use super::scheduler::{Running, Scheduled};
 use crate::answer::Answer;
 use crate::backend::{Backend, SlotSpec};
+use crate::cost::Work;
 use crate::error::Error;
 use crate::pages::Page;
+
+/// Work whose time is not known yet: on a device the host runs ahead of it.
+#[derive(Default)]
+pub(super) struct Unobserved {
+    work: Work,
+    since_us: u64,
+}
 
 impl<B: Backend> Engine<B> {
     /// One step. Callers are told afterwards, by [`deliver`](Engine::deliver).
     pub(super) fn advance(&mut self) {
-        let now_us = self.preparer.now_us();
-        self.scheduler.expire(now_us);
-        self.admit(now_us);
+        self.admit(self.preparer.now_us());
         self.step_running();
     }
 
@@ -47,20 +53,44 @@ impl<B: Backend> Engine<B> {
         if scheduled.is_empty() {
             return;
         }
-        let rows = scheduled.iter().map(|scheduled| scheduled.num_rows).sum();
-        let prompt_tokens = scheduled.iter().map(|scheduled| scheduled.chunk.len()).sum();
+        let rows: usize = scheduled.iter().map(|scheduled| scheduled.num_rows).sum();
+        let is_prompt = |scheduled: &&Scheduled| !scheduled.chunk.is_empty();
+        let prompts = scheduled.iter().filter(is_prompt);
+        let prompt_tokens: usize = prompts.map(|scheduled| scheduled.num_rows).sum();
         let _span = tracing::debug_span!(target: "sidereal", "step", rows, prompt_tokens).entered();
         let began_us = self.preparer.now_us();
         let mut sub_batches = self.sub_batches(&scheduled);
         self.run_sub_batches(&mut sub_batches);
-        self.complete(&scheduled, sub_batches);
+        self.encode_pieces(&scheduled);
+        let has_answered = self.complete(&scheduled, sub_batches);
         let took_us = self.preparer.now_us().saturating_sub(began_us);
         self.scheduler.metrics().step(rows, prompt_tokens, took_us);
+        let beam_rows = rows - prompt_tokens;
+        self.observe(Work { steps: 1, prompt_tokens, beam_rows }, began_us, has_answered);
+    }
+
+    /// Lets the scheduler learn how long work takes. On a device that is known when it was waited
+    /// for, to read an answer.
+    fn observe(&mut self, work: Work, began_us: u64, has_answered: bool) {
+        let unobserved = &mut self.unobserved;
+        if unobserved.work == Work::default() {
+            unobserved.since_us = began_us;
+        }
+        unobserved.work += work;
+        if B::COMPUTES_ON_CALLERS || has_answered {
+            let Unobserved { work, since_us } = std::mem::take(unobserved);
+            self.scheduler.observe(work, self.preparer.now_us().saturating_sub(since_us));
+        }
     }
 
     fn sub_batches(&mut self, scheduled: &[Scheduled]) -> Vec<SubBatch<B>> {
         let has_encoder = self.spec.prompt.is_whole();
-        let groups = batch::split(scheduled, self.workers.len());
+        let whole: Vec<&Scheduled> =
+            scheduled.iter().filter(|scheduled| scheduled.pieces.is_none()).collect();
+        if whole.is_empty() {
+            return Vec::new();
+        }
+        let groups = batch::split(&whole, self.workers.len());
         let sub_batch = |group: Vec<&Scheduled>| {
             SubBatch::new(&*self.backend, &mut self.scheduler, &group, has_encoder)
         };
@@ -68,7 +98,8 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Takes note of what was done, and answers the requests that have taken all their steps.
-    fn complete(&mut self, scheduled: &[Scheduled], sub_batches: Vec<SubBatch<B>>) {
+    /// Whether there were any.
+    fn complete(&mut self, scheduled: &[Scheduled], sub_batches: Vec<SubBatch<B>>) -> bool {
         for sub_batch in sub_batches {
             sub_batch.return_slots(&mut self.scheduler);
         }
@@ -78,12 +109,14 @@ impl<B: Backend> Engine<B> {
         };
         self.scheduler.complete(scheduled, self.preparer.now_us());
         let finished = self.scheduler.take_finished(is_finished);
-        if !finished.is_empty() {
+        let has_answered = !finished.is_empty();
+        if has_answered {
             self.answer(finished);
         }
         if let Err(Error::Device { device, reason }) = self.backend.take_failure() {
             self.scheduler.fail_running(&device, &reason);
         }
+        has_answered
     }
 
     /// Reads the beams of all that are finished at once: where a device computes, this waits for it.
@@ -103,7 +136,7 @@ impl<B: Backend> Engine<B> {
             });
             let answer = answer.and_then(|answer| snapshot.check_file().map(|()| answer));
             let answer = match running.is_late(now_us) {
-                true => Err(prepared.deadline_exceeded()),
+                true => Err(prepared.deadline_exceeded(None)),
                 false => answer,
             };
             let metrics = self.scheduler.metrics();

@@ -1,278 +1,302 @@
 //! Changes on disk: a log beside the catalog's file, `<catalog>.changes`.
 //!
-//! ```text
-//! header: magic | version | reserved | lineage | snapshot before the first record | checksum
-//! record: bytes of the payload | snapshot | checksum | payload
-//! ```
-//! Numbers are little-endian. A checksum is XXH3 (64 bits) of everything before it and, in a
-//! record, of the payload too. The payload is a batch of changes in postcard's format. One record
-//! is one batch and makes one snapshot. A file that ends inside its last record was being written
-//! when its process died; it reads as if that record had not begun. Any other damage is an error,
-//! because the changes behind it were acknowledged.
+//! [`super::log_format`] has the bytes. A compiled catalog knows its snapshot number, and a reader
+//! skips the records up to it. So a new compiled file and a new log need not appear in one instant.
 //!
-//! A compiled catalog knows its snapshot number, and a reader skips the records up to it. So a new
-//! compiled file and a new log need not appear in one instant.
+//! A log that ends early was either being written when its process or machine died, or has lost
+//! acknowledged changes. The two are told apart by the shape of the last record and by what the
+//! catalog's lock says was acknowledged ([`super::lock`]). Lost changes are an error, with
+//! `sidereal catalog check` as the way out.
 
-use std::fs::{OpenOptions, TryLockError};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
-
-use super::lock::LockedFile;
-use super::logged::{from_payload, to_payload};
-use super::replace::{partial_path, put_in_place};
-use crate::catalog::{Change, Snapshot};
+use super::format;
+use super::lock::{CatalogLock, Promise, read_promise};
+use super::log_format::{self, header, record};
+pub use super::log_format::{Batch, Contents, Defect, parse};
+use super::replace::{Failed, identity, leads_to, replace, resolve, with_suffix};
+use crate::catalog::{Change, Snapshot, Watermark, Watermarks};
 use crate::error::{Error, Result};
 
-const MAGIC: [u8; 8] = *b"SIDCHNGE";
-const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 40;
-const RECORD_HEADER_BYTES: usize = 20;
-/// The most bytes of one batch.
-const MAX_PAYLOAD_BYTES: usize = 1 << 30;
-
-/// The log's path beside a compiled catalog.
+/// The log's path beside a compiled catalog, after symbolic links.
 pub fn path_of(catalog: &Path) -> PathBuf {
-    let mut path = catalog.as_os_str().to_owned();
-    path.push(".changes");
-    path.into()
+    let resolved = resolve(catalog);
+    with_suffix(&resolved.unwrap_or_else(|_| catalog.to_path_buf()), ".changes")
 }
 
-/// A batch of changes with the number of the snapshot that it made.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Batch {
-    /// The snapshot after the batch.
-    pub snapshot: u64,
-    /// The changes, in the order in which they were applied.
-    pub changes: Vec<Change>,
+/// The error of a log.
+pub(super) fn failed(log: &Path, reason: impl Into<String>) -> Error {
+    Error::ChangeLog { path: log.to_path_buf(), reason: reason.into() }
 }
 
-/// The contents of a log.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Contents {
-    /// The catalog that the log belongs to.
-    pub lineage: u64,
-    /// The snapshot that the first batch was applied to; an older catalog lacks changes.
-    pub after: u64,
-    /// The batches, oldest first.
-    pub batches: Vec<Batch>,
-    /// Bytes up to the end of the last whole record. The rest is an unfinished record.
-    pub whole_bytes: u64,
-}
-
-/// Reads the bytes of a log.
-///
-/// # Errors
-/// The defect, with the first byte that it affects.
-pub fn parse(bytes: &[u8]) -> std::result::Result<Contents, String> {
-    let header = bytes.get(..HEADER_BYTES).ok_or("the file is shorter than its header")?;
-    if !header.starts_with(&MAGIC) {
-        return Err("this is not a log of changes".into());
-    }
-    let version = u32::from_le_bytes(field(header, 8));
-    if version != VERSION {
-        return Err(format!("the log is of format {version}, this version reads {VERSION}"));
-    }
-    if header[32..] != xxh3_64(&header[..32]).to_le_bytes() {
-        return Err("the header is damaged (checksum)".into());
-    }
-    let mut contents = Contents {
-        lineage: u64::from_le_bytes(field(header, 16)),
-        after: u64::from_le_bytes(field(header, 24)),
-        batches: Vec::new(),
-        whole_bytes: HEADER_BYTES as u64,
+/// Why a log may not be used: what it lacks of what was acknowledged, or where it is damaged.
+/// `snapshot` is the number of the catalog beside it.
+pub(super) fn loss(
+    contents: &Contents,
+    snapshot: u64,
+    promise: Option<Promise>,
+    file: &Metadata,
+) -> Option<String> {
+    let promise = promise.filter(|promise| promise.is_about(contents.id, file));
+    let end = contents.end();
+    let must_have = promise.map_or(0, |promise| promise.must_have());
+    let what = match &contents.defect {
+        Some(defect) => format!("{} at byte {} of {}", defect.what, defect.at, file.len()),
+        None => format!("the log ends after {} bytes", file.len()),
     };
-    let mut at = HEADER_BYTES;
-    while at < bytes.len() {
-        let damaged = |what: &str| {
-            format!(
-                "{what} at byte {at} of {}; cut the file there to go on without the later changes",
-                bytes.len()
-            )
-        };
-        let rest = &bytes[at..];
-        let Some(header) = rest.get(..RECORD_HEADER_BYTES) else { break };
-        let payload_bytes = u32::from_le_bytes(field(header, 0)) as usize;
-        let end = RECORD_HEADER_BYTES + payload_bytes;
-        let Some(payload) = rest.get(RECORD_HEADER_BYTES..end) else { break };
-        let (head, checksum) = header.split_at(12);
-        if record_checksum(head, payload).to_le_bytes() != checksum {
-            // A machine that dies may have lengthened the file without having written its end.
-            if rest[end..].iter().all(|&byte| byte == 0) {
-                break;
-            }
-            return Err(damaged("a damaged record"));
-        }
-        let snapshot = u64::from_le_bytes(field(header, 4));
-        let before = contents.batches.last().map_or(contents.after, |batch| batch.snapshot);
-        if before.checked_add(1) != Some(snapshot) {
-            return Err(damaged("a record out of order"));
-        }
-        let changes = from_payload(payload)
-            .map_err(|error| damaged(&format!("an unreadable record ({error})")))?;
-        contents.batches.push(Batch { snapshot, changes });
-        at += end;
-        contents.whole_bytes = at as u64;
+    if end.max(snapshot) < must_have {
+        return Some(format!(
+            "{what}: it has the changes up to snapshot {end}, and those up to {must_have} were \
+             acknowledged; `sidereal catalog check` says what can be saved"
+        ));
     }
-    Ok(contents)
+    let is_damaged = contents.defect.as_ref().is_some_and(|defect| !defect.is_unfinished);
+    is_damaged.then(|| format!("{what}; `sidereal catalog check` says what can be saved"))
 }
 
-fn field<const BYTES: usize>(bytes: &[u8], at: usize) -> [u8; BYTES] {
-    bytes[at..at + BYTES].try_into().expect("inside the header")
-}
-
-fn record_checksum(head: &[u8], payload: &[u8]) -> u64 {
-    let mut hasher = Xxh3::new();
-    hasher.update(head);
-    hasher.update(payload);
-    hasher.digest()
-}
-
-fn header(lineage: u64, after: u64) -> Vec<u8> {
-    let mut header = MAGIC.to_vec();
-    header.extend_from_slice(&VERSION.to_le_bytes());
-    header.extend_from_slice(&[0; 4]);
-    header.extend_from_slice(&lineage.to_le_bytes());
-    header.extend_from_slice(&after.to_le_bytes());
-    header.extend_from_slice(&xxh3_64(&header).to_le_bytes());
-    header
-}
-
-fn record(snapshot: u64, changes: &[Change]) -> Result<Vec<u8>> {
-    let mut record = vec![0; RECORD_HEADER_BYTES];
-    record = to_payload(changes, record);
-    let payload_bytes = record.len() - RECORD_HEADER_BYTES;
-    if payload_bytes > MAX_PAYLOAD_BYTES {
-        return Err(Error::LimitExceeded {
-            what: "bytes of changes in one batch",
-            len: payload_bytes,
-            max: MAX_PAYLOAD_BYTES,
-        });
-    }
-    let (head, payload) = record.split_at_mut(RECORD_HEADER_BYTES);
-    head[..4].copy_from_slice(&(payload_bytes as u32).to_le_bytes());
-    head[4..12].copy_from_slice(&snapshot.to_le_bytes());
-    let checksum = record_checksum(&head[..12], payload);
-    head[12..].copy_from_slice(&checksum.to_le_bytes());
-    Ok(record)
-}
-
-/// The batches of a log that `snapshot` lacks.
-fn later_batches(log: &Path, contents: Contents, snapshot: &Snapshot) -> Result<Vec<Batch>> {
-    let error = |reason: String| Error::ChangeLog { path: log.to_path_buf(), reason };
-    if contents.lineage != snapshot.base().lineage {
+/// Checks that a log belongs to the catalog beside it and goes on from there.
+pub(super) fn check_lineage(contents: &Contents, snapshot: &Snapshot) -> Option<String> {
+    if contents.lineage != snapshot.base().lineage() {
         let reason = "the log belongs to another catalog than the one beside it; move it away, or \
                       put its own catalog back";
-        return Err(error(reason.into()));
+        return Some(reason.into());
     }
-    if contents.after > snapshot.number() {
-        return Err(error(format!(
+    (contents.after > snapshot.number()).then(|| {
+        format!(
             "the catalog beside it is of snapshot {}, the log goes on after {}; put the newer \
              catalog back",
             snapshot.number(),
             contents.after
-        )));
+        )
+    })
+}
+
+/// The snapshot after batches, without those whose watermark it has already.
+///
+/// # Errors
+/// [`Error::InvalidChange`] for a change that does not fit the catalog.
+pub(crate) fn with_batches(
+    snapshot: &Snapshot,
+    batches: Vec<Batch>,
+    number: u64,
+) -> Result<Snapshot> {
+    let mut watermarks = Watermarks::clone(snapshot.watermarks());
+    let mut changes = Vec::new();
+    for batch in batches {
+        if let Some(watermark) = &batch.watermark {
+            if watermarks.covers(watermark) {
+                continue;
+            }
+            watermarks.advance(watermark);
+        }
+        changes.extend(batch.changes);
     }
+    Ok(snapshot.with_numbered(&changes, number)?.with_watermarks(watermarks))
+}
+
+/// The snapshot after the batches of a log that `snapshot` lacks, if it lacks any.
+fn apply(log: &Path, contents: Contents, snapshot: &Snapshot) -> Result<Option<Snapshot>> {
+    let number = contents.end();
     let mut batches = contents.batches;
     batches.retain(|batch| batch.snapshot > snapshot.number());
-    Ok(batches)
-}
-
-fn apply(log: &Path, batches: Vec<Batch>, snapshot: &Snapshot) -> Result<Option<Snapshot>> {
-    let Some(number) = batches.last().map(|batch| batch.snapshot) else { return Ok(None) };
-    let changes: Vec<Change> = batches.into_iter().flat_map(|batch| batch.changes).collect();
-    let snapshot = snapshot.with_numbered(&changes, number).map_err(|error| Error::ChangeLog {
-        path: log.to_path_buf(),
-        reason: format!("a change does not fit the catalog: {error}"),
+    if batches.is_empty() {
+        return Ok(None);
+    }
+    let after = with_batches(snapshot, batches, number);
+    let after = after.map_err(|error| {
+        let reason = format!("a change does not fit the catalog: {error}");
+        failed(log, reason)
     })?;
-    Ok(Some(snapshot))
+    Ok(Some(after))
 }
 
-/// The snapshot after the changes logged beside a compiled catalog, if there are any.
+/// Reads a log and checks it against the catalog beside it.
+fn read(
+    log: &Path,
+    mut file: &File,
+    promise: Option<Promise>,
+    snapshot: &Snapshot,
+) -> Result<Contents> {
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(|error| Error::io(log, error))?;
+    let contents = log_format::read(&bytes).map_err(|reason| failed(log, reason))?;
+    let metadata = file.metadata().map_err(|error| Error::io(log, error))?;
+    let wrong = check_lineage(&contents, snapshot)
+        .or_else(|| loss(&contents, snapshot.number(), promise, &metadata));
+    wrong.map_or(Ok(contents), |reason| Err(failed(log, reason)))
+}
+
+/// The snapshot after the changes logged beside a compiled catalog, if there are any. `catalog` is a
+/// resolved name.
 ///
 /// # Errors
 /// [`Error::ChangeLog`]; the operating system's.
 pub(crate) fn replay(catalog: &Path, snapshot: &Snapshot) -> Result<Option<Snapshot>> {
     let log = path_of(catalog);
-    let bytes = match std::fs::read(&log) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+    // Before the log: what is acknowledged later need not be in what was read.
+    let promise = read_promise(catalog);
+    let file = match File::open(&log) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io(&log, error)),
     };
-    let contents =
-        parse(&bytes).map_err(|reason| Error::ChangeLog { path: log.clone(), reason })?;
-    apply(&log, later_batches(&log, contents, snapshot)?, snapshot)
+    let contents = read(&log, &file, promise, snapshot)?;
+    apply(&log, contents, snapshot)
+}
+
+/// How many batches the log beside a catalog has that the compiled file lacks. Zero where there is
+/// no log.
+///
+/// # Errors
+/// [`Error::ChangeLog`] where the log cannot be read; the operating system's.
+pub fn num_pending(catalog: &Path) -> Result<usize> {
+    let log = path_of(catalog);
+    let bytes = match std::fs::read(&log) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(Error::io(&log, error)),
+    };
+    let contents = parse(&bytes).map_err(|reason| failed(&log, reason))?;
+    let snapshot = format::read_snapshot_number(catalog)?.unwrap_or(0);
+    Ok(contents.batches.iter().filter(|batch| batch.snapshot > snapshot).count())
+}
+
+/// Makes way for a catalog that takes the place of another: the other's log must not have changes
+/// that its file lacks, and goes.
+///
+/// # Errors
+/// [`Error::ChangeLog`] where changes would be lost; the operating system's.
+pub(crate) fn make_way(catalog: &Path) -> Result<()> {
+    let log = path_of(catalog);
+    let num_pending = num_pending(catalog)?;
+    if num_pending > 0 {
+        let reason = format!(
+            "holds changes that the catalog there lacks (batches: {num_pending}); compile them in \
+             with `sidereal catalog change --compact` first, or delete the log"
+        );
+        return Err(failed(&log, reason));
+    }
+    match std::fs::remove_file(&log) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io(&log, error)),
+        _ => Ok(()),
+    }
 }
 
 /// The log of one catalog, open for writing by this process alone.
 pub(crate) struct ChangeLog {
     path: PathBuf,
-    file: LockedFile,
+    file: File,
+    lock: Arc<CatalogLock>,
     lineage: u64,
     len: u64,
+    /// What the lock says of the log: its last batch, and the last one on the disk.
+    promise: Promise,
+    /// Bytes of compiled batches that a new log takes over for [`ChangeLog::later_than`].
+    keep_bytes: u64,
     /// The failure after which nothing can be written any more.
     broken: Option<String>,
 }
 
 impl ChangeLog {
-    /// Opens the log beside a compiled catalog or begins one. A record that a process left
-    /// unfinished is cut off. Returns the catalog's snapshot after the log, where the log has
+    /// Opens the log beside a compiled catalog or begins one. A record that was being written when
+    /// its process died is cut off. Returns the catalog's snapshot after the log, where the log has
     /// changes that `snapshot` lacks.
     ///
     /// # Errors
-    /// [`Error::ChangeLog`]: damaged, another catalog's, or in use by another process.
-    pub fn open(catalog: &Path, snapshot: &Snapshot) -> Result<(ChangeLog, Option<Snapshot>)> {
+    /// [`Error::ChangeLog`]: damaged, or another catalog's; the operating system's.
+    pub fn open(
+        lock: Arc<CatalogLock>,
+        catalog: &Path,
+        snapshot: &Snapshot,
+        keep_bytes: u64,
+    ) -> Result<(ChangeLog, Option<Snapshot>)> {
         let path = path_of(catalog);
-        let lineage = snapshot.base().lineage;
         let io = |error| Error::io(&path, error);
-        let file = match OpenOptions::new().read(true).write(true).open(&path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let file = create(&path, &header(lineage, snapshot.number())).map_err(io)?;
-                return Ok((
-                    ChangeLog { path, file, lineage, len: HEADER_BYTES as u64, broken: None },
-                    None,
-                ));
-            }
-            file => file.map_err(io)?,
+        let lineage = snapshot.base().lineage();
+        let opened = match OpenOptions::new().read(true).write(true).open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            file => Some(file.map_err(io)?),
         };
-        let file = LockedFile::new(file).map_err(|error| match error {
-            TryLockError::WouldBlock => Error::ChangeLog {
-                path: path.clone(),
-                reason: "another writer has the catalog open; there can be one at a time".into(),
-            },
-            TryLockError::Error(error) => io(error),
-        })?;
-        let mut bytes = Vec::new();
-        (&*file).read_to_end(&mut bytes).map_err(io)?;
-        let contents =
-            parse(&bytes).map_err(|reason| Error::ChangeLog { path: path.clone(), reason })?;
-        let len = contents.whole_bytes;
-        let batches = later_batches(&path, contents, snapshot)?;
-        let after = apply(&path, batches, snapshot)?;
+        let begin =
+            |lock: Arc<CatalogLock>, after, watermarks: &Watermarks, records: &[u8], last| {
+                let (file, promise, len) =
+                    begin(&path, &lock, catalog, lineage, after, watermarks, records, last)
+                        .map_err(|failed| io(failed.error))?;
+                let (path, broken) = (path.clone(), None);
+                Ok(ChangeLog { path, file, lock, lineage, len, promise, keep_bytes, broken })
+            };
+        let number = snapshot.number();
+        let Some(file) = opened else {
+            return Ok((begin(lock, number, snapshot.watermarks(), &[], number)?, None));
+        };
+        let contents = read(&path, &file, lock.promise(), snapshot)?;
+        let last = contents.end();
+        if contents.version != log_format::VERSION || is_apart(&contents, snapshot) {
+            let pending = contents.batches.iter().filter(|batch| batch.snapshot > number);
+            let records = records(pending)?;
+            let after = apply(&path, contents, snapshot)?;
+            let log = begin(lock, number, snapshot.watermarks(), &records, last.max(number))?;
+            return Ok((log, after));
+        }
+        let (id, len) = (contents.id, contents.whole_bytes);
+        let after = apply(&path, contents, snapshot)?;
         file.set_len(len).map_err(io)?;
-        (&*file).seek(SeekFrom::Start(len)).map_err(io)?;
-        Ok((ChangeLog { path, file, lineage, len, broken: None }, after))
+        let metadata = file.metadata().map_err(io)?;
+        // What a process before us wrote may not be on the disk yet.
+        let before = lock.promise().filter(|promise| promise.is_about(id, &metadata));
+        let promise = Promise {
+            log_id: id,
+            log_file: identity(&metadata),
+            acknowledged: last,
+            synced: before.map_or(0, |promise| promise.synced),
+            is_same_boot: true,
+        };
+        lock.set_promise(&promise);
+        let broken = None;
+        Ok((ChangeLog { path, file, lock, lineage, len, promise, keep_bytes, broken }, after))
     }
 
-    /// Appends a batch. Once this returns, the batch survives the end of the process.
+    /// Appends a batch that makes the next snapshot. Once this returns, the batch survives the end
+    /// of the process and, with `is_synced`, of the machine.
     ///
     /// # Errors
-    /// The operating system's; the batch is then not in the log.
-    pub fn append(&mut self, snapshot: u64, changes: &[Change]) -> Result<()> {
+    /// The operating system's: the batch is then not in the log. [`Error::MayBeLogged`] where that
+    /// cannot be said; the log then takes no further batch.
+    pub fn append(
+        &mut self,
+        snapshot: u64,
+        changes: &[Change],
+        watermark: Option<&Watermark>,
+        is_synced: bool,
+    ) -> Result<()> {
         self.check()?;
-        let record = record(snapshot, changes)?;
-        let mut file = &*self.file;
-        if let Err(error) = file.write_all(&record) {
+        let next = self.promise.acknowledged + 1;
+        assert_eq!(snapshot, next, "batches make one snapshot after the other");
+        let record = record(snapshot, changes, watermark)?;
+        let mut file = &self.file;
+        let written = file.seek(SeekFrom::Start(self.len)).and_then(|_| file.write_all(&record));
+        if let Err(error) = written {
             // A half-written record must go, or the next one would follow it.
-            let undone =
-                file.set_len(self.len).is_ok() && file.seek(SeekFrom::Start(self.len)).is_ok();
-            if !undone {
-                self.broken = Some(format!("a write failed ({error}) and cannot be undone"));
+            if let Err(second) = file.set_len(self.len) {
+                self.broken = Some(format!("a write failed ({error}) and stays undone ({second})"));
             }
             return Err(Error::io(&self.path, error));
         }
+        if is_synced && let Err(error) = self.file.sync_data() {
+            self.broken = Some(format!("the disk failed: {error}"));
+            let (path, source) = (self.path.clone(), Arc::new(error));
+            return Err(Error::MayBeLogged { path, snapshot, source });
+        }
+        self.check_name()?;
         self.len += record.len() as u64;
+        self.promise.acknowledged = snapshot;
+        if is_synced {
+            self.promise.synced = snapshot;
+        }
+        self.lock.set_promise(&self.promise);
         Ok(())
     }
 
@@ -283,38 +307,113 @@ impl ChangeLog {
     /// unknown.
     pub fn sync(&mut self) -> Result<()> {
         self.check()?;
+        if self.promise.synced == self.promise.acknowledged {
+            return Ok(());
+        }
+        self.check_name()?;
         self.file.sync_data().map_err(|error| {
             self.broken = Some(format!("the disk failed: {error}"));
             Error::io(&self.path, error)
-        })
+        })?;
+        self.promise.synced = self.promise.acknowledged;
+        self.lock.set_promise(&self.promise);
+        Ok(())
     }
 
-    fn check(&self) -> Result<()> {
+    /// Whether the log takes batches.
+    ///
+    /// # Errors
+    /// [`Error::ChangeLog`] with the failure after which it takes none.
+    pub fn check(&self) -> Result<()> {
         match &self.broken {
-            Some(reason) => Err(Error::ChangeLog {
-                path: self.path.clone(),
-                reason: format!("{reason}; open the catalog again"),
-            }),
+            Some(reason) => Err(failed(&self.path, format!("{reason}; open the catalog again"))),
             None => Ok(()),
         }
     }
 
-    /// Drops the batches up to a snapshot that the compiled file now has.
+    /// Checks that the log's name leads to this file. Nobody would find a batch in another one.
+    fn check_name(&mut self) -> Result<()> {
+        if matches!(leads_to(&self.path, &self.file), Ok(true)) {
+            return Ok(());
+        }
+        self.broken = Some("the log was moved, removed or replaced under its writer".into());
+        self.check()
+    }
+
+    /// The batches of the log, and the watermarks before the first.
     ///
     /// # Errors
-    /// The operating system's; the log is then as it was.
-    pub fn drop_until(&mut self, snapshot: u64) -> Result<()> {
-        self.check()?;
-        let io = |error| Error::io(&self.path, error);
-        let bytes = std::fs::read(&self.path).map_err(io)?;
-        let contents =
-            parse(&bytes).map_err(|reason| Error::ChangeLog { path: self.path.clone(), reason })?;
-        let mut later = header(self.lineage, snapshot.max(contents.after));
-        for batch in contents.batches.iter().filter(|batch| batch.snapshot > snapshot) {
-            later.extend_from_slice(&record(batch.snapshot, &batch.changes)?);
+    /// The operating system's; [`Error::ChangeLog`] where the log was damaged meanwhile.
+    fn contents(&self) -> Result<(Contents, Vec<u8>)> {
+        let mut bytes = Vec::new();
+        let mut file = &self.file;
+        let read = file.seek(SeekFrom::Start(0)).and_then(|_| file.read_to_end(&mut bytes));
+        read.map_err(|error| Error::io(&self.path, error))?;
+        let contents = parse(&bytes).map_err(|reason| failed(&self.path, reason))?;
+        Ok((contents, bytes))
+    }
+
+    /// The batches that a catalog as of `watermarks` lacks: those with a later watermark, and those
+    /// without one that follow snapshot `compiled`.
+    ///
+    /// # Errors
+    /// [`Error::StaleBase`] where the log no longer has all batches after the watermarks.
+    pub fn later_than(&self, watermarks: &Watermarks, compiled: u64) -> Result<Vec<Batch>> {
+        let (contents, _) = self.contents()?;
+        for first in contents.watermarks.iter() {
+            let offset = watermarks.offset(&first.source, first.partition);
+            if offset.is_none_or(|offset| offset < first.offset) {
+                let reason = match offset {
+                    Some(offset) => format!("it is as of {offset}"),
+                    None => "it has no watermark of that partition".into(),
+                };
+                return Err(Error::StaleBase { oldest: first.to_string(), reason });
+            }
         }
-        let file = create(&self.path, &later).map_err(io)?;
-        (self.file, self.len) = (file, later.len() as u64);
+        let mut batches = contents.batches;
+        batches.retain(|batch| match &batch.watermark {
+            Some(watermark) => !watermarks.covers(watermark),
+            None => batch.snapshot > compiled,
+        });
+        Ok(batches)
+    }
+
+    /// Drops the batches that the compiled file now has, apart from the last ones with watermarks.
+    /// Where the file `is_new_base`, all go: changes that came with the base are not in the log.
+    ///
+    /// # Errors
+    /// The operating system's; the log is then as it was, or takes no further batch.
+    pub fn drop_compiled(
+        &mut self,
+        catalog: &Path,
+        compiled: &Snapshot,
+        is_new_base: bool,
+    ) -> Result<()> {
+        self.check()?;
+        self.check_name()?;
+        let (mut contents, bytes) = self.contents()?;
+        let keep_bytes = if is_new_base { 0 } else { self.keep_bytes };
+        let first = first_kept(&contents, compiled.number(), keep_bytes);
+        for watermark in contents.batches.drain(..first).filter_map(|batch| batch.watermark) {
+            contents.watermarks.advance(&watermark);
+        }
+        let after = contents.batches.first().map_or(compiled.number(), |batch| batch.snapshot - 1);
+        let start = contents.starts.get(first).copied().unwrap_or(contents.whole_bytes);
+        let records = &bytes[start as usize..contents.whole_bytes as usize];
+        let lock = &self.lock;
+        let watermarks = if is_new_base { compiled.watermarks() } else { &contents.watermarks };
+        let last = self.promise.acknowledged;
+        let begun =
+            begin(&self.path, lock, catalog, self.lineage, after, watermarks, records, last);
+        let (file, promise, len) = begun.map_err(|failed| {
+            if failed.is_renamed {
+                // The name may lead to the new file, and after a power loss to either.
+                let reason = format!("the log could not be begun again: {}", failed.error);
+                self.broken = Some(reason);
+            }
+            Error::io(&self.path, failed.error)
+        })?;
+        (self.file, self.promise, self.len) = (file, promise, len);
         Ok(())
     }
 
@@ -324,14 +423,61 @@ impl ChangeLog {
     }
 }
 
-/// A locked file of these bytes, open for more; the disk has the bytes before the name.
-fn create(path: &Path, bytes: &[u8]) -> std::io::Result<LockedFile> {
-    let partial = partial_path(path);
-    let file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&partial)?;
-    let file = LockedFile::new(file).map_err(std::io::Error::from)?;
-    (&*file).write_all(bytes)?;
-    file.sync_all()?;
-    put_in_place(&partial, path)?;
-    Ok(file)
+/// The first batch that a new log takes over: of those up to `snapshot`, the last ones of up to
+/// `keep_bytes`, beginning with one that has a watermark.
+fn first_kept(contents: &Contents, snapshot: u64, keep_bytes: u64) -> usize {
+    let needed = contents.batches.partition_point(|batch| batch.snapshot <= snapshot);
+    let end = contents.starts.get(needed).copied().unwrap_or(contents.whole_bytes);
+    let fits = contents.starts.partition_point(|&start| end.saturating_sub(start) > keep_bytes);
+    let kept = fits.min(needed)..needed;
+    kept.clone().find(|&at| contents.batches[at].watermark.is_some()).unwrap_or(kept.end)
+}
+
+/// Whether the compiled batches of a log are not all that the catalog's file has.
+///
+/// Where the log ends before the file (a backup of the log was put back, or the power went between
+/// the two), a record that followed would be out of order. Where the file has other watermarks, it
+/// is a new base, whose process died before it began the log again.
+fn is_apart(contents: &Contents, snapshot: &Snapshot) -> bool {
+    let mut watermarks = contents.watermarks.clone();
+    for batch in contents.batches.iter().filter(|batch| batch.snapshot <= snapshot.number()) {
+        batch.watermark.iter().for_each(|watermark| watermarks.advance(watermark));
+    }
+    contents.end() < snapshot.number() || watermarks != *snapshot.watermarks()
+}
+
+fn records<'a>(batches: impl Iterator<Item = &'a Batch>) -> Result<Vec<u8>> {
+    let mut records = Vec::new();
+    for Batch { snapshot, changes, watermark } in batches {
+        records.extend_from_slice(&record(*snapshot, changes, watermark.as_ref())?);
+    }
+    Ok(records)
+}
+
+/// Puts a new log in place, whose last batch makes snapshot `last`; returns its file, its promise and
+/// its length.
+#[allow(clippy::too_many_arguments)] // the fields of a header, and where the file goes
+fn begin(
+    path: &Path,
+    lock: &CatalogLock,
+    catalog: &Path,
+    lineage: u64,
+    after: u64,
+    watermarks: &Watermarks,
+    records: &[u8],
+    last: u64,
+) -> std::result::Result<(File, Promise, u64), Failed> {
+    let id = fastrand::u64(1..);
+    let mut bytes = header(lineage, after, id, watermarks);
+    bytes.extend_from_slice(records);
+    let like = if path.exists() { path } else { catalog };
+    let mut log_file = None;
+    let file = replace(path, lock.folder(), like, |mut file| {
+        log_file = identity(&file.metadata()?);
+        file.write_all(&bytes)
+    })?;
+    let promise =
+        Promise { log_id: id, log_file, acknowledged: last, synced: last, is_same_boot: true };
+    lock.set_promise(&promise);
+    Ok((file, promise, bytes.len() as u64))
 }

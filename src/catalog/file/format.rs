@@ -8,7 +8,7 @@
 //! before anything is looked up in it.
 
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Read, Write};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +16,8 @@ use std::sync::Arc;
 use bytemuck::{Pod, Zeroable};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::replace::{partial_path, put_in_place};
+use super::lock::CatalogLock;
+use super::replace::replace;
 use crate::catalog::base_segment::BaseSegment;
 use crate::catalog::bitmap::RankBitmap;
 use crate::catalog::column::Column;
@@ -25,6 +26,7 @@ use crate::catalog::sid::MAX_LEVELS;
 use crate::catalog::tags::Tags;
 use crate::catalog::texts::{NameIndex, Texts};
 use crate::catalog::trie::Trie;
+use crate::catalog::watermark::Watermarks;
 use crate::error::{Error, Result};
 use crate::mapping::Mapping;
 
@@ -91,6 +93,8 @@ enum Kind {
     Available,
     /// Absent where no item has a weight of its own.
     Weights,
+    /// Absent without watermarks. Not of items, so numbered apart from them.
+    Watermarks = 64,
 }
 
 /// The sections of a catalog with their bytes.
@@ -138,13 +142,24 @@ pub(crate) fn fingerprint(base: &BaseSegment) -> u64 {
     hasher.digest()
 }
 
-/// Writes a compiled catalog as one file; an existing file is replaced as a whole or not at all.
+/// Writes a compiled catalog with its watermarks as one file; an existing file is replaced as a whole
+/// or not at all.
+/// `path` is a resolved name, and `lock` its lock.
 ///
 /// # Errors
 /// The operating system's.
-pub(crate) fn save(base: &BaseSegment, path: &Path) -> Result<()> {
+pub(crate) fn save(
+    base: &BaseSegment,
+    watermarks: &Watermarks,
+    path: &Path,
+    lock: &CatalogLock,
+) -> Result<()> {
     let trie = &base.trie;
-    let contents = contents(base);
+    let watermarks = watermarks.to_bytes();
+    let mut contents = contents(base);
+    if !watermarks.is_empty() {
+        contents.push((Kind::Watermarks, &watermarks));
+    }
     let mut offset = sections_start(contents.len());
     let mut table = Vec::new();
     for (kind, bytes) in &contents {
@@ -172,21 +187,37 @@ pub(crate) fn save(base: &BaseSegment, path: &Path) -> Result<()> {
     head.resize(sections_start(contents.len()) - size_of::<u64>(), 0);
     head.extend_from_slice(&xxh3_64(&head).to_le_bytes());
 
-    let partial = partial_path(path);
-    let write = || -> std::io::Result<()> {
-        let mut file = BufWriter::new(File::create(&partial)?);
+    let write = |file: &File| -> std::io::Result<()> {
+        let mut file = BufWriter::new(file);
         file.write_all(&head)?;
         for (_, bytes) in &contents {
             file.write_all(bytes)?;
             file.write_all(&[0; ALIGN][..padding(bytes.len())])?;
         }
-        file.into_inner()?.sync_all()?;
-        put_in_place(&partial, path)
+        file.flush()
     };
-    write().map_err(|error| {
-        let _ = std::fs::remove_file(&partial); // the first error is the one to report
-        Error::io(path, error)
-    })
+    match replace(path, lock.folder(), path, write) {
+        Ok(_) => Ok(()),
+        Err(failed) => Err(Error::io(path, failed.error)),
+    }
+}
+
+/// The number of the snapshot in a compiled file, from its header alone; `None` where there is no
+/// file, or none of a catalog.
+///
+/// # Errors
+/// The operating system's.
+pub(super) fn read_snapshot_number(path: &Path) -> Result<Option<u64>> {
+    let mut header = [0; size_of::<Header>()];
+    match File::open(path).and_then(|mut file| file.read_exact(&mut header)) {
+        Ok(()) => {}
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::UnexpectedEof) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(Error::io(path, error)),
+    }
+    let header: Header = bytemuck::pod_read_unaligned(&header);
+    Ok((header.magic == MAGIC).then_some(header.snapshot))
 }
 
 /// Opens a compiled catalog, mapped where it has more than `map_above` bytes, and checks all of it.
@@ -199,8 +230,47 @@ pub(crate) fn open(path: &Path, map_above: u64) -> Result<BaseSegment> {
     parse(&mapping).map_err(|reason| Error::CatalogFile { path: path.to_path_buf(), reason })
 }
 
-/// The header and the section table, once every checksum of the file is right.
-fn parse_head(bytes: &[u8]) -> std::result::Result<(Header, Vec<Section>), String> {
+/// What a damaged file loses where one of its sections cannot be believed.
+const DISPENSABLE: [(&[Kind], &str); 6] = [
+    (&[Kind::NameIndex], ""), // made again from the names
+    (&[Kind::TitleBytes, Kind::TitleStart], "all titles"),
+    (&[Kind::TagBytes, Kind::TagStart, Kind::TagSets, Kind::TagSetStart], "all tags"),
+    (&[Kind::Available], "which items are unavailable: all are available now"),
+    (&[Kind::Weights], "the weights of all items"),
+    (&[Kind::Watermarks], "the watermarks of its feeds"),
+];
+
+/// Opens what can be believed of a damaged catalog, and says what is lost.
+///
+/// # Errors
+/// The operating system's; [`Error::CatalogFile`] where the trie or the names are damaged.
+pub(super) fn salvage(path: &Path) -> Result<(BaseSegment, Vec<&'static str>)> {
+    let mapping = Arc::new(Mapping::open(path, u64::MAX)?);
+    let salvaged = parse_head(mapping.bytes()).and_then(|(header, mut table, mut damaged)| {
+        let mut lost = Vec::new();
+        for (kinds, what) in DISPENSABLE {
+            let is_one = |kind: &u64| kinds.iter().any(|&one| one as u64 == *kind);
+            if damaged.iter().any(is_one) {
+                damaged.retain(|kind| !is_one(kind));
+                table.retain(|section| !is_one(&section.kind));
+                lost.push(what);
+            }
+        }
+        match damaged.is_empty() {
+            true => Ok((parse_sections(&mapping, &header, &table)?, lost)),
+            false => Err("the trie or the names are damaged (checksum)".to_string()),
+        }
+    });
+    let failed = |reason| Error::CatalogFile { path: path.to_path_buf(), reason };
+    let (base, mut lost) = salvaged.map_err(failed)?;
+    lost.retain(|what| !what.is_empty());
+    Ok((base, lost))
+}
+
+/// The header, the section table, and the kinds of those sections whose checksum is wrong.
+type Head = (Header, Vec<Section>, Vec<u64>);
+
+fn parse_head(bytes: &[u8]) -> std::result::Result<Head, String> {
     if !bytes.starts_with(&MAGIC) {
         return Err("this is not a compiled Sidereal catalog".into());
     }
@@ -230,24 +300,36 @@ fn parse_head(bytes: &[u8]) -> std::result::Result<(Header, Vec<Section>), Strin
     let section = |bytes| bytemuck::pod_read_unaligned(bytes);
     let table: Vec<Section> = table.chunks(size_of::<Section>()).map(section).collect();
     let mut end = sections_start(num_sections) as u64;
+    let mut wrong = Vec::new();
     for section in &table {
         let extent = section.bytes.checked_next_multiple_of(ALIGN as u64);
         let next = extent.and_then(|extent| end.checked_add(extent));
         let next = next.filter(|&next| section.offset == end && next <= header.file_bytes);
         let next = next.ok_or("the sections do not follow one another")?;
         if xxh3_64(&bytes[end as usize..next as usize]) != section.checksum {
-            return Err(damaged());
+            wrong.push(section.kind);
         }
         end = next;
     }
     if end != header.file_bytes {
         return Err("the sections do not fill the file".into());
     }
-    Ok((header, table))
+    Ok((header, table, wrong))
 }
 
 fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
-    let (header, table) = parse_head(mapping.bytes())?;
+    let (header, table, wrong) = parse_head(mapping.bytes())?;
+    match wrong.is_empty() {
+        true => parse_sections(mapping, &header, &table),
+        false => Err("the file is damaged (checksum)".into()),
+    }
+}
+
+fn parse_sections(
+    mapping: &Arc<Mapping>,
+    header: &Header,
+    table: &[Section],
+) -> std::result::Result<BaseSegment, String> {
     let num_levels = header.num_levels as usize;
     if num_levels == 0 || num_levels > MAX_LEVELS {
         return Err(format!("the catalog has {num_levels} levels, 1 to {MAX_LEVELS} are possible"));
@@ -256,7 +338,7 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
     if depth_start[..2] != [0, 1] || !depth_start.is_sorted() {
         return Err("the trie's node counts are out of order".into());
     }
-    let sections = Sections { mapping, table: &table };
+    let sections = Sections { mapping, table };
     let trie = Trie {
         depth_start,
         first_edge: sections.column(Kind::FirstEdge)?,
@@ -275,7 +357,11 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
         return Err("the number of its snapshot is not one that counting reaches".into());
     }
     let names = sections.texts(Kind::NameBytes, Kind::NameStart)?;
-    let index = NameIndex { buckets: sections.column(Kind::NameIndex)? };
+    let has_index = table.iter().any(|section| section.kind == Kind::NameIndex as u64);
+    let index = match has_index {
+        true => NameIndex { buckets: sections.column(Kind::NameIndex)? },
+        false => names_index(&names, num_items)?,
+    };
     let titles =
         sections.optional(Kind::TitleStart, |s| s.texts(Kind::TitleBytes, Kind::TitleStart))?;
     let tags = sections.optional(Kind::TagSets, |s| {
@@ -307,9 +393,13 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
             false => Err("the set of available items does not fit the items"),
         }
     });
+    let watermarks = sections.optional(Kind::Watermarks, |s| {
+        Watermarks::from_bytes(&s.column::<u8>(Kind::Watermarks)?)
+    })?;
     Ok(BaseSegment {
         tags,
         available: available.transpose()?,
+        watermarks: Arc::new(watermarks.unwrap_or_default()),
         weights,
         ties: if header.version < 3 { Ties::ByAge } else { Ties::ByName },
         lineage: header.lineage,
@@ -317,6 +407,14 @@ fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
         file: Some(Arc::clone(mapping)),
         ..BaseSegment::new(trie, names, index, titles)
     })
+}
+
+/// The index of a file whose own is damaged.
+fn names_index(names: &Texts, num_items: usize) -> std::result::Result<NameIndex, String> {
+    match names.defect(num_items) {
+        Some(defect) => Err(defect.into()),
+        None => NameIndex::build(names).map_err(|_| "a name stands in it twice".to_string()),
+    }
 }
 
 struct Sections<'a> {

@@ -1,36 +1,187 @@
-//! A file that one process writes at a time.
+//! One writer for each catalog, and what its log has promised: `<catalog>.lock`.
+//!
+//! Everything that writes a catalog or its log takes the lock of this file first, before it reads
+//! anything. The file is never replaced or removed: a lock belongs to a file and not to its name,
+//! and two processes could otherwise hold locks of two files of one name.
+//!
+//! The file also says how far the log has been acknowledged, because a log that lost its end looks
+//! like a shorter log:
+//!
+//! ```text
+//! magic | log's id | log's device | log's inode | boot | acknowledged | synced | checksum
+//! ```
+//! Each is 8 bytes, little-endian. `acknowledged` is the last snapshot whose batch was acknowledged,
+//! `synced` the last one whose batch is on the disk, `boot` the start of the machine in which the
+//! numbers were written. Until the machine starts again, everything acknowledged has to be in the
+//! log; afterwards, everything synced. The numbers speak of one log file, by id and inode: a log
+//! that was put back from a backup is not held to what another one had promised.
+//!
+//! The numbers are written without waiting for the disk. After a power loss they may be old, and
+//! then they promise less than they could.
 
-use std::fs::{File, TryLockError};
-use std::ops::Deref;
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
-/// A file open for writing, with its advisory lock.
-pub struct LockedFile {
-    file: File,
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::replace::{Folder, folder_of, identity, leads_to, take_after, with_suffix};
+use crate::error::{Error, Result};
+
+const MAGIC: u64 = u64::from_le_bytes(*b"SIDLOCK1");
+const NUM_FIELDS: usize = 8;
+/// How often the lock is taken anew because its file was replaced meanwhile.
+const ATTEMPTS: usize = 100;
+
+/// How far a log was acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Promise {
+    pub log_id: u64,
+    /// Device and inode; `None` where the system has none.
+    pub log_file: Option<(u64, u64)>,
+    /// The last snapshot whose batch was acknowledged.
+    pub acknowledged: u64,
+    /// The last snapshot whose batch is on the disk.
+    pub synced: u64,
+    /// Whether the machine has not been started again since.
+    pub is_same_boot: bool,
 }
 
-impl LockedFile {
-    /// Takes the lock of an open file; does not wait for it.
+impl Promise {
+    /// Whether the promise was made for this log.
+    pub fn is_about(&self, log_id: u64, log: &Metadata) -> bool {
+        (self.log_id, self.log_file) == (log_id, identity(log))
+    }
+
+    /// The snapshot up to which the log must have all batches.
+    pub fn must_have(&self) -> u64 {
+        if self.is_same_boot { self.acknowledged } else { self.synced }
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let (device, inode) = self.log_file.unwrap_or_default();
+        let fields = [MAGIC, self.log_id, device, inode, boot(), self.acknowledged, self.synced];
+        let mut bytes: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
+        bytes.extend_from_slice(&xxh3_64(&bytes).to_le_bytes());
+        bytes
+    }
+
+    /// `None` where the bytes are no promise: there is none yet, or the power went while it was
+    /// written.
+    fn from_bytes(bytes: &[u8]) -> Option<Promise> {
+        let (bytes, checksum) = bytes.split_at_checked(8 * (NUM_FIELDS - 1))?;
+        if checksum != xxh3_64(bytes).to_le_bytes() {
+            return None;
+        }
+        let field = |index: usize| -> u64 {
+            let bytes = &bytes[8 * index..][..8];
+            u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
+        };
+        let file = (field(2), field(3));
+        (field(0) == MAGIC).then(|| Promise {
+            log_id: field(1),
+            log_file: (file != (0, 0)).then_some(file),
+            acknowledged: field(5),
+            synced: field(6),
+            is_same_boot: field(4) == boot() && field(4) != 0,
+        })
+    }
+}
+
+/// Tells the starts of the machine apart; zero where the system does not.
+fn boot() -> u64 {
+    static BOOT: OnceLock<u64> = OnceLock::new();
+    let read = || std::fs::read("/proc/sys/kernel/random/boot_id").map_or(0, |id| xxh3_64(&id));
+    *BOOT.get_or_init(read)
+}
+
+/// The lock's path beside a catalog, by its resolved name.
+fn path_of(catalog: &Path) -> PathBuf {
+    with_suffix(catalog, ".lock")
+}
+
+/// The promise of a catalog's log, without its lock. The log may have been acknowledged further, or
+/// begun again, by the time it is read.
+pub(super) fn read_promise(catalog: &Path) -> Option<Promise> {
+    Promise::from_bytes(&std::fs::read(path_of(catalog)).ok()?)
+}
+
+/// The lock of a catalog, held by this process alone until it is dropped.
+pub(crate) struct CatalogLock {
+    file: File,
+    folder: Folder,
+}
+
+impl CatalogLock {
+    /// Takes the lock of a catalog by its resolved name; does not wait for it.
     ///
     /// # Errors
-    /// [`TryLockError::WouldBlock`] where another process holds it.
-    pub fn new(file: File) -> Result<LockedFile, TryLockError> {
-        file.try_lock()?;
-        Ok(LockedFile { file })
+    /// [`Error::CatalogInUse`] where another writer holds it; the operating system's.
+    pub fn take(catalog: &Path) -> Result<CatalogLock> {
+        let path = path_of(catalog);
+        let io = |error| Error::io(&path, error);
+        let folder = Folder::open(&folder_of(catalog)).map_err(io)?;
+        for _ in 0..ATTEMPTS {
+            let file = open(&path, catalog).map_err(io)?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::CatalogInUse { path: catalog.to_path_buf() });
+                }
+                Err(TryLockError::Error(error)) => return Err(io(error)),
+            }
+            if leads_to(&path, &file).map_err(io)? {
+                return Ok(CatalogLock { file, folder });
+            }
+        }
+        Err(io(std::io::Error::other("the file is replaced all the time; leave it where it is")))
+    }
+
+    pub(super) fn folder(&self) -> &Folder {
+        &self.folder
+    }
+
+    pub(super) fn promise(&self) -> Option<Promise> {
+        let mut file = &self.file;
+        let mut bytes = Vec::new();
+        file.seek(SeekFrom::Start(0)).ok()?;
+        file.read_to_end(&mut bytes).ok()?;
+        Promise::from_bytes(&bytes)
+    }
+
+    /// Writes the promise down. Where that fails, less damage can be told later, and nothing else.
+    pub(super) fn set_promise(&self, promise: &Promise) {
+        let mut file = &self.file;
+        let _ = file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&promise.to_bytes()));
     }
 }
 
-impl Deref for LockedFile {
-    type Target = File;
-
-    fn deref(&self) -> &File {
-        &self.file
-    }
-}
-
-impl Drop for LockedFile {
+impl Drop for CatalogLock {
     /// Unlocks the file. Closing alone would not: until a child process that another thread is
     /// starting runs its own program, the child has the file open too and keeps the lock.
     fn drop(&mut self) {
         let _ = self.file.unlock(); // at worst, the lock ends with the last process that has it
+    }
+}
+
+/// The lock's file; a new one takes after the catalog, so that others who may write the catalog may
+/// lock it.
+fn open(path: &Path, catalog: &Path) -> std::io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    match options.open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        file => return file,
+    }
+    match options.clone().create_new(true).open(path) {
+        Ok(file) => {
+            if let Ok(catalog) = std::fs::metadata(catalog) {
+                take_after(&file, &catalog)?;
+            }
+            Ok(file)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => options.open(path),
+        Err(error) => Err(error),
     }
 }

@@ -6,33 +6,18 @@ use std::borrow::Cow;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::sid::Sid;
-use crate::catalog::{Change, Item, ItemWeight};
+use crate::catalog::{Change, Item, ItemWeight, Watermark};
 
-/// Fields and variants by position: new ones go to the end, and none may move.
+/// Fields and variants by position: new ones go to the end, and none may move. `PutWeighted` is a put
+/// of an item with a weight of its own.
 #[derive(Serialize, Deserialize)]
 enum LoggedChange<'a> {
     Put(LoggedItem<'a>),
-    Delete {
-        item: Cow<'a, str>,
-    },
-    Availability {
-        item: Cow<'a, str>,
-        available: bool,
-    },
-    Tag {
-        item: Cow<'a, str>,
-        add: Cow<'a, [String]>,
-        remove: Cow<'a, [String]>,
-    },
-    /// A put item with a weight of its own; `Put` has those without.
-    PutWeighted {
-        item: LoggedItem<'a>,
-        weight: ItemWeight,
-    },
-    Weight {
-        item: Cow<'a, str>,
-        weight: ItemWeight,
-    },
+    Delete { item: Cow<'a, str> },
+    Availability { item: Cow<'a, str>, available: bool },
+    Tag { item: Cow<'a, str>, add: Cow<'a, [String]>, remove: Cow<'a, [String]> },
+    PutWeighted { item: LoggedItem<'a>, weight: ItemWeight },
+    Weight { item: Cow<'a, str>, weight: ItemWeight },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -107,19 +92,32 @@ impl From<LoggedChange<'_>> for Change {
     }
 }
 
-/// Appends a batch of changes to `bytes`.
-pub(super) fn to_payload(changes: &[Change], bytes: Vec<u8>) -> Vec<u8> {
+/// Appends a batch of changes to `bytes`, and its watermark where it has one.
+pub(super) fn to_payload(
+    changes: &[Change],
+    watermark: Option<&Watermark>,
+    bytes: Vec<u8>,
+) -> Vec<u8> {
+    const ROOM: &str = "a vector takes all bytes";
     let logged: Vec<LoggedChange<'_>> = changes.iter().map(LoggedChange::from).collect();
-    postcard::to_extend(&logged, bytes).expect("a vector takes all bytes")
+    let bytes = postcard::to_extend(&logged, bytes).expect(ROOM);
+    match watermark {
+        Some(watermark) => postcard::to_extend(watermark, bytes).expect(ROOM),
+        None => bytes,
+    }
 }
 
-/// Reads a batch of changes.
+/// Reads a batch of changes and its watermark. Logs of version 1 have none.
 ///
 /// # Errors
 /// Postcard's, where the bytes are no batch.
-pub(super) fn from_payload(bytes: &[u8]) -> postcard::Result<Vec<Change>> {
-    let logged: Vec<LoggedChange<'_>> = postcard::from_bytes(bytes)?;
-    Ok(logged.into_iter().map(Change::from).collect())
+pub(super) fn from_payload(bytes: &[u8]) -> postcard::Result<(Vec<Change>, Option<Watermark>)> {
+    let (logged, rest) = postcard::take_from_bytes::<Vec<LoggedChange<'_>>>(bytes)?;
+    let watermark = match rest {
+        [] => None,
+        rest => Some(postcard::from_bytes(rest)?),
+    };
+    Ok((logged.into_iter().map(Change::from).collect(), watermark))
 }
 
 #[cfg(test)]
@@ -132,7 +130,8 @@ mod tests {
 
     #[test]
     fn an_old_log_reads_and_new_ones_are_written_alike() {
-        let changes = from_payload(OLD_PAYLOAD).expect("an old log");
+        let (changes, watermark) = from_payload(OLD_PAYLOAD).expect("an old log");
+        assert_eq!(watermark, None);
         let mut lamp = Item::new("17", Sid::new(&[3, 250]).expect("two codes"));
         lamp.title = "A lamp".into();
         lamp.tags = vec!["garden".into(), "new".into()];
@@ -143,7 +142,11 @@ mod tests {
             Change::Delete { item: "17".into() },
         ];
         assert_eq!(changes, expected);
-        assert_eq!(to_payload(&changes, Vec::new()), OLD_PAYLOAD);
+        assert_eq!(to_payload(&changes, None, Vec::new()), OLD_PAYLOAD);
+        let watermark = Watermark::new("items", 3, 300);
+        let payload = to_payload(&changes, Some(&watermark), Vec::new());
+        assert!(payload.starts_with(OLD_PAYLOAD));
+        assert_eq!(from_payload(&payload), Ok((changes, Some(watermark))));
     }
 
     #[test]
@@ -152,8 +155,8 @@ mod tests {
         let mut lamp = Item::new("17", Sid::new(&[3, 250]).expect("two codes"));
         lamp.weight = weight;
         let changes = [Change::Put(lamp), Change::Weight { item: "9".into(), weight }];
-        let mut payload = to_payload(&changes, Vec::new());
-        assert_eq!(from_payload(&payload).expect("just written"), changes);
+        let mut payload = to_payload(&changes, None, Vec::new());
+        assert_eq!(from_payload(&payload).expect("just written").0, changes);
         let end = payload.len();
         payload[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
         assert!(from_payload(&payload).is_err());

@@ -1,4 +1,4 @@
-//! Files of items or changes as JSON lines, and the spelling of codes that all formats share.
+//! Files of items or changes as JSON lines.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,10 +6,11 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
+use super::codes::{Code, Spelling};
 use crate::catalog::change::Change;
 use crate::catalog::item::Item;
-use crate::catalog::sid::Sid;
 use crate::error::{Error, Result};
 use crate::lines::Lines;
 
@@ -22,38 +23,40 @@ pub(super) fn read(
     each_line(path, Lines::new(Counting::new(file, progress)), add)
 }
 
+/// The codes of an item, whatever else stands in its line.
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a code, a whole number or a text such as \"<a_3>\"")]
-pub(crate) enum Code {
-    Number(u64),
-    Text(String),
+struct CodesOnly {
+    sid: Vec<Code>,
 }
 
-impl Code {
-    fn value(&self) -> Result<u16> {
-        let number = match self {
-            Code::Number(number) => Some(*number),
-            Code::Text(text) => last_number(text),
+/// Gives the codes of each item to `each`, until it returns false. A line that is no item ends it.
+pub(super) fn each_codes(path: &Path, file: File, mut each: impl FnMut(&[Code]) -> bool) {
+    let lines = Lines::new(Counting::new(file, |_| {}));
+    // Whatever is wrong is said when the items are read.
+    let _ = each_line(path, lines, |line: CodesOnly| match each(&line.sid) {
+        true => Ok(()),
+        false => Err(Error::EmptyInput),
+    });
+}
+
+/// As [`read`], with codes that are not the last numbers of their texts.
+pub(super) fn read_spelled(
+    path: &Path,
+    file: File,
+    spelling: &Spelling,
+    mut add: impl FnMut(Item) -> Result<()>,
+    progress: impl FnMut(u64),
+) -> Result<()> {
+    let lines = Lines::new(Counting::new(file, progress));
+    each_line(path, lines, |line: Value| {
+        let invalid = |error: serde_json::Error| Error::InvalidField {
+            field: "item",
+            reason: error.to_string(),
         };
-        number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| Error::InvalidField {
-            field: "sid",
-            reason: match self {
-                Code::Number(number) => format!("code {number} is over 65535"),
-                Code::Text(text) => format!("code {text:?} holds no number up to 65535"),
-            },
-        })
-    }
-}
-
-fn last_number(text: &str) -> Option<u64> {
-    let end = text.rfind(|c: char| c.is_ascii_digit())? + 1;
-    let start = text[..end].rfind(|c: char| !c.is_ascii_digit());
-    let start = start.map_or(0, |at| at + text[at..].chars().next().map_or(1, char::len_utf8));
-    text[start..end].parse().ok()
-}
-
-pub(crate) fn to_sid(codes: &[Code]) -> Result<Sid> {
-    Sid::new(&codes.iter().map(Code::value).collect::<Result<Vec<u16>>>()?)
+        let CodesOnly { sid } = CodesOnly::deserialize(&line).map_err(invalid)?;
+        let item = Item::deserialize(&line).map_err(invalid)?;
+        add(Item { sid: spelling.to_sid(&sid)?, ..item })
+    })
 }
 
 /// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each` with its line;
@@ -113,20 +116,5 @@ impl<R: Read, P: FnMut(u64)> Read for Counting<R, P> {
         self.read += read as u64;
         (self.progress)(self.read);
         Ok(read)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_code_is_the_last_number_of_its_text() {
-        assert_eq!(last_number("<a_236>"), Some(236));
-        assert_eq!(last_number("<l2_7>é"), Some(7));
-        assert_eq!(last_number("é9"), Some(9));
-        assert_eq!(last_number("12"), Some(12));
-        assert_eq!(last_number("<a_>"), None);
-        assert_eq!(last_number("99999999999999999999999"), None);
     }
 }
