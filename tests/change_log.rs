@@ -94,7 +94,7 @@ fn random_log(path: &Path, batches: usize) -> Vec<(BTreeMap<String, String>, u64
 #[test]
 fn a_log_cut_at_any_byte_opens_with_every_whole_batch_or_says_what_is_missing() {
     let (_folder, path) = catalog_file();
-    let states = random_log(&path, 8);
+    let states = random_log(&path, 5);
     let log = change_log::path_of(&path);
     let bytes = fs::read(&log).expect("the log");
     let lock = fs::read(beside(&path, ".lock")).expect("the lock");
@@ -110,7 +110,7 @@ fn a_log_cut_at_any_byte_opens_with_every_whole_batch_or_says_what_is_missing() 
             fs::write(beside(&path, ".lock"), &lock).expect("a writable folder");
             let reader = Catalog::open(&path);
             let writer = CatalogWriter::open(&path, &options());
-            if whole < 8 {
+            if whole < 5 {
                 for error in [error_of(reader), error_of(writer)] {
                     assert!(error.to_string().contains("were acknowledged"), "{what}: {error}");
                 }

@@ -61,7 +61,7 @@ impl Promise {
         if self.is_same_boot { self.acknowledged } else { self.synced }
     }
 
-    fn to_bytes(&self) -> Vec<u8> {
+    fn to_bytes(self) -> Vec<u8> {
         let (device, inode) = self.log_file.unwrap_or_default();
         let fields = [MAGIC, self.log_id, device, inode, boot(), self.acknowledged, self.synced];
         let mut bytes: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
