@@ -337,6 +337,14 @@ fn changes(criterion: &mut Criterion, catalog: &Arc<Catalog>, sids: &[[u16; LEVE
             });
         });
     }
+    let known = catalog.snapshot();
+    let all: Vec<u32> = known.all_items().collect();
+    group.throughput(Throughput::Elements(500));
+    group.bench_function("put again as it is, 500 at once", |bencher| {
+        let items = (0..500).map(|_| known.item(all[rng.usize(0..all.len())]));
+        let batch: Vec<Change> = items.map(Change::Put).collect();
+        bencher.iter(|| writer.apply(&batch).expect("sound changes"));
+    });
     for batch in [1usize, 2000] {
         group.throughput(Throughput::Elements(batch as u64));
         group.bench_function(format!("delete, {batch} at once"), |bencher| {

@@ -1,5 +1,5 @@
-// Attention of the rows of prompts over their contexts, as far as stored and masked: causal or
-// bidirectional, with a bias over relative positions where one is given; softmax in f32.
+// Attention of the rows of prompts over their contexts: causal, or bidirectional over all of a
+// context; with a bias over relative positions where one is given; softmax in f32.
 // FlashAttention-2 (Dao 2023) over pages (vLLM, Kwon et al. 2023), prompts of any lengths.
 // Grid: (tiles, KV heads); a tile is 128 or 64 rows of (token, query head) for tensor cores, else
 // 16. Block: 128 threads. Bound by tensor cores for long prompts. Reads a page of keys and values
@@ -22,8 +22,9 @@ __device__ __forceinline__ Tile tile_of(const Params& params, uint32_t rows_per_
   tile.layer = params.layer;
   tile.first_item_row = prompt.first_row;
   tile.first_page = prompt.first_page;
-  tile.context_len = prompt.start + prompt.num_rows;
   tile.is_causal = params.is_causal != 0;
+  // A row of an encoder sees rows that other passes have read.
+  tile.context_len = tile.is_causal ? prompt.start + prompt.num_rows : prompt.context_len;
   tile.start = prompt.start;
   tile.scale = params.scale;
   tile.bias = params.bias;

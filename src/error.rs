@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The result of every fallible call of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -152,13 +153,19 @@ pub enum Error {
     },
 
     // Nobody's: try again later, or elsewhere.
-    /// Too many requests wait already.
-    #[error("{queued} requests wait already, {limit} may; try again later")]
+    /// Too many requests wait already, or for too long.
+    #[error(
+        "the queue is full: {queued} requests wait, of at most {limit}, and a new one would for about {wait_ms} ms; try again in {retry_after_ms} ms, or send it elsewhere"
+    )]
     Overloaded {
         /// Requests that wait.
         queued: usize,
         /// How many may.
         limit: usize,
+        /// How long a new request would wait, as predicted.
+        wait_ms: u64,
+        /// When there will be room, as predicted.
+        retry_after_ms: u64,
     },
     /// A compaction is under way, and the changes that wait for its end are as many as may.
     #[error("{backlog} changes wait for the end of a compaction, {limit} may; try again later")]
@@ -169,10 +176,13 @@ pub enum Error {
         limit: usize,
     },
     /// The request's deadline went by, or would have before its answer was there.
-    #[error("the answer could not be there within its deadline of {deadline_ms} ms")]
+    #[error("the answer could not be there within its deadline of {deadline_ms} ms{}", retry(*retry_after_ms))]
     DeadlineExceeded {
         /// The deadline, from the moment when the request was handed over.
         deadline_ms: u64,
+        /// Where the engine refused it because of what waited and ran before it: when it would have
+        /// been in time, as predicted.
+        retry_after_ms: Option<u64>,
     },
     /// A request asks for a newer state of the catalog than the engine has.
     #[error(
@@ -208,6 +218,15 @@ pub enum Error {
         path: PathBuf,
         /// The operating system's error.
         source: Arc<std::io::Error>,
+    },
+    /// A file was written to while it was read, or while it is mapped and in use.
+    #[error(
+        "{path}: the file was changed in place while it is in use, and its contents cannot be trusted; open it again, and replace files by rename (mv), never by cp",
+        path = path.display()
+    )]
+    FileChanged {
+        /// The file.
+        path: PathBuf,
     },
     /// A catalog file is not one, is of another version, or is damaged.
     #[error("{path}: {reason}; build it again with `sidereal catalog build`", path = path.display())]
@@ -314,14 +333,19 @@ pub enum Error {
         reason: String,
     },
     /// The checkpoint lacks a tensor that its configuration asks for.
-    #[error("the checkpoint has no tensor {name:?}, which its config.json calls for")]
+    #[error(
+        "the checkpoint has no tensor {name:?}, which its config.json calls for{}",
+        missing_tensor_hint(name, nearest.as_deref())
+    )]
     MissingTensor {
         /// The tensor's name.
         name: String,
+        /// The most similar name that the checkpoint has and nobody asked for.
+        nearest: Option<String>,
     },
     /// The checkpoint has a tensor that its configuration does not account for.
     #[error(
-        "the checkpoint has a tensor {name:?} that its config.json does not account for; is it another architecture's?"
+        "the checkpoint has a tensor {name:?} that its config.json does not account for; is it another architecture's? Where it changes no answer, list it in sidereal.json: \"ignore\": [{name:?}]"
     )]
     UnexpectedTensor {
         /// The tensor's name.
@@ -346,6 +370,14 @@ pub enum Error {
         name: String,
         /// Flat index of the first such weight.
         index: usize,
+    },
+    /// Finite weights give infinite scores or NaN whatever the input; they are not taken.
+    #[error(
+        "the network's scores are infinite or NaN for every input that was tried (step {step}), as its activations overflow f32; the weights were not taken, export the checkpoint again"
+    )]
+    NonFiniteModel {
+        /// The decoding step of the last input tried, from zero.
+        step: usize,
     },
     /// The model's levels and the catalog's do not go together.
     #[error("model and catalog do not go together: {reason}")]
@@ -379,6 +411,15 @@ pub enum Error {
     },
 }
 
+/// What to do about a tensor that is missing.
+fn missing_tensor_hint(name: &str, nearest: Option<&str>) -> String {
+    let nearest = nearest.map(|nearest| format!("; the nearest that it has is {nearest:?}"));
+    let tied =
+        "; where the head is the embedding, say so in config.json: \"tie_word_embeddings\": true";
+    let tied = if name == "lm_head.weight" { tied } else { "" };
+    format!("{}{tied}", nearest.unwrap_or_default())
+}
+
 impl Error {
     /// Wraps an error of the operating system with the file that it concerns.
     pub fn io(path: &Path, source: std::io::Error) -> Error {
@@ -390,10 +431,27 @@ impl Error {
         self.kind_and_code().0
     }
 
+    /// When a request that was refused for want of time or room may come again, as predicted; `None`
+    /// where nothing is predicted.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match *self {
+            Error::Overloaded { retry_after_ms, .. } => Some(retry_after_ms),
+            Error::DeadlineExceeded { retry_after_ms, .. } => retry_after_ms,
+            _ => None,
+        }
+        .map(Duration::from_millis)
+    }
+
     /// A short stable name, for programs: `unknown_item`, `history_too_long`, ...
     pub fn code(&self) -> &'static str {
         self.kind_and_code().1
     }
+}
+
+/// The way out of a deadline that could not be met.
+fn retry(after_ms: Option<u64>) -> String {
+    let after = after_ms.map(|ms| format!("; try again in {ms} ms, or send it elsewhere"));
+    after.unwrap_or_default()
 }
 
 /// Makes the list of all codes and the match over all variants of one table: neither can lack one.
@@ -435,6 +493,7 @@ kinds_and_codes! {
     CatalogBehind: Overloaded "catalog_behind",
     ShuttingDown: Overloaded "shutting_down",
     Io: Files "io",
+    FileChanged: Files "file_changed",
     CatalogFile: Files "catalog_file",
     CatalogContents: Files "catalog_contents",
     ChangeLog: Files "change_log",
@@ -451,6 +510,7 @@ kinds_and_codes! {
     UnexpectedTensor: Files "unexpected_tensor",
     TensorShape: Files "tensor_shape",
     NonFiniteWeight: Files "non_finite_weight",
+    NonFiniteModel: Files "non_finite_model",
     LevelsMismatch: Files "levels_mismatch",
     Device: Device "device",
     NonFiniteScores: Internal "non_finite_scores",
@@ -484,12 +544,13 @@ mod tests {
             Error::Cancelled,
             Error::CalledFromCallback,
             Error::Forked,
-            Error::Overloaded { queued: 9, limit: 8 },
+            Error::Overloaded { queued: 9, limit: 8, wait_ms: 30, retry_after_ms: 4 },
             Error::WriterBusy { backlog: 9, limit: 8 },
-            Error::DeadlineExceeded { deadline_ms: 5 },
+            Error::DeadlineExceeded { deadline_ms: 5, retry_after_ms: Some(3) },
             Error::CatalogBehind { snapshot: 3, min_snapshot: 4 },
             Error::ShuttingDown,
             Error::io(&path, std::io::ErrorKind::NotFound.into()),
+            Error::FileChanged { path: path.clone() },
             Error::CatalogFile { path: path.clone(), reason: reason.clone() },
             Error::CatalogContents { reason: reason.clone() },
             Error::ChangeLog { path: path.clone(), reason: reason.clone() },
@@ -506,10 +567,11 @@ mod tests {
             Error::ModelFolder { path: path.clone(), reason: reason.clone() },
             Error::ModelConfig { path: path.clone(), reason: reason.clone() },
             Error::WeightsFile { path, reason: reason.clone() },
-            Error::MissingTensor { name: name.clone() },
+            Error::MissingTensor { name: name.clone(), nearest: None },
             Error::UnexpectedTensor { name: name.clone() },
             Error::TensorShape { name: name.clone(), found: vec![1], expected: vec![2] },
             Error::NonFiniteWeight { name, index: 3 },
+            Error::NonFiniteModel { step: 1 },
             Error::LevelsMismatch { reason: reason.clone() },
             Error::Device { device, reason: reason.clone() },
             Error::NonFiniteScores { step: 1 },

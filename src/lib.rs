@@ -41,8 +41,8 @@
 //! # The floors
 //!
 //! A module uses lower floors only, and a test holds it to that: the command line, the
-//! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`] > [`backend`], answers > bookkeeping ([`catalog`],
-//! [`schedule`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
+//! [`Recommender`] > [`engine`], the writer, [`quantizer`] > [`models`], [`prompt`] > [`backend`], answers > bookkeeping ([`catalog`],
+//! [`schedule`], [`cost`], [`pages`], [`prefix_cache`]) > requests, errors, semantic IDs, tensors.
 //!
 //! # What is absent, deliberately
 //!
@@ -52,16 +52,20 @@
 //!   is written once for all devices.
 //! - A forbidden code is not a code with a low score: it is never considered.
 //! - An answer does not depend on the other requests of a step, on how its prompt is cut, on what is
-//!   cached or on the number of threads, to the last bit. (On a GPU, up to the order in which cuBLASLt
-//!   sums for as many rows.)
+//!   cached or on the number of threads, on one kind of CPU to the last bit. (On a GPU, up to the
+//!   order in which cuBLASLt sums for as many rows.)
 //! - A device is not waited for between the levels of a search ([`backend::cuda`]).
 
 mod answer;
 pub mod backend;
 pub mod catalog;
+mod checkpoint;
+#[doc(hidden)] // for tests and benchmarks
+pub mod cost;
 pub mod device;
 pub mod engine;
 mod error;
+pub mod lines;
 mod mapping;
 pub mod metrics;
 pub mod models;
@@ -69,8 +73,10 @@ pub mod models;
 pub mod pages;
 #[doc(hidden)] // for tests and benchmarks
 pub mod prefix_cache;
+pub mod prompt;
 pub mod quantizer;
 mod recommender;
+mod recommender_options;
 mod request;
 #[doc(hidden)] // for tests and benchmarks
 pub mod schedule;
@@ -84,7 +90,8 @@ pub use answer::{Answer, Group, ReadToken, Recommendation, Timings, UnknownByFie
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
-pub use recommender::{Recommender, RecommenderOptions, Status};
+pub use recommender::{Recommender, Status};
+pub use recommender_options::RecommenderOptions;
 pub use request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
 };
@@ -114,6 +121,8 @@ mod code_of_pages {
     struct Gpu;
     #[doc = include_str!("../docs/models.md")]
     struct Models;
+    #[doc = include_str!("../docs/prompts.md")]
+    struct Prompts;
     #[doc = include_str!("../docs/ranking.md")]
     struct Ranking;
     #[doc = include_str!("../docs/serving.md")]

@@ -58,6 +58,10 @@ pub struct Gauges {
     pub running: u64,
     /// Pages by owner.
     pub pages: PageCounts,
+    /// How long all requests that wait and run will take, as predicted, in microseconds.
+    pub backlog_us: u64,
+    /// Pages that the prefix cache dropped to make room, since the engine was opened.
+    pub evicted_pages: u64,
     /// The snapshot of the catalog that new requests see.
     pub catalog_snapshot: u64,
     /// The version of the weights that answer new requests.
@@ -115,6 +119,9 @@ pub struct Metrics {
     cache_hit_tokens: AtomicU64,
     cache_tokens: AtomicU64,
     unknown_items: [AtomicU64; UNKNOWN_FIELDS.len()],
+    refused_by_forecast: AtomicU64,
+    predicted_us: AtomicU64,
+    worked_us: AtomicU64,
 }
 
 impl Default for Metrics {
@@ -137,6 +144,9 @@ impl Default for Metrics {
             cache_hit_tokens: AtomicU64::new(0),
             cache_tokens: AtomicU64::new(0),
             unknown_items: [const { AtomicU64::new(0) }; UNKNOWN_FIELDS.len()],
+            refused_by_forecast: AtomicU64::new(0),
+            predicted_us: AtomicU64::new(0),
+            worked_us: AtomicU64::new(0),
         }
     }
 }
@@ -205,6 +215,18 @@ impl Metrics {
         self.prompt_tokens.fetch_add(prompt_tokens as u64, Relaxed);
     }
 
+    /// Counts a request that waited and was ended because of a forecast: `is_overloaded` where it
+    /// would have been in time without those before it.
+    pub fn request_forecast_late(&self, is_overloaded: bool) {
+        self.refused_by_forecast.fetch_add(u64::from(is_overloaded), Relaxed);
+    }
+
+    /// Counts work that was done, with how long it had been predicted to take.
+    pub fn work(&self, predicted_us: u64, took_us: u64) {
+        self.predicted_us.fetch_add(predicted_us, Relaxed);
+        self.worked_us.fetch_add(took_us, Relaxed);
+    }
+
     /// The numbers at this moment, with those that the engine holds rather than counts. Calls that
     /// record meanwhile may be in some of the numbers only.
     pub fn snapshot(&self, gauges: Gauges) -> MetricsSnapshot {
@@ -229,6 +251,9 @@ impl Metrics {
             unknown_items: std::array::from_fn(|at| {
                 (UNKNOWN_FIELDS[at], read(&self.unknown_items[at]))
             }),
+            refused_by_forecast: read(&self.refused_by_forecast),
+            predicted_us: read(&self.predicted_us),
+            worked_us: read(&self.worked_us),
             gauges,
         }
     }
@@ -303,6 +328,13 @@ pub struct MetricsSnapshot {
     /// Names that requests gave, that the catalog did not have and that were left out, by field:
     /// `history`, `candidates`, `only`.
     pub unknown_items: [(&'static str, u64); 3],
+    /// Requests that were refused because they would have been late behind others. They are counted
+    /// in `deadline_exceeded` as well.
+    pub refused_by_forecast: u64,
+    /// What work was predicted to take before it was done, in microseconds.
+    pub predicted_us: u64,
+    /// What it took.
+    pub worked_us: u64,
     /// What the engine holds.
     pub gauges: Gauges,
 }
@@ -312,13 +344,21 @@ impl MetricsSnapshot {
     /// are seconds.
     pub fn to_prometheus(&self) -> String {
         let mut page = Page::default();
-        let Gauges { waiting, running, pages, catalog_snapshot, weights_version } = &self.gauges;
+        let Gauges { waiting, running, pages, .. } = &self.gauges;
+        let Gauges { backlog_us, evicted_pages, catalog_snapshot, weights_version, .. } =
+            &self.gauges;
         page.gauge("requests_waiting", "Requests that wait.", *waiting);
         page.gauge("requests_running", "Requests that run.", *running);
+        page.seconds("backlog_seconds", "gauge", "Predicted time for all of them.", *backlog_us);
         page.counter("requests_answered_total", "Requests answered.", self.answered);
         page.counter("requests_cancelled_total", "Requests given up by callers.", self.cancelled);
         let help = "Requests whose deadline went by.";
         page.counter("requests_deadline_exceeded_total", help, self.deadline_exceeded);
+        let help = "Requests refused because they would have been late behind others.";
+        page.counter("requests_refused_by_forecast_total", help, self.refused_by_forecast);
+        let help = "What work was predicted to take.";
+        page.seconds("work_predicted_seconds_total", "counter", help, self.predicted_us);
+        page.seconds("work_seconds_total", "counter", "What it took.", self.worked_us);
         let help = "Requests refused at submission, by error code.";
         page.by_label("requests_refused_total", help, "code", &self.refused);
         let help = "Accepted requests that failed, by error code.";
@@ -348,6 +388,8 @@ impl MetricsSnapshot {
         page.by_label("prefix_cache_tokens_total", help, "result", &tokens);
         let help = "Names left out of requests, as the catalog did not have them, by field.";
         page.by_label("unknown_items_total", help, "field", &self.unknown_items);
+        let help = "Pages that the prefix cache dropped to make room.";
+        page.counter("prefix_cache_evicted_pages_total", help, *evicted_pages);
         page.pages(pages);
         let help = "Snapshot of the catalog that new requests see.";
         page.gauge("catalog_snapshot", help, *catalog_snapshot);
@@ -380,6 +422,11 @@ impl Page {
     fn counter(&mut self, name: &str, help: &str, value: u64) {
         self.header(name, help, "counter");
         self.line(format_args!("sidereal_{name} {value}"));
+    }
+
+    fn seconds(&mut self, name: &str, kind: &str, help: &str, us: u64) {
+        self.header(name, help, kind);
+        self.line(format_args!("sidereal_{name} {}", us as f64 / 1e6));
     }
 
     fn by_label(&mut self, name: &str, help: &str, label: &str, values: &[(&str, u64)]) {

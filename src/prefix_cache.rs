@@ -11,7 +11,8 @@
 //!
 //! An encoder's context depends on all tokens at once: it is kept, found and dropped as a whole.
 //!
-//! What was not used for longest goes first, leaves before what they stand on.
+//! What was not used for longest goes first, leaves before what they stand on. What a request that
+//! waits will find is **pinned**: it stays for as long as anything else can go.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -29,6 +30,8 @@ pub struct CacheStats {
     pub hit_tokens: u64,
     /// Tokens that were asked for.
     pub tokens: u64,
+    /// Pages that were dropped to make room.
+    pub evicted_pages: u64,
 }
 
 /// A context that begins with pages from the cache.
@@ -38,6 +41,17 @@ pub struct Found {
     pub pages: Vec<Page>,
     /// Tokens that need not be read.
     pub tokens: usize,
+}
+
+/// What the cache has of the prompt of a request that waits. It is not evicted until it is unpinned.
+#[derive(Debug, Default)]
+pub struct Pin {
+    /// Tokens that need not be read.
+    pub tokens: usize,
+    /// The last full page, or the whole context; what it stands on stays with it.
+    entry: Option<EntryId>,
+    /// The user whose last page it is, and when that was kept.
+    tail: Option<(String, u64)>,
 }
 
 /// Pages of finished contexts.
@@ -71,7 +85,14 @@ struct Entry {
     id: EntryId,
     pages: Vec<Page>,
     num_children: usize,
+    num_pins: usize,
     used: u64,
+}
+
+impl Entry {
+    fn is_droppable(&self) -> bool {
+        self.num_children + self.num_pins == 0
+    }
 }
 
 /// The last page of a user's last context.
@@ -81,6 +102,8 @@ struct UserTail {
     parent: EntryId,
     tokens: Vec<u32>,
     page: Page,
+    num_pins: usize,
+    /// When it was kept, which no two were at once.
     used: u64,
 }
 
@@ -110,26 +133,84 @@ impl PrefixCache {
 
     /// The longest part of a prompt that is there, of a network that reads from left to right.
     pub fn match_prefix(&mut self, tokens: &[u32], user: Option<&str>) -> Found {
-        let most = tokens.len().saturating_sub(1);
-        let mut found = Found::default();
-        let mut parent = ROOT;
-        for page in tokens[..most].chunks_exact(PAGE_LEN) {
-            let Some(entry) = self.touch(&Key { parent, tokens: page.into() }) else { break };
-            parent = entry.id;
-            found.pages.extend_from_slice(&entry.pages);
-            found.tokens += PAGE_LEN;
-        }
+        let (mut found, parent) = self.full_pages(tokens);
         if let Some(tail) = user.and_then(|user| self.take_tail(user)) {
-            let rest = &tokens[found.tokens..most];
-            let common = tail.tokens.iter().zip(rest).take_while(|(a, b)| a == b).count();
+            let common = tail.common_tokens(parent, found.tokens, tokens);
             // A page that a request is still reading must not be written.
-            if tail.parent == parent && common > 0 && tail.page.is_unshared() {
+            if common > 0 && tail.page.is_unshared() {
                 found.tokens += common;
                 found.pages.push(tail.page);
             }
         }
         self.count(&found, tokens.len());
         found
+    }
+
+    /// The full pages that a prompt begins with, without its last token, and the last of them.
+    fn full_pages(&mut self, tokens: &[u32]) -> (Found, EntryId) {
+        let (mut found, mut parent) = (Found::default(), ROOT);
+        let most = tokens.len().saturating_sub(1);
+        for page in tokens[..most].chunks_exact(PAGE_LEN) {
+            let Some(entry) = self.touch(&Key { parent, tokens: page.into() }) else { break };
+            parent = entry.id;
+            found.pages.extend_from_slice(&entry.pages);
+            found.tokens += PAGE_LEN;
+        }
+        (found, parent)
+    }
+
+    /// Keeps what [`match_prefix`](PrefixCache::match_prefix) would find from being evicted.
+    pub fn pin_prefix(&mut self, tokens: &[u32], user: Option<&str>) -> Pin {
+        let (Found { tokens: mut num_tokens, .. }, parent) = self.full_pages(tokens);
+        let mut pin = Pin::default();
+        if parent != ROOT {
+            self.pin_entry(parent);
+            pin.entry = Some(parent);
+        }
+        if let Some((user, tail)) = user.and_then(|user| Some((user, self.users.get_mut(user)?))) {
+            let common = tail.common_tokens(parent, num_tokens, tokens);
+            if common > 0 {
+                num_tokens += common;
+                tail.num_pins += 1;
+                pin.tail = Some((user.to_string(), tail.used));
+                self.user_order.remove(&(tail.used, user.to_string()));
+            }
+        }
+        Pin { tokens: num_tokens, ..pin }
+    }
+
+    /// Keeps what [`match_whole`](PrefixCache::match_whole) would find from being evicted.
+    pub fn pin_whole(&mut self, tokens: &[u32]) -> Pin {
+        let key = Key { parent: ROOT, tokens: tokens.into() };
+        let Some(id) = self.touch(&key).map(|entry| entry.id) else { return Pin::default() };
+        self.pin_entry(id);
+        Pin { tokens: tokens.len(), entry: Some(id), tail: None }
+    }
+
+    fn pin_entry(&mut self, id: EntryId) {
+        let key = self.keys.get(&id).expect("found just now");
+        let entry = self.entries.get_mut(key).expect("keys have entries");
+        entry.num_pins += 1;
+        self.droppable.remove(&(entry.used, id));
+    }
+
+    /// Lets go of what a request would have found, or finds now.
+    pub fn unpin(&mut self, pin: Pin) {
+        // Where the cache was cleared meanwhile, there is nothing left to let go of.
+        if let Some(key) = pin.entry.and_then(|id| self.keys.get(&id)) {
+            let entry = self.entries.get_mut(key).expect("keys have entries");
+            entry.num_pins -= 1;
+            if entry.is_droppable() {
+                self.droppable.insert((entry.used, entry.id));
+            }
+        }
+        let Some((user, kept)) = pin.tail else { return };
+        if let Some(tail) = self.users.get_mut(&user).filter(|tail| tail.used == kept) {
+            tail.num_pins -= 1;
+            if tail.num_pins == 0 {
+                self.user_order.insert((kept, user));
+            }
+        }
     }
 
     /// The context of a prompt that an encoder has read, if it is there.
@@ -165,8 +246,8 @@ impl PrefixCache {
         if let (Some(user), Some(page), false) = (user, pages.last(), rest.is_empty()) {
             self.take_tail(user);
             self.clock += 1;
-            let tail =
-                UserTail { parent, tokens: rest.to_vec(), page: page.clone(), used: self.clock };
+            let (page, tokens) = (page.clone(), rest.to_vec());
+            let tail = UserTail { parent, tokens, page, num_pins: 0, used: self.clock };
             self.user_order.insert((self.clock, user.to_string()));
             self.users.insert(user.to_string(), tail);
             self.num_pages += 1;
@@ -179,7 +260,7 @@ impl PrefixCache {
     }
 
     /// Drops what was not used for longest; its pages are free unless requests hold them. False when
-    /// there is nothing left to drop.
+    /// there is nothing left to drop but what is pinned.
     pub fn evict(&mut self) -> bool {
         let tail = self.user_order.first().map(|(used, _)| *used);
         let entry = self.droppable.first().map(|(used, _)| *used);
@@ -189,12 +270,14 @@ impl PrefixCache {
                 let (_, user) = self.user_order.pop_first().expect("there is one");
                 self.users.remove(&user);
                 self.num_pages -= 1;
+                self.stats.evicted_pages += 1;
             }
             _ => {
                 let (_, id) = self.droppable.pop_first().expect("there is one");
                 let key = self.keys.remove(&id).expect("entries have keys");
                 let entry = self.entries.remove(&key).expect("keys have entries");
                 self.num_pages -= entry.pages.len();
+                self.stats.evicted_pages += entry.pages.len() as u64;
                 self.release(key.parent);
             }
         }
@@ -211,7 +294,7 @@ impl PrefixCache {
     fn touch(&mut self, key: &Key) -> Option<&Entry> {
         self.clock += 1;
         let entry = self.entries.get_mut(key)?;
-        if entry.num_children == 0 {
+        if entry.is_droppable() {
             self.droppable.remove(&(entry.used, entry.id));
             self.droppable.insert((self.clock, entry.id));
         }
@@ -233,7 +316,8 @@ impl PrefixCache {
         self.num_pages += pages.len();
         self.droppable.insert((self.clock, id));
         self.keys.insert(id, key.clone());
-        self.entries.insert(key, Entry { id, pages, num_children: 0, used: self.clock });
+        let used = self.clock;
+        self.entries.insert(key, Entry { id, pages, num_children: 0, num_pins: 0, used });
         id
     }
 
@@ -242,7 +326,7 @@ impl PrefixCache {
         let Some(key) = self.keys.get(&parent) else { return };
         let entry = self.entries.get_mut(key).expect("keys have entries");
         entry.num_children -= 1;
-        if entry.num_children == 0 {
+        if entry.is_droppable() {
             self.droppable.insert((entry.used, entry.id));
         }
     }
@@ -252,6 +336,17 @@ impl PrefixCache {
         self.user_order.remove(&(tail.used, user.to_string()));
         self.num_pages -= 1;
         Some(tail)
+    }
+}
+
+impl UserTail {
+    /// Tokens behind the `num_found` ones of a prompt's full pages that the page begins with.
+    fn common_tokens(&self, parent: EntryId, num_found: usize, prompt: &[u32]) -> usize {
+        let rest = &prompt[num_found..prompt.len().saturating_sub(1)];
+        match self.parent == parent {
+            true => self.tokens.iter().zip(rest).take_while(|(a, b)| a == b).count(),
+            false => 0,
+        }
     }
 }
 
@@ -322,6 +417,42 @@ mod tests {
         assert_eq!(read(&pool, &mut cache, &context(0), None), 64, "its leaf went first");
         cache.clear();
         assert_eq!((pool.num_free(), cache.num_pages()), (4, 0));
+    }
+
+    #[test]
+    fn what_is_pinned_stays_until_it_is_unpinned() {
+        let (pool, mut cache) = (Pool::new(6), PrefixCache::default());
+        let context = |first: u32| (first..first + 100).collect::<Vec<u32>>();
+        read(&pool, &mut cache, &context(0), Some("ann"));
+        let pins =
+            [cache.pin_prefix(&context(0), Some("ann")), cache.pin_prefix(&context(0), None)];
+        assert_eq!([pins[0].tokens, pins[1].tokens], [99, 64]);
+        for first in [1000, 2000, 3000, 4000] {
+            read(&pool, &mut cache, &context(first), Some("bob"));
+        }
+        assert!(cache.stats().evicted_pages > 0);
+        let all = std::iter::from_fn(|| cache.evict().then_some(())).count();
+        assert!(all > 0 && cache.num_pages() == 2, "the pinned ones are left");
+        let [first, second] = pins;
+        cache.unpin(first);
+        assert!(cache.evict(), "the last page");
+        assert!(!cache.evict(), "the other is pinned twice");
+        cache.unpin(second);
+        assert!(cache.evict());
+        assert_eq!((pool.num_free(), cache.num_pages()), (6, 0));
+
+        // A pin outlives what it pinned: the user's page was replaced, the cache was cleared.
+        read(&pool, &mut cache, &context(0), Some("ann"));
+        let pin = cache.pin_prefix(&context(0), Some("ann"));
+        read(&pool, &mut cache, &context(0), Some("ann"));
+        cache.unpin(pin);
+        let pins = [cache.pin_prefix(&context(0), Some("ann")), cache.pin_whole(&[1])];
+        assert_eq!(pins[1].tokens, 0);
+        cache.clear();
+        read(&pool, &mut cache, &context(0), Some("ann"));
+        pins.into_iter().for_each(|pin| cache.unpin(pin));
+        while cache.evict() {}
+        assert_eq!((pool.num_free(), cache.num_pages()), (6, 0));
     }
 
     #[test]

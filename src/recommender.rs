@@ -23,7 +23,6 @@
 //! Callbacks run on the engine's own thread, and all requests wait for them. They may call
 //! everything that does not wait; a call that waits returns [`Error::CalledFromCallback`] there.
 
-use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -32,110 +31,21 @@ use crate::answer::Answer;
 use crate::backend::Backend;
 use crate::catalog::Catalog;
 use crate::device::{Device, WithBackend};
-use crate::engine::{
-    Engine, EngineOptions, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply,
-};
+use crate::engine::{Engine, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply};
 use crate::error::{Error, Result};
 use crate::metrics::{Gauges, MetricsSnapshot};
+use crate::models::Checkpoint;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
+use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, Request};
 use crate::schedule::RequestId;
-use crate::service::queue::PushError;
-use crate::service::{BeforeStep, Handle, Message, Service, Shared, oneshot};
-use crate::tensor::{Dtype, Tensor};
+use crate::service::queue::{Bounds, PushError};
+use crate::service::{Handle, Message, Service, Shared, oneshot};
+use crate::tensor::Tensor;
 
 /// The most requests that a queue may be asked to hold.
 const MAX_QUEUED: usize = 1 << 24;
-
-/// How a [`Recommender`] is opened.
-///
-/// ```
-/// use sidereal::{EngineOptions, RecommenderOptions};
-///
-/// let options = RecommenderOptions::new("cpu").with_threads(2).with_max_queued(256);
-/// ```
-#[derive(Clone)]
-#[non_exhaustive]
-pub struct RecommenderOptions {
-    /// The device by its name: `cpu`, `cuda` (the first GPU) or `cuda:1`.
-    pub device: String,
-    /// Number type of activations; `None` for f32 on the CPU, which has no other, and bf16 on GPUs.
-    pub dtype: Option<Dtype>,
-    /// How the engine is opened.
-    pub engine: EngineOptions,
-    /// Requests that may wait; more are refused with [`Error::Overloaded`].
-    pub max_queued: usize,
-    /// Called on the engine's thread before each step with the number of steps before it: for
-    /// metrics, and for tests of what happens when that thread fails.
-    pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
-}
-
-impl Default for RecommenderOptions {
-    fn default() -> RecommenderOptions {
-        RecommenderOptions::new("cpu")
-    }
-}
-
-impl RecommenderOptions {
-    /// The defaults for a device, by its name. A name that no device has is refused when the
-    /// recommender is opened.
-    pub fn new(device: impl Into<String>) -> RecommenderOptions {
-        let device = device.into();
-        RecommenderOptions {
-            engine: EngineOptions::for_device(device.parse().unwrap_or_default()),
-            device,
-            dtype: None,
-            max_queued: 1024,
-            before_step: None,
-        }
-    }
-
-    /// Sets [`dtype`](RecommenderOptions::dtype).
-    pub fn with_dtype(mut self, dtype: Dtype) -> RecommenderOptions {
-        self.dtype = Some(dtype);
-        self
-    }
-
-    /// Sets the engine's [`threads`](EngineOptions::threads).
-    pub fn with_threads(mut self, threads: usize) -> RecommenderOptions {
-        self.engine.threads = threads;
-        self
-    }
-
-    /// Sets [`engine`](RecommenderOptions::engine).
-    pub fn with_engine(mut self, engine: EngineOptions) -> RecommenderOptions {
-        self.engine = engine;
-        self
-    }
-
-    /// Sets [`max_queued`](RecommenderOptions::max_queued).
-    pub fn with_max_queued(mut self, requests: usize) -> RecommenderOptions {
-        self.max_queued = requests;
-        self
-    }
-
-    /// Sets [`before_step`](RecommenderOptions::before_step).
-    pub fn with_before_step(
-        mut self,
-        before_step: impl Fn(u64) + Send + Sync + 'static,
-    ) -> RecommenderOptions {
-        self.before_step = Some(Arc::new(before_step) as BeforeStep);
-        self
-    }
-}
-
-impl fmt::Debug for RecommenderOptions {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_struct("RecommenderOptions")
-            .field("device", &self.device)
-            .field("dtype", &self.dtype)
-            .field("engine", &self.engine)
-            .field("max_queued", &self.max_queued)
-            .finish_non_exhaustive()
-    }
-}
 
 /// What a recommender holds, as of the end of its last step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -221,9 +131,10 @@ impl Recommender {
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
-        let config = Config::read(&folder.join("config.json"))?;
-        let layout = SidLayout::read(folder, crate::models::vocab_size(&config)?)?;
-        Recommender::from_parts(&config, Weights::open(folder)?, layout, catalog, options)
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, options.base.as_deref())?;
+        let vocab_size = crate::models::vocab_size(&config)?;
+        let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
+        Recommender::from_parts(&config, weights, layout, catalog, options)
     }
 
     /// Opens a network from its parts, wherever they come from.
@@ -243,8 +154,8 @@ impl Recommender {
         device.with_backend(options.dtype, work)
     }
 
-    /// Takes over an engine, on whatever backend; of the options, `max_queued` and `before_step`
-    /// count.
+    /// Takes over an engine, on whatever backend; of the options, `max_queued`, `max_wait` and
+    /// `before_step` count.
     ///
     /// # Errors
     /// [`Error::InvalidOption`]; [`Error::Device`] where no thread can be started.
@@ -259,7 +170,10 @@ impl Recommender {
             description: engine.backend().description(),
             num_threads: engine.num_threads(),
             has_phases: B::COMPUTES_ON_CALLERS,
-            service: Service::start(engine, options.max_queued, options.before_step.clone())?,
+            service: {
+                let bounds = Bounds::new(options.max_queued, options.max_wait);
+                Service::start(engine, bounds, options.before_step.clone())?
+            },
         };
         Ok(Recommender { inner: Arc::new(inner) })
     }
@@ -338,10 +252,7 @@ impl Recommender {
         let shared = self.shared();
         let (num_refused, error): (usize, &dyn Fn() -> Error) =
             match shared.queue.push_all(messages) {
-                Ok((rest, queued)) => {
-                    let limit = shared.max_queued;
-                    (rest.len(), &move || Error::Overloaded { queued, limit })
-                }
+                Ok((rest, backlog)) => (rest.len(), &move || shared.overloaded(&backlog)),
                 Err(all) => (all.len(), &|| shared.end()),
             };
         let refused = handles.iter_mut().rev().filter(|handle| handle.is_ok());
@@ -350,12 +261,16 @@ impl Recommender {
     }
 
     /// Hands over a request that is checked on the engine's thread, between two steps: this call
-    /// never takes long. The request sees the catalog as it is when it is checked.
+    /// never takes long. A request whose text has to become tokens is checked here instead, as by
+    /// [`submit`](Recommender::submit). The request sees the catalog as it is when it is checked.
     ///
     /// # Errors
     /// [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`];
     /// the request's own come as the answer.
     pub fn submit_deferred(&self, request: Request) -> Result<Handle> {
+        if self.inner.preparer.reads_text(&request) {
+            return self.submit(request); // text is never read on the engine's thread
+        }
         self.shared().check_process().map_err(|error| self.refused(error))?;
         let arrival = self.inner.preparer.arrival();
         let (handle, reply) = self.handle(arrival.id);
@@ -399,6 +314,9 @@ impl Recommender {
         requests: &[Request],
         mut deliver: impl FnMut(usize, Result<Answer>),
     ) {
+        if requests.iter().any(|request| self.inner.preparer.reads_text(request)) {
+            return self.recommend_texts(requests, deliver);
+        }
         let (sender, answers) = mpsc::channel();
         let mut is_answered = vec![false; requests.len()];
         let shared = self.shared();
@@ -419,6 +337,36 @@ impl Recommender {
             };
             deliver(index, Err(self.refused(error)));
         }
+    }
+
+    /// Answers requests of which some are texts: each is checked on this thread, while the engine
+    /// answers those before it.
+    fn recommend_texts(
+        &self,
+        requests: &[Request],
+        mut deliver: impl FnMut(usize, Result<Answer>),
+    ) {
+        let (sender, answers) = mpsc::channel();
+        for (index, request) in requests.iter().enumerate() {
+            let prepared =
+                self.shared().check_waiting().and_then(|()| self.prepare(request.clone()));
+            match prepared {
+                Ok(prepared) => {
+                    let sender = sender.clone();
+                    let reply = Reply::new(move |answer| drop(sender.send((index, answer))));
+                    let message = Message::Enqueue(prepared, reply);
+                    if let Err(Message::Enqueue(_, reply)) = self.shared().queue.push_wait(message)
+                    {
+                        reply.disarm();
+                        deliver(index, Err(self.refused(self.shared().end())));
+                    }
+                }
+                Err(error) => deliver(index, Err(error)),
+            }
+            answers.try_iter().for_each(|(index, answer)| deliver(index, answer));
+        }
+        drop(sender);
+        answers.into_iter().for_each(|(index, answer)| deliver(index, answer));
     }
 
     /// Scores given items for an input: the answer lists those that are available, best first, each
@@ -445,10 +393,13 @@ impl Recommender {
     /// weights, which the answers from now on carry. The network is laid out on this thread, beside
     /// the old one, while requests are answered: it takes as much memory again meanwhile. Requests
     /// that run are then finished with the weights that they began with; contexts that were kept
-    /// are dropped.
+    /// are dropped. The network is tried on a small request before any other request sees it.
+    ///
+    /// Tensors that are not replaced are read again from their files, which must be as they were.
     ///
     /// # Errors
     /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
+    /// [`Error::NonFiniteModel`] where finite weights give no finite score; [`Error::FileChanged`];
     /// [`Error::Unsupported`] where the weights are random; [`Error::ShuttingDown`],
     /// [`Error::EngineFailed`], [`Error::Forked`], [`Error::CalledFromCallback`]. The old weights
     /// stay then.
@@ -549,9 +500,7 @@ impl Recommender {
         let shared = self.shared();
         let (message, error) = match shared.queue.push(message) {
             Ok(()) => return Ok(()),
-            Err(PushError::Full { entry, queued }) => {
-                (entry, Error::Overloaded { queued, limit: shared.max_queued })
-            }
+            Err(PushError::Full { entry, backlog }) => (entry, shared.overloaded(&backlog)),
             Err(PushError::Closed(entry)) => (entry, shared.end()),
         };
         if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {

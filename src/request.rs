@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::error::Error;
 use crate::search::{Constraint, Normalization};
@@ -68,6 +69,11 @@ pub enum Input {
     History(Vec<String>),
     /// The model's input tokens, given as they are.
     Tokens(Vec<u32>),
+    /// A text, which the model's tokenizer makes tokens of.
+    Text(String),
+    /// Messages, which the model's chat template makes a text of: objects with `role`, `content` and
+    /// whatever else the template reads.
+    Messages(Vec<Value>),
 }
 
 /// A token of the model's vocabulary, by number or by its text.
@@ -186,6 +192,11 @@ pub struct Request {
     /// limit. [`SharedSid::First`] is a limit of one, and the smaller of two limits holds. It has
     /// no effect on `candidates`, which are all listed.
     pub per_sid: Option<usize>,
+    /// What the model's prompt or chat template may name: `{"query": "...", "enable_thinking": false}`.
+    pub variables: Map<String, Value>,
+    /// Whether a text has the tokens that the tokenizer puts around every text; `None` for yes with
+    /// [`Input::Text`], and for no with [`Input::Messages`], whose template writes them itself.
+    pub special_tokens: Option<bool>,
     /// Any name for the user. A user who returns with a longer history finds the context of the
     /// earlier one in the prefix cache; answers do not depend on it.
     pub user: Option<String>,
@@ -229,6 +240,8 @@ impl Request {
             temperature: 1.0,
             shared_sid: SharedSid::All,
             per_sid: None,
+            variables: Map::new(),
+            special_tokens: None,
             user: None,
             priority: Priority::Normal,
             deadline: None,
@@ -244,6 +257,16 @@ impl Request {
     /// A request by the model's input tokens.
     pub fn from_tokens(tokens: impl Into<Vec<u32>>) -> Request {
         Request::new(Input::Tokens(tokens.into()))
+    }
+
+    /// A request by a text.
+    pub fn from_text(text: impl Into<String>) -> Request {
+        Request::new(Input::Text(text.into()))
+    }
+
+    /// A request by messages, each an object with `role` and `content`.
+    pub fn from_messages(messages: impl Into<Vec<Value>>) -> Request {
+        Request::new(Input::Messages(messages.into()))
     }
 }
 
@@ -397,6 +420,20 @@ impl Request {
     #[must_use]
     pub fn with_per_sid(mut self, per_sid: usize) -> Request {
         self.per_sid = Some(per_sid);
+        self
+    }
+
+    /// Sets [`variables`](Request::variables).
+    #[must_use]
+    pub fn with_variables(mut self, variables: Map<String, Value>) -> Request {
+        self.variables = variables;
+        self
+    }
+
+    /// Sets [`special_tokens`](Request::special_tokens).
+    #[must_use]
+    pub fn with_special_tokens(mut self, are_wanted: bool) -> Request {
+        self.special_tokens = Some(are_wanted);
         self
     }
 

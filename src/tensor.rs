@@ -6,6 +6,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::error::Result;
 use crate::mapping::Mapping;
 
 /// The number types of weights.
@@ -72,6 +73,25 @@ impl Tensor {
         Tensor { shape: shape.to_vec(), data: Data::Mapped { mapping, bytes, dtype } }
     }
 
+    /// The tensor in memory, out of reach of whoever writes to its file.
+    pub(crate) fn into_memory(self) -> Tensor {
+        let Data::Mapped { mapping, bytes, dtype } = &self.data else { return self };
+        let (copy, len, dtype) = (mapping.copy(bytes.clone()), bytes.len(), *dtype);
+        let data = Data::Mapped { mapping: Arc::new(copy), bytes: 0..len, dtype };
+        Tensor { data, ..self }
+    }
+
+    /// Checks that nobody has written to the tensor's file since it was mapped.
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`](crate::Error::FileChanged).
+    pub(crate) fn check_file(&self) -> Result<()> {
+        match &self.data {
+            Data::Owned(_) => Ok(()),
+            Data::Mapped { mapping, .. } => mapping.check(),
+        }
+    }
+
     /// Its dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.shape
@@ -113,6 +133,34 @@ impl Tensor {
             self.read(start..start + values.len(), values);
         });
         values
+    }
+
+    /// Whether two tensors have the same shape and, bit by bit, the same numbers in f32.
+    pub fn is_equal(&self, other: &Tensor) -> bool {
+        if self.shape != other.shape {
+            return false;
+        }
+        if let (Data::Owned(own), Data::Owned(theirs)) = (&self.data, &other.data)
+            && Arc::ptr_eq(own, theirs)
+        {
+            return true;
+        }
+        if let (
+            Data::Mapped { mapping, bytes, dtype },
+            Data::Mapped { mapping: their_mapping, bytes: their_bytes, dtype: their_dtype },
+        ) = (&self.data, &other.data)
+            && Arc::ptr_eq(mapping, their_mapping)
+            && (bytes, dtype) == (their_bytes, their_dtype)
+        {
+            return true;
+        }
+        (0..self.len().div_ceil(CHUNK)).into_par_iter().all(|chunk| {
+            let range = chunk * CHUNK..self.len().min((chunk + 1) * CHUNK);
+            let (mut own, mut theirs) = (vec![0.0f32; range.len()], vec![0.0; range.len()]);
+            self.read(range.clone(), &mut own);
+            other.read(range, &mut theirs);
+            own.iter().zip(&theirs).all(|(own, theirs)| own.to_bits() == theirs.to_bits())
+        })
     }
 
     /// The flat index of the first number that is NaN or infinite.

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
@@ -67,7 +68,7 @@ fn random_request(rng: &mut fastrand::Rng, snapshot: &Snapshot) -> Request {
     request
 }
 
-/// The items that a request allows, by semantic ID.
+/// The items that a request allows, by semantic ID; those of one by weight, then by name.
 fn allowed(snapshot: &Snapshot, request: &Request) -> BTreeMap<Sid, Vec<u32>> {
     let mut allowed: BTreeMap<Sid, Vec<u32>> = BTreeMap::new();
     for item in snapshot.all_items() {
@@ -82,6 +83,9 @@ fn allowed(snapshot: &Snapshot, request: &Request) -> BTreeMap<Sid, Vec<u32>> {
         {
             allowed.entry(snapshot.sid(item)).or_default().push(item);
         }
+    }
+    for items in allowed.values_mut() {
+        items.sort_by_key(|&item| (Reverse(snapshot.weight(item)), snapshot.name(item)));
     }
     allowed
 }

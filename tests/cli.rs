@@ -178,7 +178,16 @@ fn a_catalog_is_changed_and_answers_with_what_is_there_now() {
         assert_eq!(summary["snapshot"], 2);
         assert_eq!(summary["items"], old);
         assert_eq!(summary["unavailable"], 1);
+        // One item is new, one replaced, one gone: what is there and what is compiled are counted
+        // apart.
+        assert_eq!(summary["compiled_items"], old);
+        let since = if compact { (0, 0) } else { (2, 2) };
+        assert_eq!(summary["put"], since.0);
+        assert_eq!(summary["deleted"], since.1);
         assert_eq!(summary["changed"] == 0, compact);
+        let text = run(&["catalog", "inspect", plain(&path)]);
+        let text = String::from_utf8_lossy(&text.stdout).into_owned();
+        assert_eq!(text.contains("since then 2 put, 2 deleted or replaced"), !compact, "{text}");
         let answer = recommend_small(&small, &line, &wide).remove(0);
         let mut new = names(&answer["groups"][0]);
         new.sort_unstable();
@@ -204,6 +213,55 @@ fn a_catalog_is_changed_and_answers_with_what_is_there_now() {
     let built = run(&build);
     assert_eq!(code(&built), 2);
     assert!(errors(&built).contains("--compact"), "{}", errors(&built));
+}
+
+#[test]
+fn items_of_one_sid_come_by_weight_as_many_as_are_asked_for_and_repeats_change_nothing() {
+    let small = Folder::small();
+    let path = small.path().join("catalog.sidereal");
+    let items_file = small.path().join("items.jsonl");
+    let build = ["catalog", "build", "--items", plain(&items_file), "--output", plain(&path)];
+    assert_eq!(code(&run(&build)), 0);
+    let put = |name: &str, weight: f32| json!({"put": {"item": name, "sid": [5, 5, 5], "tags": ["twin"], "weight": weight}});
+    let changes = [put("a", 0.0), put("b", 2.0), put("c", 0.0)].map(|line| line.to_string() + "\n");
+    let changes = small.write("changes.jsonl", changes.concat());
+    let change = ["catalog", "change", plain(&path), "--changes", plain(&changes)];
+    let ask = |fields: &str, more: &[&str]| {
+        let line = format!("{{\"history\": [\"i3\"], \"filter\": \"tag:twin\"{fields}}}\n");
+        let answer =
+            recommend_small(&small, &line, &[&["--beams", "216"], more].concat()).remove(0);
+        assert_eq!(answer["snapshot"], 2);
+        names(&answer).join(" ")
+    };
+    for _ in 0..3 {
+        assert_eq!(code(&run(&change)), 0);
+        assert_eq!(ask("", &[]), "b a c");
+    }
+    assert_eq!(ask("", &["--per-sid", "2"]), "b a");
+    assert_eq!(ask(", \"per_sid\": 1", &["--per-sid", "2"]), "b");
+    assert_eq!(ask(", \"per_sid\": 2, \"top_k\": 1", &[]), "b");
+    assert_eq!(ask(", \"per_sid\": 2, \"exclude\": [\"b\"]", &[]), "a c");
+    assert_eq!(ask(", \"shared_sid\": \"all\"", &["--per-sid", "2"]), "b a c");
+    assert_eq!(ask(", \"min_snapshot\": 2", &[]), "b a c");
+    let inspected = run(&["catalog", "inspect", plain(&path), "--json"]);
+    let summary: Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
+    assert_eq!((&summary["weighted"], &summary["put"]), (&json!(1), &json!(3)));
+
+    small.write("changes.jsonl", "{\"weight\": {\"item\": \"c\", \"weight\": 3}}\n");
+    assert_eq!(code(&run(&change)), 0);
+    let lines = "{\"history\": [\"i3\"], \"filter\": \"tag:twin\", \"min_snapshot\": 3}\n\
+                 {\"history\": [\"i3\"], \"min_snapshot\": 4}\n{\"history\": [\"i3\"], \"per_sid\": 0}\n";
+    let arguments = ["recommend", "--model", plain(small.path()), "--requests", "-"];
+    let output = run_with(&arguments, lines.as_bytes());
+    assert_eq!(code(&output), 1);
+    let lines = self::lines(&output.stdout);
+    assert_eq!(names(&lines[0]), ["c", "b", "a"]);
+    assert_eq!(lines[1]["error"]["code"], "catalog_behind");
+    let message = lines[1]["error"]["message"].as_str().expect("a text");
+    assert!(message.contains("snapshot 3") && message.contains("for 4"), "{message}");
+    assert_eq!(lines[2]["error"]["code"], "invalid_field");
+    let refused = run_with(&[&arguments[..], &["--per-sid", "0"]].concat(), b"");
+    assert_eq!(code(&refused), 2, "{}", errors(&refused));
 }
 
 #[test]
@@ -1173,4 +1231,102 @@ fn selftest_checks_every_operation_and_a_model() {
     }
     assert!(text.lines().any(|line| line.starts_with("model") && line.contains(" ok ")), "{text}");
     assert!(text.ends_with("all agrees\n"), "{text}");
+}
+
+// Hostile and unusual input.
+
+/// More than a line may have.
+const LONG: usize = (16 << 20) + 100;
+
+#[test]
+fn a_request_line_without_an_end_is_answered_in_its_place() {
+    let request = "{\"id\": 7, \"history\": [\"17\"]}\n";
+    for zeros in [0, b'[', b'"', b' '] {
+        let long = vec![zeros; LONG];
+        let input = [request.as_bytes(), &long, b"\n", request.as_bytes(), &long, &long].concat();
+        let output = recommend(&input, &["--top-k", "1"]);
+        assert_eq!(code(&output), 1, "{}", errors(&output));
+        let lines = lines(&output.stdout);
+        assert_eq!(lines.len(), 4);
+        assert_eq!((names(&lines[0]), &lines[0]["id"]), (names(&lines[2]), &json!(7)));
+        for (at, line) in [(1, 2), (3, 4)] {
+            assert_eq!(lines[at]["error"]["code"], "malformed_request");
+            let message = lines[at]["error"]["message"].as_str().expect("a text");
+            assert!(message.contains("more than 16777216 bytes"), "{message}");
+            assert_eq!(lines[at]["line"], line);
+        }
+    }
+}
+
+#[test]
+fn a_history_of_a_hundred_thousand_names_is_read() {
+    let history: Vec<String> = (0..100_000).map(|item| (item % 3686).to_string()).collect();
+    let output = recommend(json!({"history": history}).to_string().as_bytes(), &[]);
+    assert_eq!(lines(&output.stdout)[0]["error"]["code"], "history_too_long");
+}
+
+#[test]
+fn unusual_text_is_read_or_answered_in_its_place() {
+    let input =
+        b"\xef\xbb\xbf{\"history\": [\"17\"]}\r\n\r\n\xff\xfe\n{\"history\": [\"1\07\"]}\n\0\n\
+        {\"history\": [\"17\"]}";
+    let output = recommend(input, &["--top-k", "1"]);
+    let lines = lines(&output.stdout);
+    let codes: Vec<&str> =
+        lines.iter().map(|line| line["error"]["code"].as_str().unwrap_or("none")).collect();
+    let malformed = "malformed_request";
+    assert_eq!(codes, ["none", malformed, malformed, malformed, "none"]);
+    assert_eq!(items(&lines[0]), items(&lines[4]));
+    let output = recommend(b"\x1f\x8b\x08\0\0", &[]);
+    assert_eq!(code(&output), 2);
+    assert!(errors(&output).contains("gzip"), "{}", errors(&output));
+}
+
+#[test]
+fn lines_without_an_end_in_files_of_items_changes_and_names_are_errors() {
+    let folder = temp();
+    let long = write(&folder, "long.jsonl", vec![0; LONG]);
+    let catalog = folder.path().join("c.sidereal");
+    let built = run(&["catalog", "build", "--items", CATALOG, "--output", plain(&catalog)]);
+    assert_eq!(code(&built), 0, "{}", errors(&built));
+    let output = plain(&catalog).to_string() + ".new";
+    for arguments in [
+        &["catalog", "build", "--items", plain(&long), "--output", &output][..],
+        &["catalog", "change", plain(&catalog), "--changes", plain(&long)],
+        &["bench", "--model", MODEL, "--catalog", CATALOG, "--requests", plain(&long)],
+    ] {
+        let output = run(arguments);
+        assert_eq!(code(&output), 2, "{arguments:?}");
+        assert!(errors(&output).contains("line 1: the line has more"), "{}", errors(&output));
+    }
+}
+
+// Files of output.
+
+#[cfg(unix)]
+#[test]
+fn outputs_are_new_files_and_devices_stay_devices() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    let folder = temp();
+    let [file, link] = ["answers.jsonl", "link.jsonl"].map(|name| folder.path().join(name));
+    write(&folder, "answers.jsonl", "old");
+    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o640)).expect("own file");
+    symlink("answers.jsonl", &link).expect("a folder for links");
+    let inode = |path: &Path| std::fs::metadata(path).expect("a file").ino();
+    let old = std::fs::File::open(&file).expect("a file");
+    let before = inode(&file);
+    let input = b"{\"history\": [\"17\"]}\n";
+    let output = recommend(input, &["--output", plain(&link), "--format", "jsonl"]);
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    assert_ne!(inode(&file), before, "another file has the name");
+    assert_eq!(old.metadata().expect("open").len(), 3, "who had the old one open keeps it");
+    assert!(link.symlink_metadata().expect("a link").is_symlink());
+    assert_eq!(std::fs::metadata(&file).expect("a file").mode() & 0o777, 0o640);
+    assert_eq!(lines(&std::fs::read(&file).expect("a file")).len(), 1);
+    assert_eq!(std::fs::read_dir(folder.path()).expect("the folder").count(), 2);
+    let output = recommend(input, &["--output", "/dev/stdout", "--format", "jsonl"]);
+    assert_eq!((code(&output), lines(&output.stdout).len()), (0, 1), "{}", errors(&output));
+    let null = inode(Path::new("/dev/null"));
+    assert_eq!(code(&recommend(input, &["--output", "/dev/null"])), 0);
+    assert_eq!(inode(Path::new("/dev/null")), null);
 }

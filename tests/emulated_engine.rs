@@ -213,6 +213,31 @@ fn programs_of_forced_and_named_tokens_are_answered_as_on_the_cpu() {
 
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn long_prompts_that_an_encoder_reads_in_pieces_are_answered_as_on_the_cpu() {
+    let mut num_checked = 0;
+    for seed in (0..40).filter(|&seed| Tiny::new(seed).has_encoder()).take(3) {
+        let tiny = Tiny::new(seed);
+        let prompt = |len: u32| (0..len).map(|at| (at * 7 + at / 3) % tiny.num_tokens());
+        let requests: Vec<Request> = [3, 4, 5, 3, 4, 200, 5]
+            .map(|len| Request::from_tokens(prompt(len).collect::<Vec<_>>()).with_beams(5))
+            .into();
+        let options = options().with_tokens_per_step(40).with_prefix_cache(false);
+        let mut cpu = tiny.open_as(Arc::clone(&tiny.catalog), &options);
+        let backend = Emulator::backend(Build::Plain, Dtype::F32);
+        let mut emulated = tiny.open_on(backend, Arc::clone(&tiny.catalog), &options);
+        let ask = |engine: &mut dyn FnMut(&Request) -> Result<Answer>| -> Vec<Result<Answer>> {
+            requests.iter().map(engine).collect()
+        };
+        let on_cpu = ask(&mut |request| cpu.recommend(request));
+        let found = ask(&mut |request| emulated.recommend(request));
+        assert_all_alike(&requests, &on_cpu, &found, 2e-4, &format!("seed {seed}"));
+        num_checked += 1;
+    }
+    assert_eq!(num_checked, 3);
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn a_program_of_more_steps_than_a_device_takes_is_refused() {
     let tiny = Tiny::new(1);
     let backend = Emulator::backend(Build::Plain, Dtype::F32);
@@ -276,7 +301,13 @@ fn memory_is_taken_when_an_engine_is_opened_and_where_there_is_none_the_engine_g
         let searches = requests.iter().filter(|request| request.candidates.is_empty());
         let filtered: Vec<Request> =
             searches.map(|request| request.clone().with_filter("tag:a | tag:b")).collect();
-        for answer in answers(&mut emulated, &filtered) {
+        // All at once, so that steps have both: who asks for a filter fails, and nobody else.
+        let others = &requests[..4];
+        let mixed: Vec<Request> = others.iter().chain(&filtered).cloned().collect();
+        let mut found = answers(&mut emulated, &mixed);
+        let with_filter = found.split_off(others.len());
+        assert_all_alike(others, &expected[..4], &found, 1e-3, &format!("seed {seed}, mixed"));
+        for answer in with_filter {
             match answer {
                 Err(error @ Error::Device { .. }) => {
                     let text = error.to_string();

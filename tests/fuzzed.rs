@@ -3,6 +3,10 @@
 
 use std::path::Path;
 
+use sidereal::quantizer::Quantizer;
+
+#[path = "common/folders.rs"]
+mod folders;
 #[path = "common/fuzzed.rs"]
 mod fuzzed;
 
@@ -68,4 +72,110 @@ fn seeds_of_items_and_changes_as_lines() {
 fn seeds_of_compiled_catalogs() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     each_seed("catalog", |data| fuzzed::catalog(data, folder.path()));
+}
+
+/// A small model whose layout names tokens by their texts, and whose weights have an index.
+fn model() -> folders::Folder {
+    let small = folders::Folder::small();
+    small.edit("sidereal.json", |layout| {
+        for (level, letter) in ["a", "b", "c"].iter().enumerate() {
+            let template = format!("<{letter}_{{}}>");
+            layout["levels"][level] = serde_json::json!({"size": 6, "template": template});
+        }
+        layout["prompt"] = serde_json::json!({"prefix": [1], "suffix": [0], "max_items": 20});
+    });
+    let token = |token: u32| {
+        let (level, code) = (token / 6, token % 6);
+        (format!("<{}_{code}>", ["a", "b", "c"][level as usize]), serde_json::json!(token + 2))
+    };
+    let tokens: serde_json::Map<String, serde_json::Value> = (0..17).map(token).collect();
+    let added = serde_json::json!([{"id": 19, "content": "<c_5>"}]);
+    let tokenizer = serde_json::json!({"added_tokens": added, "model": {"vocab": tokens}});
+    small.write("tokenizer.json", tokenizer.to_string());
+    let map = serde_json::json!({"weight_map": {"any": "model.safetensors"}});
+    small.write("model.safetensors.index.json", map.to_string());
+    small
+}
+
+#[test]
+fn damaged_files_of_a_model_folder() {
+    let model = model();
+    let mut engine = model.open().expect("a sound folder");
+    let request = sidereal::Request::from_history(["i0"]);
+    engine.recommend(&request).expect("a sound request");
+    let mut rng = fastrand::Rng::with_seed(1);
+    let (mut opened, mut refused) = (0, 0);
+    for name in [
+        "config.json",
+        "sidereal.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "model.safetensors",
+    ] {
+        let sound = model.read(name);
+        for _ in 0..200 {
+            // Of the weights, the header alone has a form.
+            let head = sound.len().min(3000);
+            let damaged = [&damaged(&sound[..head], &mut rng)[..], &sound[head..]].concat();
+            model.write(name, damaged);
+            match model.open() {
+                Ok(mut engine) => {
+                    opened += 1;
+                    let _ = engine.recommend(&request);
+                }
+                Err(_) => refused += 1,
+            }
+        }
+        model.write(name, sound);
+    }
+    assert!(opened > 10 && refused > 10, "{opened} opened, {refused} refused");
+}
+
+#[test]
+fn damaged_codebooks() {
+    let embeddings: Vec<f32> = (0..60).map(|number| (number as f32).sin()).collect();
+    let mut options = sidereal::quantizer::FitOptions::default();
+    (options.levels, options.codes) = (2, 3);
+    let fitted = Quantizer::fit(&embeddings, 4, &options, |_| ()).expect("a fit");
+    let sound = fitted.to_bytes().expect("codebooks alone");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("codebooks.safetensors");
+    let mut rng = fastrand::Rng::with_seed(1);
+    for _ in 0..2000 {
+        std::fs::write(&path, damaged(&sound, &mut rng)).expect("a writable folder");
+        if let Ok(quantizer) = Quantizer::open(&path) {
+            let embedding = vec![0.5; quantizer.dim()];
+            let _ = quantizer.codes(&embedding);
+        }
+    }
+}
+
+#[test]
+fn seeds_of_files_of_torch() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    each_seed("torch", |data| fuzzed::torch(data, folder.path()));
+}
+
+#[test]
+fn seeds_of_configurations() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    each_seed("config", |data| fuzzed::config(data, folder.path()));
+}
+
+#[test]
+fn seeds_of_adapters() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    each_seed("adapter", |data| fuzzed::adapter(data, folder.path()));
+}
+
+#[test]
+fn the_small_network_of_the_fuzzers_opens() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fuzzed::config(fuzzed::SMALL_CONFIG.as_bytes(), folder.path());
+    let items = "{\"item\": \"only\", \"sid\": [3]}";
+    let path = folder.path().join("items.jsonl");
+    std::fs::write(&path, items).expect("a writable folder");
+    let catalog = sidereal::catalog::Catalog::open(&path).expect("one item");
+    let engine = sidereal::Engine::open(folder.path(), catalog.into(), &Default::default());
+    assert!(engine.is_ok(), "{:?}", engine.err());
 }

@@ -34,10 +34,18 @@ fn day(metrics: &Metrics) {
     metrics.request_answered(&timings(10, 1_500, &[250, 260, 300]));
     metrics.request_answered(&timings(90, 20_000_000, &[250; 11]));
     metrics.request_refused(&Error::EmptyInput);
-    metrics.request_refused(&Error::Overloaded { queued: 3, limit: 3 });
+    metrics.request_refused(&Error::Overloaded {
+        queued: 3,
+        limit: 3,
+        wait_ms: 20,
+        retry_after_ms: 7,
+    });
     metrics.request_refused(&Error::EmptyInput);
     metrics.request_failed(&Error::NonFiniteScores { step: 1 });
-    metrics.request_failed(&Error::DeadlineExceeded { deadline_ms: 5 });
+    let late = Error::DeadlineExceeded { deadline_ms: 5, retry_after_ms: Some(2) };
+    metrics.request_forecast_late(true);
+    metrics.request_failed(&late);
+    metrics.work(1_000, 1_750);
     metrics.request_failed(&Error::Cancelled);
 }
 
@@ -49,6 +57,7 @@ fn evening() -> Gauges {
     (pages.context_free, pages.context_cached, pages.context_running) = (100, 20, 3);
     (pages.tail_free, pages.tail_running) = (7, 1);
     (gauges.catalog_snapshot, gauges.weights_version) = (4, 2);
+    (gauges.backlog_us, gauges.evicted_pages) = (2_500_000, 12);
     gauges
 }
 
@@ -126,6 +135,11 @@ fn prometheus_text_is_sound_and_says_what_was_counted() {
         ("sidereal_requests_refused_total{code=\"empty_input\"}", 2.0),
         ("sidereal_requests_refused_total{code=\"overloaded\"}", 1.0),
         ("sidereal_requests_failed_total{code=\"non_finite_scores\"}", 1.0),
+        ("sidereal_requests_refused_by_forecast_total", 1.0),
+        ("sidereal_work_predicted_seconds_total", 0.001),
+        ("sidereal_work_seconds_total", 0.00175),
+        ("sidereal_backlog_seconds", 2.5),
+        ("sidereal_prefix_cache_evicted_pages_total", 12.0),
         ("sidereal_requests_waiting", 5.0),
         ("sidereal_pages{kind=\"context\",owner=\"cache\"}", 20.0),
         ("sidereal_pages{kind=\"tail\",owner=\"free\"}", 7.0),

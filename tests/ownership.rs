@@ -396,7 +396,7 @@ fn the_status_and_a_deferred_request_do_not_wait_for_the_step_under_way() {
         let refused = handles.split_off(1);
         for handle in refused {
             let error = handle.err().expect("three may wait");
-            assert!(matches!(error, Error::Overloaded { queued: 3, limit: 3 }), "{error}");
+            assert!(matches!(error, Error::Overloaded { queued: 3, limit: 3, .. }), "{error}");
         }
         let status = recommender.status().expect("one process");
         assert_eq!((status.queued, status.num_steps, status.weights_version), (3, 0, 1));

@@ -8,24 +8,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::tiny::{TAGS, Tiny};
+use common::tiny::{Tiny, named, prompt, random_program, some_tokens};
 use folders::{Folder, QWEN3, T5};
 use serde_json::json;
 use sidereal::{
     Answer, Engine, EngineOptions, Error, Forced, NamedToken, Normalization, Request, Result,
 };
-
-fn prompt(rng: &mut fastrand::Rng, tiny: &Tiny) -> Vec<u32> {
-    (0..rng.usize(1..150)).map(|_| rng.u32(0..tiny.num_tokens())).collect()
-}
-
-fn some_tokens(rng: &mut fastrand::Rng, tiny: &Tiny, most: usize) -> Vec<u32> {
-    (0..rng.usize(1..=most)).map(|_| rng.u32(0..tiny.num_tokens())).collect()
-}
-
-fn named(tokens: &[u32]) -> Vec<NamedToken> {
-    tokens.iter().map(|&token| NamedToken::Id(token)).collect()
-}
 
 fn read(engine: &mut Engine, request: &Request) -> Vec<f32> {
     let answer = engine.recommend(request).expect("a sound request");
@@ -105,29 +93,6 @@ fn forced_tokens_that_count_add_their_log_probability_and_others_change_the_inpu
         }
     }
     assert!(compared > 2000, "only {compared} scores were compared");
-}
-
-/// What a crowd may ask: every stage, beside others or alone.
-fn random_program(rng: &mut fastrand::Rng, tiny: &Tiny, prompts: &[Vec<u32>]) -> Request {
-    let mut request = Request::from_tokens(prompts[rng.usize(0..prompts.len())].clone());
-    request.beams = rng.usize(1..20);
-    if rng.bool() {
-        let tokens = some_tokens(rng, tiny, 3);
-        let forced = if rng.bool() { Forced::counted(tokens) } else { Forced::new(tokens) };
-        request = request.with_forced(forced);
-    }
-    if rng.bool() {
-        request = request.with_read(named(&some_tokens(rng, tiny, 6)));
-    }
-    match rng.u8(0..4) {
-        0 => request = request.with_groups(TAGS.map(|tag| format!("tag:{tag}"))),
-        1 => request = request.with_candidates(["0"]),
-        2 if request.read.is_empty() => request.seed = Some(rng.u64(..)),
-        _ => {}
-    }
-    request.log_probs = rng.bool() && (request.read.is_empty() || !request.groups.is_empty());
-    request.user = rng.bool().then(|| rng.u8(0..3).to_string());
-    request
 }
 
 fn answers(engine: &mut Engine, requests: &[Request]) -> Vec<Answer> {

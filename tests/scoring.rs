@@ -291,6 +291,66 @@ fn replaced_weights_answer_from_then_on_and_cached_contexts_are_gone() {
 }
 
 #[test]
+fn finite_weights_that_give_no_score_are_refused_and_the_old_ones_stay() {
+    for (family, name) in [
+        ("decoder_only/qwen3-tied", "model.norm.weight"),
+        ("t5/relu-tied", "decoder.final_layer_norm.weight"),
+    ] {
+        let (mut engine, requests) = golden(family);
+        let ask = |engine: &mut Engine| -> Vec<Answer> {
+            requests.iter().map(|request| engine.recommend(request).expect("sound")).collect()
+        };
+        let before = ask(&mut engine);
+        let answered = engine.metrics().answered;
+        let weights = sidereal::models::weights::Weights::open(
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(family),
+        );
+        let shapes = weights.expect("a checkpoint").shapes();
+        let (_, shape) = shapes.iter().find(|(own, _)| own == name).expect("its norm");
+        let norm = |value: f32| {
+            let values = vec![value; shape[0]];
+            [(name.to_string(), Tensor::new(shape, values))]
+        };
+        // Of two requests that are there already, one runs and one waits.
+        let (sender, answers) = mpsc::channel();
+        let submit = |engine: &mut Engine| {
+            let sender = sender.clone();
+            let reply = move |answer| sender.send(answer).expect("a receiver");
+            engine.submit(requests[0].clone(), reply).expect("a sound request");
+        };
+        submit(&mut engine);
+        engine.step().expect("it goes on");
+        submit(&mut engine);
+        let refused = engine.replace_weights(norm(f32::MAX)).expect_err("no score");
+        assert_eq!(refused.code(), "non_finite_model", "{refused}");
+        while !engine.is_idle() {
+            engine.step().expect("it goes on");
+        }
+        let answers: Vec<Answer> = answers.try_iter().map(|it| it.expect("sound")).collect();
+        assert_eq!(answers, [before[0].clone(), before[0].clone()], "{family}");
+        assert_eq!((ask(&mut engine), engine.weights_version()), (before.clone(), 1), "{family}");
+        engine.check_integrity().expect("all pages");
+        // What the engine asks for itself is nobody's request.
+        assert_eq!(engine.metrics().answered, answered + 2 + requests.len() as u64);
+        assert_eq!(engine.replace_weights(norm(0.5)).expect("sound weights"), 2);
+        assert_ne!(ask(&mut engine), before, "{family} answers as before");
+    }
+}
+
+#[test]
+fn tensors_that_panic_on_their_way_leave_the_weights_as_they_were() {
+    let (mut engine, requests) = golden("decoder_only/qwen3-tied");
+    let before = engine.recommend(&requests[0]).expect("sound");
+    let tensors = std::iter::from_fn(|| -> Option<(String, Tensor)> {
+        std::panic::resume_unwind(Box::new("on purpose"))
+    });
+    let replace = std::panic::AssertUnwindSafe(|| engine.replace_weights(tensors));
+    assert!(std::panic::catch_unwind(replace).is_err());
+    assert_eq!(engine.recommend(&requests[0]).expect("sound"), before);
+    assert_eq!(engine.replace_weights([]).expect("nothing to do"), 2);
+}
+
+#[test]
 fn random_weights_cannot_be_replaced() {
     let error = Tiny::new(2).open(1).replace_weights([]).expect_err("there is no checkpoint");
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");

@@ -46,8 +46,8 @@ fn ten_thousand_requests_of_64_threads_are_all_answered_cancelled_or_refused() {
                     let request = request(&mut rng, tiny);
                     let handle = match service.submit(request.clone()) {
                         Ok(handle) => handle,
-                        Err(Error::Overloaded { queued, limit }) => {
-                            assert!(queued >= limit);
+                        Err(Error::Overloaded { queued, limit, retry_after_ms, .. }) => {
+                            assert!(queued >= limit && retry_after_ms > 0);
                             refused.fetch_add(1, Ordering::Relaxed);
                             std::thread::sleep(Duration::from_millis(1));
                             continue;
@@ -135,8 +135,9 @@ fn a_full_queue_refuses_and_says_so() {
         }
         assert!(handles.len() < 1000, "nothing is ever refused");
     };
-    assert!(matches!(error, Error::Overloaded { queued: 3.., limit: 3 }), "{error}");
-    assert!(error.to_string().contains("try again later"));
+    assert!(matches!(error, Error::Overloaded { queued: 3.., limit: 3, .. }), "{error}");
+    assert!(error.to_string().contains("try again in"), "{error}");
+    assert!(error.retry_after().is_some_and(|after| after >= Duration::from_millis(1)));
     for handle in handles {
         handle.wait().expect("what was accepted is answered");
     }
@@ -151,7 +152,7 @@ fn a_deadline_that_goes_by_is_told_in_time() {
     let mut request = Request::from_tokens([1]);
     request.deadline = Some(Duration::from_millis(10));
     let error = service.submit(request.clone()).expect("room").wait().expect_err("too late");
-    assert!(matches!(error, Error::DeadlineExceeded { deadline_ms: 10 }), "{error}");
+    assert!(matches!(error, Error::DeadlineExceeded { deadline_ms: 10, .. }), "{error}");
     request.deadline = Some(Duration::from_secs(60));
     service.submit(request).expect("room").wait().expect("in time");
 }

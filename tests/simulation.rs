@@ -6,9 +6,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use common::tiny::{Tiny, random_request};
+use common::tiny::{Tiny, prompt, random_program, random_request};
+use sidereal::cost::{Estimate, Pace};
 use sidereal::pages::{self, PAGE_LEN, TAIL_PAGE_LEN};
-use sidereal::schedule::{self, Limits, Needs, Reading, RequestId, Room, Waiting};
+use sidereal::schedule::{self, Active, Demand, Limits, Needs, Reading, RequestId, Room, Waiting};
 use sidereal::{Answer, EngineOptions, Error, Request};
 
 /// A request that the scheduler admitted.
@@ -30,6 +31,15 @@ fn nobody_waits_beyond_the_bound_and_room_is_never_overdrawn() {
             ageing_us: rng.u64(1..60),
         };
         let is_divisible = rng.bool();
+        let pace = match rng.bool() {
+            true => Pace::UNBOUNDED,
+            false => Pace {
+                short: rng.usize(0..100),
+                beside_others: rng.usize(1..50),
+                alone: rng.usize(1..50),
+            },
+        };
+        let estimate = Estimate::default();
         let mut waiting: Vec<Waiting> = Vec::new();
         let mut running: Vec<(RequestId, Run)> = Vec::new();
         let (mut free, mut next_id) = (room, 0);
@@ -38,6 +48,7 @@ fn nobody_waits_beyond_the_bound_and_room_is_never_overdrawn() {
             assert!(now < 100_000, "seed {seed}: some never run");
             for _ in 0..if now < 400 { rng.usize(0..3) } else { 0 } {
                 next_id += 1;
+                let beam_rows = rng.usize(1..60);
                 waiting.push(Waiting {
                     id: next_id,
                     class: rng.u8(0..3),
@@ -46,12 +57,24 @@ fn nobody_waits_beyond_the_bound_and_room_is_never_overdrawn() {
                     needs: Needs {
                         context_pages: rng.usize(1..=room.context_pages),
                         tail_pages: rng.usize(0..=room.tail_pages),
-                        beam_rows: rng.usize(1..60),
+                        beam_rows,
                     },
+                    demand: Demand { unread: rng.usize(1..200), steps: 3, beam_rows },
+                    is_accepted: false,
                 });
             }
-            let rows = running.iter().map(|(_, run)| run.needs.beam_rows).sum();
-            for id in schedule::admit(&waiting, rows, free, &limits, now) {
+            let active: Vec<Active> = running
+                .iter()
+                .map(|(_, run)| Active {
+                    demand: Demand {
+                        unread: run.left,
+                        steps: run.steps,
+                        beam_rows: run.needs.beam_rows,
+                    },
+                    deadline_us: None,
+                })
+                .collect();
+            for id in schedule::admit(&waiting, &active, free, &estimate, &limits, now) {
                 let at = waiting.iter().position(|request| request.id == id).expect("waits");
                 let request = waiting.remove(at);
                 free.context_pages -= request.needs.context_pages;
@@ -71,9 +94,13 @@ fn nobody_waits_beyond_the_bound_and_room_is_never_overdrawn() {
             let reading: Vec<Reading> = running
                 .iter()
                 .filter(|(_, run)| run.left > 0)
-                .map(|(_, run)| Reading { left: run.left, is_divisible })
+                .map(|(_, run)| Reading {
+                    left: run.left,
+                    grain: if is_divisible { 1 } else { run.left },
+                })
                 .collect();
-            let mut shares = schedule::share_tokens(&reading, &limits).into_iter();
+            let is_shared = reading.len() < running.len();
+            let mut shares = schedule::share_tokens(&reading, is_shared, pace, &limits).into_iter();
             let first = running.iter().position(|(_, run)| run.left > 0);
             let mut tokens = 0;
             for (at, (_, run)) in running.iter_mut().enumerate() {
@@ -125,6 +152,7 @@ fn every_page_is_in_one_place_after_every_step_and_answers_are_those_of_the_requ
             .with_ageing(Duration::from_micros(rng.u64(0..2000)));
         let mut engine = tiny.open_as(Arc::clone(&tiny.catalog), &options);
         let mut alone = no_cache(&tiny);
+        let prompts: Vec<Vec<u32>> = (0..4).map(|_| prompt(&mut rng, &tiny)).collect();
         let (mut contexts, mut submitted) = (Vec::new(), 0);
         let mut asked: HashMap<usize, (RequestId, Request)> = HashMap::new();
         let (sender, answers) = mpsc::channel();
@@ -147,7 +175,10 @@ fn every_page_is_in_one_place_after_every_step_and_answers_are_those_of_the_requ
         };
         for _ in 0..30 {
             for _ in 0..rng.usize(0..3) {
-                let mut request = random_request(&mut rng, &tiny, &mut contexts);
+                let mut request = match rng.u8(0..3) {
+                    0 => random_program(&mut rng, &tiny, &prompts),
+                    _ => random_request(&mut rng, &tiny, &mut contexts),
+                };
                 request.deadline = match rng.u8(0..8) {
                     0 => Some(Duration::ZERO),
                     1 => Some(Duration::from_micros(300)),
@@ -230,4 +261,76 @@ fn what_cannot_fit_is_refused_at_once_and_what_just_fits_is_answered() {
     assert_eq!(error.code(), "too_large");
     ask(1, 4096).expect_err("more tails than there are");
     ask(2 * PAGE_LEN, 1).expect("the memory is as it was");
+}
+
+#[test]
+fn a_long_prompt_is_answered_as_if_read_at_once_and_short_ones_do_not_wait_for_it() {
+    let (mut num_by_encoders, mut num_passed) = (0, 0);
+    for seed in 0..40 {
+        let tiny = Tiny::new(seed);
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let options = EngineOptions::default()
+            .with_threads(rng.usize(1..3))
+            .with_tokens_per_step(rng.usize(16..60))
+            .with_prefix_cache(false);
+        let mut engine = tiny.open_as(Arc::clone(&tiny.catalog), &options);
+        let mut alone = no_cache(&tiny);
+        let mut some = |count: usize| -> Request {
+            let tokens = (0..count).map(|_| rng.u32(0..tiny.num_tokens()));
+            Request::from_tokens(tokens.collect::<Vec<_>>()).with_beams(4)
+        };
+        // What is typical is known when the long one comes.
+        (0..20).for_each(|_| drop(engine.recommend(&some(5)).expect("a sound request")));
+        let (sender, answers) = mpsc::channel();
+        let mut requests = Vec::new();
+        let mut submit = |engine: &mut sidereal::Engine, request: Request| {
+            let (sender, index) = (sender.clone(), requests.len());
+            let reply = move |answer| sender.send((index, answer)).expect("a receiver");
+            engine.submit(request.clone(), reply).expect("a sound request");
+            requests.push(request);
+        };
+        submit(&mut engine, some(300));
+        let mut num_steps = 0;
+        while !engine.is_idle() {
+            if num_steps % 3 == 0 && num_steps < 9 {
+                submit(&mut engine, some(5));
+            }
+            engine.step().expect("the engine goes on");
+            engine.check_integrity().expect("all pages");
+            num_steps += 1;
+            assert!(num_steps < 1000, "seed {seed}: the long one never ends");
+        }
+        let answers: Vec<(usize, Result<Answer, Error>)> = answers.try_iter().collect();
+        assert_eq!(answers.len(), requests.len());
+        for (index, answer) in &answers {
+            let expected = alone.recommend(&requests[*index]).expect("a sound request");
+            assert_eq!(answer.as_ref().expect("a sound request"), &expected, "seed {seed}");
+        }
+        assert!(num_steps > 5, "seed {seed}: it was read in {num_steps} steps");
+        num_passed += usize::from(answers[0].0 != 0);
+        num_by_encoders += usize::from(tiny.has_encoder());
+    }
+    assert_eq!(num_passed, 40, "short ones are answered before the long one");
+    assert!((5..35).contains(&num_by_encoders), "{num_by_encoders} of 40 have encoders");
+}
+
+#[test]
+fn a_long_prompt_that_is_given_up_half_read_leaves_nothing_behind() {
+    for seed in (0..40).filter(|&seed| Tiny::new(seed).has_encoder()) {
+        let tiny = Tiny::new(seed);
+        let options = EngineOptions::default().with_threads(1).with_tokens_per_step(16);
+        let mut engine = tiny.open_as(Arc::clone(&tiny.catalog), &options);
+        let long = |token: u32| Request::from_tokens(vec![token % tiny.num_tokens(); 300]);
+        let short = Request::from_tokens([1]);
+        (0..20).for_each(|_| drop(engine.recommend(&short).expect("a sound request")));
+        let first = engine.submit(long(3), |answer| assert!(answer.is_err()));
+        let first = first.expect("a sound request");
+        (0..4).for_each(|_| engine.step().expect("the engine goes on"));
+        engine.cancel(first);
+        let second = engine.recommend(&long(4)).expect("a sound request");
+        assert_eq!(second, no_cache(&tiny).recommend(&long(4)).expect("a sound request"));
+        engine.check_integrity().expect("all pages");
+        let again = engine.recommend(&long(4)).expect("a sound request");
+        assert_eq!((again.cached_tokens, again.tokens), (300, 300), "what was read is kept");
+    }
 }

@@ -20,9 +20,11 @@ fn random_texts(rng: &mut fastrand::Rng) -> Vec<String> {
 }
 
 fn random_request(rng: &mut fastrand::Rng) -> Request {
-    let input = match rng.bool() {
-        true => Input::History(random_texts(rng)),
-        false => Input::Tokens((0..rng.usize(0..4)).map(|_| rng.u32(..)).collect()),
+    let input = match rng.u8(0..4) {
+        0 => Input::History(random_texts(rng)),
+        1 => Input::Tokens((0..rng.usize(0..4)).map(|_| rng.u32(..)).collect()),
+        2 => Input::Text(random_texts(rng).concat()),
+        _ => Input::Messages(vec![json!({"role": "user", "content": [{"b": 1, "a": null}]})]),
     };
     let mut request = Request::new(input)
         .with_exclude(random_texts(rng))
@@ -39,6 +41,11 @@ fn random_request(rng: &mut fastrand::Rng) -> Request {
         .with_temperature(rng.f32() * 3.0)
         .with_shared_sid([SharedSid::All, SharedSid::First][rng.usize(0..2)])
         .with_priority([Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)]);
+    if rng.bool() {
+        let variables = json!({"query": "é", "enable_thinking": false});
+        let variables = variables.as_object().cloned().expect("an object");
+        request = request.with_variables(variables).with_special_tokens(rng.bool());
+    }
     if rng.bool() {
         request = request.with_widths([rng.usize(0..100), rng.usize(0..100)]);
     }
@@ -70,6 +77,30 @@ fn random_request(rng: &mut fastrand::Rng) -> Request {
         2 => request.with_normalization(Normalization::Children),
         _ => request,
     }
+}
+
+#[test]
+fn a_request_has_one_input() {
+    let text = read(r#"{"text": "Hi"}"#).expect("a text").input;
+    assert_eq!(text, Input::Text("Hi".into()));
+    for name in ["items", "item_ids", "item_id_list"] {
+        let request = read(&format!(r#"{{"{name}": [1, "2"], "user_id": 7}}"#)).expect(name);
+        assert_eq!(request.input, Input::History(vec!["1".into(), "2".into()]));
+        assert_eq!(request.user.as_deref(), Some("7"));
+    }
+    for line in [
+        r#"{"text": "Hi", "history": []}"#,
+        r#"{"messages": [], "tokens": [1]}"#,
+        r#"{"messages": ["Hi"]}"#,
+        r#"{"messages": {"role": "user"}}"#,
+        r#"{"text": ["Hi"]}"#,
+        r#"{"text": "Hi", "variables": 1}"#,
+        r#"{"items": ["1"], "history": ["1"]}"#,
+    ] {
+        assert!(read(line).is_err(), "{line}");
+    }
+    let error = read(r#"{"prompt": "Hi"}"#).expect_err("another name").to_string();
+    assert!(error.contains("did you mean `text`"), "{error}");
 }
 
 #[test]

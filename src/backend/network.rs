@@ -143,7 +143,8 @@ pub trait StoreContext: DeviceOps {
 
 /// Attention of prompts.
 pub trait AttendPrefill: DeviceOps {
-    /// Attention of the rows of prompts over a set of their contexts, as far as stored and masked.
+    /// Attention of the rows of prompts over a set of their contexts: as far as stored where the mask
+    /// is causal, else over all of it, which has been stored.
     /// The first `heads.query_dim()` columns of `queries` are the queries; `out`: `[rows,
     /// heads.out_dim()]`, where rows of beams are left as they are.
     fn attend_prefill(

@@ -128,19 +128,19 @@ impl Snapshot {
         let filter = filter.map(|text| Ok((text, self.base.select(text)?))).transpose()?;
         let first_in_delta = self.num_base_items();
         let split = excluded.partition_point(|&item| item < first_in_delta);
-        let delta = self.delta.as_ref().map(|delta| DeltaItems {
-            delta: Arc::clone(delta),
-            passing: filter
-                .as_ref()
-                .map(|(text, selection)| delta.passing(text, &selection.filter)),
-            excluded: excluded[split..].iter().map(|item| item - first_in_delta).collect(),
+        let delta = self.delta.as_ref().map(|delta| {
+            Ok(DeltaItems {
+                delta: Arc::clone(delta),
+                passing: filter.as_ref().map(|(text, _)| delta.passing(text)).transpose()?,
+                excluded: excluded[split..].iter().map(|item| item - first_in_delta).collect(),
+            })
         });
         let base = BaseItems {
             available: self.available.clone(),
             passing: filter.map(|(_, selection)| selection),
             excluded: Excluded::new(excluded[..split].to_vec(), first_in_delta),
         };
-        Ok(AllowedSet { base, delta, listed: None })
+        Ok(AllowedSet { base, delta: delta.transpose()?, listed: None })
     }
 }
 

@@ -8,13 +8,18 @@ use roaring::RoaringBitmap;
 use super::bitmap::RankBitmap;
 use super::column::Column;
 use super::filter::Filter;
+use super::filter_cache::FilterCache;
 use super::order::{ItemWeight, Ties};
-use super::selection::{Selection, SelectionCache};
+use super::selection::Selection;
 use super::tags::Tags;
 use super::texts::{NameIndex, Texts};
 use super::trie::Trie;
 use super::watermark::Watermarks;
 use crate::error::Result;
+use crate::mapping::Mapping;
+
+/// Bytes of cached filters: their texts, and the items that pass.
+const MAX_FILTER_CACHE_BYTES: usize = 256 << 20;
 
 /// A compiled catalog. Its items are numbered in the order of their semantic IDs; items that share
 /// one by weight, then as `ties` says.
@@ -35,8 +40,9 @@ pub struct BaseSegment {
     pub(super) snapshot: u64,
     /// How far each feed was applied when the catalog was compiled.
     pub(super) watermarks: Arc<Watermarks>,
-    pub(super) file_bytes: Option<u64>,
-    pub(super) selections: SelectionCache,
+    /// The file that the arrays lie in; `None` where they were built in memory.
+    pub(super) file: Option<Arc<Mapping>>,
+    pub(super) selections: FilterCache<Selection>,
 }
 
 impl BaseSegment {
@@ -62,7 +68,23 @@ impl BaseSegment {
 
     /// Bytes of the file that the base segment was opened from; `None` where it was built in memory.
     pub fn file_bytes(&self) -> Option<u64> {
-        self.file_bytes
+        self.file.as_ref().map(|file| file.bytes().len() as u64)
+    }
+
+    /// Whether the base segment reads its file where it lies ([`CatalogOptions::map_above`]).
+    ///
+    /// [`CatalogOptions::map_above`]: super::CatalogOptions::map_above
+    pub fn is_mapped(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.is_mapped())
+    }
+
+    /// Checks that nobody has written to the mapped file; where nothing is mapped, all is well.
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`](crate::Error::FileChanged): every answer from this base segment may
+    /// be wrong, and a file that became shorter ends the process when it is read.
+    pub fn check_file(&self) -> Result<()> {
+        self.file.as_ref().map_or(Ok(()), |file| file.check())
     }
 
     /// The tags with the number of items that carry each.
@@ -86,7 +108,7 @@ impl BaseSegment {
 
     pub(super) fn weight(&self, item: u32) -> ItemWeight {
         let weight = self.weights.as_ref().map_or(0.0, |weights| weights[item as usize]);
-        ItemWeight::new(weight).expect("checked when the catalog was opened")
+        ItemWeight::new(weight).unwrap_or_default() // checked when the file was opened
     }
 
     pub(super) fn find(&self, name: &str) -> Option<u32> {
@@ -99,21 +121,20 @@ impl BaseSegment {
     /// [`Error::InvalidField`](crate::Error::InvalidField) where `text` is no filter;
     /// [`Error::CatalogContents`](crate::Error::CatalogContents) where the file's sets are damaged.
     pub(super) fn select(&self, text: &str) -> Result<Arc<Selection>> {
-        if let Some(selection) = self.selections.get(text) {
-            return Ok(selection);
-        }
-        let filter = Filter::parse(text)?;
-        let items = match &self.tags {
-            Some(tags) => tags.select(&filter, self.num_items())?,
-            None if filter.passes(&|_| false) => RankBitmap::full(self.num_items()),
-            None => {
-                let words = vec![0; self.num_items().div_ceil(64) as usize];
-                RankBitmap::new(words, self.num_items())
-            }
-        };
-        let selection = Arc::new(Selection::new(filter, items, &self.trie));
-        self.selections.insert(text, &selection);
-        Ok(selection)
+        self.selections.get_or_make(0, text, || {
+            let filter = Filter::parse(text)?;
+            let items = match &self.tags {
+                Some(tags) => tags.select(&filter, self.num_items())?,
+                None if filter.passes(&|_| false) => RankBitmap::full(self.num_items()),
+                None => {
+                    let words = vec![0; self.num_items().div_ceil(64) as usize];
+                    RankBitmap::new(words, self.num_items())
+                }
+            };
+            let selection = Selection::new(items, &self.trie);
+            let bytes = selection.size_bytes();
+            Ok((selection, bytes))
+        })
     }
 
     /// Works out the filters that another base segment has cached, so that no request has to.
@@ -141,8 +162,8 @@ impl BaseSegment {
             lineage: 0,
             snapshot: 1,
             watermarks: Arc::default(),
-            file_bytes: None,
-            selections: SelectionCache::default(),
+            file: None,
+            selections: FilterCache::new(MAX_FILTER_CACHE_BYTES),
         }
     }
 

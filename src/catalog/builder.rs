@@ -7,7 +7,7 @@ use roaring::RoaringBitmap;
 use super::base_segment::BaseSegment;
 use super::file::format::fingerprint;
 use super::item::Item;
-use super::order::{ItemWeight, Place, Ties, push_weight};
+use super::order::{ItemWeight, OrderKey, Ties, push_weight};
 use super::sid::MAX_LEVELS;
 use super::texts::{NameIndex, TextsBuilder};
 use super::trie::{Trie, TrieBuilder};
@@ -120,10 +120,10 @@ fn sort_shared(
     weight: impl Fn(u32) -> ItemWeight,
 ) {
     let Some(first) = &trie.leaf_item else { return };
-    let place = |item: u32| Place::new(Ties::ByName, weight(item), names.get(item), item);
+    let key = |item: u32| OrderKey::new(Ties::ByName, weight(item), names.get(item), item);
     for run in first.windows(2).filter(|run| run[1] - run[0] > 1) {
         let items = &mut order[run[0] as usize..run[1] as usize];
-        items.sort_unstable_by(|&a, &b| place(a).cmp(&place(b)));
+        items.sort_unstable_by(|&a, &b| key(a).cmp(&key(b)));
     }
 }
 

@@ -19,6 +19,46 @@ use crate::error::{Error, Result};
 
 /// How often [`Catalog::open`] reads file and log until they belong together.
 const OPEN_ATTEMPTS: usize = 3;
+/// Items from which on a warning of [`Catalog::warning`] makes sense.
+const SMALLEST_CROWD: usize = 4;
+
+/// How a compiled catalog is opened.
+///
+/// ```
+/// use sidereal::catalog::CatalogOptions;
+///
+/// let always_mapped = CatalogOptions::default().with_map_above(0);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CatalogOptions {
+    /// Files of more bytes are mapped, smaller ones are read into memory; by default
+    /// [`DEFAULT_MAP_ABOVE`](CatalogOptions::DEFAULT_MAP_ABOVE).
+    ///
+    /// A copy in memory is safe from whatever happens to the file. A mapped file opens in the time
+    /// that its checksums take, and its pages are shared by all processes that map it, but it must
+    /// not be written to in place: replace it by rename. A request that finds such a write gets
+    /// [`Error::FileChanged`]. What was not yet noticed can still go wrong: a file that is made
+    /// shorter in the middle of a step ends the process.
+    pub map_above: u64,
+}
+
+impl CatalogOptions {
+    /// 1 GiB: some twenty million items.
+    pub const DEFAULT_MAP_ABOVE: u64 = 1 << 30;
+
+    /// Sets [`map_above`](CatalogOptions::map_above): 0 maps every file, `u64::MAX` none.
+    pub fn with_map_above(mut self, bytes: u64) -> CatalogOptions {
+        self.map_above = bytes;
+        self
+    }
+}
+
+impl Default for CatalogOptions {
+    fn default() -> CatalogOptions {
+        CatalogOptions { map_above: CatalogOptions::DEFAULT_MAP_ABOVE }
+    }
+}
 
 /// A catalog that may change while it is searched.
 ///
@@ -38,6 +78,14 @@ impl Catalog {
     /// # Errors
     /// The file's: missing, damaged, of another version, or with items that cannot be read.
     pub fn open(path: &Path) -> Result<Catalog> {
+        Catalog::open_with(path, &CatalogOptions::default())
+    }
+
+    /// Opens a catalog as the options say.
+    ///
+    /// # Errors
+    /// Those of [`open`](Catalog::open).
+    pub fn open_with(path: &Path, options: &CatalogOptions) -> Result<Catalog> {
         if items::is_items_file(path) {
             let mut builder = CatalogBuilder::default();
             items::read(path, |item| builder.add(item), |_| {})?;
@@ -49,7 +97,7 @@ impl Catalog {
             let mut attempts = OPEN_ATTEMPTS;
             loop {
                 attempts -= 1;
-                let catalog = Catalog::open_without_log(&resolved)?;
+                let catalog = Catalog::of(format::open(&resolved, options.map_above)?);
                 match change_log::replay(&resolved, &catalog.snapshot()) {
                     Ok(None) => return Ok(catalog),
                     Ok(Some(after)) => {
@@ -65,7 +113,8 @@ impl Catalog {
 
     /// Opens a compiled catalog without the changes logged beside it.
     pub(crate) fn open_without_log(path: &Path) -> Result<Catalog> {
-        Ok(Catalog::of(format::open(path)?))
+        let map_above = CatalogOptions::default().map_above;
+        Ok(Catalog::of(format::open(path, map_above)?))
     }
 
     fn of(base: BaseSegment) -> Catalog {
@@ -88,7 +137,7 @@ impl Catalog {
         let path = resolve(path).map_err(|error| Error::io(path, error))?;
         let lock = CatalogLock::take(&path)?;
         change_log::make_way(&path)?;
-        let snapshot = self.snapshot();
+        let snapshot = self.checked_snapshot()?;
         let (base, watermarks) = (snapshot.base(), snapshot.watermarks());
         if snapshot.number() == base.snapshot && base.ties == Ties::ByName {
             format::save(base, watermarks, &path, &lock)?;
@@ -114,9 +163,41 @@ impl Catalog {
         Ok(())
     }
 
+    /// A warning for the owner of the items, where nearly all of them have one semantic ID: no model
+    /// could tell them apart, so their codes were probably misread.
+    pub fn warning(&self) -> Option<String> {
+        let snapshot = self.snapshot();
+        let trie = snapshot.base().trie();
+        let all = trie.num_items();
+        let is_crowd = |items: usize| all >= SMALLEST_CROWD && items * 10 >= all * 9;
+        // The others have a semantic ID each at most.
+        if !is_crowd(all + 1 - trie.num_leaves().min(all)) {
+            return None;
+        }
+        let (sid, items) = trie.leaves().max_by_key(|(_, items)| items.len())?;
+        is_crowd(items.len()).then(|| {
+            format!(
+                "{} of {all} items have the semantic ID {:?}: check how the items file spells its codes",
+                items.len(),
+                sid.codes()
+            )
+        })
+    }
+
     /// The state of the catalog now.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.current.load_full()
+    }
+
+    /// The state of the catalog now, whose file nobody has written to
+    /// ([`Snapshot::check_file`]).
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`].
+    pub fn checked_snapshot(&self) -> Result<Arc<Snapshot>> {
+        let snapshot = self.snapshot();
+        snapshot.check_file()?;
+        Ok(snapshot)
     }
 
     /// Makes `snapshot` the one that new requests see.

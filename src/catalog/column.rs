@@ -1,4 +1,4 @@
-//! An array that lives in memory or in a mapped file.
+//! An array that lives in memory or in a file seen as memory.
 
 use std::ops::{Deref, Range};
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use bytemuck::Pod;
 
 use crate::mapping::Mapping;
 
-/// A read-only array of plain values: owned, or part of a memory-mapped file.
+/// A read-only array of plain values: owned, or part of a file.
 pub(crate) enum Column<T: Pod> {
     Owned(Vec<T>),
     Mapped { mapping: Arc<Mapping>, bytes: Range<usize> },

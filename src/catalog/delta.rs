@@ -6,20 +6,23 @@
 //! has grown, a compaction makes base segment and delta one.
 
 use std::cmp::Ordering;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{self, AtomicU64};
 
+use super::chunks::Chunks;
 use super::filter::Filter;
+use super::filter_cache::FilterCache;
 use super::item::Item;
-use super::order::{Place, Ties};
+use super::order::{OrderKey, Ties};
 use super::sid::{MAX_LEVELS, Sid};
 use super::texts::hash;
 use super::trie::{Trie, TrieBuilder};
+use crate::error::Result;
 
 /// The items beside a base segment, numbered in the order of their putting.
 pub(super) struct Delta {
     /// By number. A deleted or replaced item keeps its number.
-    items: Chunks<Arc<Item>>,
+    items: Chunks,
     /// Bits by number: neither deleted nor replaced.
     present: Vec<u64>,
     /// Bits by number: present and available.
@@ -35,19 +38,20 @@ pub(super) struct Delta {
     trie: Trie,
     /// The hashed names and numbers of the present items, ascending.
     by_name: Vec<(u64, u32)>,
-    /// By the text of a filter: which numbers pass.
-    passing: Mutex<HashMap<Arc<str>, Passing>>,
+    filters: Arc<Filters>,
+    /// Tells the delta from all others with the same `filters`.
+    version: u64,
 }
 
-/// The numbers that pass a filter, for the items that were there when the filter was last asked.
-#[derive(Clone, Default)]
-struct Passing {
-    upto: u32,
-    bits: Arc<Vec<u64>>,
+/// What all deltas over one base segment cache, each for itself.
+struct Filters {
+    /// Bits by number: which items pass.
+    passing: FilterCache<Vec<u64>>,
+    last_version: AtomicU64,
 }
 
-/// Filters whose passing numbers are cached.
-const MAX_PASSING: usize = 1024;
+/// Bytes of cached filters over added items.
+const MAX_FILTER_CACHE_BYTES: usize = 32 << 20;
 
 /// A semantic ID as one number; the order of numbers is that of semantic IDs.
 type SidKey = u128;
@@ -88,7 +92,11 @@ impl Delta {
             numbers: Vec::new(),
             trie: TrieBuilder::new(num_levels).finish(),
             by_name: Vec::new(),
-            passing: Mutex::default(),
+            filters: Arc::new(Filters {
+                passing: FilterCache::new(MAX_FILTER_CACHE_BYTES),
+                last_version: AtomicU64::new(0),
+            }),
+            version: 0,
         }
     }
 
@@ -119,8 +127,8 @@ impl Delta {
         let is_present = |number: u32| has(&present, number);
         // Only new items need sorting; the old ones are in order.
         let compare = |a: &(SidKey, u32), b: &(SidKey, u32)| {
-            let place = |number: u32| place(self.ties, items.get(number as usize), number);
-            a.0.cmp(&b.0).then_with(|| place(a.1).cmp(&place(b.1)))
+            let key = |number: u32| order_key(self.ties, items.get(number as usize), number);
+            a.0.cmp(&b.0).then_with(|| key(a.1).cmp(&key(b.1)))
         };
         order.sort_unstable_by(compare);
         by_name.sort_unstable();
@@ -134,7 +142,6 @@ impl Delta {
             }
             trie.push(&codes[..self.trie.num_levels()]);
         }
-        let passing = self.passing.lock().expect("no holder panics").clone();
         Delta {
             items,
             present,
@@ -145,7 +152,8 @@ impl Delta {
             ties: self.ties,
             trie: trie.finish(),
             by_name,
-            passing: Mutex::new(passing),
+            version: self.filters.last_version.fetch_add(1, atomic::Ordering::Relaxed) + 1,
+            filters: Arc::clone(&self.filters),
         }
     }
 
@@ -208,30 +216,21 @@ impl Delta {
         entries.map(|(position, _)| position).collect()
     }
 
-    /// Bits by number: which items pass a filter.
-    pub fn passing(&self, text: &str, filter: &Filter) -> Arc<Vec<u64>> {
-        let mut passing = self.passing.lock().expect("no holder panics");
-        if passing.len() >= MAX_PASSING && !passing.contains_key(text) {
-            passing.clear(); // the filters in use are soon there again
-        }
-        let entry = passing.entry(text.into()).or_default();
-        let num_numbers = self.num_numbers();
-        if entry.upto < num_numbers || entry.bits.is_empty() {
-            let mut bits = (*entry.bits).clone();
-            bits.resize(num_numbers.div_ceil(64) as usize, 0);
-            for number in entry.upto..num_numbers {
-                let tags = &self.item(number).tags;
-                let passes = filter.passes(&|tag| tags.iter().any(|other| other == tag));
-                put(&mut bits, number, passes);
-            }
-            *entry = Passing { upto: num_numbers, bits: Arc::new(bits) };
-        }
-        Arc::clone(&entry.bits)
+    /// Bits by number: which items pass a filter. Bits from the number of items on mean nothing.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`](crate::Error::InvalidField) where `text` is no filter.
+    pub fn passing(&self, text: &str) -> Result<Arc<Vec<u64>>> {
+        self.filters.passing.get_or_make(self.version, text, || {
+            let bits = self.items.passing(&Filter::parse(text)?);
+            let bytes = size_of_val(&*bits);
+            Ok((bits, bytes))
+        })
     }
 }
 
-fn place(ties: Ties, item: &Item, number: u32) -> Place<'_> {
-    Place::new(ties, item.weight, &item.name, number)
+fn order_key(ties: Ties, item: &Item, number: u32) -> OrderKey<'_> {
+    OrderKey::new(ties, item.weight, &item.name, number)
 }
 
 fn put(bits: &mut [u64], at: u32, value: bool) {
@@ -260,40 +259,4 @@ fn merge<T: Copy>(
     }
     merged.extend(new);
     merged
-}
-
-/// A list that grows at its end and whose copies share the chunks that were full before.
-#[derive(Clone)]
-struct Chunks<T> {
-    chunks: Vec<Arc<Vec<T>>>,
-    len: usize,
-}
-
-const CHUNK: usize = 1024;
-
-impl<T> Default for Chunks<T> {
-    fn default() -> Chunks<T> {
-        Chunks { chunks: Vec::new(), len: 0 }
-    }
-}
-
-impl<T: Clone> Chunks<T> {
-    fn len(&self) -> usize {
-        self.len
-    }
-
-    fn get(&self, at: usize) -> &T {
-        &self.chunks[at / CHUNK][at % CHUNK]
-    }
-
-    fn extend(&mut self, values: impl IntoIterator<Item = T>) {
-        for value in values {
-            if self.len.is_multiple_of(CHUNK) {
-                self.chunks.push(Arc::new(Vec::with_capacity(CHUNK)));
-            }
-            let last = self.chunks.last_mut().expect("pushed when full");
-            Arc::make_mut(last).push(value);
-            self.len += 1;
-        }
-    }
 }

@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 const MAX_DEPTH: usize = 64;
 /// The most bytes of a filter's text.
 pub const MAX_FILTER_BYTES: usize = 1 << 16;
+/// The most tags of a filter, repetitions counted: each is a set that is read.
+pub const MAX_FILTER_TERMS: usize = 4096;
 
 /// A parsed filter.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,7 +45,7 @@ impl Filter {
             let reason = format!("{} bytes long, at most {MAX_FILTER_BYTES} are read", text.len());
             return Err(Error::InvalidField { field: "filter", reason });
         }
-        let mut parser = Parser { text, at: 0, depth: 0 };
+        let mut parser = Parser { text, at: 0, depth: 0, terms: 0 };
         let filter = parser.either()?;
         match parser.peek() {
             None => Ok(filter),
@@ -98,6 +100,7 @@ struct Parser<'a> {
     text: &'a str,
     at: usize,
     depth: usize,
+    terms: usize,
 }
 
 impl Parser<'_> {
@@ -132,6 +135,11 @@ impl Parser<'_> {
             }
             inner
         } else if self.takes("tag:") {
+            self.terms += 1;
+            if self.terms > MAX_FILTER_TERMS {
+                let reason = format!("more than {MAX_FILTER_TERMS} tags; give such items a tag");
+                return Err(Error::InvalidField { field: "filter", reason });
+            }
             Filter::Tag(self.name()?)
         } else if self.takes_word("all") {
             Filter::All
@@ -256,7 +264,9 @@ mod tests {
         for hostile in ["(".repeat(50_000), "!".repeat(50_000), "x".repeat(MAX_FILTER_BYTES + 1)] {
             assert!(Filter::parse(&hostile).is_err());
         }
-        let long = vec!["tag:a"; 10_000].join("|");
-        assert!(Filter::parse(&long).is_ok());
+        let long = |terms: usize| Filter::parse(&vec!["tag:a"; terms].join("|"));
+        assert!(long(MAX_FILTER_TERMS).is_ok());
+        let error = long(MAX_FILTER_TERMS + 1).expect_err("too long").to_string();
+        assert!(error.contains("more than 4096 tags"), "{error}");
     }
 }

@@ -4,14 +4,10 @@ use std::sync::Arc;
 
 use super::snapshot::Snapshot;
 
-/// By level, ascending: the codes that some item has there, available or not.
-pub(super) type OccurringCodes = Vec<Vec<u16>>;
-
 impl Snapshot {
     /// The codes that some item has at each level, available or not, ascending.
     ///
-    /// The first call for a snapshot goes through the trie once: a nanosecond or two for each of its
-    /// edges.
+    /// The first call for a snapshot goes through all edges of its trie.
     pub fn occurring(&self) -> &[Vec<u16>] {
         self.occurring.get_or_init(|| {
             Arc::new((0..self.num_levels()).map(|level| self.codes_occurring_at(level)).collect())

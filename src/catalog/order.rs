@@ -81,9 +81,9 @@ pub(super) enum Ties {
     ByAge,
 }
 
-/// The place of an item among the items of its semantic ID; the least comes first.
+/// What orders the items of one semantic ID; the least comes first.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place<'a>(Reverse<ItemWeight>, Tie<'a>);
+pub(super) struct OrderKey<'a>(Reverse<ItemWeight>, Tie<'a>);
 
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 enum Tie<'a> {
@@ -91,14 +91,14 @@ enum Tie<'a> {
     Number(u32),
 }
 
-impl<'a> Place<'a> {
+impl<'a> OrderKey<'a> {
     /// `number`: ascending in the order of adding.
-    pub fn new(ties: Ties, weight: ItemWeight, name: &'a str, number: u32) -> Place<'a> {
+    pub fn new(ties: Ties, weight: ItemWeight, name: &'a str, number: u32) -> OrderKey<'a> {
         let tie = match ties {
             Ties::ByName => Tie::Name(name),
             Ties::ByAge => Tie::Number(number),
         };
-        Place(Reverse(weight), tie)
+        OrderKey(Reverse(weight), tie)
     }
 }
 
@@ -137,11 +137,11 @@ mod tests {
         let order = |ties| {
             let mut numbers: Vec<u32> = (0..items.len() as u32).collect();
             numbers.sort_by(|&a, &b| {
-                let place = |number: u32| {
+                let key = |number: u32| {
                     let (of, name) = items[number as usize];
-                    Place::new(ties, weight(of), name, number)
+                    OrderKey::new(ties, weight(of), name, number)
                 };
-                place(a).cmp(&place(b))
+                key(a).cmp(&key(b))
             });
             numbers
         };

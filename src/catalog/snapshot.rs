@@ -9,8 +9,7 @@ use super::change::Change;
 use super::cursor::{Cursor, Node, Runs};
 use super::delta::Delta;
 use super::item::Item;
-use super::occurring::OccurringCodes;
-use super::order::{ItemWeight, Place, Ties};
+use super::order::{ItemWeight, OrderKey, Ties};
 use super::sid::Sid;
 use super::trie::Trie;
 use super::watermark::{Watermark, Watermarks};
@@ -30,8 +29,8 @@ pub struct Snapshot {
     pub(super) deleted: Option<Arc<RankBitmap>>,
     pub(super) delta: Option<Arc<Delta>>,
     pub(super) watermarks: Arc<Watermarks>,
-    /// Worked out when it is first asked for.
-    pub(super) occurring: OnceLock<Arc<OccurringCodes>>,
+    /// By level, ascending: the codes that some item has there. Worked out when first asked for.
+    pub(super) occurring: OnceLock<Arc<Vec<Vec<u16>>>>,
 }
 
 impl Snapshot {
@@ -75,6 +74,15 @@ impl Snapshot {
     /// The compiled catalog under the snapshot's changes.
     pub fn base(&self) -> &BaseSegment {
         &self.base
+    }
+
+    /// Checks that nobody has written to the file of the base segment
+    /// ([`BaseSegment::check_file`]).
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`](crate::Error::FileChanged).
+    pub fn check_file(&self) -> Result<()> {
+        self.base.check_file()
     }
 
     /// The number of items, available or not.
@@ -170,9 +178,8 @@ impl Snapshot {
         self.delta_item(item).map_or_else(|| self.base.weight(item), |item| item.weight)
     }
 
-    /// The item's place among the items that share its semantic ID.
-    fn place(&self, ties: Ties, item: u32) -> Place<'_> {
-        Place::new(ties, self.weight(item), self.name(item), item)
+    fn order_key(&self, ties: Ties, item: u32) -> OrderKey<'_> {
+        OrderKey::new(ties, self.weight(item), self.name(item), item)
     }
 
     /// The item with all its fields.
@@ -257,7 +264,8 @@ impl Snapshot {
         let delta = delta.iter().map(move |&number| first + number);
         let is_leaf = depth == self.num_levels();
         let comes_before = move |a: &u32, b: &u32| {
-            let key = |item| ((!is_leaf).then(|| self.sid(item)), self.place(self.base.ties, item));
+            let key =
+                |item| ((!is_leaf).then(|| self.sid(item)), self.order_key(self.base.ties, item));
             key(*a) < key(*b)
         };
         let base = self.base_items(cursor, depth).peekable();
@@ -294,7 +302,7 @@ impl Snapshot {
         // The items of one semantic ID are few, and base segment and delta have each its own in
         // order already, unless the base segment is of an old file.
         let mut rest: Vec<(Sid, u32)> = Vec::new();
-        let place = |item| self.place(Ties::ByName, item);
+        let key = |item| self.order_key(Ties::ByName, item);
         std::iter::from_fn(move || {
             if rest.is_empty() {
                 rest.push(merged.next()?);
@@ -302,7 +310,7 @@ impl Snapshot {
                 while let Some(item) = merged.next_if(|item| item.0 == sid) {
                     rest.push(item);
                 }
-                rest.sort_unstable_by(|a, b| place(b.1).cmp(&place(a.1)));
+                rest.sort_unstable_by(|a, b| key(b.1).cmp(&key(a.1)));
             }
             rest.pop()
         })

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use sidereal::catalog::Catalog;
+use sidereal::catalog::{Catalog, CatalogOptions};
+use sidereal::models::config::SidLayout;
+use sidereal::models::{Checkpoint, vocab_size};
 use sidereal::wire::RequestDefaults;
 use sidereal::{
     Constraint, Error, LongHistory, Normalization, Recommender, RecommenderOptions, Result,
@@ -23,15 +25,24 @@ pub enum Outcome {
 
 #[derive(Args)]
 pub struct ModelArguments {
-    /// Model folder: config.json, sidereal.json, safetensors
+    /// Model folder: config.json, sidereal.json, weights; or a LoRA adapter's
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
+    /// Folder of an adapter's base, where adapter_config.json does not name it
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
     /// Catalog: a built one, or a file of items; by default the one beside the model
     #[arg(long, value_name = "FILE")]
     pub catalog: Option<PathBuf>,
+    /// Map a built catalog of more than so many MiB, instead of reading it into memory. Replace a
+    /// mapped file by rename (mv), never by cp
+    #[arg(long, value_name = "MIB", default_value_t = MAP_CATALOG_ABOVE_MIB)]
+    pub map_catalog_above: u64,
     #[command(flatten)]
     pub device: DeviceArguments,
 }
+
+pub const MAP_CATALOG_ABOVE_MIB: u64 = CatalogOptions::DEFAULT_MAP_ABOVE >> 20;
 
 #[derive(Args)]
 pub struct SearchArguments {
@@ -151,7 +162,23 @@ impl ModelArguments {
             Some(path) => path.clone(),
             None => catalog_beside(&self.model)?,
         };
-        Ok(Arc::new(Catalog::open(&path)?))
+        let map_above = self.map_catalog_above.saturating_mul(1 << 20);
+        let options = CatalogOptions::default().with_map_above(map_above);
+        let catalog = Catalog::open_with(&path, &options)?;
+        if let Some(warning) = catalog.warning() {
+            say(&format!("warning: {}: {warning}", path.display()));
+        }
+        Ok(Arc::new(catalog))
+    }
+
+    /// What stops the model itself from being opened, which a user should hear before a missing
+    /// catalog.
+    fn model_error(&self) -> Option<Error> {
+        let check = || {
+            let Checkpoint { config, .. } = Checkpoint::open(&self.model, self.base.as_deref())?;
+            SidLayout::read(&self.model, vocab_size(&config)?)
+        };
+        check().err()
     }
 
     pub fn open(&self) -> Result<Recommender> {
@@ -159,18 +186,18 @@ impl ModelArguments {
     }
 
     pub fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
+        let catalog =
+            self.open_catalog().map_err(|missing| self.model_error().unwrap_or(missing))?;
         let spinner = spinner("opening the model");
-        let recommender = Recommender::open(&self.model, self.open_catalog()?, options)?;
+        let mut options = options.clone();
+        options.base.clone_from(&self.base);
+        let recommender = Recommender::open(&self.model, catalog, &options)?;
         spinner.finish_and_clear();
         Ok(recommender)
     }
 }
 
-fn catalog_beside(model: &Path) -> Result<PathBuf> {
-    if !model.is_dir() {
-        let reason = "there is no such model folder".into();
-        return Err(Error::ModelFolder { path: model.to_path_buf(), reason });
-    }
+pub fn catalog_beside(model: &Path) -> Result<PathBuf> {
     let candidates = CATALOG_NAMES.map(|name| model.join(name));
     candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::ModelFolder {
         path: model.to_path_buf(),

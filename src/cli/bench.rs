@@ -1,7 +1,7 @@
 //! `sidereal bench`: latency, throughput, where the time goes.
 
 use std::collections::HashSet;
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,12 +11,15 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sidereal::catalog::{Change, Item};
+use sidereal::lines::Lines;
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
     CatalogWriter, Constraint, Error, Input, Normalization, Phases, Recommender, Request, Result,
 };
 
-use super::arguments::{ModelArguments, Outcome, SearchArguments, say, write_error};
+use super::arguments::{
+    MAP_CATALOG_ABOVE_MIB, ModelArguments, Outcome, SearchArguments, say, write_error,
+};
 use super::device::DeviceArguments;
 use super::load::{self, LoadArguments, OpenReport, Source};
 use super::measure::{Machine, cpu_time, peak_memory_bytes};
@@ -236,7 +239,9 @@ fn open(arguments: &Arguments) -> Result<Recommender> {
     }
     let model = ModelArguments {
         model: arguments.model.clone().expect("required where there is no shape"),
+        base: None,
         catalog: arguments.catalog.clone(),
+        map_catalog_above: MAP_CATALOG_ABOVE_MIB,
         device: arguments.device.clone(),
     };
     model.open_with(&options)
@@ -247,13 +252,17 @@ fn read_requests(path: &Path, defaults: &RequestDefaults) -> Result<Vec<Request>
     let bad = |reason: String| Error::RequestsFile { path: path.to_path_buf(), reason };
     let file = std::fs::File::open(path).map_err(io)?;
     let mut requests = Vec::new();
-    for (index, line) in BufReader::new(file).lines().enumerate() {
-        let line = line.map_err(io)?;
-        if !line.trim().is_empty() {
-            let request = RequestLine::parse(&line).and_then(|line| line.to_request(defaults));
-            let at_line = |error: Error| bad(format!("line {}: {error}", index + 1));
-            requests.push(request.map_err(at_line)?);
+    let mut lines = Lines::new(file);
+    let mut number = 0;
+    while let Some(line) = lines.next().map_err(io)? {
+        number += 1;
+        if line.is_blank() {
+            continue;
         }
+        let at_line = |reason: String| bad(format!("line {number}: {reason}"));
+        let text = line.text().map_err(at_line)?;
+        let request = RequestLine::parse(text).and_then(|line| line.to_request(defaults));
+        requests.push(request.map_err(|error| at_line(error.to_string()))?);
     }
     match requests.is_empty() {
         true => Err(bad("there are no requests".into())),

@@ -2,24 +2,26 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use sidereal::catalog::sid::MAX_LEVELS;
 use sidereal::catalog::{Catalog, CatalogBuilder, Change, Snapshot, Watermark, change_log, items};
-use sidereal::models::weights::Weights;
+use sidereal::lines::Lines;
 use sidereal::quantizer::{Collision, FitOptions, FitRound, Quantizer};
 use sidereal::{CatalogWriter, Error, Result, WriterOptions};
 
 use super::arguments::{Outcome, refuse_same_file, say, write_error};
 use super::check;
+use super::embeddings::matrix;
+use super::output::OutputFile;
 use super::requests::{count_bar, progress_bar, spinner};
 
 #[derive(Subcommand)]
 pub enum Command {
-    /// Compile a file of items into one memory-mapped file
+    /// Compile a file of items into one file
     Build(Build),
     /// Print what a catalog holds
     Inspect(Inspect),
@@ -37,7 +39,7 @@ pub enum Command {
 #[command(after_help = "\
 Items are JSON lines, {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\", \"tags\": [\"new\"]}, or, where the
 name ends in .json, the field's index: {\"17\": [\"<a_3>\", \"<b_250>\", \"<c_7>\"], ...}. Several items may share
-a semantic ID. An item with \"available\": false may stand in histories and is never recommended.
+a semantic ID: they come by \"weight\", the largest first, then by name. An item with \"available\": false may stand in histories and is never recommended.
 
 Example:
   sidereal catalog build --items items.index.json --output items.sidereal")]
@@ -45,7 +47,8 @@ pub struct Build {
     /// File of items
     #[arg(long, value_name = "FILE")]
     items: PathBuf,
-    /// Where the catalog goes; an existing one is replaced at once
+    /// Where the catalog goes; one that is there is replaced by rename. Do so too: mv, never cp, over
+    /// a catalog that is in use
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
     /// How far a feed had been applied to the items, as source/partition@offset; may be repeated. Changes
@@ -98,7 +101,7 @@ pub struct Changes {
 
 #[derive(Args)]
 #[command(after_help = "\
-The embeddings are a safetensors file with one matrix, a row an item. The codebooks come out as
+The embeddings are a safetensors file or NumPy's .npy with one matrix, a row an item. The codebooks come out as
 codebooks.0, codebooks.1 and so on. Equal seeds give equal codebooks.
 
 Example:
@@ -139,6 +142,9 @@ pub struct Assign {
     /// Names of the items, one a line; by default their row's number
     #[arg(long, value_name = "FILE")]
     names: Option<PathBuf>,
+    /// Titles of the items, one a line
+    #[arg(long, value_name = "FILE")]
+    titles: Option<PathBuf>,
     /// Codebooks of a residual quantiser
     #[arg(long, value_name = "FILE")]
     codebooks: PathBuf,
@@ -244,21 +250,6 @@ fn apply(writer: &CatalogWriter, changes: &[Change], mark: Option<&Watermark>) -
     outcome.map(|()| without_effect)
 }
 
-/// The one matrix of a safetensors file, with its number of columns.
-fn matrix(path: &Path) -> Result<(Vec<f32>, usize)> {
-    let mut weights = Weights::open_file(path)?;
-    let shapes = weights.shapes();
-    let [(name, shape)] = &shapes[..] else {
-        let reason = format!("holds {} tensors, one is expected: the embeddings", shapes.len());
-        return Err(Error::ModelConfig { path: path.to_path_buf(), reason });
-    };
-    let [_, columns] = shape[..] else {
-        let reason = format!("{name:?} is {shape:?}, not [items, numbers]");
-        return Err(Error::ModelConfig { path: path.to_path_buf(), reason });
-    };
-    Ok((weights.take(name, shape)?.to_vec(), columns))
-}
-
 fn fit(arguments: &Fit) -> Result<()> {
     refuse_same_file("--output", Some(&arguments.output), &arguments.embeddings)?;
     let (embeddings, dim) = matrix(&arguments.embeddings)?;
@@ -275,7 +266,10 @@ fn fit(arguments: &Fit) -> Result<()> {
         errors[level] = error;
         spinner.set_message(format!("level {level}, round {round}: mean squared error {error:.4}"));
     })?;
-    quantizer.save(&arguments.output)?;
+    let failed = write_error(Some(&arguments.output));
+    let mut output = OutputFile::create(&arguments.output).map_err(&failed)?;
+    output.write_all(&quantizer.to_bytes()?).map_err(&failed)?;
+    output.finish().map_err(&failed)?;
     spinner.finish_and_clear();
     let errors: Vec<String> = errors.iter().map(|error| format!("{error:.4}")).collect();
     say(&format!(
@@ -287,8 +281,24 @@ fn fit(arguments: &Fit) -> Result<()> {
     Ok(())
 }
 
+/// The lines of a file, each a name or a title.
+fn read_lines(path: &Path) -> Result<Vec<String>> {
+    let io = |error| Error::io(path, error);
+    let mut lines = Lines::new(File::open(path).map_err(io)?);
+    let mut names = Vec::new();
+    while let Some(line) = lines.next().map_err(io)? {
+        names.push(line.text().map(str::to_string).map_err(|reason| Error::ItemsFile {
+            path: path.to_path_buf(),
+            place: format!("line {}", names.len() + 1),
+            reason,
+        })?);
+    }
+    Ok(names)
+}
+
 fn assign(arguments: &Assign) -> Result<()> {
-    for input in [Some(&arguments.embeddings), arguments.names.as_ref()].into_iter().flatten() {
+    let inputs = [Some(&arguments.embeddings), arguments.names.as_ref(), arguments.titles.as_ref()];
+    for input in inputs.into_iter().flatten() {
         refuse_same_file("--output", Some(&arguments.output), input)?;
     }
     let quantizer = Quantizer::open(&arguments.codebooks)?;
@@ -298,18 +308,21 @@ fn assign(arguments: &Assign) -> Result<()> {
         return Err(Error::InvalidOption { option: "--embeddings", reason });
     }
     let num_items = embeddings.len() / dim;
-    let names: Vec<String> = match &arguments.names {
-        None => (0..num_items).map(|item| item.to_string()).collect(),
-        Some(path) => {
-            let text = std::fs::read_to_string(path);
-            let text = text.map_err(write_error(Some(path)))?;
-            text.lines().map(str::to_string).collect()
+    let lines = |option: &'static str, path: &PathBuf| {
+        let lines = read_lines(path)?;
+        match lines.len() == num_items {
+            true => Ok(lines),
+            false => {
+                let reason = format!("has {} lines for {num_items} embeddings", lines.len());
+                Err(Error::InvalidOption { option, reason })
+            }
         }
     };
-    if names.len() != num_items {
-        let reason = format!("has {} lines for {num_items} embeddings", names.len());
-        return Err(Error::InvalidOption { option: "--names", reason });
-    }
+    let names = match &arguments.names {
+        None => (0..num_items).map(|item| item.to_string()).collect(),
+        Some(path) => lines("--names", path)?,
+    };
+    let titles = arguments.titles.as_ref().map(|path| lines("--titles", path)).transpose()?;
     let collision = match arguments.collisions {
         CollisionName::Share => Collision::Share,
         CollisionName::Append => Collision::Append,
@@ -317,12 +330,15 @@ fn assign(arguments: &Assign) -> Result<()> {
     let spinner = spinner("assigning");
     let sids = quantizer.sids(&embeddings, collision)?;
     let failed = write_error(Some(&arguments.output));
-    let mut output = BufWriter::new(File::create(&arguments.output).map_err(&failed)?);
-    for (name, sid) in names.iter().zip(&sids) {
-        let line = serde_json::json!({"item": name, "sid": sid.codes()});
+    let mut output = OutputFile::create(&arguments.output).map_err(&failed)?;
+    for (row, (name, sid)) in names.iter().zip(&sids).enumerate() {
+        let mut line = serde_json::json!({"item": name, "sid": sid.codes()});
+        if let Some(titles) = &titles {
+            line["title"] = titles[row].clone().into();
+        }
         writeln!(output, "{line}").map_err(&failed)?;
     }
-    output.flush().map_err(&failed)?;
+    output.finish().map_err(&failed)?;
     spinner.finish_and_clear();
     let distinct = sids.iter().collect::<std::collections::HashSet<_>>().len();
     let output = arguments.output.display();
@@ -367,6 +383,9 @@ fn build(arguments: &Build) -> Result<()> {
     let levels = snapshot.num_levels();
     let output = arguments.output.display();
     say(&format!("{output}: {items} items, {sids} semantic IDs of {levels} levels"));
+    if let Some(warning) = catalog.warning() {
+        say(&format!("warning: {warning}"));
+    }
     Ok(())
 }
 

@@ -3,20 +3,18 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
-use plotters::prelude::*;
 use serde::Serialize;
 use sidereal::{Answer, Error, Handle, Input, Recommender, Request, Result};
 
-use super::measure::cpu_time;
+use super::plot::plot;
+use super::tally::{HistoryReport, LatencyReport, LoadReport, Since, Tally};
 
 /// Load that arrives over time.
 #[derive(Args)]
@@ -177,127 +175,11 @@ impl<'a> Source<'a> {
     }
 }
 
-/// What became of the requests of one load.
-#[derive(Serialize, Default)]
-pub struct LoadReport {
-    /// Requests that arrived a second; none where callers wait for their answers.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub offered_per_second: Option<f64>,
-    pub answered_per_second: f64,
-    pub answered: usize,
-    /// Refused because too many waited.
-    pub refused: usize,
-    /// Not answered before their deadline.
-    pub late: usize,
-    /// Of those answered.
-    pub latency_ms: LatencyReport,
-    /// Tokens of contexts that were there from earlier requests, as a share of all.
-    pub cached_tokens_share: f64,
-    pub gflop_per_request: f64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cpu_ms_per_request: Option<f64>,
-    pub seconds: f64,
-}
-
-#[derive(Serialize, Default)]
-pub struct LatencyReport {
-    pub p50: f64,
-    pub p90: f64,
-    pub p95: f64,
-    pub p99: f64,
-    pub p999: f64,
-    pub max: f64,
-}
-
-/// Collects outcomes.
-struct Tally {
-    latencies_us: Histogram<u64>,
-    refused: usize,
-    late: usize,
-    tokens: usize,
-    cached_tokens: usize,
-    failure: Option<Error>,
-}
-
-impl Tally {
-    fn new() -> Tally {
-        Tally {
-            latencies_us: Histogram::new(3).expect("three digits are few"),
-            refused: 0,
-            late: 0,
-            tokens: 0,
-            cached_tokens: 0,
-            failure: None,
-        }
-    }
-
-    fn note(&mut self, answer: Result<Answer>, latency: Duration) {
-        match answer {
-            Ok(answer) => {
-                self.latencies_us
-                    .record(latency.as_micros() as u64)
-                    .expect("a histogram that grows has room");
-                self.tokens += answer.tokens;
-                self.cached_tokens += answer.cached_tokens;
-            }
-            Err(Error::Overloaded { .. }) => self.refused += 1,
-            Err(Error::DeadlineExceeded { .. }) => self.late += 1,
-            Err(error) => {
-                self.failure.get_or_insert(error);
-            }
-        }
-    }
-}
-
-/// What is counted from a moment on.
-struct Since {
-    start: Instant,
-    cpu: Option<Duration>,
-    flops: u64,
-}
-
-impl Since {
-    fn now(recommender: &Recommender) -> Result<Since> {
-        let flops = recommender.status()?.matrix_flops;
-        Ok(Since { start: Instant::now(), cpu: cpu_time(), flops })
-    }
-
-    fn report(
-        &self,
-        recommender: &Recommender,
-        offered: Option<f64>,
-        tally: Tally,
-    ) -> Result<LoadReport> {
-        if let Some(failure) = tally.failure {
-            return Err(failure);
-        }
-        let seconds = self.start.elapsed().as_secs_f64();
-        let end = Since::now(recommender)?;
-        let answered = tally.latencies_us.len() as usize;
-        let each = answered.max(1) as f64;
-        let ms = |quantile: f64| tally.latencies_us.value_at_quantile(quantile) as f64 / 1e3;
-        Ok(LoadReport {
-            offered_per_second: offered,
-            answered_per_second: answered as f64 / seconds,
-            answered,
-            refused: tally.refused,
-            late: tally.late,
-            latency_ms: LatencyReport {
-                p50: ms(0.5),
-                p90: ms(0.9),
-                p95: ms(0.95),
-                p99: ms(0.99),
-                p999: ms(0.999),
-                max: tally.latencies_us.max() as f64 / 1e3,
-            },
-            cached_tokens_share: tally.cached_tokens as f64 / tally.tokens.max(1) as f64,
-            gflop_per_request: (end.flops - self.flops) as f64 / each / 1e9,
-            cpu_ms_per_request: end
-                .cpu
-                .zip(self.cpu)
-                .map(|(end, start)| (end - start).as_secs_f64() * 1e3 / each),
-            seconds,
-        })
+/// Items of a request's history.
+fn num_items(request: &Request) -> usize {
+    match &request.input {
+        Input::History(items) => items.len(),
+        _ => 0,
     }
 }
 
@@ -316,16 +198,21 @@ struct Sent {
     start: Instant,
     handle: Handle,
     stamp: Arc<Stamp>,
+    num_items: usize,
 }
 
 impl Sent {
     /// The answer, where it is there already.
-    fn new(mut handle: Handle, start: Instant) -> ControlFlow<Result<Answer>, Sent> {
+    fn new(
+        mut handle: Handle,
+        start: Instant,
+        num_items: usize,
+    ) -> ControlFlow<Result<Answer>, Sent> {
         let stamp = Arc::new(Stamp::default());
         let waker = Waker::from(Arc::clone(&stamp));
         match Pin::new(&mut handle).poll(&mut Context::from_waker(&waker)) {
             Poll::Ready(answer) => ControlFlow::Break(answer),
-            Poll::Pending => ControlFlow::Continue(Sent { start, handle, stamp }),
+            Poll::Pending => ControlFlow::Continue(Sent { start, handle, stamp, num_items }),
         }
     }
 
@@ -350,8 +237,9 @@ fn open_loop(
         let collector = scope.spawn(move || {
             let mut tally = Tally::new();
             for sent in receiver {
+                let num_items = sent.num_items;
                 let (answer, latency) = sent.wait();
-                tally.note(answer, latency);
+                tally.note(answer, latency, num_items);
             }
             tally
         });
@@ -363,24 +251,24 @@ fn open_loop(
             std::thread::sleep(arrival.saturating_duration_since(Instant::now()));
             bar.set_position(before + (due * 1e3) as u64);
             // Whoever sends late has waited since the request was due.
-            match recommender.submit(request).map(|handle| Sent::new(handle, arrival)) {
+            let num_items = num_items(&request);
+            let sent = recommender.submit(request);
+            match sent.map(|handle| Sent::new(handle, arrival, num_items)) {
                 Ok(ControlFlow::Continue(sent)) => {
                     sender.send(sent).expect("the collector outlives the loop");
                 }
-                Ok(ControlFlow::Break(answer)) => own.note(answer, arrival.elapsed()),
-                Err(error) => own.note(Err(error), Duration::ZERO),
+                Ok(ControlFlow::Break(answer)) => own.note(answer, arrival.elapsed(), num_items),
+                Err(error) => own.note(Err(error), Duration::ZERO, num_items),
             }
             due -= (1.0 - source.rng.f64()).ln() / rate;
         }
         drop(sender);
         let mut tally = collector.join().expect("the collector reports errors");
-        tally.latencies_us.add(&own.latencies_us).expect("histograms of one kind");
-        tally.refused += own.refused;
-        tally.late += own.late;
-        tally.failure = tally.failure.or(own.failure);
+        tally.add(own);
         tally
     });
-    since.report(recommender, Some(rate), collected)
+    let is_mixed = source.arguments.mixed_history.len() > 1;
+    since.report(recommender, Some(rate), collected, is_mixed)
 }
 
 /// So many callers, each of whom sends its next request when it has its answer, until as many as
@@ -405,23 +293,23 @@ pub fn closed_loop(
                 loop {
                     let next = drawn.lock().expect("no holder panics").pop_front();
                     let Some(request) = next else { return };
-                    let start = Instant::now();
+                    let (start, num_items) = (Instant::now(), num_items(&request));
                     let answer = recommender.submit(request).and_then(Handle::wait);
                     let latency = start.elapsed();
-                    if sender.send((answer, latency)).is_err() {
+                    if sender.send((answer, latency, num_items)).is_err() {
                         return;
                     }
                 }
             });
         }
         drop(sender);
-        for (answer, latency) in receiver {
+        for (answer, latency, num_items) in receiver {
             each(latency);
             bar.inc(1);
-            tally.note(answer, latency);
+            tally.note(answer, latency, num_items);
         }
     });
-    since.report(recommender, None, tally)
+    since.report(recommender, None, tally, source.arguments.mixed_history.len() > 1)
 }
 
 /// Loads that arrive by themselves, one after the other.
@@ -504,6 +392,14 @@ impl OpenReport {
                 load.cached_tokens_share * 100.0,
                 load.gflop_per_request,
             ));
+            for HistoryReport { items, answered, latency_ms } in &load.by_history {
+                let LatencyReport { p50, p95, p99, max, .. } = latency_ms;
+                lines.push(format!(
+                    "{:>9}  {answered:10}  {:>15}  {p50:7.2}  {p95:7.2}  {p99:7.2}  {max:7.2}",
+                    "",
+                    format!("of {items} items"),
+                ));
+            }
         }
         if let Some(capacity) = self.capacity_per_second {
             lines.push(format!(
@@ -515,49 +411,6 @@ impl OpenReport {
         }
         lines.join("\n")
     }
-}
-
-/// Latency against load, on a logarithmic scale.
-fn plot(path: &Path, loads: &[LoadReport]) -> Result<()> {
-    let failed = |reason: String| Error::OutputFile { path: path.to_path_buf(), reason };
-    let area = SVGBackend::new(path, (800, 500)).into_drawing_area();
-    let draw = || -> std::result::Result<(), Box<dyn std::error::Error>> {
-        area.fill(&WHITE)?;
-        let most_load =
-            loads.iter().filter_map(|load| load.offered_per_second).fold(1.0, f64::max) * 1.05;
-        let most = loads.iter().map(|load| load.latency_ms.p99).fold(1.0, f64::max) * 1.3;
-        let least =
-            loads.iter().map(|load| load.latency_ms.p50).fold(most, f64::min).max(1e-3) / 1.3;
-        let mut chart = ChartBuilder::on(&area)
-            .margin(16)
-            .caption("Latency against load", ("sans-serif", 20))
-            .x_label_area_size(40)
-            .y_label_area_size(60)
-            .build_cartesian_2d(0.0..most_load, (least..most).log_scale())?;
-        chart
-            .configure_mesh()
-            .x_desc("requests a second that arrive")
-            .y_desc("milliseconds")
-            .draw()?;
-        type Quantile = fn(&LatencyReport) -> f64;
-        let quantiles: [(&str, RGBColor, Quantile); 3] = [
-            ("p50", BLUE, |latency| latency.p50),
-            ("p95", GREEN, |latency| latency.p95),
-            ("p99", RED, |latency| latency.p99),
-        ];
-        for (name, color, quantile) in quantiles {
-            let points = loads.iter().filter_map(|load| {
-                Some((load.offered_per_second?, quantile(&load.latency_ms).max(least)))
-            });
-            chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?.label(name).legend(
-                move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2)),
-            );
-        }
-        chart.configure_series_labels().border_style(BLACK).background_style(WHITE).draw()?;
-        area.present()?;
-        Ok(())
-    };
-    draw().map_err(|error| failed(error.to_string()))
 }
 
 #[cfg(test)]

@@ -12,13 +12,18 @@ mod bench;
 mod catalog;
 mod check;
 mod device;
+mod embeddings;
 mod evaluate;
+mod inspect;
 mod load;
 mod measure;
+mod output;
+mod plot;
 mod recommend;
 mod requests;
 mod selftest;
 mod shapes;
+mod tally;
 
 /// Exact recommendations from generative models: semantic IDs under a catalog's trie.
 #[derive(Parser)]
@@ -55,6 +60,8 @@ Examples:
     Catalog(catalog::Command),
     /// Compute recall and NDCG over requests whose next item is known
     Evaluate(evaluate::Arguments),
+    /// Show what is understood of a model folder, and write its sidereal.json
+    Inspect(inspect::Arguments),
     /// Measure latency, throughput and where the time goes
     Bench(bench::Arguments),
     /// Check a device against the CPU, operation by operation, and measure it
@@ -68,6 +75,7 @@ pub fn run() -> ExitCode {
         Command::Rank(arguments) => recommend::run_rank(&arguments),
         Command::Catalog(command) => catalog::run(&command),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
+        Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Selftest(arguments) => selftest::run(&arguments),
     };

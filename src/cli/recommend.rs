@@ -1,6 +1,5 @@
 //! `sidereal recommend`: histories in, items out.
 
-use std::fs::File;
 use std::io::{BufWriter, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
@@ -14,6 +13,7 @@ use super::arguments::{
     LeniencyArguments, ModelArguments, NormalizationName, Outcome, SearchArguments,
     refuse_same_file, write_error,
 };
+use super::output::create_stream;
 use super::requests::{Answered, Requests, answer_file};
 
 #[derive(Args)]
@@ -127,7 +127,7 @@ fn answer(
     let output = arguments.output.as_deref();
     let failed = write_error(output);
     let mut writer: Box<dyn Write> = match output {
-        Some(path) => Box::new(BufWriter::new(File::create(path).map_err(&failed)?)),
+        Some(path) => Box::new(BufWriter::new(create_stream(path).map_err(&failed)?)),
         None => Box::new(BufWriter::new(std::io::stdout())),
     };
     let is_seen = output.is_none() && std::io::stdout().is_terminal();

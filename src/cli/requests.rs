@@ -1,19 +1,21 @@
 //! Files of requests: read in stretches, answered on all cores, given back in order.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Deserialize;
+use serde_json::Value;
+use sidereal::lines::{Line, Lines, MAX_LINE_BYTES};
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{Answer, Error, Recommender, Request, Result};
 
 /// Lines that are held at a time.
 const LINES_PER_STRETCH: usize = 4096;
-
-/// What some editors put in front of a file.
-const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+/// Bytes of lines from which on no more are held: a stretch ends with the line that reaches them.
+const BYTES_PER_STRETCH: usize = MAX_LINE_BYTES;
 
 /// One line of a requests file with its answer.
 pub struct Answered {
@@ -21,7 +23,7 @@ pub struct Answered {
     pub line_number: usize,
     pub line: Option<RequestLine>,
     /// As the line has it, also where the line is malformed otherwise.
-    pub id: serde_json::Value,
+    pub id: Value,
     pub answer: Result<Answer>,
 }
 
@@ -62,22 +64,24 @@ pub fn answer_file(
     let Requests { path, input, bytes } = requests;
     let path = path.as_path();
     let progress = progress_bar(bytes, "requests");
-    let mut lines = BufReader::new(progress.wrap_read(input)).split(b'\n').enumerate();
+    let mut lines = Lines::new(progress.wrap_read(input));
+    let mut line_number = 0;
     loop {
-        let mut stretch = Vec::new();
-        for (index, line) in lines.by_ref() {
-            let mut line = line.map_err(io_error(path))?;
-            if index == 0 && line.starts_with(BYTE_ORDER_MARK) {
-                line.drain(..BYTE_ORDER_MARK.len());
+        let (mut stretch, mut bytes) = (Vec::new(), 0);
+        while stretch.len() < LINES_PER_STRETCH && bytes < BYTES_PER_STRETCH {
+            let Some(line) = lines.next().map_err(io_error(path))? else { break };
+            line_number += 1;
+            if line.is_blank() {
+                continue;
             }
-            if !line.iter().all(u8::is_ascii_whitespace) {
-                let mut parsed = parse(index + 1, &line, defaults);
-                parsed.request = parsed.request.and_then(&check);
-                stretch.push(parsed);
-            }
-            if stretch.len() == LINES_PER_STRETCH {
-                break;
-            }
+            let mut parsed = parse(line_number, line, defaults);
+            parsed.request = parsed.request.and_then(&check);
+            stretch.push(parsed);
+            // The end of a line that is too long may never come: it is answered first.
+            bytes += match line {
+                Line::Whole(line) => line.len(),
+                Line::TooLong => BYTES_PER_STRETCH,
+            };
         }
         if stretch.is_empty() {
             break;
@@ -90,17 +94,23 @@ pub fn answer_file(
     Ok(())
 }
 
+/// The one field that is asked for where the rest of a line is malformed.
+#[derive(Deserialize)]
+struct Identified {
+    #[serde(default)]
+    id: Value,
+}
+
 struct Parsed {
     line_number: usize,
     line: Option<RequestLine>,
-    id: serde_json::Value,
+    id: Value,
     request: Result<Request>,
 }
 
-fn parse(line_number: usize, bytes: &[u8], defaults: &RequestDefaults) -> Parsed {
-    let parsed = std::str::from_utf8(bytes)
-        .map_err(|error| Error::MalformedRequest { reason: error.to_string() })
-        .and_then(RequestLine::parse);
+fn parse(line_number: usize, line: Line<'_>, defaults: &RequestDefaults) -> Parsed {
+    let text = line.text().map_err(|reason| Error::MalformedRequest { reason });
+    let parsed = text.and_then(RequestLine::parse);
     match parsed {
         Ok(line) => Parsed {
             line_number,
@@ -109,9 +119,9 @@ fn parse(line_number: usize, bytes: &[u8], defaults: &RequestDefaults) -> Parsed
             line: Some(line),
         },
         Err(error) => {
-            let value = serde_json::from_slice::<serde_json::Value>(bytes).unwrap_or_default();
-            let id = value.get("id").cloned().unwrap_or_default();
-            Parsed { line_number, line: None, id, request: Err(error) }
+            let bytes = if let Line::Whole(bytes) = line { bytes } else { &[] };
+            let found = serde_json::from_slice(bytes).unwrap_or(Identified { id: Value::Null });
+            Parsed { line_number, line: None, id: found.id, request: Err(error) }
         }
     }
 }

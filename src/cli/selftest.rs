@@ -16,7 +16,7 @@ use sidereal::catalog::{CatalogBuilder, Item, Snapshot};
 use sidereal::device::WithBackend;
 use sidereal::{Dtype, Engine, Recommendation, Request, Result, Tensor};
 
-use super::arguments::{ModelArguments, Outcome, write_error};
+use super::arguments::{MAP_CATALOG_ABOVE_MIB, ModelArguments, Outcome, write_error};
 use super::device::DeviceArguments;
 use super::measure::matrix_gflops;
 
@@ -153,8 +153,10 @@ fn open_model<B: Backend>(arguments: &Arguments, backend: B) -> Result<Engine<B>
     let options = arguments.device.engine_options();
     let open = |folder: &Path| {
         let model = ModelArguments {
+            base: None,
             model: folder.to_path_buf(),
             catalog: arguments.catalog.clone(),
+            map_catalog_above: MAP_CATALOG_ABOVE_MIB,
             device: arguments.device.clone(),
         };
         let spinner = super::requests::spinner("opening the model");

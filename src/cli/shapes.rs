@@ -84,7 +84,7 @@ impl Shape {
         };
         let layout = SidLayout {
             levels: (0..num_levels as u32).map(level).collect(),
-            prompt: Prompt { prefix: vec![1], ..Prompt::default() },
+            prompt: Prompt::new(vec![1], Vec::new(), Vec::new()),
             forced: None,
             suffix: Vec::new(),
             vocabulary: Vocabulary::default(),

@@ -44,11 +44,14 @@ pub(super) fn num_decode_rows<B: Backend>(backend: &B, running: &Running<B::Slot
 }
 
 /// Splits a step into groups with about as many rows each, one a worker, where that pays.
-pub(super) fn split(scheduled: &[Scheduled], num_workers: usize) -> Vec<Vec<&Scheduled>> {
+pub(super) fn split<'a>(
+    scheduled: &[&'a Scheduled],
+    num_workers: usize,
+) -> Vec<Vec<&'a Scheduled>> {
     let rows: usize = scheduled.iter().map(|scheduled| scheduled.num_rows).sum();
     let count = num_workers.min(rows / ROWS_PER_SUB_BATCH).min(scheduled.len()).max(1);
     let mut groups: Vec<(usize, Vec<&Scheduled>)> = vec![(0, Vec::new()); count];
-    let mut largest_first: Vec<&Scheduled> = scheduled.iter().collect();
+    let mut largest_first = scheduled.to_vec();
     largest_first.sort_by_key(|scheduled| std::cmp::Reverse(scheduled.num_rows));
     for scheduled in largest_first {
         let least = groups.iter_mut().min_by_key(|(rows, _)| *rows);
@@ -182,7 +185,7 @@ impl<B: Backend> Clone for Pass<'_, B> {
 
 impl<B: Backend> Copy for Pass<'_, B> {}
 
-fn timed(clock: &AtomicU64, work: impl FnOnce()) {
+pub(super) fn timed(clock: &AtomicU64, work: impl FnOnce()) {
     let start = Instant::now();
     work();
     clock.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);

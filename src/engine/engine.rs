@@ -1,5 +1,6 @@
 //! The engine: opening, asking, stepping.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -13,7 +14,7 @@ use super::options::EngineOptions;
 use super::prepare::{self, Prepared, Preparer};
 use super::program::Program;
 use super::scheduler::{Scheduler, SchedulerSpec};
-use super::status::{EngineStatus, PhaseClocks, Phases};
+use super::status::{EngineStatus, PhaseClocks, Phases, Unobserved};
 use super::weights::{Loader, ReplaceWeights};
 use crate::answer::Answer;
 use crate::backend::Backend;
@@ -23,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{Metrics, MetricsSnapshot};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
-use crate::models::{self, Model, ModelSpec};
+use crate::models::{self, Checkpoint, ForwardPass, Model, ModelSpec};
 use crate::pages;
 use crate::request::{Input, MAX_BEAMS, Request};
 use crate::schedule::{Limits, RequestId};
@@ -52,8 +53,12 @@ pub struct Engine<B: Backend = CpuBackend> {
     pub(super) weights_version: u64,
     pub(super) memory: B::Memory,
     pub(super) scheduler: Scheduler<B::Slot>,
+    pub(super) scheduler_spec: SchedulerSpec,
     /// One for each sub-batch of a step.
     pub(super) workspaces: Vec<Workspace<B>>,
+    /// By request: the passes that read prompts in pieces, with what they hold meanwhile.
+    pub(super) encodings: HashMap<RequestId, Box<dyn ForwardPass<B>>>,
+    pub(super) unobserved: Unobserved,
     /// All threads together.
     pub(super) pool: Arc<ThreadPool>,
     /// One thread each, for a sub-batch of a step; empty where there is but one thread or the
@@ -89,15 +94,16 @@ impl<B: Backend> Engine<B> {
         options: &EngineOptions,
     ) -> Result<Engine<B>> {
         options.check()?;
-        let config = Config::read(&folder.join("config.json"))?;
-        let layout = SidLayout::read(folder, models::vocab_size(&config)?)?;
-        Engine::from_parts(backend, &config, Weights::open(folder)?, layout, catalog, options)
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, None)?;
+        let vocab_size = models::vocab_size(&config)?;
+        let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
+        Engine::from_parts(backend, &config, weights, layout, catalog, options)
     }
 
-    /// Opens a network from its parts, wherever they come from.
+    /// Opens a network from its parts, wherever they come from, and tries it on a small request.
     ///
     /// # Errors
-    /// Those of [`Engine::open`]; [`Error::Device`].
+    /// Those of [`Engine::open`]; [`Error::NonFiniteModel`]; [`Error::Device`].
     pub fn from_parts(
         backend: B,
         config: &Config,
@@ -124,7 +130,7 @@ impl<B: Backend> Engine<B> {
         let memory = options.memory(&*backend, &spec, max_context, num_steps)?;
         let workers = workers::<B>(pool.current_num_threads(), spec.num_weights)?;
         let metrics = Arc::new(Metrics::default());
-        let scheduler = SchedulerSpec {
+        let scheduler_spec = SchedulerSpec {
             limits: Limits {
                 beam_rows: options.rows_per_step,
                 prompt_tokens: options.tokens_per_step,
@@ -133,7 +139,7 @@ impl<B: Backend> Engine<B> {
             context_pages: memory.context_pages,
             tail_pages: memory.tail_pages,
             has_cache: options.prefix_cache,
-            is_prompt_whole: spec.prompt.is_whole(),
+            prompt: spec.prompt,
         };
         let mut engine = Engine {
             codes: Codes::new(&layout),
@@ -156,10 +162,13 @@ impl<B: Backend> Engine<B> {
             loader: Arc::new(loader),
             model,
             weights_version: 1,
-            scheduler: Scheduler::new(&scheduler, metrics),
+            scheduler: Scheduler::new(&scheduler_spec, metrics),
+            scheduler_spec,
             workspaces: Vec::new(),
             pool,
             workers,
+            encodings: HashMap::new(),
+            unobserved: Unobserved::default(),
             phases: PhaseClocks::default(),
             process: std::process::id(),
             is_stepping: false,
@@ -169,6 +178,8 @@ impl<B: Backend> Engine<B> {
         if !B::COMPUTES_ON_CALLERS {
             engine.warm_up(options)?;
         }
+        engine.probe()?;
+        engine.preparer.last_id.store(0, Ordering::Relaxed); // the first caller's request is 1
         Ok(engine)
     }
 
@@ -180,17 +191,12 @@ impl<B: Backend> Engine<B> {
         let mut request = Request::from_tokens(vec![0; most]);
         request.beams = options.rows_per_step.min(options.max_beam_rows).min(MAX_BEAMS);
         request.top_k = 1;
-        let failure = match self.recommend(&request) {
+        match self.recommend_apart(&request) {
             Err(error @ Error::Device { .. }) => Err(error),
-            // Options that allow no request are no failure of the device; nor are random weights,
-            // or weights that make no sense.
+            // Options that allow no request are no failure of the device; nor are weights that
+            // make no sense.
             _ => Ok(()),
-        };
-        let metrics = Arc::new(Metrics::default());
-        self.scheduler.forget(Arc::clone(&metrics));
-        Arc::get_mut(&mut self.preparer).expect("nobody else has it yet").metrics = metrics;
-        self.phases = PhaseClocks::default();
-        failure
+        }
     }
 
     /// Checks requests for this engine, on any thread, while it steps.
@@ -308,9 +314,17 @@ impl<B: Backend> Engine<B> {
     /// # Errors
     /// [`Error::EngineFailed`], [`Error::Forked`].
     pub fn step(&mut self) -> Result<()> {
+        self.refuse();
         self.compute()?;
         self.deliver();
         Ok(())
+    }
+
+    /// Ends the requests that cannot be answered in time, of which callers are not told yet. Whether
+    /// there are any.
+    pub(crate) fn refuse(&mut self) -> bool {
+        self.scheduler.expire(self.preparer.now_us());
+        self.scheduler.has_ended()
     }
 
     /// One step, of which callers are not told yet.
@@ -336,11 +350,12 @@ impl<B: Backend> Engine<B> {
     /// weights, which the answers from now on carry. Requests that run are finished with the
     /// weights that they began with; contexts that were kept are dropped.
     ///
-    /// The network is laid out anew beside the old one: it takes as much memory again meanwhile.
+    /// The network is laid out anew beside the old one: it takes as much memory again meanwhile. It
+    /// is then tried on a small request, and taken if that gives finite scores.
     ///
     /// # Errors
-    /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
-    /// [`Error::Unsupported`] where the weights are random. The old weights stay then.
+    /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`],
+    /// [`Error::NonFiniteModel`], [`Error::FileChanged`]; [`Error::Unsupported`] where the weights are random. The old weights stay then.
     pub fn replace_weights(
         &mut self,
         tensors: impl IntoIterator<Item = (String, Tensor)>,
@@ -359,9 +374,10 @@ impl<B: Backend> Engine<B> {
         Arc::clone(&self.loader) as Arc<dyn ReplaceWeights>
     }
 
-    /// Finishes the requests that run, and takes the network that was loaded.
+    /// Finishes the requests that run, and takes the network that was loaded if it gives scores.
     ///
     /// # Errors
+    /// [`Error::NonFiniteModel`], [`Error::Device`]: the old network stays;
     /// [`Error::EngineFailed`], [`Error::Forked`].
     pub(crate) fn install_weights(&mut self) -> Result<u64> {
         self.ready()?;
@@ -369,9 +385,14 @@ impl<B: Backend> Engine<B> {
         self.finish_running();
         self.is_stepping = false;
         if let Some(model) = self.loader.take() {
-            self.model = model;
+            let before = std::mem::replace(&mut self.model, model);
             self.workspaces.clear(); // their passes hold the old weights
-            self.scheduler.clear_cache();
+            self.encodings.clear();
+            if let Err(error) = self.probe() {
+                self.model = before;
+                self.workspaces.clear();
+                return Err(error);
+            }
             self.weights_version += 1;
         }
         Ok(self.weights_version)

@@ -15,7 +15,7 @@ use tracing::Span;
 use super::lookup::{Known, allowed_sets};
 use super::program::{Output, Program, Search, Stage};
 use crate::answer::{UnknownByField, UnknownNames};
-use crate::backend::{NO_TOKEN, SearchRule};
+use crate::backend::SearchRule;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
 use crate::catalog::{Catalog, Snapshot};
@@ -24,11 +24,11 @@ use crate::metrics::Metrics;
 use crate::models::PromptKind;
 use crate::models::config::SidLayout;
 use crate::pages;
+use crate::prompt::{Rendered, Source};
 use crate::request::{
-    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid, UnknownItems,
-    per_sid_below_one,
+    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid, per_sid_below_one,
 };
-use crate::schedule::{Micros, Needs, RequestId, Waiting};
+use crate::schedule::{Demand, Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
 
 /// Groups that one request may ask for.
@@ -74,7 +74,7 @@ impl Prepared {
     }
 
     /// The request as the scheduler's pure functions see it.
-    pub(super) fn waiting(&self) -> Waiting {
+    pub(super) fn waiting(&self, demand: Demand) -> Waiting {
         let deadline = |within| self.arrived_us.saturating_add(micros(within));
         Waiting {
             id: self.id,
@@ -82,12 +82,19 @@ impl Prepared {
             arrived_us: self.arrived_us,
             deadline_us: self.request.deadline.map(deadline),
             needs: self.needs,
+            demand,
+            is_accepted: false,
         }
     }
 
-    pub(super) fn deadline_exceeded(&self) -> Error {
+    /// The error of a request that is late; `retry_after_us` where it would not be if it came so
+    /// much later.
+    pub(super) fn deadline_exceeded(&self, retry_after_us: Option<Micros>) -> Error {
         let deadline = self.request.deadline.unwrap_or_default();
-        Error::DeadlineExceeded { deadline_ms: deadline.as_millis() as u64 }
+        Error::DeadlineExceeded {
+            deadline_ms: deadline.as_millis() as u64,
+            retry_after_ms: retry_after_us.map(|us| us.div_ceil(1000)),
+        }
     }
 
     /// Items of one semantic ID that an answer lists at most.
@@ -198,7 +205,7 @@ impl Preparer {
     }
 
     fn check(&self, arrival: Arrival, request: Request, span: Span) -> Result<Prepared> {
-        let snapshot = self.catalog.snapshot();
+        let snapshot = self.catalog.checked_snapshot()?;
         check_snapshot(&request, &snapshot)?;
         let mut unknown_items = UnknownByField::default();
         let candidates = self.candidates(&request, &snapshot, &mut unknown_items)?;
@@ -211,10 +218,10 @@ impl Preparer {
             LongHistory::Error => usize::MAX,
             LongHistory::Cut => self.room_for_input(&stages),
         };
-        let read_input = self.read_input(&request.input, request.unknown_items, &snapshot, room)?;
-        unknown_items.history = read_input.unknown;
+        let input = self.read_input(&request, &snapshot, room)?;
+        unknown_items.history = input.unknown;
         let allowed_sets = allowed_sets(&request, &snapshot, has_search, &mut unknown_items)?;
-        stages.insert(0, Stage::Read(read_input.tokens));
+        stages.insert(0, Stage::Read(input.tokens));
         let program = Program::new(stages, self.prompt);
         let needs = self.needs(&program)?;
         if request.constraint == Constraint::Occurring {
@@ -223,7 +230,7 @@ impl Preparer {
         self.metrics.items_unknown(&unknown_items);
         Ok(Prepared {
             id: arrival.id,
-            skipped_items: read_input.num_cut,
+            skipped_items: input.num_cut,
             unknown_items,
             request,
             snapshot,
@@ -449,22 +456,28 @@ impl Preparer {
     /// # Errors
     /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
-        let snapshot = self.catalog.snapshot();
-        Ok(self.read_input(input, UnknownItems::Skip, &snapshot, usize::MAX)?.tokens)
+        let request = Request::new(input.clone());
+        let snapshot = self.catalog.checked_snapshot()?;
+        Ok(self.read_input(&request, &snapshot, usize::MAX)?.tokens)
+    }
+
+    /// Whether a request's text takes time on the thread that prepares it.
+    pub fn reads_text(&self, request: &Request) -> bool {
+        match &request.input {
+            Input::Text(_) | Input::Messages(_) => true,
+            Input::History(_) => self.layout.prompt.reads_text(),
+            Input::Tokens(_) => false,
+        }
     }
 
     /// The tokens of an input; of a history that takes more than `room`, those of its newest items.
-    fn read_input(
-        &self,
-        input: &Input,
-        unknown_items: UnknownItems,
-        snapshot: &Snapshot,
-        room: usize,
-    ) -> Result<ReadInput> {
-        let read = match input {
-            Input::History(items) => self.read_history(items, unknown_items, snapshot, room)?,
-            Input::Tokens(tokens) => {
-                ReadInput { tokens: tokens.clone(), num_cut: 0, unknown: UnknownNames::default() }
+    fn read_input(&self, request: &Request, snapshot: &Snapshot, room: usize) -> Result<ReadInput> {
+        let as_given = |tokens| ReadInput { tokens, num_cut: 0, unknown: UnknownNames::default() };
+        let read = match &request.input {
+            Input::History(items) => self.read_history(items, request, snapshot, room)?,
+            Input::Tokens(tokens) => as_given(tokens.clone()),
+            Input::Text(_) | Input::Messages(_) => {
+                as_given(self.layout.prompt.text_tokens(request)?.unwrap_or_default())
             }
         };
         self.check_tokens(&read.tokens)?;
@@ -474,44 +487,19 @@ impl Preparer {
     fn read_history(
         &self,
         names: &[String],
-        unknown_items: UnknownItems,
+        request: &Request,
         snapshot: &Snapshot,
         room: usize,
     ) -> Result<ReadInput> {
         // Cut first, so that an item that is not read anyway can fail nothing.
-        let max_items = self.layout.prompt.max_items.unwrap_or(usize::MAX);
-        let mut num_cut = names.len().saturating_sub(max_items);
-        let Known { items, unknown } = Known::required(&names[num_cut..], snapshot, unknown_items)?;
-        let mut items = &items[..];
-        let mut tokens = self.history_tokens(items, snapshot);
-        while tokens.len() > room && items.len() > 1 {
-            let share = items.len() * (tokens.len() - room) / tokens.len();
-            let num_oldest = share.clamp(1, items.len() - 1);
-            items = &items[num_oldest..];
-            num_cut += num_oldest;
-            tokens = self.history_tokens(items, snapshot);
-        }
-        Ok(ReadInput { tokens, num_cut, unknown })
-    }
-
-    fn history_tokens(&self, items: &[u32], snapshot: &Snapshot) -> Vec<u32> {
-        // A user without a history is asked for with what stands around every history.
         let prompt = &self.layout.prompt;
-        let mut tokens = prompt.prefix.clone();
-        for (position, &item) in items.iter().enumerate() {
-            if position > 0 {
-                tokens.extend_from_slice(&prompt.separator);
-            }
-            let sid = snapshot.sid(item);
-            let levels = self.layout.levels.iter().zip(sid.codes());
-            // A code without a token, which the catalog refuses, would be out of the vocabulary.
-            let token = |(tokens, &code): (&Vec<u32>, &u16)| {
-                tokens.get(usize::from(code)).copied().unwrap_or(NO_TOKEN)
-            };
-            tokens.extend(levels.map(token));
-        }
-        tokens.extend_from_slice(&prompt.suffix);
-        tokens
+        let num_cut = names.len().saturating_sub(prompt.max_items.unwrap_or(usize::MAX));
+        let Known { items, unknown } =
+            Known::required(&names[num_cut..], snapshot, request.unknown_items)?;
+        // A user without a history is asked for with what stands around every history.
+        let source = Source { items: &items, snapshot, levels: &self.layout.levels, request };
+        let Rendered { tokens, num_items } = prompt.render(&source, room)?;
+        Ok(ReadInput { tokens, num_cut: num_cut + items.len() - num_items, unknown })
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {

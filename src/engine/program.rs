@@ -268,7 +268,7 @@ impl SlotProgram {
 mod tests {
     use super::*;
 
-    const WHOLE: PromptKind = PromptKind::Whole { start_token: 0 };
+    const WHOLE: PromptKind = PromptKind::Whole { start_token: 0, num_layers: 2 };
 
     fn read(len: u32) -> Stage {
         Stage::Read((0..len).collect())

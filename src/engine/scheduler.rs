@@ -12,11 +12,15 @@ use super::answer::Reply;
 use super::prepare::Prepared;
 use super::status::EngineStatus;
 use crate::answer::{Answer, Timings};
+use crate::cost::{Estimate, Pace, Work};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
+use crate::models::PromptKind;
 use crate::pages::{self, Page, Pool};
-use crate::prefix_cache::{CacheStats, Found, PrefixCache};
-use crate::schedule::{self, Limits, Micros, Reading, RequestId, Room, RunTime, Waiting};
+use crate::prefix_cache::{CacheStats, Found, Pin, PrefixCache};
+use crate::schedule::{
+    self, Active, Demand, Limits, Micros, Reading, Refusal, RequestId, Room, Waiting,
+};
 
 /// How a scheduler is made.
 pub(super) struct SchedulerSpec {
@@ -24,24 +28,41 @@ pub(super) struct SchedulerSpec {
     pub context_pages: usize,
     pub tail_pages: usize,
     pub has_cache: bool,
-    /// Whether a prompt is read as a whole, by an encoder, and cached as a whole.
-    pub is_prompt_whole: bool,
+    /// How prompts are read. A prompt that an encoder reads is cached as a whole.
+    pub prompt: PromptKind,
 }
 
 /// The requests of an engine, and the memory that they share.
 pub(super) struct Scheduler<S> {
     limits: Limits,
-    is_prompt_whole: bool,
+    prompt: PromptKind,
     context_pages: Pool,
     tail_pages: Pool,
     cache: Option<PrefixCache>,
-    waiting: Vec<(Waiting, Prepared, Reply)>,
+    waiting: Vec<Entry>,
     /// In the order of their admission.
     running: Vec<Running<S>>,
     /// Requests that ended, whose callers are not told yet.
     ended: Vec<(Reply, Result<Answer>)>,
-    run_time: RunTime,
+    estimate: Estimate,
     metrics: Arc<Metrics>,
+}
+
+/// A request that waits.
+struct Entry {
+    waiting: Waiting,
+    prepared: Prepared,
+    reply: Reply,
+    /// What the cache has of its prompt.
+    pin: Pin,
+    promise: Option<Promise>,
+}
+
+/// When a request with a deadline was found in time, and when it was expected to end.
+#[derive(Clone, Copy)]
+struct Promise {
+    made_us: Micros,
+    end_us: Micros,
 }
 
 /// A request that was admitted. Its pages are free when it is dropped.
@@ -55,8 +76,12 @@ pub(super) struct Running<S> {
     pub slots: Vec<Option<S>>,
     /// Tokens of the context that are there.
     num_read: usize,
+    /// Pieces that an encoder has read of a prompt that it reads in several steps.
+    pieces_read: usize,
+    /// Steps that were taken after the one that read the last of the prompt, with that one.
+    steps_taken: usize,
     pub cached_tokens: usize,
-    admitted_us: Micros,
+    promise: Option<Promise>,
     /// When the last step ended that the request had a part in.
     stepped_us: Micros,
     timings: Timings,
@@ -66,6 +91,15 @@ impl<S> Running<S> {
     /// Prompt tokens that are not read yet.
     pub fn num_unread(&self) -> usize {
         self.prepared.tokens().len() - self.num_read
+    }
+
+    /// What is left to do.
+    fn active(&self) -> Active {
+        let unread = self.num_unread();
+        Active {
+            demand: demand(&self.prepared, unread, self.steps_taken),
+            deadline_us: self.deadline_us,
+        }
     }
 
     pub fn is_late(&self, now_us: Micros) -> bool {
@@ -85,28 +119,45 @@ pub(super) struct Scheduled {
     pub request: usize,
     /// Prompt tokens that are read.
     pub chunk: Range<usize>,
+    /// Pieces of the chunk that an encoder reads, where the step does not read all of it.
+    pub pieces: Option<Range<usize>>,
+    /// Rows that go through the network, as many as would take so long.
     pub num_rows: usize,
+}
+
+/// What a request has to do, with so many tokens of its prompt to read and so many steps taken.
+fn demand(prepared: &Prepared, unread: usize, steps_taken: usize) -> Demand {
+    // The step that reads the last of a prompt is the first of its search.
+    let steps = prepared.program.max_steps() - usize::from(unread > 0);
+    Demand { unread, steps: steps.saturating_sub(steps_taken), beam_rows: prepared.needs.beam_rows }
 }
 
 impl<S> Scheduler<S> {
     pub fn new(spec: &SchedulerSpec, metrics: Arc<Metrics>) -> Scheduler<S> {
         Scheduler {
             limits: spec.limits,
-            is_prompt_whole: spec.is_prompt_whole,
+            prompt: spec.prompt,
             context_pages: Pool::new(spec.context_pages),
             tail_pages: Pool::new(spec.tail_pages),
             cache: spec.has_cache.then(PrefixCache::default),
             waiting: Vec::new(),
             running: Vec::new(),
             ended: Vec::new(),
-            run_time: RunTime::default(),
+            estimate: Estimate::default(),
             metrics,
         }
     }
 
     /// Takes in a request, which waits until there is room for it.
     pub fn enqueue(&mut self, prepared: Prepared, reply: Reply) {
-        self.waiting.push((prepared.waiting(), prepared, reply));
+        let (tokens, user) = (prepared.tokens(), prepared.request.user.as_deref());
+        let pin = match &mut self.cache {
+            None => Pin::default(),
+            Some(cache) if self.prompt.is_whole() => cache.pin_whole(tokens),
+            Some(cache) => cache.pin_prefix(tokens, user),
+        };
+        let waiting = prepared.waiting(demand(&prepared, tokens.len() - pin.tokens, 0));
+        self.waiting.push(Entry { waiting, prepared, reply, pin, promise: None });
     }
 
     /// Whether nothing waits and nothing runs.
@@ -126,7 +177,7 @@ impl<S> Scheduler<S> {
 
     /// Ends a request that waits or runs; what it held is free at once.
     pub fn cancel(&mut self, id: RequestId) {
-        self.end_if(|own, _| (own == id).then_some(Error::Cancelled));
+        self.end_if(|own, _| (own.id == id).then_some(Error::Cancelled));
     }
 
     /// Ends all requests.
@@ -134,20 +185,83 @@ impl<S> Scheduler<S> {
         self.end_if(|_, _| Some(error()));
     }
 
-    /// Ends those whose deadline went by, or would.
+    /// Ends those whose deadlines went by, and those that wait and would miss them.
     pub fn expire(&mut self, now_us: Micros) {
-        let (run_time, is_busy) = (self.run_time, !self.running.is_empty());
-        let waiting = self.waiting.extract_if(.., |(waiting, _, _)| {
-            schedule::is_hopeless(waiting, &run_time, is_busy, now_us)
-        });
-        let waiting = waiting.map(|(_, prepared, reply)| (prepared, reply));
-        let running = self.running.extract_if(.., |running| running.is_late(now_us));
-        let late = waiting.chain(running.map(|Running { prepared, reply, .. }| (prepared, reply)));
-        self.ended.extend(late.map(|(prepared, reply)| {
-            let error = prepared.deadline_exceeded();
-            prepared.span.in_scope(|| self.metrics.request_failed(&error));
-            (reply, Err(error))
-        }));
+        let mut at = 0;
+        while let Some(running) = self.running.get(at) {
+            match running.is_late(now_us) {
+                true => {
+                    let late = self.running.remove(at);
+                    self.note_end(late.promise, now_us);
+                    let error = late.prepared.deadline_exceeded(None);
+                    self.fail(late.prepared, late.reply, error);
+                }
+                false => at += 1,
+            }
+        }
+        if self.waiting.iter().all(|entry| entry.waiting.deadline_us.is_none()) {
+            return;
+        }
+        let waiting: Vec<Waiting> = self.waiting.iter().map(|entry| entry.waiting).collect();
+        let forecasts =
+            schedule::judge(&waiting, &self.active(), &self.estimate, &self.limits, now_us);
+        let mut at = 0;
+        for forecast in forecasts {
+            let entry = &mut self.waiting[at];
+            if entry.waiting.deadline_us.is_some() && !entry.waiting.is_accepted {
+                let is_refused = matches!(forecast.refusal, Some(Refusal::Overloaded { .. }));
+                self.estimate.note_judged(is_refused);
+            }
+            let Some(refusal) = forecast.refusal else {
+                entry.waiting.is_accepted = true;
+                let promise = Promise { made_us: now_us, end_us: forecast.end_us };
+                if entry.waiting.deadline_us.is_some() {
+                    entry.promise.get_or_insert(promise);
+                }
+                at += 1;
+                continue;
+            };
+            let Entry { prepared, reply, promise, .. } = self.take_waiting(at);
+            self.note_end(promise, now_us);
+            let retry_after_us = match refusal {
+                Refusal::TooLate => None,
+                Refusal::Overloaded { late_us } => Some(late_us),
+            };
+            self.metrics.request_forecast_late(retry_after_us.is_some());
+            let error = prepared.deadline_exceeded(retry_after_us);
+            self.fail(prepared, reply, error);
+        }
+    }
+
+    /// What runs, as the scheduler's pure functions see it.
+    fn active(&self) -> Vec<Active> {
+        self.running.iter().map(Running::active).collect()
+    }
+
+    /// Learns from a request that ended what promises are worth.
+    fn note_end(&mut self, promise: Option<Promise>, now_us: Micros) {
+        if let Some(Promise { made_us, end_us }) = promise {
+            self.estimate.note_request(end_us.saturating_sub(made_us), now_us - made_us);
+        }
+    }
+
+    /// Takes out a request that waits; the cache need not keep its context any more.
+    fn take_waiting(&mut self, at: usize) -> Entry {
+        let mut entry = self.waiting.remove(at);
+        self.unpin(std::mem::take(&mut entry.pin));
+        entry
+    }
+
+    fn unpin(&mut self, pin: Pin) {
+        if let Some(cache) = &mut self.cache {
+            cache.unpin(pin);
+        }
+    }
+
+    /// Ends a request that was taken out with an error.
+    fn fail(&mut self, prepared: Prepared, reply: Reply, error: Error) {
+        prepared.span.in_scope(|| self.metrics.request_failed(&error));
+        self.ended.push((reply, Err(error)));
     }
 
     /// Tells all that runs of a step that went wrong, and forgets the KV that steps have kept.
@@ -157,33 +271,38 @@ impl<S> Scheduler<S> {
         self.clear_cache();
     }
 
-    /// Ends the requests for which there is an error; `error` gets the ID and whether it runs.
-    fn end_if(&mut self, error: impl Fn(RequestId, bool) -> Option<Error>) {
-        let metrics = &self.metrics;
-        let mut end = |prepared: Prepared, reply, error| {
-            prepared.span.in_scope(|| metrics.request_failed(&error));
-            self.ended.push((reply, Err(error)));
-        };
+    /// Ends the requests that run on a catalog whose file was written to.
+    pub fn end_changed(&mut self) {
+        self.end_if(|own, is_running| is_running.then(|| own.snapshot.check_file().err())?);
+    }
+
+    /// Ends the requests for which there is an error; `error` gets the request and whether it runs.
+    fn end_if(&mut self, error: impl Fn(&Prepared, bool) -> Option<Error>) {
         let mut at = 0;
-        while let Some((waiting, _, _)) = self.waiting.get(at) {
-            match error(waiting.id, false) {
+        while let Some(entry) = self.waiting.get(at) {
+            match error(&entry.prepared, false) {
                 Some(error) => {
-                    let (_, prepared, reply) = self.waiting.remove(at);
-                    end(prepared, reply, error);
+                    let Entry { prepared, reply, .. } = self.take_waiting(at);
+                    self.fail(prepared, reply, error);
                 }
                 None => at += 1,
             }
         }
         at = 0;
         while let Some(running) = self.running.get(at) {
-            match error(running.prepared.id, true) {
+            match error(&running.prepared, true) {
                 Some(error) => {
                     let Running { prepared, reply, .. } = self.running.remove(at);
-                    end(prepared, reply, error);
+                    self.fail(prepared, reply, error);
                 }
                 None => at += 1,
             }
         }
+    }
+
+    /// Whether requests ended whose callers are not told yet.
+    pub fn has_ended(&self) -> bool {
+        !self.ended.is_empty()
     }
 
     /// Requests that ended since the last call, for their callers to be told.
@@ -196,11 +315,9 @@ impl<S> Scheduler<S> {
         self.cache.iter_mut().for_each(PrefixCache::clear);
     }
 
-    /// Forgets what was computed and measured, and counts in `metrics` from now on.
-    pub fn forget(&mut self, metrics: Arc<Metrics>) {
-        self.metrics = metrics;
-        self.cache = self.cache.as_ref().map(|_| PrefixCache::default());
-        self.run_time = RunTime::default();
+    /// Where it counts.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// Admits the requests for which there is room. `open` opens a slot of a request's program (by
@@ -213,18 +330,21 @@ impl<S> Scheduler<S> {
         if self.waiting.is_empty() {
             return;
         }
-        let waiting: Vec<Waiting> = self.waiting.iter().map(|(waiting, ..)| *waiting).collect();
-        let rows = self.running.iter().map(|running| running.prepared.needs.beam_rows).sum();
+        let waiting: Vec<Waiting> = self.waiting.iter().map(|entry| entry.waiting).collect();
         let room = Room {
             context_pages: self.free_context_pages(),
             tail_pages: self.tail_pages.num_free(),
         };
-        for id in schedule::admit(&waiting, rows, room, &self.limits, now_us) {
-            let at = self.waiting.iter().position(|(waiting, ..)| waiting.id == id);
-            let (waiting, prepared, reply) = self.waiting.remove(at.expect("one that waits"));
+        let (running, limits) = (self.active(), self.limits);
+        let admitted = schedule::admit(&waiting, &running, room, &self.estimate, &limits, now_us);
+        for id in admitted {
+            let at = self.waiting.iter().position(|entry| entry.waiting.id == id);
+            let entry = self.take_waiting(at.expect("one that waits"));
+            let Entry { waiting, prepared, reply, promise, .. } = entry;
             let found = self.lease_context(&prepared);
             let num_tokens = prepared.tokens().len();
             prepared.span.in_scope(|| self.metrics.request_admitted(num_tokens, found.tokens));
+            self.estimate.note_admitted(demand(&prepared, num_tokens - found.tokens, 0).alone());
             let tails = self.tail_pages.take(prepared.needs.tail_pages);
             let tails = tails.expect("admitted with room");
             let mut rest = &tails[..];
@@ -239,8 +359,10 @@ impl<S> Scheduler<S> {
                 context: found.pages,
                 tails,
                 num_read: found.tokens,
+                pieces_read: 0,
+                steps_taken: 0,
                 cached_tokens: found.tokens,
-                admitted_us: now_us,
+                promise,
                 stepped_us: now_us,
                 timings: Timings {
                     queued_us: now_us.saturating_sub(prepared.arrived_us),
@@ -254,45 +376,84 @@ impl<S> Scheduler<S> {
 
     /// What each request does in the next step. `num_rows` says how many rows one has in decode.
     pub fn schedule(&self, num_rows: impl Fn(&Running<S>) -> usize) -> Vec<Scheduled> {
-        let reading = self.running.iter().filter(|running| running.num_unread() > 0);
-        let reading: Vec<Reading> = reading
-            .map(|running| Reading {
-                left: running.num_unread(),
-                is_divisible: !self.is_prompt_whole,
-            })
-            .collect();
-        let mut tokens = schedule::share_tokens(&reading, &self.limits).into_iter();
+        let pace = self.estimate.pace();
+        let unread = self.running.iter().filter(|running| running.num_unread() > 0);
+        let reading: Vec<Reading> = unread.map(|running| self.reading(running, pace)).collect();
+        let is_shared = reading.len() < self.running.len();
+        let tokens = schedule::share_tokens(&reading, is_shared, pace, &self.limits);
+        let mut tokens = tokens.into_iter();
         let scheduled = |(request, running): (usize, &Running<S>)| match running.num_unread() {
             0 => {
                 let chunk = running.num_read..running.num_read;
-                Some(Scheduled { request, chunk, num_rows: num_rows(running) })
+                Some(Scheduled { request, chunk, pieces: None, num_rows: num_rows(running) })
             }
             _ => {
                 let num_rows = tokens.next().expect("tokens for each prompt");
-                let chunk = running.num_read..running.num_read + num_rows;
-                (num_rows > 0).then_some(Scheduled { request, chunk, num_rows })
+                (num_rows > 0).then(|| self.chunk(request, running, num_rows))
             }
         };
         self.running.iter().enumerate().filter_map(scheduled).collect()
     }
 
+    /// What is left of a prompt, in tokens. Those of a prompt that is read in pieces are counted as
+    /// if each piece read some to their end. An encoder reads a prompt in pieces if it is long.
+    fn reading(&self, running: &Running<S>, pace: Pace) -> Reading {
+        let (left, pieces_read) = (running.num_unread(), running.pieces_read);
+        if !self.prompt.is_whole() {
+            return Reading { left, grain: 1 };
+        }
+        if pieces_read == 0 && left <= pace.short {
+            return Reading { left, grain: left };
+        }
+        let grain = left.div_ceil(self.prompt.num_pieces(left));
+        Reading { left: left.saturating_sub(grain * pieces_read).max(1), grain }
+    }
+
+    /// The next `num_rows` tokens of a prompt, or as many pieces as they are worth.
+    fn chunk(&self, request: usize, running: &Running<S>, num_rows: usize) -> Scheduled {
+        let (len, first) = (running.prepared.tokens().len(), running.num_read);
+        let is_all = running.pieces_read == 0 && num_rows == running.num_unread();
+        if !self.prompt.is_whole() || is_all {
+            return Scheduled { request, chunk: first..first + num_rows, pieces: None, num_rows };
+        }
+        let num_pieces = self.prompt.num_pieces(len);
+        let from = running.pieces_read;
+        let to = (from + num_rows.div_ceil(len.div_ceil(num_pieces))).min(num_pieces);
+        Scheduled { request, chunk: 0..len, pieces: Some(from..to), num_rows }
+    }
+
     /// Takes note of a step that was done: prompts are read so far, whole contexts are kept for
     /// requests to come.
     pub fn complete(&mut self, scheduled: &[Scheduled], now_us: Micros) {
-        for Scheduled { request, chunk, .. } in scheduled {
+        for Scheduled { request, chunk, pieces, .. } in scheduled {
             let running = &mut self.running[*request];
             let step_us = now_us.saturating_sub(running.stepped_us);
             running.stepped_us = now_us;
             if chunk.is_empty() {
                 running.timings.levels_us.push(step_us);
+                running.steps_taken += 1;
                 continue;
             }
             running.timings.prefill_us += step_us;
+            if let Some(pieces) = pieces {
+                running.pieces_read = pieces.end;
+                if pieces.end < self.prompt.num_pieces(chunk.end) {
+                    continue;
+                }
+            }
             running.num_read = chunk.end;
             if running.num_unread() == 0 {
+                // The search takes its first step with the end of its prompt, but not with a piece.
+                running.steps_taken = usize::from(pieces.is_none());
                 self.keep_context(*request);
             }
         }
+    }
+
+    /// Learns how long steps take.
+    pub fn observe(&mut self, work: Work, took_us: Micros) {
+        self.metrics.work(self.estimate.cost.predict_us(work), took_us);
+        self.estimate.cost.observe(work, took_us);
     }
 
     /// Takes out the requests that have taken all their steps.
@@ -302,7 +463,7 @@ impl<S> Scheduler<S> {
 
     /// Ends a request that was taken out with its answer.
     pub fn end(&mut self, finished: Running<S>, answer: Result<Answer>, now_us: Micros) {
-        self.run_time.note(now_us.saturating_sub(finished.admitted_us));
+        self.note_end(finished.promise, now_us);
         self.ended.push((finished.reply, answer));
     }
 
@@ -317,6 +478,12 @@ impl<S> Scheduler<S> {
             tail_pages: self.tail_pages.num_pages(),
             free_tail_pages: self.tail_pages.num_free(),
             cache: self.cache.as_ref().map_or(CacheStats::default(), PrefixCache::stats),
+            backlog_us: schedule::drain_us(
+                self.waiting.iter().map(|entry| entry.waiting.demand),
+                &self.active(),
+                &self.estimate.cost,
+                &self.limits,
+            ),
         }
     }
 
@@ -337,7 +504,7 @@ impl<S> Scheduler<S> {
     /// Pages for contexts that are free, or that the cache would give back if they are wanted.
     fn free_context_pages(&self) -> usize {
         let wanted: usize =
-            self.waiting.iter().map(|(waiting, ..)| waiting.needs.context_pages).sum();
+            self.waiting.iter().map(|entry| entry.waiting.needs.context_pages).sum();
         let free = self.context_pages.num_free();
         match &self.cache {
             Some(cache) if free < wanted => free + cache.num_unshared(),
@@ -349,13 +516,18 @@ impl<S> Scheduler<S> {
     fn lease_context(&mut self, prepared: &Prepared) -> Found {
         let mut found = match &mut self.cache {
             None => Found::default(),
-            Some(cache) if self.is_prompt_whole => cache.match_whole(prepared.tokens()),
+            Some(cache) if self.prompt.is_whole() => cache.match_whole(prepared.tokens()),
             Some(cache) => cache.match_prefix(prepared.tokens(), prepared.request.user.as_deref()),
         };
         let rest = prepared.needs.context_pages - found.pages.len();
         while self.context_pages.num_free() < rest {
-            let evicted = self.cache.as_mut().is_some_and(PrefixCache::evict);
-            assert!(evicted, "what is admitted has room");
+            if self.cache.as_mut().is_some_and(PrefixCache::evict) {
+                continue;
+            }
+            // The last that came give their contexts up, where nothing else is left.
+            let pinned = self.waiting.iter_mut().rev().find(|entry| entry.pin.tokens > 0);
+            let pin = pinned.map(|entry| std::mem::take(&mut entry.pin));
+            self.unpin(pin.expect("what is admitted has room"));
         }
         found.pages.extend(self.context_pages.take(rest).expect("as many are free"));
         found
@@ -367,7 +539,7 @@ impl<S> Scheduler<S> {
         let context = &context[..pages::context_pages(prepared.tokens().len())];
         match &mut self.cache {
             None => {}
-            Some(cache) if self.is_prompt_whole => cache.insert_whole(prepared.tokens(), context),
+            Some(cache) if self.prompt.is_whole() => cache.insert_whole(prepared.tokens(), context),
             Some(cache) => {
                 let user = prepared.request.user.as_deref();
                 cache.insert_prefix(prepared.tokens(), context, user);
@@ -389,141 +561,6 @@ fn check_pages(what: &str, pool: &Pool, held: HashSet<u32>) -> std::result::Resu
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::AtomicU64;
-    use std::sync::mpsc::{Receiver, channel};
-    use std::time::Instant;
-
-    use super::super::prepare::{Arrival, Preparer};
-    use super::*;
-    use crate::catalog::sid::Sid;
-    use crate::catalog::{CatalogBuilder, Item};
-    use crate::models::PromptKind;
-    use crate::models::config::{Prompt, SidLayout};
-    use crate::models::vocabulary::Vocabulary;
-    use crate::request::Request;
-    use crate::search::Normalization;
-
-    const SPEC: SchedulerSpec = SchedulerSpec {
-        limits: Limits { beam_rows: 8, prompt_tokens: 100, ageing_us: 1000 },
-        context_pages: 4,
-        tail_pages: 6,
-        has_cache: true,
-        is_prompt_whole: false,
-    };
-
-    fn preparer() -> Preparer {
-        let mut builder = CatalogBuilder::default();
-        builder.add(Item::new("a", Sid::new(&[0, 1]).expect("two levels"))).expect("an item");
-        Preparer {
-            catalog: Arc::new(builder.build().expect("a catalog")),
-            layout: SidLayout {
-                levels: vec![vec![1, 2], vec![3, 4]],
-                prompt: Prompt::default(),
-                forced: None,
-                suffix: Vec::new(),
-                vocabulary: Vocabulary::default(),
-                normalization: Normalization::Vocabulary,
-            },
-            vocab_size: 5,
-            prompt: PromptKind::Chunked,
-            max_positions: None,
-            max_steps: 10,
-            max_context: 1000,
-            forced_len: 0,
-            context_pages: SPEC.context_pages,
-            tail_pages: SPEC.tail_pages,
-            opened: Instant::now(),
-            last_id: AtomicU64::new(0),
-            metrics: Arc::default(),
-        }
-    }
-
-    type Told = Receiver<Result<Answer>>;
-
-    /// A request of two steps, and where it is told.
-    fn enqueue(scheduler: &mut Scheduler<usize>, id: u64, tokens: u32, deadline_us: u64) -> Told {
-        let tokens: Vec<u32> = (0..tokens).map(|n| (n + id as u32) % 5).collect();
-        let mut request = Request::from_tokens(tokens);
-        request.beams = 4;
-        request.deadline = Some(std::time::Duration::from_micros(deadline_us));
-        let arrival = Arrival { id, arrived_us: 0 };
-        let prepared = preparer().prepare_at(arrival, request).expect("a sound request");
-        let (sender, told) = channel();
-        scheduler.enqueue(prepared, Reply::new(move |answer| drop(sender.send(answer))));
-        told
-    }
-
-    fn ids(scheduler: &Scheduler<usize>) -> Vec<u64> {
-        scheduler.running().iter().map(|running| running.prepared.id).collect()
-    }
-
-    #[test]
-    fn requests_run_when_there_is_room_and_give_their_pages_back() {
-        let mut scheduler: Scheduler<usize> = Scheduler::new(&SPEC, Arc::default());
-        let told: Vec<Told> = (1..5).map(|id| enqueue(&mut scheduler, id, 128, u64::MAX)).collect();
-        scheduler.admit(5, |_, _, context, tails| context.len() + tails.len());
-        // Two pages of context and three of tails each: two requests have room.
-        assert_eq!(ids(&scheduler), [1, 2]);
-        assert_eq!(scheduler.running()[0].slots, [Some(5)]);
-        scheduler.check_integrity().expect("all pages");
-
-        // Prompts share the tokens of a step in order of admission.
-        let scheduled = scheduler.schedule(|_| 1);
-        let chunks: Vec<_> = scheduled.iter().map(|scheduled| scheduled.chunk.clone()).collect();
-        assert_eq!((chunks.len(), chunks[0].clone()), (1, 0..100));
-        scheduler.complete(&scheduled, 10);
-        let scheduled = scheduler.schedule(|_| 1);
-        let chunks: Vec<_> = scheduled.iter().map(|scheduled| scheduled.chunk.clone()).collect();
-        assert_eq!(chunks, [100..128, 0..72]);
-        scheduler.complete(&scheduled, 17);
-        let scheduled = scheduler.schedule(|_| 3);
-        assert_eq!((scheduled[0].chunk.len(), scheduled[0].num_rows), (0, 3));
-        scheduler.complete(&scheduled, 20);
-
-        let mut finished = scheduler.take_finished(|running| running.prepared.id == 1);
-        let mut first = finished.remove(0);
-        let timings = first.timings(21);
-        assert_eq!((timings.queued_us, timings.prefill_us), (5, 12));
-        assert_eq!((timings.levels_us, timings.total_us), (vec![3], 21));
-        scheduler.end(first, Err(Error::EmptyInput), 21);
-        scheduler.cancel(2);
-        for (reply, answer) in scheduler.take_ended() {
-            reply.send(answer);
-        }
-        assert!(matches!(told[0].try_recv(), Ok(Err(Error::EmptyInput))));
-        assert!(matches!(told[1].try_recv(), Ok(Err(Error::Cancelled))));
-        scheduler.check_integrity().expect("all pages");
-
-        // The first context is cached, and evicted for those that wait.
-        assert!(scheduler.status().cached_context_pages > 0);
-        scheduler.admit(22, |_, _, _, _| 0);
-        assert_eq!(ids(&scheduler), [3, 4]);
-        scheduler.check_integrity().expect("all pages");
-        scheduler.end_all(|| Error::ShuttingDown);
-        assert!(scheduler.is_idle());
-        drop(scheduler);
-        assert!(told[2].try_recv().expect("it is told").is_err());
-    }
-
-    #[test]
-    fn a_deadline_that_goes_by_ends_a_request_that_waits_or_runs() {
-        let mut scheduler: Scheduler<usize> = Scheduler::new(&SPEC, Arc::default());
-        let runs = enqueue(&mut scheduler, 1, 10, 50);
-        scheduler.admit(0, |_, _, _, _| 0);
-        let waits = enqueue(&mut scheduler, 2, 10, 40);
-        scheduler.expire(39);
-        assert!(scheduler.take_ended().is_empty());
-        scheduler.expire(40);
-        assert_eq!((ids(&scheduler), scheduler.status().waiting), (vec![1], 0));
-        scheduler.expire(50);
-        assert!(scheduler.is_idle());
-        for (reply, answer) in scheduler.take_ended() {
-            reply.send(answer);
-        }
-        for told in [runs, waits] {
-            assert!(matches!(told.try_recv(), Ok(Err(Error::DeadlineExceeded { .. }))));
-        }
-        scheduler.check_integrity().expect("all pages");
-    }
-}
+mod simulation;
+#[cfg(test)]
+mod tests;

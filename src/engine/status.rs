@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use crate::catalog::Catalog;
+use crate::cost::{Micros, Work};
 use crate::metrics::{Gauges, PageCounts};
 use crate::prefix_cache::CacheStats;
 
@@ -23,6 +24,14 @@ pub(super) struct PhaseClocks {
     pub prefill: AtomicU64,
     pub decode: AtomicU64,
     pub search: AtomicU64,
+}
+
+/// Work whose time is not known yet: on a device the host runs ahead of it.
+#[derive(Default)]
+pub(super) struct Unobserved {
+    pub work: Work,
+    /// When it began.
+    pub since_us: Micros,
 }
 
 /// What an engine holds at a moment.
@@ -46,6 +55,8 @@ pub struct EngineStatus {
     pub free_tail_pages: usize,
     /// Hits and misses of the prefix cache.
     pub cache: CacheStats,
+    /// How long all that waits and runs will take, as predicted, in microseconds.
+    pub backlog_us: u64,
 }
 
 impl EngineStatus {
@@ -62,6 +73,8 @@ impl EngineStatus {
                 tail_free: self.free_tail_pages as u64,
                 tail_running: (self.tail_pages - self.free_tail_pages) as u64,
             },
+            backlog_us: self.backlog_us,
+            evicted_pages: self.cache.evicted_pages,
             catalog_snapshot: catalog.snapshot().number(),
             weights_version,
         }

@@ -3,17 +3,17 @@
 use super::batch::{self, SubBatch};
 use super::engine::Engine;
 use super::scheduler::{Running, Scheduled};
+use super::status::Unobserved;
 use crate::answer::Answer;
 use crate::backend::{Backend, SlotSpec};
+use crate::cost::Work;
 use crate::error::Error;
 use crate::pages::Page;
 
 impl<B: Backend> Engine<B> {
     /// One step. Callers are told afterwards, by [`deliver`](Engine::deliver).
     pub(super) fn advance(&mut self) {
-        let now_us = self.preparer.now_us();
-        self.scheduler.expire(now_us);
-        self.admit(now_us);
+        self.admit(self.preparer.now_us());
         self.step_running();
     }
 
@@ -40,26 +40,51 @@ impl<B: Backend> Engine<B> {
     }
 
     fn step_running(&mut self) {
+        self.scheduler.end_changed();
         let backend = &self.backend;
         let scheduled =
             self.scheduler.schedule(|running| batch::num_decode_rows(&**backend, running));
         if scheduled.is_empty() {
             return;
         }
-        let rows = scheduled.iter().map(|scheduled| scheduled.num_rows).sum();
-        let prompt_tokens = scheduled.iter().map(|scheduled| scheduled.chunk.len()).sum();
+        let rows: usize = scheduled.iter().map(|scheduled| scheduled.num_rows).sum();
+        let is_prompt = |scheduled: &&Scheduled| !scheduled.chunk.is_empty();
+        let prompts = scheduled.iter().filter(is_prompt);
+        let prompt_tokens: usize = prompts.map(|scheduled| scheduled.num_rows).sum();
         let _span = tracing::debug_span!(target: "sidereal", "step", rows, prompt_tokens).entered();
         let began_us = self.preparer.now_us();
         let mut sub_batches = self.sub_batches(&scheduled);
         self.run_sub_batches(&mut sub_batches);
-        self.complete(&scheduled, sub_batches);
+        self.encode_pieces(&scheduled);
+        let has_answered = self.complete(&scheduled, sub_batches);
         let took_us = self.preparer.now_us().saturating_sub(began_us);
-        self.preparer.metrics().step(rows, prompt_tokens, took_us);
+        self.scheduler.metrics().step(rows, prompt_tokens, took_us);
+        let beam_rows = rows - prompt_tokens;
+        self.observe(Work { steps: 1, prompt_tokens, beam_rows }, began_us, has_answered);
+    }
+
+    /// Lets the scheduler learn how long work takes. On a device that is known when it was waited
+    /// for, to read an answer.
+    fn observe(&mut self, work: Work, began_us: u64, has_answered: bool) {
+        let unobserved = &mut self.unobserved;
+        if unobserved.work == Work::default() {
+            unobserved.since_us = began_us;
+        }
+        unobserved.work += work;
+        if B::COMPUTES_ON_CALLERS || has_answered {
+            let Unobserved { work, since_us } = std::mem::take(unobserved);
+            self.scheduler.observe(work, self.preparer.now_us().saturating_sub(since_us));
+        }
     }
 
     fn sub_batches(&mut self, scheduled: &[Scheduled]) -> Vec<SubBatch<B>> {
         let has_encoder = self.spec.prompt.is_whole();
-        let groups = batch::split(scheduled, self.workers.len());
+        let whole: Vec<&Scheduled> =
+            scheduled.iter().filter(|scheduled| scheduled.pieces.is_none()).collect();
+        if whole.is_empty() {
+            return Vec::new();
+        }
+        let groups = batch::split(&whole, self.workers.len());
         let sub_batch = |group: Vec<&Scheduled>| {
             SubBatch::new(&*self.backend, &mut self.scheduler, &group, has_encoder)
         };
@@ -67,7 +92,8 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Takes note of what was done, and answers the requests that have taken all their steps.
-    fn complete(&mut self, scheduled: &[Scheduled], sub_batches: Vec<SubBatch<B>>) {
+    /// Whether there were any.
+    fn complete(&mut self, scheduled: &[Scheduled], sub_batches: Vec<SubBatch<B>>) -> bool {
         for sub_batch in sub_batches {
             sub_batch.return_slots(&mut self.scheduler);
         }
@@ -77,12 +103,14 @@ impl<B: Backend> Engine<B> {
         };
         self.scheduler.complete(scheduled, self.preparer.now_us());
         let finished = self.scheduler.take_finished(is_finished);
-        if !finished.is_empty() {
+        let has_answered = !finished.is_empty();
+        if has_answered {
             self.answer(finished);
         }
         if let Err(Error::Device { device, reason }) = self.backend.take_failure() {
             self.scheduler.fail_running(&device, &reason);
         }
+        has_answered
     }
 
     /// Reads the beams of all that are finished at once: where a device computes, this waits for it.
@@ -95,12 +123,17 @@ impl<B: Backend> Engine<B> {
             let Running { prepared, slots, cached_tokens, .. } = &running;
             let beams: Vec<_> = beams.by_ref().take(slots.len()).collect();
             let version = self.weights_version;
-            let answer = self.codes.answer(prepared, *cached_tokens, version, beams.into_iter());
+            // Names are read from the catalog's file, so it is checked before and after.
+            let snapshot = &prepared.snapshot;
+            let answer = snapshot.check_file().and_then(|()| {
+                self.codes.answer(prepared, *cached_tokens, version, beams.into_iter())
+            });
+            let answer = answer.and_then(|answer| snapshot.check_file().map(|()| answer));
             let answer = match running.is_late(now_us) {
-                true => Err(prepared.deadline_exceeded()),
+                true => Err(prepared.deadline_exceeded(None)),
                 false => answer,
             };
-            let metrics = self.preparer.metrics();
+            let metrics = self.scheduler.metrics();
             prepared.span.in_scope(|| match &answer {
                 Ok(_) => metrics.request_answered(&timings),
                 Err(error) => metrics.request_failed(error),

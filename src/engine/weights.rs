@@ -1,11 +1,11 @@
 //! The network's weights: loaded when the engine is opened, replaced while it goes on.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::ThreadPool;
 
 use crate::backend::Backend;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::models::{self, Model};
@@ -40,13 +40,19 @@ impl<B: Backend> Loader<B> {
     /// # Errors
     /// Those of [`models::load`].
     pub fn load(&self) -> Result<Arc<dyn Model<B>>> {
-        let weights = self.weights.lock().map_err(|_| failed())?.clone();
+        let weights = self.lock_weights().clone();
         self.lay_out(weights)
     }
 
     /// The network that was laid out last, once.
     pub fn take(&self) -> Option<Arc<dyn Model<B>>> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The weights as they came. They change at the very end of a replacement, so a panic before it
+    /// leaves them whole.
+    fn lock_weights(&self) -> MutexGuard<'_, Weights> {
+        self.weights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lay_out(&self, weights: Weights) -> Result<Arc<dyn Model<B>>> {
@@ -75,7 +81,7 @@ impl<B: Backend> ReplaceWeights for Loader<B> {
         tensors: Vec<(String, Tensor)>,
         install: &mut dyn FnMut() -> Result<u64>,
     ) -> Result<u64> {
-        let mut own = self.weights.lock().map_err(|_| failed())?;
+        let mut own = self.lock_weights();
         let mut weights = own.clone();
         weights.replace(tensors)?;
         let model = self.lay_out(weights.clone())?;
@@ -88,8 +94,4 @@ impl<B: Backend> ReplaceWeights for Loader<B> {
         *own = weights;
         version
     }
-}
-
-fn failed() -> Error {
-    Error::EngineFailed { reason: "it panicked while weights were loaded".into() }
 }

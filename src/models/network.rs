@@ -1,5 +1,6 @@
 //! What the engine asks of a network, whatever its family.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::backend::{Backend, Batch, KvLayout};
@@ -14,10 +15,62 @@ pub enum PromptKind {
     Whole {
         /// The token that the decoder starts with, which scores the first step.
         start_token: u32,
+        /// Layers of the encoder.
+        num_layers: usize,
     },
 }
 
+/// Rows of a prompt that a piece of it has at most.
+const ROWS_PER_PIECE: usize = 128;
+
+/// What an encoder does with all rows of a prompt before it goes on: rows attend to the keys and
+/// values of all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EncoderSweep {
+    /// Leaves queries, and stores the keys and values of a layer.
+    Project(usize),
+    /// Attends to them, and does the rest of the layer.
+    Attend(usize),
+    /// Stores what the decoder attends to.
+    Finish,
+}
+
+/// A part of what an encoder does with a prompt. Pieces are read in the order of their numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EncoderPiece {
+    /// What is done.
+    pub sweep: EncoderSweep,
+    /// With these rows of the prompt.
+    pub rows: Range<usize>,
+    /// The number of these rows among the parts of the prompt.
+    pub part: usize,
+}
+
 impl PromptKind {
+    /// Pieces that a prompt of so many tokens can be read in, where it is read as a whole. A prompt
+    /// that is not worth it has one piece.
+    pub fn num_pieces(self, len: usize) -> usize {
+        match self {
+            PromptKind::Whole { num_layers, .. } if len > ROWS_PER_PIECE => {
+                (2 * num_layers + 1) * len.div_ceil(ROWS_PER_PIECE)
+            }
+            _ => 1,
+        }
+    }
+
+    /// A piece of a prompt of so many tokens, by an encoder of so many layers.
+    pub(super) fn piece(num_layers: usize, len: usize, number: usize) -> EncoderPiece {
+        let num_parts = len.div_ceil(ROWS_PER_PIECE);
+        let (sweep, part) = (number / num_parts, number % num_parts);
+        let sweep = match (sweep / 2, sweep % 2) {
+            (layer, _) if layer == num_layers => EncoderSweep::Finish,
+            (layer, 0) => EncoderSweep::Project(layer),
+            (layer, _) => EncoderSweep::Attend(layer),
+        };
+        let first = part * ROWS_PER_PIECE;
+        EncoderPiece { sweep, rows: first..len.min(first + ROWS_PER_PIECE), part }
+    }
+
     /// Whether a prompt is read as a whole.
     pub fn is_whole(self) -> bool {
         matches!(self, PromptKind::Whole { .. })
@@ -28,7 +81,7 @@ impl PromptKind {
     pub fn start_token(self) -> u32 {
         match self {
             PromptKind::Chunked => 0,
-            PromptKind::Whole { start_token } => start_token,
+            PromptKind::Whole { start_token, .. } => start_token,
         }
     }
 }
@@ -77,6 +130,16 @@ pub trait Network<B: Backend>: Send + Sync + 'static {
         batch: &mut Batch<'_, B>,
         scratch: &mut Self::Scratch,
     );
+    /// Reads pieces of a prompt, as [`ForwardPass::encode`] says.
+    fn encode(
+        &self,
+        backend: &B,
+        tokens: &[u32],
+        memory: &B::Memory,
+        slots: &mut [B::Slot],
+        pieces: Range<usize>,
+        scratch: &mut Self::Scratch,
+    );
     /// The rows that the last pass left.
     fn output<'s>(&self, scratch: &'s Self::Scratch) -> &'s B::Buffer;
 }
@@ -97,6 +160,20 @@ pub trait ForwardPass<B: Backend>: Send {
     /// them so, and the newest tokens of its beams. Leaves the keys and values in the memory, and a
     /// row a beam in [`output`](ForwardPass::output) for each search whose prompt has been read.
     fn run(&mut self, backend: &B, tokens: &[u32], batch: &mut Batch<'_, B>);
+    /// Reads some of the [pieces](PromptKind::num_pieces) of the prompt of one slot, `tokens` being all
+    /// of it. The pieces of a prompt are read in order, by one pass, which reads nothing else
+    /// meanwhile; after the last the context is there.
+    ///
+    /// # Panics
+    /// Where the network reads its prompts in chunks.
+    fn encode(
+        &mut self,
+        backend: &B,
+        tokens: &[u32],
+        memory: &B::Memory,
+        slots: &mut [B::Slot],
+        pieces: Range<usize>,
+    );
     /// The rows that the last run left: a row a beam, which the output head scores the next step by.
     fn output(&self) -> &B::Buffer;
 }
@@ -125,6 +202,17 @@ struct PassOf<N, S> {
 impl<B: Backend, N: Network<B>> ForwardPass<B> for PassOf<N, N::Scratch> {
     fn run(&mut self, backend: &B, tokens: &[u32], batch: &mut Batch<'_, B>) {
         self.network.forward(backend, tokens, batch, &mut self.scratch);
+    }
+
+    fn encode(
+        &mut self,
+        backend: &B,
+        tokens: &[u32],
+        memory: &B::Memory,
+        slots: &mut [B::Slot],
+        pieces: Range<usize>,
+    ) {
+        self.network.encode(backend, tokens, memory, slots, pieces, &mut self.scratch);
     }
 
     fn output(&self) -> &B::Buffer {

@@ -10,10 +10,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::backend::Backend;
-use crate::engine::{Engine, Feed};
+use crate::engine::{Engine, EngineStatus, Feed};
 use crate::error::{Error, Result};
 use crate::request::Request;
-use queue::{Queue, Taken};
+use queue::{Backlog, Bounds, Queue, Taken};
 
 pub use handle::Handle;
 pub(crate) use shared::{Message, Published, Shared};
@@ -40,12 +40,12 @@ impl Service {
     /// The operating system's.
     pub fn start<B: Backend>(
         engine: Engine<B>,
-        max_queued: usize,
+        bounds: Bounds,
         before_step: Option<BeforeStep>,
     ) -> Result<Service> {
         let shared = Arc::new(Shared {
-            queue: Queue::new(max_queued),
-            max_queued,
+            queue: Queue::new(bounds),
+            bounds,
             published: Mutex::new(publish(&engine, 0)),
             until: Mutex::new(None),
             failure: OnceLock::new(),
@@ -126,7 +126,7 @@ impl<B: Backend> Worker<B> {
         }
         // All who wait are told, those first whose requests have not even been looked at.
         self.shared.queue.close();
-        for message in self.shared.queue.take(0, false).entries {
+        for message in self.shared.queue.take(Backlog::default(), false).entries {
             if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {
                 let error = self.shared.end();
                 self.engine.preparer().metrics().request_failed(&error);
@@ -143,8 +143,8 @@ impl<B: Backend> Worker<B> {
     fn serve(&mut self) -> Result<()> {
         loop {
             let is_idle = self.engine.is_idle() && self.feeds.is_empty();
-            let waiting = self.engine.status().waiting;
-            let Taken { entries, cancelled, is_closed } = self.shared.queue.take(waiting, is_idle);
+            let Taken { entries, cancelled, is_closed } =
+                self.shared.queue.take(backlog(&self.engine), is_idle);
             for message in entries {
                 self.handle(message);
             }
@@ -158,6 +158,12 @@ impl<B: Backend> Worker<B> {
             }
             if self.engine.is_idle() {
                 self.publish();
+                continue;
+            }
+            // Before the step: whoever is refused need not wait for it.
+            if self.engine.refuse() {
+                self.publish();
+                self.engine.deliver();
                 continue;
             }
             if let Some(before_step) = &self.before_step {
@@ -207,6 +213,13 @@ fn publish<B: Backend>(engine: &Engine<B>, num_steps: u64) -> Published {
         weights_version: engine.weights_version(),
         num_steps,
     }
+}
+
+/// What waits, for the queue before it.
+fn backlog<B: Backend>(engine: &Engine<B>) -> Backlog {
+    let EngineStatus { waiting, running, backlog_us, .. } = engine.status();
+    let each_us = backlog_us / (waiting + running).max(1) as u64;
+    Backlog { entries: waiting, wait_us: backlog_us, each_us }
 }
 
 fn words_of(panic: &(dyn std::any::Any + Send)) -> &str {

@@ -6,7 +6,7 @@ use std::thread::ThreadId;
 use std::time::Instant;
 
 use super::oneshot;
-use super::queue::Queue;
+use super::queue::{Backlog, Bounds, Queue};
 use crate::answer::Answer;
 use crate::engine::{Arrival, EngineStatus, Phases, Prepared, Reply};
 use crate::error::{Error, Result};
@@ -40,7 +40,7 @@ pub(crate) struct Published {
 /// What callers and the engine's thread share.
 pub(crate) struct Shared {
     pub queue: Queue<Message>,
-    pub max_queued: usize,
+    pub bounds: Bounds,
     pub(super) published: Mutex<Published>,
     /// Until when accepted requests are finished once no more are taken in.
     pub(super) until: Mutex<Option<Instant>>,
@@ -68,6 +68,19 @@ impl Shared {
         match self.thread.get() == Some(&std::thread::current().id()) {
             true => Err(Error::CalledFromCallback),
             false => Ok(()),
+        }
+    }
+
+    /// The error of a request for which the queue has no room.
+    pub fn overloaded(&self, backlog: &Backlog) -> Error {
+        let Backlog { entries, wait_us, each_us } = *backlog;
+        // There is room when one has left, or so many that the others do not take too long.
+        let retry_after_us = wait_us.saturating_sub(self.bounds.wait_us).max(each_us).max(1);
+        Error::Overloaded {
+            queued: entries,
+            limit: self.bounds.entries,
+            wait_ms: wait_us.div_ceil(1000),
+            retry_after_ms: retry_after_us.div_ceil(1000),
         }
     }
 

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 #[derive(Deserialize)]
 struct ItemLine {
     #[serde(deserialize_with = "name")]
+    #[serde(alias = "item_id")]
     item: String,
     sid: Vec<Code>,
     title: Option<String>,

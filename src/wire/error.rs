@@ -12,12 +12,15 @@ pub struct ErrorBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     kind: Option<&'static str>,
     message: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retry_after_ms: Option<u64>,
 }
 
 impl ErrorBody {
     /// Code and message, as the lines of the command line have them.
     pub fn new(error: &Error) -> ErrorBody {
-        ErrorBody { code: error.code(), kind: None, message: error.to_string() }
+        let retry_after_ms = error.retry_after().map(|after| after.as_millis() as u64);
+        ErrorBody { code: error.code(), kind: None, message: error.to_string(), retry_after_ms }
     }
 
     /// Code, [kind](crate::ErrorKind) and message, as servers have them.

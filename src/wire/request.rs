@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::de::Error as _;
 use serde::ser::SerializeStruct;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::loose::{LooseName, Real, Scalar, Whole};
 use crate::error::{Error, Result};
@@ -16,7 +16,8 @@ use crate::request::{
 use crate::search::{Constraint, Normalization};
 
 /// Fields that are looked for under other names, and their own.
-const OTHER_NAMES: [(&str, &str); 5] = [
+const OTHER_NAMES: [(&str, &str); 6] = [
+    ("prompt", "text"),
     ("each", "groups"),
     ("sample", "seed"),
     ("k", "top_k"),
@@ -34,10 +35,25 @@ pub struct RequestLine {
     /// Echoed in the answer; any JSON value.
     #[serde(default)]
     pub id: Option<Value>,
-    #[serde(default, deserialize_with = "names")]
+    // The other names are those of published data sets.
+    #[serde(
+        default,
+        deserialize_with = "names",
+        alias = "items",
+        alias = "item_ids",
+        alias = "item_id_list"
+    )]
     history: Option<Vec<String>>,
     #[serde(default)]
     tokens: Option<Vec<Whole>>,
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
+    messages: Option<Vec<Map<String, Value>>>,
+    #[serde(default)]
+    variables: Option<Map<String, Value>>,
+    #[serde(default)]
+    special_tokens: Option<bool>,
     #[serde(default)]
     unknown_items: Option<UnknownItems>,
     #[serde(default)]
@@ -78,7 +94,7 @@ pub struct RequestLine {
     shared_sid: Option<SharedSid>,
     #[serde(default)]
     per_sid: Option<Whole>,
-    #[serde(default)]
+    #[serde(default, alias = "user_id")]
     user: Option<Scalar>,
     #[serde(default)]
     priority: Option<Priority>,
@@ -213,26 +229,48 @@ impl RequestLine {
         self.target.as_ref().map(|name| &*name.0)
     }
 
+    /// The one input that the line gives. A program that writes every field writes empty ones beside
+    /// the one that it means.
+    fn input(&self) -> Result<Input> {
+        let history = self.history.as_ref().map(|items| {
+            let input = Ok(Input::History(items.clone()));
+            (items.is_empty(), input)
+        });
+        let tokens = self.tokens.as_ref().map(|tokens| {
+            let input = tokens_in_range("tokens", tokens).map(Input::Tokens);
+            (tokens.is_empty(), input)
+        });
+        let text = self.text.as_ref().map(|text| {
+            let input = Ok(Input::Text(text.clone()));
+            (text.is_empty(), input)
+        });
+        let messages = self.messages.as_ref().map(|messages| {
+            let input = messages.iter().cloned().map(Value::Object).collect();
+            (messages.is_empty(), Ok(Input::Messages(input)))
+        });
+        let given: Vec<_> = [history, tokens, text, messages].into_iter().flatten().collect();
+        let mut meant = given.iter().filter(|(is_empty, _)| !is_empty);
+        match (meant.next(), meant.next()) {
+            (Some(_), Some(_)) => Err(Error::InvalidField {
+                field: "tokens",
+                reason:
+                    "give one of \"history\", \"tokens\", \"text\" and \"messages\", not several"
+                        .into(),
+            }),
+            (Some((_, input)), None) => input.clone(),
+            (None, _) => {
+                given.into_iter().next().map_or(Err(Error::EmptyInput), |(_, input)| input)
+            }
+        }
+    }
+
     /// The request, with `defaults` where the line is silent.
     ///
     /// # Errors
-    /// The caller's: a number out of range, both or neither of `history` and `tokens`.
+    /// The caller's: a number out of range; none or several of `history`, `tokens`, `text` and
+    /// `messages`.
     pub fn to_request(&self, defaults: &RequestDefaults) -> Result<Request> {
-        // A program that writes every field writes an empty list beside the one that it means.
-        let input = match (&self.history, &self.tokens) {
-            (Some(items), Some(tokens)) if items.is_empty() && !tokens.is_empty() => {
-                Input::Tokens(tokens_in_range("tokens", tokens)?)
-            }
-            (Some(_), Some(tokens)) if !tokens.is_empty() => {
-                return Err(Error::InvalidField {
-                    field: "tokens",
-                    reason: "give either \"history\" or \"tokens\", not both".into(),
-                });
-            }
-            (Some(items), _) => Input::History(items.clone()),
-            (None, Some(tokens)) => Input::Tokens(tokens_in_range("tokens", tokens)?),
-            (None, None) => return Err(Error::EmptyInput),
-        };
+        let input = self.input()?;
         let top_k = match self.top_k {
             Some(Whole(top_k)) if top_k < 1 => return Err(Error::TopK { top_k: clamped(top_k) }),
             Some(Whole(top_k)) => usize::try_from(top_k).unwrap_or(usize::MAX),
@@ -305,6 +343,8 @@ impl RequestLine {
             temperature: self.temperature.map_or(1.0, |Real(temperature)| temperature as f32),
             shared_sid: self.shared_sid.unwrap_or_default(),
             per_sid,
+            variables: self.variables.clone().unwrap_or_default(),
+            special_tokens: self.special_tokens,
             user: self.user.as_ref().map(|user| user.0.clone()).filter(|user| !user.is_empty()),
             priority: self.priority.unwrap_or_default(),
             deadline: deadline.transpose()?,
@@ -346,6 +386,14 @@ impl Serialize for Request {
         match &self.input {
             Input::History(items) => line.serialize_field("history", items)?,
             Input::Tokens(tokens) => line.serialize_field("tokens", tokens)?,
+            Input::Text(text) => line.serialize_field("text", text)?,
+            Input::Messages(messages) => line.serialize_field("messages", messages)?,
+        }
+        if !self.variables.is_empty() {
+            line.serialize_field("variables", &self.variables)?;
+        }
+        if let Some(special_tokens) = self.special_tokens {
+            line.serialize_field("special_tokens", &special_tokens)?;
         }
         for (field, texts) in
             [("exclude", &self.exclude), ("groups", &self.groups), ("candidates", &self.candidates)]

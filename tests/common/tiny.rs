@@ -14,8 +14,8 @@ use sidereal::models::vocabulary::Vocabulary;
 use sidereal::models::weights::Weights;
 use sidereal::pages::PAGE_LEN;
 use sidereal::{
-    CatalogWriter, Constraint, Engine, EngineOptions, Normalization, Priority, Request,
-    WriterOptions,
+    CatalogWriter, Constraint, Engine, EngineOptions, Forced, NamedToken, Normalization, Priority,
+    Request, WriterOptions,
 };
 
 /// A model and catalog; equal seeds give equal ones, whatever the number of threads.
@@ -38,12 +38,7 @@ impl Tiny {
         let mut some = |most: usize| (0..rng.usize(0..=most)).map(|_| rng.u32(0..5)).collect();
         let layout = SidLayout {
             levels: (0..num_levels).map(tokens).collect(),
-            prompt: Prompt {
-                prefix: some(2),
-                suffix: some(2),
-                separator: some(1),
-                max_items: None,
-            },
+            prompt: Prompt::new(some(2), some(1), some(2)),
             forced: None,
             suffix: some(2),
             vocabulary: Vocabulary::default(),
@@ -55,6 +50,11 @@ impl Tiny {
             false => decoder_only(&mut rng, vocab_size),
         };
         Tiny { seed, config, layout, num_codes, catalog }
+    }
+
+    /// Whether an encoder reads prompts as a whole.
+    pub fn has_encoder(&self) -> bool {
+        self.config["architectures"][0] == "T5ForConditionalGeneration"
     }
 
     pub fn num_levels(&self) -> usize {
@@ -227,5 +227,43 @@ pub fn random_request(
     }
     request.user = rng.bool().then(|| rng.u8(0..4).to_string());
     request.priority = [Priority::High, Priority::Normal, Priority::Low][rng.usize(0..3)];
+    request
+}
+
+/// A prompt of up to 150 tokens.
+pub fn prompt(rng: &mut fastrand::Rng, tiny: &Tiny) -> Vec<u32> {
+    (0..rng.usize(1..150)).map(|_| rng.u32(0..tiny.num_tokens())).collect()
+}
+
+/// One to `most` tokens.
+pub fn some_tokens(rng: &mut fastrand::Rng, tiny: &Tiny, most: usize) -> Vec<u32> {
+    (0..rng.usize(1..=most)).map(|_| rng.u32(0..tiny.num_tokens())).collect()
+}
+
+/// Tokens by number.
+pub fn named(tokens: &[u32]) -> Vec<NamedToken> {
+    tokens.iter().map(|&token| NamedToken::Id(token)).collect()
+}
+
+/// What a crowd may ask: every stage, beside others or alone.
+pub fn random_program(rng: &mut fastrand::Rng, tiny: &Tiny, prompts: &[Vec<u32>]) -> Request {
+    let mut request = Request::from_tokens(prompts[rng.usize(0..prompts.len())].clone());
+    request.beams = rng.usize(1..20);
+    if rng.bool() {
+        let tokens = some_tokens(rng, tiny, 3);
+        let forced = if rng.bool() { Forced::counted(tokens) } else { Forced::new(tokens) };
+        request = request.with_forced(forced);
+    }
+    if rng.bool() {
+        request = request.with_read(named(&some_tokens(rng, tiny, 6)));
+    }
+    match rng.u8(0..4) {
+        0 => request = request.with_groups(TAGS.map(|tag| format!("tag:{tag}"))),
+        1 => request = request.with_candidates(["0"]),
+        2 if request.read.is_empty() => request.seed = Some(rng.u64(..)),
+        _ => {}
+    }
+    request.log_probs = rng.bool() && (request.read.is_empty() || !request.groups.is_empty());
+    request.user = rng.bool().then(|| rng.u8(0..3).to_string());
     request
 }

@@ -32,7 +32,7 @@ impl AttendPrefill for CpuBackend {
             .collect();
         let mut all_heads = Vec::new();
         let (mut rest, mut first_row) = (&mut out.values[..], 0);
-        for ((chunk, _), pages) in batch.prompts().zip(&pages) {
+        for ((chunk, slot), pages) in batch.prompts().zip(&pages) {
             let (rows, after) = rest.split_at_mut(chunk.len() * query_dim);
             rest = after;
             let by_head = split_columns(rows, query_dim, heads.head_dim());
@@ -47,7 +47,10 @@ impl AttendPrefill for CpuBackend {
                     head,
                     first_row,
                     start: chunk.start,
-                    end: chunk.end,
+                    end: match mask {
+                        Mask::Causal => chunk.end,
+                        Mask::Bidirectional => slot.spec.context_len,
+                    },
                     mask,
                     scale,
                     bias,
@@ -79,8 +82,9 @@ struct HeadAttention<'a> {
     head: usize,
     /// The chunk's first row among all.
     first_row: usize,
-    /// Its positions.
+    /// Its first position.
     start: usize,
+    /// The end of what its rows see together.
     end: usize,
     mask: Mask,
     scale: f32,

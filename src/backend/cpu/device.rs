@@ -63,7 +63,7 @@ impl DeviceOps for CpuBackend {
     }
 
     fn table(&self, weight: Tensor) -> Result<Tensor> {
-        Ok(weight)
+        Ok(weight.into_memory())
     }
 
     fn head(&self, weight: Tensor, levels: &[Vec<u32>], known_tokens: &[u32]) -> Result<Head> {

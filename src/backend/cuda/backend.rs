@@ -36,7 +36,7 @@ pub struct CudaBackend<D: Driver> {
 /// Rows for which memory is taken at once.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Sizes {
-    /// Beams in a step.
+    /// Beams in a step, with the rows that pad them.
     pub rows_per_step: usize,
     /// Beams and tokens in a pass.
     pub rows_per_pass: usize,

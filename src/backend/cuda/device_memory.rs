@@ -100,6 +100,14 @@ impl<D: Driver> DeviceMemory<D> {
         self.write(values);
     }
 
+    /// Takes the least memory of what every pass writes.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device); where there is no memory, the device goes on.
+    pub fn allocate_often(&mut self) -> Result<()> {
+        self.allocate(LEAST_OFTEN_WRITTEN)
+    }
+
     /// Makes room for what every pass needs: grows in leaps.
     pub fn reserve_often(&mut self, bytes: usize) {
         if bytes > self.bytes {

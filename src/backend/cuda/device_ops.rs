@@ -100,12 +100,13 @@ impl<D: Driver> DeviceOps for CudaBackend<D> {
         // All beams can be read at once.
         let words = spec.tail_pages * TAIL_PAGE_LEN * MOST_BYTES_OF_BEAM;
         self.reader.lock().expect("no holder panics").words.allocate(words)?;
-        let rows_per_step = padded(spec.rows_per_step);
-        let rows_per_pass = rows_per_step + spec.tokens_per_step;
+        // Each run of like steps is padded by itself, to less than twice its length.
+        let rows_per_step = 2 * spec.rows_per_step;
+        let rows_per_pass = rows_per_step.max(padded(spec.rows_per_step) + spec.tokens_per_step);
         *self.sizes.lock().expect("no holder panics") = Sizes { rows_per_step, rows_per_pass };
         let tiling = self.tiling(spec.kv.heads);
         let lease = self.workspaces.lease();
-        lease.workspace().scratch().allocate_parts(spec.rows_per_step, tiling)?;
+        lease.workspace().scratch().allocate(spec.rows_per_step, tiling)?;
         *self.arrays.lock().expect("no holder panics") = Some(Arc::clone(&arrays));
         Ok(Memory(arrays))
     }

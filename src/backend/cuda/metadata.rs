@@ -26,6 +26,8 @@ shared_struct! {
         first_page: u32,
         /// Zero where another prompt of the pass stores this KV: one context, two slots.
         is_kept: u32,
+        /// Tokens of its context, whether this pass reads all of them or not.
+        context_len: u32,
     }
 }
 
@@ -143,6 +145,7 @@ impl Entries {
                 start: chunk.start as u32,
                 first_page: self.pages.len() as u32,
                 is_kept: u32::from(!is_kept_before(&chunks[..index], slots, chunk, slot)),
+                context_len: slot.spec.context_len as u32,
             });
             self.pages.extend_from_slice(&slot.spec.context_pages);
             let firsts = (0..chunk.len() * group).step_by(tile_rows);

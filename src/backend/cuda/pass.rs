@@ -280,11 +280,15 @@ impl<D: Driver> Scratch<D> {
         self.part_sums.reserve_often(rows * size_of::<[f32; 2]>());
     }
 
-    /// Takes the memory for the parts of split contexts in steps of `num_rows` rows.
+    /// Takes the memory for the parts of split contexts in steps of `num_rows` rows, and what every
+    /// pass writes first: a kind of pass that an engine has not seen yet needs no more.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device).
-    pub fn allocate_parts(&mut self, num_rows: usize, tiling: Tiling) -> crate::error::Result<()> {
+    pub fn allocate(&mut self, num_rows: usize, tiling: Tiling) -> crate::error::Result<()> {
+        let of_passes = self.metadata.iter_mut().map(|metadata| &mut metadata.memory);
+        let of_rows = [&mut self.rules, &mut self.tokens, &mut self.row_list];
+        of_passes.chain(of_rows).try_for_each(DeviceMemory::allocate_often)?;
         let rows = tiling.most_part_rows(num_rows) * tiling.heads.num_heads;
         self.parts.allocate(rows * tiling.heads.head_dim() * size_of::<f32>())?;
         self.part_sums.allocate(rows * size_of::<[f32; 2]>())

@@ -1,4 +1,4 @@
-//! The catalog as one file: versioned, checksummed, memory-mapped.
+//! The catalog as one file: versioned, checksummed, used as it lies on the disk.
 //!
 //! ```text
 //! header | section table | checksum of both | sections, each at a multiple of 64 bytes
@@ -220,13 +220,13 @@ pub(super) fn read_snapshot_number(path: &Path) -> Result<Option<u64>> {
     Ok((header.magic == MAGIC).then_some(header.snapshot))
 }
 
-/// Maps a compiled catalog into memory and checks all of it.
+/// Opens a compiled catalog, mapped where it has more than `map_above` bytes, and checks all of it.
 ///
 /// # Errors
-/// The operating system's; [`Error::CatalogFile`] where the file is foreign, damaged or of another
+/// The operating system's; [`Error::FileChanged`]; [`Error::CatalogFile`] where the file is foreign, damaged or of another
 /// version.
-pub(crate) fn open(path: &Path) -> Result<BaseSegment> {
-    let mapping = Arc::new(Mapping::open(path)?);
+pub(crate) fn open(path: &Path, map_above: u64) -> Result<BaseSegment> {
+    let mapping = Arc::new(Mapping::open(path, map_above)?);
     parse(&mapping).map_err(|reason| Error::CatalogFile { path: path.to_path_buf(), reason })
 }
 
@@ -245,7 +245,7 @@ const DISPENSABLE: [(&[Kind], &str); 6] = [
 /// # Errors
 /// The operating system's; [`Error::CatalogFile`] where the trie or the names are damaged.
 pub(super) fn salvage(path: &Path) -> Result<(BaseSegment, Vec<&'static str>)> {
-    let mapping = Arc::new(Mapping::open(path)?);
+    let mapping = Arc::new(Mapping::open(path, u64::MAX)?);
     let salvaged = parse_head(mapping.bytes()).and_then(|(header, mut table, mut damaged)| {
         let mut lost = Vec::new();
         for (kinds, what) in DISPENSABLE {
@@ -404,7 +404,7 @@ fn parse_sections(
         ties: if header.version < 3 { Ties::ByAge } else { Ties::ByName },
         lineage: header.lineage,
         snapshot: header.snapshot,
-        file_bytes: Some(header.file_bytes),
+        file: Some(Arc::clone(mapping)),
         ..BaseSegment::new(trie, names, index, titles)
     })
 }

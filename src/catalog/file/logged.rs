@@ -8,31 +8,16 @@ use serde::{Deserialize, Serialize};
 use crate::catalog::sid::Sid;
 use crate::catalog::{Change, Item, ItemWeight, Watermark};
 
-/// Fields and variants by position: new ones go to the end, and none may move.
+/// Fields and variants by position: new ones go to the end, and none may move. `PutWeighted` is a put
+/// of an item with a weight of its own.
 #[derive(Serialize, Deserialize)]
 enum LoggedChange<'a> {
     Put(LoggedItem<'a>),
-    Delete {
-        item: Cow<'a, str>,
-    },
-    Availability {
-        item: Cow<'a, str>,
-        available: bool,
-    },
-    Tag {
-        item: Cow<'a, str>,
-        add: Cow<'a, [String]>,
-        remove: Cow<'a, [String]>,
-    },
-    /// A put item with a weight of its own; `Put` has those without.
-    PutWeighted {
-        item: LoggedItem<'a>,
-        weight: ItemWeight,
-    },
-    Weight {
-        item: Cow<'a, str>,
-        weight: ItemWeight,
-    },
+    Delete { item: Cow<'a, str> },
+    Availability { item: Cow<'a, str>, available: bool },
+    Tag { item: Cow<'a, str>, add: Cow<'a, [String]>, remove: Cow<'a, [String]> },
+    PutWeighted { item: LoggedItem<'a>, weight: ItemWeight },
+    Weight { item: Cow<'a, str>, weight: ItemWeight },
 }
 
 #[derive(Serialize, Deserialize)]

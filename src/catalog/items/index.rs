@@ -6,13 +6,15 @@ use std::path::Path;
 
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-use super::jsonl::{Code, Counting, to_sid};
+use super::codes::{Code, Spelling};
+use super::jsonl::Counting;
 use crate::catalog::item::Item;
 use crate::error::{Error, Result};
 
 pub(super) fn read(
     path: &Path,
     file: File,
+    spelling: &Spelling,
     mut add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
@@ -23,7 +25,7 @@ pub(super) fn read(
     };
     let mut failure = None;
     let mut take = |name: String, codes: Vec<Code>| {
-        let item = to_sid(&codes).map(|sid| Item::new(name.clone(), sid));
+        let item = spelling.to_sid(&codes).map(|sid| Item::new(name.clone(), sid));
         let fail = |error: Error| fail(format!("item {name:?}"), error.to_string());
         let outcome = item.and_then(&mut add).map_err(fail);
         let is_ok = outcome.is_ok();
@@ -42,6 +44,28 @@ pub(super) fn read(
         serde_json::error::Category::Io => Error::io(path, error.into()),
         _ => fail(format!("index at line {}", error.line()), error.to_string()),
     })
+}
+
+/// The texts of the first item's codes, where they are texts.
+///
+/// # Errors
+/// The operating system's.
+pub(super) fn first_codes(path: &Path) -> Result<Option<Vec<String>>> {
+    let file = File::open(path).map_err(|error| Error::io(path, error))?;
+    let mut first = None;
+    each_codes(file, |codes| {
+        first = codes.iter().map(|code| code.text().map(str::to_string)).collect();
+        false
+    });
+    Ok(first)
+}
+
+/// Gives the codes of each item to `each`, until it returns false. What is no index ends it.
+pub(super) fn each_codes(file: File, mut each: impl FnMut(&[Code]) -> bool) {
+    let mut take = |_: String, codes: Vec<Code>| each(&codes);
+    let mut deserializer = serde_json::Deserializer::from_reader(BufReader::new(file));
+    // Whatever is wrong is said when the items are read.
+    let _ = deserializer.deserialize_map(EachEntry { take: &mut take });
 }
 
 /// Gives the entries of one JSON object to `take` one by one, so that memory holds one at a time.

@@ -1,16 +1,18 @@
-//! Files of items or changes as JSON lines, and the spelling of codes that all formats share.
+//! Files of items or changes as JSON lines.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
+use super::codes::{Code, Spelling};
 use crate::catalog::change::Change;
 use crate::catalog::item::Item;
-use crate::catalog::sid::Sid;
 use crate::error::{Error, Result};
+use crate::lines::Lines;
 
 pub(super) fn read(
     path: &Path,
@@ -18,42 +20,43 @@ pub(super) fn read(
     add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
-    let lines = Counting::new(BufReader::new(file), progress);
-    each_line(path, lines, add)
+    each_line(path, Lines::new(Counting::new(file, progress)), add)
 }
 
+/// The codes of an item, whatever else stands in its line.
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a code, a whole number or a text such as \"<a_3>\"")]
-pub(crate) enum Code {
-    Number(u64),
-    Text(String),
+struct CodesOnly {
+    sid: Vec<Code>,
 }
 
-impl Code {
-    fn value(&self) -> Result<u16> {
-        let number = match self {
-            Code::Number(number) => Some(*number),
-            Code::Text(text) => last_number(text),
+/// Gives the codes of each item to `each`, until it returns false. A line that is no item ends it.
+pub(super) fn each_codes(path: &Path, file: File, mut each: impl FnMut(&[Code]) -> bool) {
+    let lines = Lines::new(Counting::new(file, |_| {}));
+    // Whatever is wrong is said when the items are read.
+    let _ = each_line(path, lines, |line: CodesOnly| match each(&line.sid) {
+        true => Ok(()),
+        false => Err(Error::EmptyInput),
+    });
+}
+
+/// As [`read`], with codes that are not the last numbers of their texts.
+pub(super) fn read_spelled(
+    path: &Path,
+    file: File,
+    spelling: &Spelling,
+    mut add: impl FnMut(Item) -> Result<()>,
+    progress: impl FnMut(u64),
+) -> Result<()> {
+    let lines = Lines::new(Counting::new(file, progress));
+    each_line(path, lines, |line: Value| {
+        let invalid = |error: serde_json::Error| Error::InvalidField {
+            field: "item",
+            reason: error.to_string(),
         };
-        number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| Error::InvalidField {
-            field: "sid",
-            reason: match self {
-                Code::Number(number) => format!("code {number} is over 65535"),
-                Code::Text(text) => format!("code {text:?} holds no number up to 65535"),
-            },
-        })
-    }
-}
-
-fn last_number(text: &str) -> Option<u64> {
-    let end = text.rfind(|c: char| c.is_ascii_digit())? + 1;
-    let start = text[..end].rfind(|c: char| !c.is_ascii_digit());
-    let start = start.map_or(0, |at| at + text[at..].chars().next().map_or(1, char::len_utf8));
-    text[start..end].parse().ok()
-}
-
-pub(crate) fn to_sid(codes: &[Code]) -> Result<Sid> {
-    Sid::new(&codes.iter().map(Code::value).collect::<Result<Vec<u16>>>()?)
+        let CodesOnly { sid } = CodesOnly::deserialize(&line).map_err(invalid)?;
+        let item = Item::deserialize(&line).map_err(invalid)?;
+        add(Item { sid: spelling.to_sid(&sid)?, ..item })
+    })
 }
 
 /// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each` with its line;
@@ -67,24 +70,19 @@ pub fn read_changes(
     progress: impl FnMut(u64),
 ) -> Result<()> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
-    let lines = Counting::new(BufReader::new(file), progress);
-    each_line(path, lines, each)
+    each_line(path, Lines::new(Counting::new(file, progress)), each)
 }
 
 /// Reads each line of JSON that is not blank.
 fn each_line<L: DeserializeOwned>(
     path: &Path,
-    mut lines: Counting<impl BufRead, impl FnMut(u64)>,
+    mut lines: Lines<impl Read>,
     mut each: impl FnMut(L) -> Result<()>,
 ) -> Result<()> {
-    let mut line = Vec::new();
-    for number in 1.. {
-        line.clear();
-        let read = lines.read_line_bytes(&mut line).map_err(|error| Error::io(path, error))?;
-        if read == 0 {
-            break;
-        }
-        if line.iter().all(u8::is_ascii_whitespace) {
+    let mut number = 0;
+    while let Some(line) = lines.next().map_err(|error| Error::io(path, error))? {
+        number += 1;
+        if line.is_blank() {
             continue;
         }
         let fail = |reason: String| Error::ItemsFile {
@@ -92,7 +90,8 @@ fn each_line<L: DeserializeOwned>(
             place: format!("line {number}"),
             reason,
         };
-        let parsed = serde_json::from_slice(&line).map_err(|error| fail(error.to_string()))?;
+        let text = line.text().map_err(fail)?;
+        let parsed = serde_json::from_str(text).map_err(|error| fail(error.to_string()))?;
         each(parsed).map_err(|error| fail(error.to_string()))?;
     }
     Ok(())
@@ -105,44 +104,17 @@ pub(super) struct Counting<R, P> {
     progress: P,
 }
 
-impl<R: BufRead, P: FnMut(u64)> Counting<R, P> {
-    fn read_line_bytes(&mut self, line: &mut Vec<u8>) -> std::io::Result<usize> {
-        let read = self.inner.read_until(b'\n', line)?;
-        self.count(read);
-        Ok(read)
-    }
-}
-
 impl<R, P: FnMut(u64)> Counting<R, P> {
     pub fn new(inner: R, progress: P) -> Counting<R, P> {
         Counting { inner, read: 0, progress }
-    }
-
-    fn count(&mut self, read: usize) {
-        self.read += read as u64;
-        (self.progress)(self.read);
     }
 }
 
 impl<R: Read, P: FnMut(u64)> Read for Counting<R, P> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let read = self.inner.read(buffer)?;
-        self.count(read);
+        self.read += read as u64;
+        (self.progress)(self.read);
         Ok(read)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_code_is_the_last_number_of_its_text() {
-        assert_eq!(last_number("<a_236>"), Some(236));
-        assert_eq!(last_number("<l2_7>é"), Some(7));
-        assert_eq!(last_number("é9"), Some(9));
-        assert_eq!(last_number("12"), Some(12));
-        assert_eq!(last_number("<a_>"), None);
-        assert_eq!(last_number("99999999999999999999999"), None);
     }
 }

@@ -1,16 +1,36 @@
 //! Files of items in Parquet.
+//!
+//! The dependency that parses them panics on some files that no program writes, and allocates what
+//! a page claims to hold. So it runs where a panic ends as an error ([`quietly`]), reads the known
+//! columns alone, and gets pages that were looked at first ([`Bounded`]).
 
+use std::cell::Cell;
 use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::{Arc, Once};
 
-use parquet::errors::ParquetError;
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::bloom_filter::Sbbf;
+use parquet::column::page::{Page, PageMetadata, PageReader};
+use parquet::errors::{ParquetError, Result as ParquetResult};
+use parquet::file::metadata::RowGroupMetaData;
+use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
+use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
+use parquet::schema::types::Type;
 
-use super::jsonl::{Code, to_sid};
+use super::codes::{Code, to_sid};
 use crate::catalog::item::Item;
 use crate::catalog::order::ItemWeight;
 use crate::error::{Error, Result};
+
+/// The columns that [`to_item`] knows, beside those of single levels.
+const COLUMNS: [&str; 6] = ["item", "sid", "title", "tags", "available", "weight"];
+
+/// The most values that a column has in one row group: sixteen tags each of a million items.
+const MAX_VALUES: usize = 1 << 24;
+/// The most bytes that a column of one row group takes uncompressed, by its own account.
+const MAX_COLUMN_BYTES: i64 = 1 << 30;
 
 pub(super) fn read(
     path: &Path,
@@ -23,18 +43,159 @@ pub(super) fn read(
         place,
         reason,
     };
-    let whole = |error: ParquetError| fail("the file".into(), error.to_string());
     let bytes = file.metadata().map_err(|error| Error::io(path, error))?.len();
-    let reader = SerializedFileReader::new(file).map_err(whole)?;
-    let num_rows = reader.metadata().file_metadata().num_rows().max(1) as u64;
-    for (row, read) in (0u64..).zip(reader.get_row_iter(None).map_err(whole)?) {
-        let place = || format!("row {row}");
-        let item = read.map_err(|error| fail(place(), error.to_string()))?;
-        let item = to_item(&item).and_then(&mut add);
-        item.map_err(|error| fail(place(), error.to_string()))?;
-        progress(bytes * (row + 1) / num_rows);
+    let whole = |error: ParquetError| fail("the file".into(), error.to_string());
+    let reader = quietly(|| SerializedFileReader::new(file)).map_err(whole)?;
+    let metadata = reader.metadata().file_metadata();
+    let num_rows = metadata.num_rows().max(1) as u64;
+    let columns = quietly(|| known_columns(metadata.schema())).map_err(whole)?;
+    let mut row = 0u64;
+    for group in 0..reader.num_row_groups() {
+        let in_group = |error: ParquetError| fail(format!("row group {group}"), error.to_string());
+        let bounded = quietly(|| Bounded::new(reader.get_row_group(group)?)).map_err(in_group)?;
+        let rows = quietly(|| RowIter::from_row_group(Some(columns.clone()), &bounded));
+        let mut rows = rows.map_err(in_group)?;
+        let mut next = || quietly(|| rows.next().transpose());
+        while let Some(found) =
+            next().map_err(|error| fail(format!("row {row}"), error.to_string()))?
+        {
+            let item = to_item(&found).and_then(&mut add);
+            item.map_err(|error| fail(format!("row {row}"), error.to_string()))?;
+            row += 1;
+            progress(bytes.min(bytes.saturating_mul(row) / num_rows));
+        }
     }
     Ok(())
+}
+
+thread_local! {
+    /// Whether a panic of this thread is about to become an error.
+    static IS_QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs code of the dependency; its panic becomes an error, and is not reported beside it.
+fn quietly<T>(parse: impl FnOnce() -> ParquetResult<T>) -> ParquetResult<T> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !IS_QUIET.get() {
+                before(panic);
+            }
+        }));
+    });
+    IS_QUIET.set(true);
+    let parsed = catch_unwind(AssertUnwindSafe(parse));
+    IS_QUIET.set(false);
+    parsed.unwrap_or_else(|_| {
+        Err(ParquetError::General("the file is malformed, and its parser broke off".into()))
+    })
+}
+
+/// The columns that items are made of.
+fn known_columns(schema: &Type) -> ParquetResult<Type> {
+    let is_known = |name: &str| COLUMNS.contains(&name) || level_of(name).is_some();
+    let fields = schema.get_fields().iter().filter(|field| is_known(field.name()));
+    let fields: Vec<Arc<Type>> = fields.cloned().collect();
+    if !fields.iter().any(|field| field.name() == "item") {
+        return Err(ParquetError::General("there is no column \"item\"".into()));
+    }
+    Type::group_type_builder(schema.name()).with_fields(fields).build()
+}
+
+/// The level of a column such as `sid_0`.
+fn level_of(name: &str) -> Option<usize> {
+    name.strip_prefix("sid_")?.parse().ok()
+}
+
+/// A row group whose pages are checked before anything is allocated for their values.
+struct Bounded<'a>(Box<dyn RowGroupReader + 'a>);
+
+impl<'a> Bounded<'a> {
+    fn new(group: Box<dyn RowGroupReader + 'a>) -> ParquetResult<Bounded<'a>> {
+        let largest = group.metadata().columns().iter().map(|column| column.uncompressed_size());
+        match largest.max().unwrap_or(0) {
+            ..=MAX_COLUMN_BYTES => Ok(Bounded(group)),
+            bytes => Err(ParquetError::General(format!(
+                "a column has {bytes} bytes, at most {MAX_COLUMN_BYTES} are read; write smaller \
+                 row groups"
+            ))),
+        }
+    }
+}
+
+impl RowGroupReader for Bounded<'_> {
+    fn metadata(&self) -> &RowGroupMetaData {
+        self.0.metadata()
+    }
+
+    fn num_columns(&self) -> usize {
+        self.0.num_columns()
+    }
+
+    fn get_column_page_reader(&self, column: usize) -> ParquetResult<Box<dyn PageReader>> {
+        let pages = self.0.get_column_page_reader(column)?;
+        Ok(Box::new(BoundedPages { pages, num_values: 0 }))
+    }
+
+    fn get_column_bloom_filter(&self, column: usize) -> Option<&Sbbf> {
+        self.0.get_column_bloom_filter(column)
+    }
+
+    fn get_row_iter(&self, projection: Option<Type>) -> ParquetResult<RowIter<'_>> {
+        RowIter::from_row_group(projection, self)
+    }
+}
+
+struct BoundedPages {
+    pages: Box<dyn PageReader>,
+    /// So far.
+    num_values: usize,
+}
+
+impl PageReader for BoundedPages {
+    fn get_next_page(&mut self) -> ParquetResult<Option<Page>> {
+        let page = self.pages.get_next_page()?;
+        match &page {
+            None => {}
+            // A dictionary's memory is taken for as many values as it claims; each takes a byte.
+            Some(Page::DictionaryPage { buf, num_values, .. })
+                if *num_values as usize > buf.len() =>
+            {
+                let reason =
+                    format!("a dictionary of {} bytes claims {num_values} values", buf.len());
+                return Err(ParquetError::General(reason));
+            }
+            Some(page) => self.num_values += page.num_values() as usize,
+        }
+        if self.num_values > MAX_VALUES {
+            return Err(ParquetError::General(format!(
+                "a column has over {MAX_VALUES} values, the most that are read; write smaller row \
+                 groups"
+            )));
+        }
+        Ok(page)
+    }
+
+    fn peek_next_page(&mut self) -> ParquetResult<Option<PageMetadata>> {
+        self.pages.peek_next_page()
+    }
+
+    fn skip_next_page(&mut self) -> ParquetResult<()> {
+        self.pages.skip_next_page()
+    }
+
+    fn at_record_boundary(&mut self) -> ParquetResult<bool> {
+        self.pages.at_record_boundary()
+    }
+}
+
+impl Iterator for BoundedPages {
+    type Item = ParquetResult<Page>;
+
+    fn next(&mut self) -> Option<ParquetResult<Page>> {
+        self.get_next_page().transpose()
+    }
 }
 
 fn to_item(row: &Row) -> Result<Item> {
@@ -50,7 +211,7 @@ fn to_item(row: &Row) -> Result<Item> {
         _ => Err(wrong("sid", found, "a code, a whole number or a text such as \"<a_3>\"")),
     };
     for (name, found) in row.get_column_iter() {
-        let level = name.strip_prefix("sid_").and_then(|level| level.parse().ok());
+        let level = level_of(name);
         match (name.as_str(), found) {
             (_, Field::Null) if level.is_none() => {}
             ("item", Field::Str(text)) => item.name = text.clone(),

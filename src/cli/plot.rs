@@ -1,0 +1,60 @@
+//! Loads as a picture.
+
+use std::io::Write;
+use std::path::Path;
+
+use plotters::prelude::*;
+use sidereal::{Error, Result};
+
+use super::output::OutputFile;
+use super::tally::{LatencyReport, LoadReport};
+
+/// Latency against load, on a logarithmic scale.
+pub fn plot(path: &Path, loads: &[LoadReport]) -> Result<()> {
+    let failed = |reason: String| Error::OutputFile { path: path.to_path_buf(), reason };
+    let draw = |svg: &mut String| -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let area = SVGBackend::with_string(svg, (800, 500)).into_drawing_area();
+        area.fill(&WHITE)?;
+        let most_load =
+            loads.iter().filter_map(|load| load.offered_per_second).fold(1.0, f64::max) * 1.05;
+        let most = loads.iter().map(|load| load.latency_ms.p99).fold(1.0, f64::max) * 1.3;
+        let least =
+            loads.iter().map(|load| load.latency_ms.p50).fold(most, f64::min).max(1e-3) / 1.3;
+        let mut chart = ChartBuilder::on(&area)
+            .margin(16)
+            .caption("Latency against load", ("sans-serif", 20))
+            .x_label_area_size(40)
+            .y_label_area_size(60)
+            .build_cartesian_2d(0.0..most_load, (least..most).log_scale())?;
+        chart
+            .configure_mesh()
+            .x_desc("requests a second that arrive")
+            .y_desc("milliseconds")
+            .draw()?;
+        type Quantile = fn(&LatencyReport) -> f64;
+        let quantiles: [(&str, RGBColor, Quantile); 3] = [
+            ("p50", BLUE, |latency| latency.p50),
+            ("p95", GREEN, |latency| latency.p95),
+            ("p99", RED, |latency| latency.p99),
+        ];
+        for (name, color, quantile) in quantiles {
+            let points = loads.iter().filter_map(|load| {
+                Some((load.offered_per_second?, quantile(&load.latency_ms).max(least)))
+            });
+            chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?.label(name).legend(
+                move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2)),
+            );
+        }
+        chart.configure_series_labels().border_style(BLACK).background_style(WHITE).draw()?;
+        area.present()?;
+        Ok(())
+    };
+    let mut svg = String::new();
+    draw(&mut svg).map_err(|error| failed(error.to_string()))?;
+    let write = || {
+        let mut output = OutputFile::create(path)?;
+        output.write_all(svg.as_bytes())?;
+        output.finish()
+    };
+    write().map_err(|error| Error::io(path, error))
+}

@@ -1,0 +1,277 @@
+//! Jinja templates: what a prompt says, from the items of a history and fields of a request.
+//!
+//! A template comes with a model, so it is not trusted: [`FUEL`] bounds what it may compute and
+//! write, and it reads nothing but the variables that it is given.
+
+use std::fmt;
+use std::sync::Arc;
+
+use minijinja::syntax::{SyntaxConfig, SyntaxConfigBuilder};
+use minijinja::value::{Kwargs, Rest, Serde, ValueKind};
+use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
+use serde::Serialize;
+
+/// What one rendering may spend: an instruction, or 64 bytes of data, costs one. It is enough for
+/// some megabytes of text, and spent within a fraction of a second.
+const FUEL: u64 = 1_000_000;
+
+/// The name of an environment's only template.
+const NAME: &str = "template";
+
+/// A compiled template.
+#[derive(Clone)]
+pub struct Template {
+    source: Arc<str>,
+    environment: Arc<Environment<'static>>,
+}
+
+impl Template {
+    /// Compiles a prompt's template. A variable that is missing is an error when it is rendered.
+    ///
+    /// # Errors
+    /// What is wrong with it, with its line.
+    pub fn prompt(source: &str) -> Result<Template, String> {
+        let mut syntax = SyntaxConfig::builder();
+        let mut environment = environment(syntax.keep_trailing_newline(true))?;
+        environment.set_undefined_behavior(UndefinedBehavior::SemiStrict);
+        Template::compile(environment, source)
+    }
+
+    /// Compiles a chat template, with the settings of Hugging Face's `apply_chat_template`.
+    ///
+    /// # Errors
+    /// What is wrong with it, with its line.
+    pub fn chat(source: &str) -> Result<Template, String> {
+        let mut syntax = SyntaxConfig::builder();
+        let environment = environment(syntax.trim_blocks(true).lstrip_blocks(true))?;
+        Template::compile(environment, &without_generation_tags(source))
+    }
+
+    fn compile(mut environment: Environment<'static>, source: &str) -> Result<Template, String> {
+        environment.add_template_owned(NAME, source.to_string()).map_err(|error| words(&error))?;
+        Ok(Template { source: source.into(), environment: Arc::new(environment) })
+    }
+
+    /// Renders the template.
+    ///
+    /// # Errors
+    /// What a variable lacks, what the template refuses, or that it goes on for too long.
+    pub fn render(&self, variables: &impl Serialize) -> Result<String, String> {
+        let variables = Value::from(Serde(variables));
+        let template = self.environment.get_template(NAME).map_err(|error| words(&error))?;
+        template.render(variables).map_err(|error| match error.kind() {
+            ErrorKind::OutOfFuel => {
+                "the template computes or writes more than a prompt may; does it loop?".into()
+            }
+            _ => words(&error),
+        })
+    }
+}
+
+impl PartialEq for Template {
+    fn eq(&self, other: &Template) -> bool {
+        self.source == other.source
+    }
+}
+
+impl fmt::Debug for Template {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_tuple("Template").field(&self.source).finish()
+    }
+}
+
+/// An error with the reasons behind it, in one line.
+fn words(error: &minijinja::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text.replace('\n', " ")
+}
+
+/// What templates written for Python's Jinja rely on.
+fn environment(syntax: &mut SyntaxConfigBuilder) -> Result<Environment<'static>, String> {
+    let mut environment = Environment::new();
+    environment.set_syntax(syntax.build().map_err(|error| words(&error))?);
+    environment.set_fuel(Some(FUEL));
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_function("raise_exception", |message: String| -> Result<Value, _> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", strftime_now);
+    environment.add_filter("tojson", to_json);
+    Ok(environment)
+}
+
+/// Today's date, which a request has to say: an answer depends on its request alone.
+fn strftime_now(state: &State<'_, '_>, format: String) -> Result<Value, minijinja::Error> {
+    state.lookup("today").ok_or_else(|| {
+        let text = format!(
+            "the template asks for the date as {format:?}; give it as a text in the request's \
+             \"variables\", as {{\"today\": \"26 Jul 2024\"}}"
+        );
+        minijinja::Error::new(ErrorKind::UndefinedError, text)
+    })
+}
+
+/// Python's `json.dumps(value, ensure_ascii=False, indent=...)`.
+fn to_json(
+    value: Value,
+    arguments: Rest<Value>,
+    options: Kwargs,
+) -> Result<Value, minijinja::Error> {
+    let _ = arguments;
+    let indent: Option<usize> = options.get("indent")?;
+    // Further options of transformers' filter do not change what this one writes by default.
+    let _: Option<Value> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let mut text = String::new();
+    write_json(&value, indent, 0, &mut text)?;
+    Ok(Value::from_safe_string(text))
+}
+
+fn write_json(
+    value: &Value,
+    indent: Option<usize>,
+    depth: usize,
+    text: &mut String,
+) -> Result<(), minijinja::Error> {
+    /// Deeper values are an error: they would exhaust the stack.
+    const MAX_DEPTH: usize = 64;
+    /// More text than any prompt takes.
+    const MAX_BYTES: usize = 1 << 22;
+    if depth > MAX_DEPTH || text.len() > MAX_BYTES {
+        let reason = "the value is too large or too deep for tojson";
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, reason));
+    }
+    let line = |text: &mut String, depth: usize| {
+        if let Some(indent) = indent {
+            text.push('\n');
+            text.extend(std::iter::repeat_n(' ', indent * depth));
+        }
+    };
+    let comma = if indent.is_some() { "," } else { ", " };
+    match value.kind() {
+        ValueKind::Map => {
+            text.push('{');
+            for (number, key) in value.try_iter()?.enumerate() {
+                text.push_str(if number > 0 { comma } else { "" });
+                line(text, depth + 1);
+                write_json(&Value::from(key.to_string()), indent, depth + 1, text)?;
+                text.push_str(": ");
+                write_json(&value.get_item(&key)?, indent, depth + 1, text)?;
+            }
+            if value.len() != Some(0) {
+                line(text, depth);
+            }
+            text.push('}');
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            text.push('[');
+            let mut is_empty = true;
+            for (number, value) in value.try_iter()?.enumerate() {
+                is_empty = false;
+                text.push_str(if number > 0 { comma } else { "" });
+                line(text, depth + 1);
+                write_json(&value, indent, depth + 1, text)?;
+            }
+            if !is_empty {
+                line(text, depth);
+            }
+            text.push(']');
+        }
+        _ => {
+            let json = serde_json::to_string(value);
+            let failed = |error: serde_json::Error| {
+                minijinja::Error::new(ErrorKind::BadSerialization, error.to_string())
+            };
+            text.push_str(&json.map_err(failed)?);
+        }
+    }
+    Ok(())
+}
+
+/// A chat template without `{% generation %}` and `{% endgeneration %}`, which mark for training
+/// what the assistant says and write nothing.
+fn without_generation_tags(source: &str) -> String {
+    let mut text = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let Some(len) = rest[start..].find("%}") else { break };
+        let (before, tag) = (&rest[..start], &rest[start..start + len + 2]);
+        let name = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
+        text.push_str(before);
+        match name {
+            "generation" => text.push_str(&tag.replace(name, "if true")),
+            "endgeneration" => text.push_str(&tag.replace(name, "endif")),
+            _ => text.push_str(tag),
+        }
+        rest = &rest[start + len + 2..];
+    }
+    text.push_str(rest);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn render(source: &str) -> Result<String, String> {
+        Template::chat(source)?.render(&json!({"name": "a", "list": [1, 2]}))
+    }
+
+    #[test]
+    fn a_template_that_loops_or_explodes_is_ended() {
+        let doubling = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(64) %}\
+                        {% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}";
+        let joined = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(64) %}\
+                      {% set ns.x = ns.x.replace('a', ns.x) %}{% endfor %}";
+        for source in [
+            doubling,
+            joined,
+            "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+            "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+            "{{ 'a' * 1000000000 }}",
+            "{{ ['a' * 10000000] * 10000 }}",
+            "{% set l = range(90000) | list %}{% for i in l %}{{ l | tojson }}{% endfor %}",
+            "{{ '%1000000000d' | format(1) }}",
+        ] {
+            let outcome = render(source);
+            assert!(outcome.is_err(), "{source}");
+        }
+    }
+
+    #[test]
+    fn json_is_pythons() {
+        let rendered = render("{{ {'a': [1, 2.5, true, none], 'b': '<é>\"', 'c': {}} | tojson }}");
+        let expected = "{\"a\": [1, 2.5, true, null], \"b\": \"<é>\\\"\", \"c\": {}}";
+        assert_eq!(rendered.as_deref(), Ok(expected));
+        let rendered = render("{{ {'a': [1]} | tojson(indent=2) }}");
+        assert_eq!(rendered.as_deref(), Ok("{\n  \"a\": [\n    1\n  ]\n}"));
+    }
+
+    #[test]
+    fn marks_for_training_write_nothing() {
+        let source = "a{% generation %}b{%- endgeneration -%} c{% if true %}d{% endif %}";
+        assert_eq!(render(source).as_deref(), Ok("abcd"));
+    }
+
+    #[test]
+    fn the_date_is_the_requests() {
+        let error = render("{{ strftime_now('%d') }}").expect_err("no date");
+        assert!(error.contains("today"), "{error}");
+        let template = Template::chat("{{ strftime_now('%d') }}").expect("a template");
+        assert_eq!(template.render(&json!({"today": "7"})).as_deref(), Ok("7"));
+    }
+
+    #[test]
+    fn a_variable_that_is_missing_is_an_error_of_a_prompt() {
+        let template = Template::prompt("{{ query }}\n").expect("a template");
+        assert!(template.render(&json!({})).is_err());
+        assert_eq!(template.render(&json!({"query": "q"})).as_deref(), Ok("q\n"));
+    }
+}
