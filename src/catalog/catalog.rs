@@ -140,10 +140,13 @@ impl Catalog {
         let snapshot = self.checked_snapshot()?;
         let (base, watermarks) = (snapshot.base(), snapshot.watermarks());
         if snapshot.number() == base.snapshot && base.ties == Ties::ByName {
-            return format::save(base, watermarks, &path, &lock);
+            format::save(base, watermarks, &path, &lock)?;
+        } else {
+            let base = compact(&snapshot, |_| true)?.expect("progress never stops it");
+            format::save(&base, watermarks, &path, &lock)?;
         }
-        let base = compact(&snapshot, |_| true)?.expect("progress never stops it");
-        format::save(&base, watermarks, &path, &lock)
+        lock.remove_if_new();
+        Ok(())
     }
 
     /// Says how far feeds had been applied when the catalog's items were read from their source, so

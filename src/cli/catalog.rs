@@ -1,4 +1,4 @@
-//! `sidereal catalog`: build, inspect, check and change catalogs; fit codebooks and assign semantic IDs.
+//! `sidereal catalog`: build, inspect, check, change; fit codebooks and assign semantic IDs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

@@ -1,8 +1,10 @@
 //! One writer for each catalog, and what its log has promised: `<catalog>.lock`.
 //!
 //! Everything that writes a catalog or its log takes the lock of this file first, before it reads
-//! anything. The file is never replaced or removed: a lock belongs to a file and not to its name,
-//! and two processes could otherwise hold locks of two files of one name.
+//! anything. A lock belongs to a file and not to its name, and two processes could hold locks of two
+//! files of one name. So the file is never replaced, a process that has locked it checks that the
+//! name still leads there, and a build alone, which leaves nothing else behind, removes a file that
+//! it has made, while it holds the lock.
 //!
 //! The file also says how far the log has been acknowledged, because a log that lost its end looks
 //! like a shorter log:
@@ -59,7 +61,7 @@ impl Promise {
         if self.is_same_boot { self.acknowledged } else { self.synced }
     }
 
-    fn to_bytes(&self) -> Vec<u8> {
+    fn to_bytes(self) -> Vec<u8> {
         let (device, inode) = self.log_file.unwrap_or_default();
         let fields = [MAGIC, self.log_id, device, inode, boot(), self.acknowledged, self.synced];
         let mut bytes: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
@@ -109,8 +111,11 @@ pub(super) fn read_promise(catalog: &Path) -> Option<Promise> {
 
 /// The lock of a catalog, held by this process alone until it is dropped.
 pub(crate) struct CatalogLock {
+    path: PathBuf,
     file: File,
     folder: Folder,
+    /// Whether there was no such file before.
+    is_new: bool,
 }
 
 impl CatalogLock {
@@ -123,7 +128,11 @@ impl CatalogLock {
         let io = |error| Error::io(&path, error);
         let folder = Folder::open(&folder_of(catalog)).map_err(io)?;
         for _ in 0..ATTEMPTS {
-            let file = open(&path, catalog).map_err(io)?;
+            let (file, is_new) = match open(&path, catalog) {
+                // Removed by the build that made it, just as it was opened.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                opened => opened.map_err(io)?,
+            };
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
@@ -132,10 +141,17 @@ impl CatalogLock {
                 Err(TryLockError::Error(error)) => return Err(io(error)),
             }
             if leads_to(&path, &file).map_err(io)? {
-                return Ok(CatalogLock { file, folder });
+                return Ok(CatalogLock { path, file, folder, is_new });
             }
         }
         Err(io(std::io::Error::other("the file is replaced all the time; leave it where it is")))
+    }
+
+    /// Removes the lock's file where there was none before the lock was taken, and unlocks it.
+    pub fn remove_if_new(self) {
+        if self.is_new {
+            let _ = std::fs::remove_file(&self.path); // at worst, the file stays
+        }
     }
 
     pub(super) fn folder(&self) -> &Folder {
@@ -165,23 +181,25 @@ impl Drop for CatalogLock {
     }
 }
 
-/// The lock's file; a new one takes after the catalog, so that others who may write the catalog may
-/// lock it.
-fn open(path: &Path, catalog: &Path) -> std::io::Result<File> {
+/// The lock's file, and whether it is new. A new one takes after the catalog, so that others who may
+/// write the catalog may lock it.
+fn open(path: &Path, catalog: &Path) -> std::io::Result<(File, bool)> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
     match options.open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        file => return file,
+        file => return Ok((file?, false)),
     }
     match options.clone().create_new(true).open(path) {
         Ok(file) => {
             if let Ok(catalog) = std::fs::metadata(catalog) {
                 take_after(&file, &catalog)?;
             }
-            Ok(file)
+            Ok((file, true))
         }
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => options.open(path),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            Ok((options.open(path)?, false))
+        }
         Err(error) => Err(error),
     }
 }
