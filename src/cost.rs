@@ -375,7 +375,7 @@ mod tests {
         (0..100).for_each(|_| estimate.note_admitted(typical));
         let alone_us = estimate.cost.predict_us(typical);
         let costly = |estimate: &Estimate, times: u64| {
-            (0..1000).filter(|&id| estimate.is_too_costly(times * alone_us, id)).count()
+            (1..1001).filter(|&id| estimate.is_too_costly(times * alone_us, id)).count()
         };
         assert_eq!(costly(&estimate, 10), 0, "nobody is refused");
         (0..1000).for_each(|request| estimate.note_judged(request % 4 != 0));

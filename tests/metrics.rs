@@ -218,7 +218,7 @@ fn what_is_counted_is_told_to_a_subscriber_as_well() {
         assert_eq!(events.iter().filter(is_it).count(), 1, "{words:?} in {events:#?}");
     };
     has(&["request answered", "queued_us=10 ", "prefill_us=1500 ", "levels_us=[250, 260, 300] "]);
-    has(&["request refused", "code=\"overloaded\"", "3 requests wait already"]);
+    has(&["request refused", "code=\"overloaded\"", "3 requests wait"]);
     has(&["request failed", "code=\"deadline_exceeded\""]);
     has(&["request failed", "code=\"cancelled\""]);
     has(&["step", "rows=29 ", "prompt_tokens=13 ", "took_us=1500 "]);
