@@ -260,10 +260,7 @@ const MUTANTS: [Mutant; 16] = [
     Mutant {
         name: "a product of warpgroups that is not waited for",
         file: "common/warpgroup_attention.cuh",
-        change: (
-            "      wait_for_products<1>(scores[0]);\n",
-            "      settle(scores[0]);\n",
-        ),
+        change: ("      wait_for_products<1>(scores[0]);\n", "      settle(scores[0]);\n"),
         check: check_prefill,
         on: On::Warpgroups,
         found_as: "wrong",
@@ -271,7 +268,10 @@ const MUTANTS: [Mutant; 16] = [
     Mutant {
         name: "a page that is refilled while warpgroups multiply by it",
         file: "common/warpgroup_attention.cuh",
-        change: ("(page - 1 - tile.page_from) % kValueBuffers);\n      wait", "(page - 2 - tile.page_from) % kValueBuffers);\n      wait"),
+        change: (
+            "(page - 1 - tile.page_from) % kValueBuffers);\n      wait",
+            "(page - 2 - tile.page_from) % kValueBuffers);\n      wait",
+        ),
         check: check_prefill,
         on: On::Warpgroups,
         found_as: "in flight",

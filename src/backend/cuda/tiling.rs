@@ -58,9 +58,8 @@ impl Tiling {
     fn family(self) -> Family {
         let has_tensor_kernel =
             self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim(), 64 | 128);
-        let has_room = |family| {
-            self.bytes_of(family, NARROW_ROWS, MAX_POSITIONS) <= self.max_shared_bytes
-        };
+        let has_room =
+            |family| self.bytes_of(family, NARROW_ROWS, MAX_POSITIONS) <= self.max_shared_bytes;
         match has_tensor_kernel {
             true if self.has_warpgroups && has_room(Family::Warpgroups) => Family::Warpgroups,
             true if has_room(Family::Warps) => Family::Warps,
