@@ -6,8 +6,8 @@
 // put in another order. Where a slot alone has too few tiles to fill the device, its context is
 // split (Flash-Decoding, Dao et al. 2023) and attend_beams_combine merges the parts in order. The
 // parts follow from the slot alone, so its result does not depend on the other slots of the pass.
-// Grid: (tiles, KV heads, parts of the context that is split most). Block: 128 threads. Bound by
-// memory below about 150 rows a search and KV head, by tensor cores above.
+// Grid: (tiles, KV heads, parts of the context that is split most). Block: 128 threads, or a warpgroup
+// for 64 rows. Bound by memory below about 150 rows a search and KV head, by tensor cores above.
 #include "common/warpgroup_attention.cuh"
 
 namespace attend_beams {

@@ -28,12 +28,22 @@ fn compare(
     expected: &Matrix,
     columns: usize,
 ) -> Result<(), String> {
+    compare_within(backend, found, expected, columns, 2e-2)
+}
+
+fn compare_within(
+    backend: &CudaBackend<Emulator>,
+    found: &<CudaBackend<Emulator> as DeviceOps>::Buffer,
+    expected: &Matrix,
+    columns: usize,
+    bound: f64,
+) -> Result<(), String> {
     let found = backend.download(found).map_err(|error| error.to_string())?;
     if let Some(at) = found.iter().position(|value| !value.is_finite()) {
         return Err(format!("wrong: {} at {at}", found[at]));
     }
     match worst_row(&found, &expected.values, columns, "mutant") {
-        (_, error) if error < 2e-2 => Ok(()),
+        (_, error) if error < bound => Ok(()),
         (row, error) => Err(format!("wrong: relative error {error:.1e} of row {row}")),
     }
 }
@@ -55,7 +65,8 @@ fn check_rms_norm(backend: &CudaBackend<Emulator>) -> Result<(), String> {
     let vector = backend.vector(&[ones]).expect("memory");
     backend.rms_norm(&backend.upload(&x, columns), &vector, 1e-6, &mut out);
     let expected = truth::rms_norm(&rows, &vec![1.0; columns], 1e-6);
-    compare(backend, &out, &expected, columns)
+    // Only the result is rounded to bf16.
+    compare_within(backend, &out, &expected, columns, 5e-3)
 }
 
 const HEADS: Heads = Heads::new(4, 2, 64);
@@ -252,7 +263,7 @@ const MUTANTS: [Mutant; 16] = [
     Mutant {
         name: "a write past the end of a buffer",
         file: "rms_norm.cu",
-        change: ("out[i] = weighted(x[i], i);\n", "out[i + 1] = weighted(x[i], i);\n"),
+        change: ("out[threadIdx.x] = weighted(", "out[threadIdx.x + 1] = weighted("),
         check: check_rms_norm,
         on: On::F32,
         found_as: "16-byte write outside every device buffer: 0 bytes past the end of 'activations'",
@@ -269,8 +280,8 @@ const MUTANTS: [Mutant; 16] = [
         name: "a page that is refilled while warpgroups multiply by it",
         file: "common/warpgroup_attention.cuh",
         change: (
-            "(page - 1 - tile.page_from) % kValueBuffers);\n      wait",
-            "(page - 2 - tile.page_from) % kValueBuffers);\n      wait",
+            "(page - 1 - tile.page_from) % kValueBuffers);\n      load",
+            "(page - 2 - tile.page_from) % kValueBuffers);\n      load",
         ),
         check: check_prefill,
         on: On::Warpgroups,

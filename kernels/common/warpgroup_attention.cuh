@@ -51,6 +51,7 @@ struct WarpgroupAttention
     Base::reset();
   }
 
+  // Looks up where a page is, if there is one.
   __device__ void find_page(uint32_t page, const Tile& tile, const Batch& batch) {
     if (page < tile.page_to) next_page = batch.pages[tile.first_page + page];
   }
@@ -132,6 +133,7 @@ struct WarpgroupAttention
     for (; page < tile.page_to; page++) wait_for_page();  // with the other warpgroup
   }
 
+  // Takes the scores of a page into the running softmax, as far as rows see it.
   __device__ bool weigh_page(const Tile& tile, uint32_t page, uint32_t seen_by_all, float factor,
                              float (&scores)[1][kPageLen / 8][4],
                              float (&shares)[Base::kLaneRows]) {
@@ -141,6 +143,7 @@ struct WarpgroupAttention
     return Base::template weigh<kPageLen>(scores, factor, shares);
   }
 
+  // Makes the weights of a page what a product takes.
   __device__ void narrow_weights(const float (&scores)[kPageLen / 8][4]) {
 #pragma unroll
     for (uint32_t n = 0; n < kPageLen / 16; n++)
