@@ -6,9 +6,9 @@
 // put in another order. Where a slot alone has too few tiles to fill the device, its context is
 // split (Flash-Decoding, Dao et al. 2023) and attend_beams_combine merges the parts in order. The
 // parts follow from the slot alone, so its result does not depend on the other slots of the pass.
-// Grid: (tiles, KV heads, parts of the context that is split most). Block: 128 threads. Bound by
-// memory below about 150 rows a search and KV head, by tensor cores above.
-#include "common/attention.cuh"
+// Grid: (tiles, KV heads, parts of the context that is split most). Block: 128 threads, or a warpgroup
+// for 64 rows. Bound by memory below about 150 rows a search and KV head, by tensor cores above.
+#include "common/warpgroup_attention.cuh"
 
 namespace attend_beams {
 
@@ -159,7 +159,7 @@ __device__ __forceinline__ void attend_tail(Attention& attention, const Params& 
         keys = tail_keys<bf16>(params.pages, ancestors[beam * kMaxPositions + from + position],
                                tile.layer) +
                tile.kv_head * Attention::kHead + Attention::copied_column();
-      const uint32_t to = row * Attention::kStride + Attention::copied_column();
+      const uint32_t to = Attention::place(row, Attention::copied_column());
       copy_async(attention.keys + to, keys, is_wanted);
       copy_async(attention.values + to, is_wanted ? keys + to_values : keys, is_wanted);
     }
@@ -192,16 +192,15 @@ __device__ __forceinline__ void attend_tail(Attention& attention, const Params& 
             }
           }
         }
-        attention.template weigh<kChunk>(scores, 1.0f);
+        attention.template weigh_and_rescale<kChunk>(scores, 1.0f);
         attention.template accumulate<kChunk>(scores, at);
       }
     }
   }
 }
 
-template <uint32_t kHeadDim, uint32_t kWarpRows>
-__device__ __forceinline__ void run_tensor(const Params& params) {
-  using Attention = TensorAttention<kHeadDim, kWarpRows>;
+template <class Attention> __device__ __forceinline__ void run_tensor(const Params& params) {
+  constexpr uint32_t kHeadDim = Attention::kHead;
   const uint2 place = params.tiles[blockIdx.x];
   if (place.x == kNone) return;
   const Search& search = params.batch.searches[place.x];
@@ -282,18 +281,39 @@ template <class T> __device__ __forceinline__ void combine(const CombineParams& 
   const float share = exp2_approx(part.x - (largest == -INFINITY_F ? 0.0f : largest));
   const float sum = warp_sum(part.y * share);
   T* out = static_cast<T*>(params.out) + (size_t(row) * params.num_heads + head) * params.head_dim;
-  for (uint32_t first = 0; first < params.head_dim; first += kWarpSize) {
-    const uint32_t d = first + lane;
-    float value = 0;
-#pragma unroll 4
-    for (uint32_t split = 0; split < search->num_splits; split++) {
-      const float share_of_split = __shfl_sync(kAllLanes, share, split);
-      if (d < params.head_dim)
-        value += params.parts[(first_part + split * to_next) * params.head_dim + d] *
-                 share_of_split;
+  const float* parts = params.parts + first_part * params.head_dim;
+  auto merge = [&](auto unit) {
+    using Unit = decltype(unit);
+    constexpr uint32_t kCount = sizeof(Unit) / sizeof(float);
+    for (uint32_t first = 0; first < params.head_dim; first += kWarpSize * kCount) {
+      const uint32_t d = first + lane * kCount;
+      const bool is_live = d < params.head_dim;
+      Unit units[kMaxSplits];
+      // All are on their way before the first is looked at.
+#pragma unroll
+      for (uint32_t split = 0; split < kMaxSplits; split++)
+        if (is_live && split < search->num_splits)
+          units[split] =
+              *reinterpret_cast<const Unit*>(parts + split * to_next * params.head_dim + d);
+      float values[kCount] = {};
+#pragma unroll
+      for (uint32_t split = 0; split < kMaxSplits; split++) {
+        if (split >= search->num_splits) break;
+        const float share_of_split = __shfl_sync(kAllLanes, share, split);
+        if (!is_live) continue;
+#pragma unroll
+        for (uint32_t k = 0; k < kCount; k++) values[k] += units[split].values[k] * share_of_split;
+      }
+      if (!is_live) continue;
+      Numbers<T, kCount> merged;
+#pragma unroll
+      for (uint32_t k = 0; k < kCount; k++)
+        merged.values[k] = narrowed<T>(sum > 0 ? values[k] / sum : 0.0f);
+      *reinterpret_cast<Numbers<T, kCount>*>(out + d) = merged;
     }
-    if (d < params.head_dim) out[d] = narrowed<T>(sum > 0 ? value / sum : 0.0f);
-  }
+  };
+  if (params.head_dim % 4 == 0) merge(Numbers<float, 4>{});
+  else merge(Numbers<float, 1>{});
 }
 
 }  // namespace attend_beams
@@ -305,16 +325,16 @@ KERNEL(attend_beams_bf16, attend_beams::Params, attend_beams::kThreads) {
   attend_beams::run_plain<bf16>(params);
 }
 KERNEL(attend_beams_bf16_64, attend_beams::Params, attend_beams::kThreads) {
-  attend_beams::run_tensor<64, 16>(params);
+  attend_beams::run_tensor<TensorAttention<64, 16>>(params);
 }
 KERNEL(attend_beams_bf16_128, attend_beams::Params, attend_beams::kThreads) {
-  attend_beams::run_tensor<128, 16>(params);
+  attend_beams::run_tensor<TensorAttention<128, 16>>(params);
 }
 KERNEL(attend_beams_bf16_64_wide, attend_beams::Params, attend_beams::kThreads) {
-  attend_beams::run_tensor<64, 32>(params);
+  attend_beams::run_tensor<TensorAttention<64, 32>>(params);
 }
 KERNEL(attend_beams_bf16_128_wide, attend_beams::Params, attend_beams::kThreads) {
-  attend_beams::run_tensor<128, 32>(params);
+  attend_beams::run_tensor<TensorAttention<128, 32>>(params);
 }
 KERNEL(attend_beams_combine_f32, attend_beams::CombineParams, attend_beams::kCombineThreads) {
   attend_beams::combine<float>(params);
@@ -322,3 +342,19 @@ KERNEL(attend_beams_combine_f32, attend_beams::CombineParams, attend_beams::kCom
 KERNEL(attend_beams_combine_bf16, attend_beams::CombineParams, attend_beams::kCombineThreads) {
   attend_beams::combine<bf16>(params);
 }
+
+// By warpgroups, which Hopper alone has: they are never launched elsewhere.
+#if HAS_WARPGROUPS
+#define RUN_ON_WARPGROUPS(...) attend_beams::run_tensor<WarpgroupAttention<__VA_ARGS__>>(params)
+#else
+#define RUN_ON_WARPGROUPS(...) __trap()
+#endif
+KERNEL(attend_beams_bf16_64_warpgroup, attend_beams::Params, 128) { RUN_ON_WARPGROUPS(64, 1); }
+KERNEL(attend_beams_bf16_128_warpgroup, attend_beams::Params, 128) {
+  RUN_ON_WARPGROUPS(128, 1);
+}
+KERNEL(attend_beams_bf16_64_warpgroups, attend_beams::Params, 256) { RUN_ON_WARPGROUPS(64, 2); }
+KERNEL(attend_beams_bf16_128_warpgroups, attend_beams::Params, 256) {
+  RUN_ON_WARPGROUPS(128, 2);
+}
+#undef RUN_ON_WARPGROUPS

@@ -2,9 +2,9 @@
 // context; with a bias over relative positions where one is given; softmax in f32.
 // FlashAttention-2 (Dao 2023) over pages (vLLM, Kwon et al. 2023), prompts of any lengths.
 // Grid: (tiles, KV heads); a tile is 128 or 64 rows of (token, query head) for tensor cores, else
-// 16. Block: 128 threads. Bound by tensor cores for long prompts. Reads a page of keys and values
-// once a tile.
-#include "common/attention.cuh"
+// 16. Block: 128 threads, or a warpgroup for 64 rows. Bound by tensor cores for long prompts. Reads a
+// page of keys and values once a tile.
+#include "common/warpgroup_attention.cuh"
 
 namespace attend_prefill {
 
@@ -51,9 +51,8 @@ template <class T> __device__ __forceinline__ void run_plain(const Params& param
   }
 }
 
-template <uint32_t kHeadDim, uint32_t kWarpRows>
-__device__ __forceinline__ void run_tensor(const Params& params) {
-  using Attention = TensorAttention<kHeadDim, kWarpRows>;
+template <class Attention> __device__ __forceinline__ void run_tensor(const Params& params) {
+  constexpr uint32_t kHeadDim = Attention::kHead;
   SharedMemory shared;
   Attention attention(shared);
   const Tile tile = tile_of(params, Attention::kRows);
@@ -83,14 +82,34 @@ KERNEL(attend_prefill_bf16, attend_prefill::Params, 128) {
   attend_prefill::run_plain<bf16>(params);
 }
 KERNEL(attend_prefill_bf16_64, attend_prefill::Params, 128) {
-  attend_prefill::run_tensor<64, 16>(params);
+  attend_prefill::run_tensor<TensorAttention<64, 16>>(params);
 }
 KERNEL(attend_prefill_bf16_128, attend_prefill::Params, 128) {
-  attend_prefill::run_tensor<128, 16>(params);
+  attend_prefill::run_tensor<TensorAttention<128, 16>>(params);
 }
 KERNEL(attend_prefill_bf16_64_wide, attend_prefill::Params, 128) {
-  attend_prefill::run_tensor<64, 32>(params);
+  attend_prefill::run_tensor<TensorAttention<64, 32>>(params);
 }
 KERNEL(attend_prefill_bf16_128_wide, attend_prefill::Params, 128) {
-  attend_prefill::run_tensor<128, 32>(params);
+  attend_prefill::run_tensor<TensorAttention<128, 32>>(params);
 }
+
+// By warpgroups, which Hopper alone has: they are never launched elsewhere.
+#if HAS_WARPGROUPS
+#define RUN_ON_WARPGROUPS(...) attend_prefill::run_tensor<WarpgroupAttention<__VA_ARGS__>>(params)
+#else
+#define RUN_ON_WARPGROUPS(...) __trap()
+#endif
+KERNEL(attend_prefill_bf16_64_warpgroup, attend_prefill::Params, 128) {
+  RUN_ON_WARPGROUPS(64, 1);
+}
+KERNEL(attend_prefill_bf16_128_warpgroup, attend_prefill::Params, 128) {
+  RUN_ON_WARPGROUPS(128, 1);
+}
+KERNEL(attend_prefill_bf16_64_warpgroups, attend_prefill::Params, 256) {
+  RUN_ON_WARPGROUPS(64, 2);
+}
+KERNEL(attend_prefill_bf16_128_warpgroups, attend_prefill::Params, 256) {
+  RUN_ON_WARPGROUPS(128, 2);
+}
+#undef RUN_ON_WARPGROUPS

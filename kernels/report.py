@@ -23,6 +23,9 @@ ARCHITECTURES = ["80", "90a"]
 # Attention on tensor cores, where the time goes: these must have them and copy while they compute.
 HOT = [f"{operation}_bf16_{head}{width}" for operation in ("attend_prefill", "attend_beams") for head in (64, 128)
        for width in ("", "_wide")]
+# By warpgroups: for Hopper alone.
+HOT_BY_WARPGROUPS = [f"{operation}_bf16_{head}_warpgroup{s}" for operation in ("attend_prefill", "attend_beams")
+                     for head in (64, 128) for s in ("", "s")]
 BEGIN, END = "<!-- made by report.py -->\n", "<!-- end -->\n"
 
 
@@ -90,7 +93,7 @@ def defects(found):
         for name, kernel in kernels.items():
             if kernel["local"] or kernel["spills"]:
                 yield f"{name} for sm_{architecture} touches local memory"
-        for name in HOT:
+        for name in HOT + HOT_BY_WARPGROUPS * (architecture == "90a"):
             if not kernels[name]["mma"]:
                 yield f"{name} for sm_{architecture} has no tensor-core instruction"
             if not kernels[name]["copies"]:

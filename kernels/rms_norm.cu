@@ -1,7 +1,8 @@
 // out[r] = x[r] / sqrt(mean(x[r]^2) + epsilon) * weight            (Zhang & Sennrich 2019)
 // The sum in f32. The residual is added by the matrix product before it, in its epilogue, which
 // reads and writes the stream once less than a kernel that adds and normalises.
-// Grid: a block a row. Block: 256 threads. Bound by memory: reads x twice, the second time from L2.
+// Grid: a block a row. Block: 256 threads. Bound by memory: reads x once, but rows of more packs of 16
+// bytes than threads twice, the second time from L2.
 #include "generated/shared.cuh"
 
 namespace rms_norm {
@@ -16,12 +17,18 @@ __device__ __forceinline__ void normalise(const T* x_row, T* out_row, const Para
   const Unit* x = reinterpret_cast<const Unit*>(x_row);
   Unit* out = reinterpret_cast<Unit*>(out_row);
   const uint32_t num_units = params.columns / kCount;
-  float sum = 0;
-  for (uint32_t i = threadIdx.x; i < num_units; i += kThreads) {
-    const Unit unit = x[i];
+  const bool has_first = threadIdx.x < num_units;
+  const auto squares = [](const Unit& unit) {
+    float sum = 0;
 #pragma unroll
     for (uint32_t k = 0; k < kCount; k++) sum += widened(unit.values[k]) * widened(unit.values[k]);
-  }
+    return sum;
+  };
+  Unit first{};
+  if (has_first) first = x[threadIdx.x];
+  float sum = squares(first);
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x + kThreads; i < num_units; i += kThreads) sum += squares(x[i]);
   sum = warp_sum(sum);
   if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize] = sum;
   __syncthreads();
@@ -32,8 +39,7 @@ __device__ __forceinline__ void normalise(const T* x_row, T* out_row, const Para
   constexpr uint32_t kWeights = kCount < 4 ? kCount : 4;
   using Weights = Numbers<float, kWeights>;
   const Weights* weights = reinterpret_cast<const Weights*>(params.weight);
-  for (uint32_t i = threadIdx.x; i < num_units; i += kThreads) {
-    Unit unit = x[i];
+  const auto weighted = [&](Unit unit, uint32_t i) {
 #pragma unroll
     for (uint32_t k = 0; k < kCount; k += kWeights) {
       const Weights weight = weights[(i * kCount + k) / kWeights];
@@ -41,8 +47,11 @@ __device__ __forceinline__ void normalise(const T* x_row, T* out_row, const Para
       for (uint32_t w = 0; w < kWeights; w++)
         unit.values[k + w] = narrowed<T>(widened(unit.values[k + w]) * scale * weight.values[w]);
     }
-    out[i] = unit;
-  }
+    return unit;
+  };
+  if (has_first) out[threadIdx.x] = weighted(first, threadIdx.x);
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x + kThreads; i < num_units; i += kThreads) out[i] = weighted(x[i], i);
 }
 
 template <class T> __device__ __forceinline__ void run(const Params& params) {

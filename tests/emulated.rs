@@ -53,6 +53,24 @@ impl Subject for EmulatedBf16 {
     }
 }
 
+/// Bf16 on a device that multiplies by warpgroups: attention has kernels of its own there.
+struct EmulatedWarpgroups;
+
+impl Subject for EmulatedWarpgroups {
+    type B = CudaBackend<Emulator>;
+    const TOLERANCE: f64 = 2e-2;
+    const SCORE_TOLERANCE: f64 = 0.1;
+
+    fn open() -> CudaBackend<Emulator> {
+        let device = Emulator::new(Kernels::load(Build::Checked)).with_warpgroups();
+        CudaBackend::new(device, Dtype::Bf16)
+    }
+
+    fn seeds(most: u64) -> Range<u64> {
+        0..most / 10
+    }
+}
+
 mod f32 {
     crate::operation_tests!(
         super::EmulatedF32,
@@ -259,12 +277,27 @@ fn attention_holds_for_contexts_of_one_and_of_5000_and_widths_of_one_and_of_512(
     assert!(attend(Dtype::Bf16, heads(3, 3, 24), 200, 20) < 2e-2);
 }
 
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn attention_by_warpgroups_holds_for_prompts_and_beams() {
+    common::operations::attend_prefill_is_the_formula_however_prompts_are_cut::<EmulatedWarpgroups>(
+    );
+    common::operations::attention_is_the_formula_for_every_row_at_the_edges_of_pages::<
+        EmulatedWarpgroups,
+    >();
+    for (context_len, width) in [(1, 1), (600, 3), (64, 40), (130, 200)] {
+        for head_dim in [64, 128] {
+            let backend = EmulatedWarpgroups::open();
+            let error = attend_on(&backend, Heads::new(2, 1, head_dim), context_len, width);
+            assert!(error < 2e-2, "{head_dim} {context_len} {width}: {error:.1e}");
+        }
+    }
+}
+
 /// What attention makes of a prompt of 300 tokens, read in two passes and with and without a bias,
 /// and of 256 beams behind it, over three positions of their tails. A device of fewer processors is
 /// full with fewer tiles of more rows (`tile_rows` in src/backend/cuda/tiling.rs is tested there).
-fn attend_in_tiles(heads: Heads, num_processors: usize) -> Vec<f32> {
-    let kernels = Kernels::load(Build::Checked);
-    let device = Emulator::new(kernels).with_processors(num_processors);
+fn attend_in_tiles(heads: Heads, device: Emulator) -> Vec<f32> {
     let backend = CudaBackend::new(device, Dtype::Bf16);
     let mut cases = Cases::new(9);
     let mut fixture = Fixture::new(&backend, heads).expect("memory");
@@ -325,9 +358,20 @@ fn attend_in_tiles(heads: Heads, num_processors: usize) -> Vec<f32> {
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn tiles_of_64_and_of_128_rows_give_the_same_bits() {
-    for (num_heads, num_kv_heads, head_dim) in [(4, 2, 64), (6, 2, 64), (4, 2, 128)] {
+    let by_warps: fn(Emulator) -> Emulator = |device| device;
+    for (by, num_heads, num_kv_heads, head_dim) in [
+        (by_warps, 4, 2, 64),
+        (by_warps, 6, 2, 64),
+        (by_warps, 4, 2, 128),
+        (Emulator::with_warpgroups, 6, 2, 64),
+        (Emulator::with_warpgroups, 4, 2, 128),
+    ] {
         let heads = Heads::new(num_heads, num_kv_heads, head_dim);
-        let (wide, narrow) = (attend_in_tiles(heads, 1), attend_in_tiles(heads, 1000));
+        let attend = |num_processors| {
+            let device = Emulator::new(Kernels::load(Build::Checked));
+            attend_in_tiles(heads, by(device.with_processors(num_processors)))
+        };
+        let (wide, narrow) = (attend(1), attend(1000));
         let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert!(bits(&wide) == bits(&narrow), "{heads:?}");
     }
@@ -352,7 +396,11 @@ fn attention_takes_tiles_that_the_device_has_shared_memory_for() {
 }
 
 /// Attention of the beams of some of ten slots, all in one pass: by slot, its rows.
-fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec<Vec<f32>> {
+fn attend_in_company(
+    backend: &CudaBackend<Emulator>,
+    heads: Heads,
+    slots_of_pass: &[usize],
+) -> Vec<Vec<f32>> {
     const CODES: usize = 200;
     let sizes = [
         (700, 20),
@@ -366,14 +414,13 @@ fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec
         (1500, 2),
         (1100, 30),
     ];
-    let backend = Emulator::backend(Build::Plain, dtype);
     let catalog = catalog(&mut Cases::new(9), 4 * CODES, 1, CODES as u32);
     let snapshot = catalog.snapshot();
     let allowed_set = snapshot.allowed_set(&[], None).expect("no filter");
     let levels = [(0..CODES as u32).collect::<Vec<u32>>()];
     let head = Tensor::new(&[CODES, 8], Cases::new(10).numbers(CODES * 8));
     let (head, mut logits) = (backend.head(head, &levels, &[]).expect("memory"), backend.logits());
-    let mut fixture = Fixture::new(&backend, heads).expect("memory");
+    let mut fixture = Fixture::new(backend, heads).expect("memory");
     let mut cases: Vec<Cases> =
         slots_of_pass.iter().map(|&slot| Cases::new(20 + slot as u64)).collect();
     let mut slots: Vec<_> = slots_of_pass.iter().map(|&slot| fixture.slot(sizes[slot].0)).collect();
@@ -416,20 +463,26 @@ fn attend_in_company(dtype: Dtype, heads: Heads, slots_of_pass: &[usize]) -> Vec
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn attention_of_a_slot_has_the_same_bits_alone_and_beside_nine_others() {
     let heads = |num_heads, head_dim| Heads::new(num_heads, 1, head_dim);
-    for (dtype, heads) in [
-        (Dtype::F32, heads(1, 8)),
-        (Dtype::F32, heads(2, 24)),
-        (Dtype::Bf16, heads(2, 64)),
-        (Dtype::Bf16, heads(1, 128)),
-        (Dtype::Bf16, heads(2, 16)),
+    let by_warps: fn(Emulator) -> Emulator = |device| device;
+    for (dtype, heads, by) in [
+        (Dtype::F32, heads(1, 8), by_warps),
+        (Dtype::F32, heads(2, 24), by_warps),
+        (Dtype::Bf16, heads(2, 64), by_warps),
+        (Dtype::Bf16, heads(1, 128), by_warps),
+        (Dtype::Bf16, heads(2, 64), Emulator::with_warpgroups),
+        (Dtype::Bf16, heads(2, 16), by_warps),
     ] {
-        let together = attend_in_company(dtype, heads, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        let attend = |slots: &[usize]| {
+            let device = by(Emulator::new(Kernels::load(Build::Plain)));
+            attend_in_company(&CudaBackend::new(device, dtype), heads, slots)
+        };
+        let together = attend(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
         assert!(together.iter().flatten().any(|&x| x != 0.0));
         for (slot, expected) in together.iter().enumerate() {
-            let alone = attend_in_company(dtype, heads, &[slot]).remove(0);
+            let alone = attend(&[slot]).remove(0);
             assert!(alone == *expected, "{dtype:?} {heads:?}: slot {slot} depends on the others");
         }
-        let reversed = attend_in_company(dtype, heads, &[9, 8, 7, 0]);
+        let reversed = attend(&[9, 8, 7, 0]);
         assert!(reversed[3] == together[0] && reversed[0] == together[9], "{dtype:?} {heads:?}");
     }
 }

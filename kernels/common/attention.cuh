@@ -8,6 +8,7 @@
 
 #include "batch.cuh"
 
+constexpr uint32_t kPanel = kSwizzledRowBytes / sizeof(bf16);  // columns side by side where swizzled
 constexpr float kLog2E = 1.4426950408889634f;
 
 // Rows `first` on of one unit, for one KV head.
@@ -41,17 +42,25 @@ struct Tile {
   }
 };
 
-// On tensor cores: four warps of 16 or 32 rows. With 32, a fragment of keys or values that a warp
-// fetches from shared memory serves two products; with 16 there are twice as many tiles for a device
-// that is not full. Both do the same arithmetic for a row in the same order, so a result does not
-// depend on the size of its tile. The next page is copied while one is worked on.
-template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
-  static constexpr uint32_t kHead = kHeadDim, kWarps = 4, kThreads = kWarps * kWarpSize;
+// How pages lie in shared memory: rows padded so that eight of them lie in distinct banks, or as
+// products of warpgroups want them (`swizzled_matrix` in device.cuh), in panels of 64 columns.
+enum class Buffering { kPadded, kSwizzled };
+
+// On tensor cores: warps of 16 or 32 rows, four of them by default. With 32, a fragment of keys or
+// values that a warp fetches from shared memory serves two products; with 16 there are twice as many
+// tiles for a device that is not full. Both do the same arithmetic for a row in the same order, so a
+// result does not depend on the size of its tile. The next page is copied while one is worked on.
+template <uint32_t kHeadDim, uint32_t kRowsPerWarp, uint32_t kNumWarps = 4,
+          Buffering kBuffering = Buffering::kPadded, uint32_t kKeyBuffers = 2, uint32_t kValueBuffers = 2>
+struct TensorAttention {
+  static constexpr uint32_t kHead = kHeadDim, kWarps = kNumWarps, kThreads = kWarps * kWarpSize;
   static constexpr uint32_t kWarpRows = kRowsPerWarp, kMmas = kWarpRows / 16;
   static constexpr uint32_t kRows = kWarps * kWarpRows;
-  static constexpr uint32_t kStride = kHeadDim + 8;  // so that eight rows lie in distinct banks
-  static constexpr uint32_t kPageElements = kPageLen * kStride;
-  static constexpr uint32_t kBufferRows = 2 * kPageLen;
+  static constexpr bool kIsSwizzled = kBuffering == Buffering::kSwizzled;
+  static constexpr uint32_t kStride = kHeadDim + 8;  // of queries, and of padded rows
+  static constexpr uint32_t kRowElements = kIsSwizzled ? kPanel : kStride;
+  static constexpr uint32_t kPageElements = kPageLen * (kIsSwizzled ? kHeadDim : kStride);
+  static constexpr uint32_t kBufferRows = kKeyBuffers * kPageLen;
   static constexpr uint32_t kLaneRows = 2 * kMmas;
   // Copies of 16 bytes: a thread copies one column of every kRowsAtOnce-th row.
   static constexpr uint32_t kCopies = kHeadDim / 8, kRowsAtOnce = kThreads / kCopies;
@@ -76,10 +85,18 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
   static __device__ uint32_t copied_row() { return threadIdx.x / kCopies; }
   static __device__ uint32_t copied_column() { return threadIdx.x % kCopies * 8; }
 
+  // Where a column of a row of the buffers is.
+  static __device__ uint32_t place(uint32_t row, uint32_t column) {
+    if constexpr (!kIsSwizzled) return row * kStride + column;
+    return row / kPageLen * kPageElements + column / kPanel * (kPageLen * kPanel) +
+           row % kPageLen * kPanel + (column % kPanel ^ row % 8 * 8);
+  }
+
   __device__ explicit TensorAttention(SharedMemory& shared) {
+    constexpr uint32_t kAlignment = kIsSwizzled ? kSwizzledBytes : 128;
+    keys = shared.take<bf16>(kKeyBuffers * kPageElements, "keys", kAlignment);
+    values = shared.take<bf16>(kValueBuffers * kPageElements, "values", kAlignment);
     queries = shared.take<bf16>(kRows * kStride, "queries");
-    keys = shared.take<bf16>(2 * kPageElements, "keys");
-    values = shared.take<bf16>(2 * kPageElements, "values");
   }
 
   __device__ void load_queries(const Tile& tile, const bf16* all, uint32_t columns) {
@@ -105,20 +122,23 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
 
   // Copies a page of keys and values; tokens behind the context's end become zeros.
   __device__ void load_page(const bf16* from, uint32_t page, uint32_t context_len,
-                            uint32_t buffer) {
+                            uint32_t key_buffer, uint32_t value_buffer) {
     from += copied_row() * kHeadDim + copied_column();
-    const uint32_t to = buffer * kPageElements + copied_row() * kStride + copied_column();
+    static_assert(kRowsAtOnce % 8 == 0);  // a thread's rows are swizzled alike
+    const uint32_t to = place(copied_row(), copied_column());
+    bf16* to_keys = keys + key_buffer * kPageElements + to;
+    bf16* to_values = values + value_buffer * kPageElements + to;
     const uint32_t first_token = page * kPageLen + copied_row();
 #pragma unroll
     for (uint32_t j = 0; j < kPageLen / kRowsAtOnce; j++) {
       const bool is_wanted = first_token + j * kRowsAtOnce < context_len;
-      copy_async(keys + to + j * kRowsAtOnce * kStride, from + j * kRowsAtOnce * kHeadDim,
+      copy_async(to_keys + j * kRowsAtOnce * kRowElements, from + j * kRowsAtOnce * kHeadDim,
                  is_wanted);
     }
 #pragma unroll
     for (uint32_t j = 0; j < kPageLen / kRowsAtOnce; j++) {
       const bool is_wanted = first_token + j * kRowsAtOnce < context_len;
-      copy_async(values + to + j * kRowsAtOnce * kStride,
+      copy_async(to_values + j * kRowsAtOnce * kRowElements,
                  from + (kPageLen + j * kRowsAtOnce) * kHeadDim, is_wanted);
     }
   }
@@ -141,8 +161,7 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
   template <uint32_t kTokens>
   __device__ void score(uint32_t first, float (&scores)[kMmas][kTokens / 8][4]) const {
     const uint32_t lane = threadIdx.x % kWarpSize;
-    const bf16* row =
-        keys + (first + lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
+    const uint32_t row = first + lane % 8 + lane / 16 * 8, column = lane / 8 % 2 * 8;
 #pragma unroll
     for (uint32_t m = 0; m < kMmas; m++)
 #pragma unroll
@@ -163,7 +182,7 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
 #pragma unroll
       for (uint32_t n = 0; n < kTokens / 8; n += 2) {
         uint32_t b[4];
-        ldmatrix(b, row + n * 8 * kStride + k * 16);
+        ldmatrix(b, keys + place(row + n * 8, column + k * 16));
 #pragma unroll
         for (uint32_t m = 0; m < kMmas; m++) {
           mma(scores[m][n], a[m], b[0], b[1]);
@@ -195,9 +214,10 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
   }
 
   // Takes scores, times `factor` in powers of two, into the running softmax; they become weights.
+  // Returns whether what any row of the warp has accumulated must be scaled by `shares`.
   template <uint32_t kTokens>
-  __device__ void weigh(float (&scores)[kMmas][kTokens / 8][4], float factor) {
-    float shares[kLaneRows];
+  __device__ bool weigh(float (&scores)[kMmas][kTokens / 8][4], float factor,
+                        float (&shares)[kLaneRows]) {
     bool is_larger = false;
 #pragma unroll
     for (uint32_t which = 0; which < kLaneRows; which++) {
@@ -210,14 +230,14 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
       most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2)) * factor;
       // Weights of up to 2^8 are as exact as those of up to 1: sums are scaled anew only where a
       // score is larger than that (FlashAttention-4). The first score always is.
-      shares[which] = 1;
-      if (most > largest[which] + 8) {
-        shares[which] = exp2_approx(largest[which] - most);
-        largest[which] = most;
-        is_larger = true;
-      }
+      const bool is_largest = most > largest[which] + 8;
+      const float before = largest[which];
+      largest[which] = is_largest ? most : before;
+      is_larger |= is_largest;
       // A row that has seen no token yet keeps weights of zero.
       const float offset = largest[which] == -INFINITY_F ? 0.0f : largest[which];
+      const float share = exp2_approx(before - offset);
+      shares[which] = is_largest ? share : 1.0f;
       float sum = 0;
 #pragma unroll
       for (uint32_t n = 0; n < kTokens / 8; n++) {
@@ -230,7 +250,10 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
       }
       sums[which] = fmaf(sums[which], shares[which], sum);
     }
-    if (__ballot_sync(kAllLanes, is_larger) == 0) return;
+    return __ballot_sync(kAllLanes, is_larger) != 0;
+  }
+
+  __device__ void rescale(const float (&shares)[kLaneRows]) {
 #pragma unroll
     for (uint32_t which = 0; which < kLaneRows; which++) {
 #pragma unroll
@@ -241,33 +264,42 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
     }
   }
 
+  template <uint32_t kTokens>
+  __device__ void weigh_and_rescale(float (&scores)[kMmas][kTokens / 8][4], float factor) {
+    float shares[kLaneRows];
+    if (weigh<kTokens>(scores, factor, shares)) rescale(shares);
+  }
+
   static __device__ uint32_t pair(float x, float y) {
     const bf16x2 both = __floats2bfloat162_rn(x, y);
     uint32_t bits;
     memcpy(&bits, &both, sizeof bits);
     return bits;
   }
+  // 16 columns of weights, from column 8 n on, as a product takes them.
+  template <uint32_t kTokens>
+  static __device__ void narrow(uint32_t (&a)[4], const float (&weights)[kTokens / 8][4],
+                                uint32_t n) {
+    a[0] = pair(weights[n][0], weights[n][1]);
+    a[1] = pair(weights[n][2], weights[n][3]);
+    a[2] = pair(weights[n + 1][0], weights[n + 1][1]);
+    a[3] = pair(weights[n + 1][2], weights[n + 1][3]);
+  }
 
   // Adds values times weights, from a row of the buffers on.
   template <uint32_t kTokens>
   __device__ void accumulate(const float (&weights)[kMmas][kTokens / 8][4], uint32_t first) {
     const uint32_t lane = threadIdx.x % kWarpSize;
-    const bf16* row = values + (first + lane % 16) * kStride + lane / 16 * 8;
+    const uint32_t row = first + lane % 16, column = lane / 16 * 8;
 #pragma unroll
     for (uint32_t n = 0; n < kTokens / 8; n += 2) {
       uint32_t a[kMmas][4];
 #pragma unroll
-      for (uint32_t m = 0; m < kMmas; m++) {
-        const float(&w)[kTokens / 8][4] = weights[m];
-        a[m][0] = pair(w[n][0], w[n][1]);
-        a[m][1] = pair(w[n][2], w[n][3]);
-        a[m][2] = pair(w[n + 1][0], w[n + 1][1]);
-        a[m][3] = pair(w[n + 1][2], w[n + 1][3]);
-      }
+      for (uint32_t m = 0; m < kMmas; m++) narrow<kTokens>(a[m], weights[m], n);
 #pragma unroll
       for (uint32_t d = 0; d < kHeadDim / 8; d += 2) {
         uint32_t b[4];
-        ldmatrix_transposed(b, row + n * 8 * kStride + d * 8);
+        ldmatrix_transposed(b, values + place(row + n * 8, column + d * 8));
 #pragma unroll
         for (uint32_t m = 0; m < kMmas; m++) {
           mma(accumulated[m][d], a[m], b[0], b[1]);
@@ -283,8 +315,14 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
                         const bf16* all_queries, uint32_t query_columns) {
     load_queries(tile, all_queries, query_columns);
     if (tile.page_from < tile.page_to)
-      load_page(page_at(tile, batch, pages, tile.page_from), tile.page_from, tile.context_len, 0);
+      load_page(page_at(tile, batch, pages, tile.page_from), tile.page_from, tile.context_len, 0,
+                0);
     commit_copies();
+    reset();
+  }
+
+  // Nothing is accumulated.
+  __device__ void reset() {
 #pragma unroll
     for (uint32_t m = 0; m < kMmas; m++)
 #pragma unroll
@@ -320,7 +358,7 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
       __syncthreads();  // the page is there, and nobody reads the one before any more
       if (page + 1 < tile.page_to) {
         load_page(context_keys<bf16>(pages, next, tile.layer, tile.kv_head), page + 1,
-                  tile.context_len, buffer ^ 1);
+                  tile.context_len, buffer ^ 1, buffer ^ 1);
         if (page + 2 < tile.page_to) next = batch.pages[tile.first_page + page + 2];
       }
       commit_copies();
@@ -332,7 +370,7 @@ template <uint32_t kHeadDim, uint32_t kRowsPerWarp> struct TensorAttention {
         float scores[kMmas][kStep / 8][4];
         score<kStep>(at, scores);
         if (first_token + kStep > seen_by_all) mask<kStep>(tile, first_token, scores);
-        weigh<kStep>(scores, factor);
+        weigh_and_rescale<kStep>(scores, factor);
         accumulate<kStep>(scores, at);
       }
     }

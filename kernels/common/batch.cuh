@@ -65,18 +65,39 @@ __device__ __forceinline__ T* tail_keys(const Pages& pages, uint32_t row, uint32
   return static_cast<T*>(pages.tails) + at * 2 * pages.num_kv_heads * pages.head_dim;
 }
 
-// Writes a token's keys and values, `kv`, into a context's page, a `Unit` at a time.
-template <class Unit, class T>
-__device__ __forceinline__ void store_in_page(const Pages& pages, uint32_t page, uint32_t layer,
-                                              uint32_t token, const T* kv) {
-  const uint32_t per_unit = sizeof(Unit) / sizeof(T), head_dim = pages.head_dim;
-  const uint32_t kv_dim = pages.num_kv_heads * head_dim;
-  for (uint32_t i = threadIdx.x * per_unit; i < 2 * kv_dim; i += blockDim.x * per_unit) {
-    const uint32_t column = i % kv_dim;
-    T* keys = context_keys<T>(pages, page, layer, column / head_dim);
-    T* to = (i < kv_dim ? keys : values_behind(pages, keys)) + token * head_dim + column % head_dim;
-    *reinterpret_cast<Unit*>(to) = *reinterpret_cast<const Unit*>(kv + i);
+// Where the keys and values of a row of a pass are kept: those of prompts in contexts, those of beams
+// in tails.
+template <class T> struct KvPlace {
+  T* keys;  // of the first head, or null where none are kept
+  size_t to_next_head, to_values;
+
+  __device__ T* at(uint32_t head, bool is_value) const {
+    return keys + head * to_next_head + (is_value ? to_values : 0);
   }
+};
+
+template <class T>
+__device__ __forceinline__ KvPlace<T> kv_place(const Batch& batch, const Pages& pages,
+                                               uint32_t layer, uint32_t row) {
+  const uint32_t head_dim = pages.head_dim;
+  if (row < batch.num_prompt_rows) {
+    const Prompt& prompt = prompt_of_row(batch, row);
+    if (!prompt.is_kept) return {nullptr, 0, 0};
+    const uint32_t position = prompt.start + row - prompt.first_row;
+    const uint32_t page = batch.pages[prompt.first_page + position / kPageLen];
+    T* keys = context_keys<T>(pages, page, layer, 0) + position % kPageLen * head_dim;
+    return {keys, size_t(2) * kPageLen * head_dim, size_t(kPageLen) * head_dim};
+  }
+  const Search* search = search_of_row(batch, row);
+  if (!search) return {nullptr, 0, 0};
+  const uint32_t at = beam_row(batch, *search, search->num_steps, row - search->first_row);
+  return {tail_keys<T>(pages, at, layer), head_dim, size_t(pages.num_kv_heads) * head_dim};
+}
+
+// Whether rows of heads, and the memory that they are kept in, are whole packs of 16 bytes.
+template <class T> __device__ __forceinline__ bool are_packed(const Pages& pages, const T* heads) {
+  return are_packs(heads, pages.head_dim) && are_packs(static_cast<T*>(pages.contexts), 0) &&
+         are_packs(static_cast<T*>(pages.tails), 0);
 }
 
 // Keeps the keys and values of a row of a pass, `kv`: those of all heads. All threads of a block
@@ -84,20 +105,18 @@ __device__ __forceinline__ void store_in_page(const Pages& pages, uint32_t page,
 template <class T>
 __device__ __forceinline__ void store_kv(const Batch& batch, const Pages& pages, uint32_t layer,
                                          uint32_t row, const T* kv) {
-  const uint32_t head_dim = pages.head_dim, kv_dim = pages.num_kv_heads * head_dim;
-  if (row < batch.num_prompt_rows) {
-    const Prompt& prompt = prompt_of_row(batch, row);
-    if (!prompt.is_kept) return;
-    const uint32_t position = prompt.start + row - prompt.first_row;
-    const uint32_t page = batch.pages[prompt.first_page + position / kPageLen];
-    const bool is_packed = are_packs(kv, head_dim) && are_packs(static_cast<T*>(pages.contexts), 0);
-    if (is_packed) store_in_page<uint4>(pages, page, layer, position % kPageLen, kv);
-    else store_in_page<T>(pages, page, layer, position % kPageLen, kv);
-    return;
-  }
-  const Search* search = search_of_row(batch, row);
-  if (!search) return;
-  const uint32_t at = beam_row(batch, *search, search->num_steps, row - search->first_row);
-  T* keys = tail_keys<T>(pages, at, layer);
-  copy_row(keys, kv, 2 * kv_dim);
+  const KvPlace<T> to = kv_place<T>(batch, pages, layer, row);
+  if (!to.keys) return;
+  const uint32_t head_dim = pages.head_dim, num_heads = pages.num_kv_heads;
+  auto copy = [&](auto unit) {
+    using Unit = decltype(unit);
+    constexpr uint32_t kCount = sizeof(Unit) / sizeof(T);
+    for (uint32_t i = threadIdx.x * kCount; i < 2 * num_heads * head_dim; i += blockDim.x * kCount) {
+      const uint32_t head = i / head_dim;
+      T* at = to.at(head % num_heads, head >= num_heads) + i % head_dim;
+      *reinterpret_cast<Unit*>(at) = *reinterpret_cast<const Unit*>(kv + i);
+    }
+  };
+  if (are_packed(pages, kv)) copy(uint4{});
+  else copy(T{});
 }

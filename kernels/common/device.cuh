@@ -25,9 +25,9 @@ using bf16x2 = __nv_bfloat162;
 // The dynamic shared memory of a launch, array by array.
 struct SharedMemory {
   uint32_t used = 0;
-  template <class T> __device__ T* take(uint32_t count, const char*) {
-    extern __shared__ __align__(128) unsigned char dynamic_shared[];
-    const uint32_t start = (used + 127u) & ~127u;
+  template <class T> __device__ T* take(uint32_t count, const char*, uint32_t alignment = 128) {
+    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+    const uint32_t start = (used + alignment - 1) & ~(alignment - 1);
     used = start + count * uint32_t(sizeof(T));
     return reinterpret_cast<T*>(dynamic_shared + start);
   }
@@ -69,6 +69,69 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kGroups> __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroups) : "memory");
 }
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// Products of warpgroups: four warps multiply 64 rows, 16 a warp, by a matrix in shared memory, while
+// they go on. `d` must not be touched from the product on until it was waited for.
+#define HAS_WARPGROUPS 1
+
+// Orders registers before the products that follow.
+__device__ __forceinline__ void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+// Keeps the compiler from using numbers earlier than here.
+template <uint32_t kCount> __device__ __forceinline__ void settle(float (&d)[kCount][4]) {
+#pragma unroll
+  for (uint32_t i = 0; i < kCount; i++)
+    asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+}
+// Waits for the products of all commits but the last kGroups, of which `d` is a result.
+template <uint32_t kGroups, uint32_t kCount>
+__device__ __forceinline__ void wait_for_products(float (&d)[kCount][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kGroups) : "memory");
+  settle(d);
+}
+// Shared memory that this thread has written is seen by products that other threads ask for behind
+// the next barrier.
+__device__ __forceinline__ void show_to_products() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+#define D1(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define D4(i) D1(i), D1(i + 1), D1(i + 2), D1(i + 3)
+// d (+)= a b with a: 64 x 16 in registers, as `mma` takes it, and b: 16 x 8 kCount in shared memory
+// (`swizzled_matrix`), a row of 16 numbers a column of b, or if it is transposed, a row of columns.
+template <bool kIsTransposed>
+__device__ __forceinline__ void multiply_async(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                               bool adds) {
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
+      "%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, adds, 1, 1, %38;\n}\n"
+      : D4(0), D4(4)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)), "n"(int(kIsTransposed)));
+}
+template <bool kIsTransposed>
+__device__ __forceinline__ void multiply_async(float (&d)[16][4], const uint32_t (&a)[4],
+                                               uint64_t b, bool adds) {
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"
+      "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, "
+      "adds, 1, 1, %70;\n}\n"
+      : D4(0), D4(4), D4(8), D4(12)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)), "n"(int(kIsTransposed)));
+}
+#undef D1
+#undef D4
+#else
+#define HAS_WARPGROUPS 0
+#endif
+
 // 2^x, results below the smallest normal number as zero.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;
@@ -89,10 +152,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 struct SharedMemory {
   uint32_t used = 0;
-  template <class T> T* take(uint32_t count, const char* name) {
-    const uint32_t start = (used + 127u) & ~127u;
+  template <class T> T* take(uint32_t count, const char* name, uint32_t alignment = 128) {
+    const uint32_t start = (used + alignment - 1) & ~(alignment - 1);
     used = start + count * uint32_t(sizeof(T));
-    return static_cast<T*>(::emulator::dynamic_shared(start, count * sizeof(T), name));
+    return static_cast<T*>(::emulator::dynamic_shared(start, count * sizeof(T), alignment, name));
   }
 };
 
@@ -111,6 +174,21 @@ inline void copy_async(void* to, const void* from, bool is_wanted, EMULATOR_SITE
 }
 inline void commit_copies() { ::emulator::cp_async_commit(); }
 template <int kGroups> inline void wait_for_copies() { ::emulator::cp_async_wait(kGroups); }
+#define HAS_WARPGROUPS 1
+inline uint32_t shared_address(const void* at) { return ::emulator::shared_address(at); }
+inline void begin_products() {}
+inline void commit_products() { ::emulator::commit_products(); }
+template <uint32_t kCount> inline void settle(float (&)[kCount][4]) {}
+template <uint32_t kGroups, uint32_t kCount>
+inline void wait_for_products(float (&)[kCount][4], EMULATOR_SITE) {
+  ::emulator::wait_for_products(kGroups, site);
+}
+inline void show_to_products() {}
+template <bool kIsTransposed, uint32_t kCount>
+inline void multiply_async(float (&d)[kCount][4], const uint32_t (&a)[4], uint64_t b, bool adds,
+                           EMULATOR_SITE) {
+  ::emulator::multiply_async(&d[0][0], kCount, a, b, adds, kIsTransposed, site);
+}
 inline float exp2_approx(float x) {
   const float result = exp2f(x);
   return result < 0x1p-126f ? 0.0f : result;
@@ -119,6 +197,16 @@ inline float exp2_approx(float x) {
 #endif
 
 constexpr uint32_t kWarpSize = 32;
+
+// A matrix of 16-bit numbers in shared memory, as products of warpgroups find it: panels of 64
+// numbers (128 bytes) a row, whose packs of 16 bytes are exchanged within a row, pack p of row r
+// standing at p ^ r % 8, so that eight rows lie in distinct banks ("128-byte swizzle" in the PTX
+// manual, with "matrix descriptor"). `start` lies within the first row of a swizzled group of eight.
+constexpr uint32_t kSwizzledRowBytes = 128, kSwizzledBytes = 8 * kSwizzledRowBytes;
+__device__ __forceinline__ uint64_t swizzled_matrix(uint32_t start, uint32_t panel_bytes) {
+  const uint64_t in_panels = uint64_t(panel_bytes >> 4) << 16 | uint64_t(kSwizzledBytes >> 4) << 32;
+  return uint64_t(1) << 62 | in_panels | (start & 0x3ffff) >> 4;
+}
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr uint32_t kNone = 0xffffffffu;
 #define INFINITY_F __uint_as_float(0x7f800000u)

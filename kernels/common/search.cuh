@@ -275,13 +275,17 @@ template <uint32_t kThreads, uint32_t kChunk> struct BestKeys {
     __syncthreads();
   }
 
-  // Ascending; `length` is a power of two (Batcher 1968). Begins and ends with a barrier.
+  // Ascending; `length` is a power of two (Batcher 1968). Begins and ends with a barrier. Up to a
+  // distance of a warp's lanes, a warp compares keys of its own alone, and waits for no other.
   static __device__ void sort(uint64_t* keys, uint32_t length) {
+    __syncthreads();
     for (uint32_t run = 2; run <= length; run *= 2)
       for (uint32_t distance = run / 2; distance > 0; distance /= 2) {
-        __syncthreads();
+        const uint32_t last_distance = distance == run / 2 ? 1 : 2 * distance;
+        if (max(distance, last_distance) > kWarpSize) __syncthreads();
+        else __syncwarp();
         for (uint32_t i = threadIdx.x; i < length / 2; i += kThreads) {
-          const uint32_t low = i / distance * 2 * distance + i % distance;
+          const uint32_t low = 2 * i - (i & (distance - 1));
           const uint64_t a = keys[low], b = keys[low + distance];
           const bool is_rising = (low & run) == 0;
           if ((a > b) == is_rising) {

@@ -58,7 +58,7 @@ void* static_shared(const void* key, size_t bytes, size_t alignment, const char*
   return add_region(key, 0, bytes, std::max<size_t>(alignment, 16), name);
 }
 
-void* dynamic_shared(size_t offset, size_t bytes, const char* name) {
+void* dynamic_shared(size_t offset, size_t bytes, size_t alignment, const char* name) {
   for (const Region& region : worker->regions) {
     if (region.key) continue;
     if (region.offset == offset && region.bytes == bytes && !strcmp(region.name, name))
@@ -69,7 +69,7 @@ void* dynamic_shared(size_t offset, size_t bytes, const char* name) {
   if (offset + bytes > worker->launch->shared_bytes)
     fail("'%s' ends at byte %zu of dynamic shared memory, and the launch gave %zu", name,
          offset + bytes, worker->launch->shared_bytes);
-  return add_region(nullptr, offset, bytes, 128, name);
+  return add_region(nullptr, offset, bytes, alignment, name);
 }
 
 // Overruns are seen at a block's end even where accesses are not checked.

@@ -279,6 +279,107 @@ void mma_bf16(float* d, const unsigned* a, const unsigned* b, Site site) {
   warp_collective("mma.m16n8k16", kAllLanes, &argument, compute_mma, kNeedsAllLanes, site);
 }
 
+// Products of warpgroups. Each of the four warps computes its own 16 rows, when they are waited for;
+// until then the result is poisoned. The other matrix is read where its descriptor says, both when
+// the product is asked for and when it is computed. The layouts are those of the PTX manual:
+// "wgmma.mma_async", sections on register fragments, matrix descriptors and swizzling.
+
+unsigned shared_address(const void* at) {
+  if (!is_shared(at)) fail("the address is not in shared memory");
+  return unsigned(static_cast<const uint8_t*>(at) - worker->arena);
+}
+
+// Where eight numbers of b begin: in a row of columns or, if it is not transposed, in a column.
+static const uint8_t* pack_of(const AsyncProduct& product, unsigned row, unsigned column) {
+  const uint64_t b = product.b;
+  auto bytes_at = [&](int bit) { return unsigned(b >> bit & 0x3fff) << 4; };
+  const unsigned in_row = product.is_transposed ? column : row;
+  const unsigned group = product.is_transposed ? row : column;
+  const unsigned at = bytes_at(0) + in_row / 64 * bytes_at(16) + group / 8 * bytes_at(32) +
+                      group % 8 * 128 + in_row % 64 * 2;
+  return worker->arena + (at ^ (at >> 7 & 7) << 4);
+}
+
+static void note_reads(const AsyncProduct& product) {
+  const unsigned packs_in_column = 2, num_columns = product.num_columns * 8;
+  for (unsigned i = fiber->lane; i < packs_in_column * num_columns; i += 32) {
+    const uint8_t* pack = product.is_transposed
+                              ? pack_of(product, i % 16, i / 16 * 8)
+                              : pack_of(product, i % 2 * 8, i / 2);
+    note_access(pack, 16, false, false, product.site);
+  }
+}
+
+void multiply_async(float* d, unsigned num_columns, const unsigned* a, uint64_t b, bool adds,
+                    bool is_transposed, Site site) {
+  if (b >> 62 != 1)
+    fail("wgmma at %s:%d: the matrix is not in 128-byte swizzle", file_name(site.file), site.line);
+  AsyncProduct product{d, {}, num_columns, {a[0], a[1], a[2], a[3]}, b, adds, is_transposed, site};
+  note_reads(product);
+  auto changes = [&](const AsyncProduct& other) { return other.d == d; };
+  if (std::none_of(fiber->products.begin(), fiber->products.end(), changes)) {
+    product.before.assign(d, d + num_columns * 4);
+    memset(d, kPoison, num_columns * 4 * sizeof(float));
+  }
+  fiber->products.push_back(std::move(product));
+}
+
+void commit_products() {
+  unsigned committed = 0;
+  for (unsigned count : fiber->product_groups) committed += count;
+  fiber->product_groups.push_back(unsigned(fiber->products.size()) - committed);
+}
+
+static void compute_product(const Arguments& arguments) {
+  const AsyncProduct& first = *static_cast<AsyncProduct*>(arguments.of_lane[0]);
+  for_each_lane<AsyncProduct>(arguments, [&](int lane, AsyncProduct& product) {
+    if (product.b != first.b || product.site.line != first.site.line)
+      fail("wgmma: lane %d multiplies by another matrix than lane 0", lane);
+    if (!product.before.empty())
+      std::copy(product.before.begin(), product.before.end(), product.d);
+  });
+  for (unsigned n = 0; n < first.num_columns; n++) {
+    const Arguments& all = arguments;
+    float a[16][16];
+    Row8 b[16], d[16];
+    for (unsigned k = 0; k < 16; k++)
+      for (unsigned column = 0; column < 8; column++) {
+        const unsigned in_pack = (first.is_transposed ? column : k % 8) * 2;
+        const uint8_t* pack = first.is_transposed ? pack_of(first, k, n * 8)
+                                                  : pack_of(first, k / 8 * 8, n * 8 + column);
+        b[k][column] = low(*reinterpret_cast<const uint16_t*>(pack + in_pack));
+      }
+    for_each_lane<AsyncProduct>(all, [&](int lane, const AsyncProduct& product) {
+      const int group = lane / 4, column = lane % 4 * 2;
+      for (int i = 0; i < 4; i++) {
+        const int row = group + i % 2 * 8, k = column + i / 2 * 8;
+        a[row][k] = low(product.a[i]);
+        a[row][k + 1] = high(product.a[i]);
+        const float before = product.adds ? product.d[n * 4 + i] : 0.0f;
+        d[group + i / 2 * 8][column + i % 2] = before;
+      }
+    });
+    multiply(a, b, d);
+    for_each_lane<AsyncProduct>(all, [&](int lane, AsyncProduct& product) {
+      for (int i = 0; i < 4; i++)
+        product.d[n * 4 + i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    });
+  }
+}
+
+void wait_for_products(int groups_in_flight, Site site) {
+  size_t count = 0;
+  while (int(fiber->product_groups.size()) > groups_in_flight) {
+    count += fiber->product_groups.front();
+    fiber->product_groups.erase(fiber->product_groups.begin());
+  }
+  for (size_t i = 0; i < count; i++) {
+    note_reads(fiber->products[i]);
+    warp_collective("wgmma", kAllLanes, &fiber->products[i], compute_product, kNeedsAllLanes, site);
+  }
+  fiber->products.erase(fiber->products.begin(), fiber->products.begin() + count);
+}
+
 // Asynchronous copies happen when they are waited for, and the destination is poisoned until then:
 // so both a missing wait and a buffer that is refilled too early are seen.
 

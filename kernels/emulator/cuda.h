@@ -71,13 +71,20 @@ void cp_async_wait(int groups_in_flight);
 void ldmatrix(unsigned* registers, bool is_transposed, const void* row, Site site);
 void mma_bf16(float* d, const unsigned* a, const unsigned* b, Site site);
 
+// A warp's part of products of warpgroups: 16 rows by 8 `num_columns` columns.
+unsigned shared_address(const void* at);
+void multiply_async(float* d, unsigned num_columns, const unsigned* a, uint64_t b, bool adds,
+                    bool is_transposed, Site site);
+void commit_products();
+void wait_for_products(int groups_in_flight, Site site);
+
 // Atomics live in the runtime, so that the checker sees them as such.
 template <class T> T atomic_add(T* to, T value, Site site);
 template <class T> T atomic_max(T* to, T value, Site site);
 
 void* static_shared(const void* key, size_t bytes, size_t alignment, const char* name);
 // Part of the launch's dynamic shared memory; an array of its own to the checker.
-void* dynamic_shared(size_t offset, size_t bytes, const char* name);
+void* dynamic_shared(size_t offset, size_t bytes, size_t alignment, const char* name);
 
 // A kernel that can be launched by name.
 struct Kernel {

@@ -32,6 +32,16 @@ struct AsyncCopy {
   Site site;
 };
 
+// A product of warpgroups that was asked for and has not been waited for.
+struct AsyncProduct {
+  float* d;
+  std::vector<float> before;  // what `d` held, at the first product that changes it
+  unsigned num_columns, a[4];
+  uint64_t b;
+  bool adds, is_transposed;
+  Site site;
+};
+
 // One thread of a block.
 struct Fiber {
   void* stack_pointer;
@@ -47,6 +57,8 @@ struct Fiber {
   unsigned epoch, clock, clocks[32];
   std::vector<AsyncCopy> copies;
   std::vector<unsigned> copy_groups;  // copies in each committed group
+  std::vector<AsyncProduct> products;
+  std::vector<unsigned> product_groups;
 };
 
 // Lanes that wait for others at one collective.

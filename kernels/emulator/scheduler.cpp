@@ -309,6 +309,8 @@ static void start_fiber(Worker* worker, unsigned linear) {
   memset(fiber.clocks, 0, sizeof fiber.clocks);
   fiber.copies.clear();
   fiber.copy_groups.clear();
+  fiber.products.clear();
+  fiber.product_groups.clear();
   fiber.stack = worker->stacks + linear * (kStackBytes + kGuardBytes) + kGuardBytes;
   // Staggered, so that the frames of a warp do not share the sets of the cache.
   uint8_t* top = fiber.stack + kStackBytes - 64 - linear % 16 * 256;

@@ -13,6 +13,7 @@ constexpr uint32_t kMaxLevels = 8;  // of a trie
 constexpr uint32_t kContinuationsChunk = 1024;  // that a block of advance_beams_expand takes
 constexpr uint32_t kMaxParts = 64;  // that continuations are dealt out to
 constexpr uint32_t kSelectChunk = 4096;  // keys that advance_beams_select takes
+constexpr uint32_t kVocabularyStretch = 8192;  // tokens that lm_head_sums takes
 constexpr uint32_t kProductTile = 16;  // rows and columns of a block's product
 constexpr uint32_t kVocabulary = 0;  // Rule::normalizer
 constexpr uint32_t kLevel = 1;  // Rule::normalizer
@@ -572,34 +573,31 @@ static_assert(offsetof(CombineParams, head_dim) == 68);
 namespace lm_head {
 // Sums of exponentials of logits.
 struct Params {
-  // `[rows, stride]`, of a stretch of the vocabulary; those of levels are the rules' own.
+  // `[rows, stride]`, of stretches of the vocabulary; those of levels are the rules' own.
   const float* logits;
   // By row: what `log_sum` makes the log of.
   float2* sums;
+  // `[rows, num_stretches]`: those of the vocabulary, to be joined.
+  float2* parts;
   // By slot.
   const Rule* rules;
   Batch batch;
-  // Columns.
-  uint32_t width;
   uint32_t stride;
   uint32_t is_level;
-  // Zero where earlier columns were summed already.
-  uint32_t is_first;
-  // Of a stretch of the vocabulary.
+  // The token of the first column of `logits`: where a stretch begins.
   uint32_t first_token;
-  uint32_t padding;
+  uint32_t num_stretches;
 };
 static_assert(sizeof(Params) == 88);
 static_assert(offsetof(Params, logits) == 0);
 static_assert(offsetof(Params, sums) == 8);
-static_assert(offsetof(Params, rules) == 16);
-static_assert(offsetof(Params, batch) == 24);
-static_assert(offsetof(Params, width) == 64);
-static_assert(offsetof(Params, stride) == 68);
-static_assert(offsetof(Params, is_level) == 72);
-static_assert(offsetof(Params, is_first) == 76);
+static_assert(offsetof(Params, parts) == 16);
+static_assert(offsetof(Params, rules) == 24);
+static_assert(offsetof(Params, batch) == 32);
+static_assert(offsetof(Params, stride) == 72);
+static_assert(offsetof(Params, is_level) == 76);
 static_assert(offsetof(Params, first_token) == 80);
-static_assert(offsetof(Params, padding) == 84);
+static_assert(offsetof(Params, num_stretches) == 84);
 }  // namespace lm_head
 
 namespace advance_beams {

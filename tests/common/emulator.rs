@@ -22,6 +22,7 @@ pub struct Emulator {
     free: Arc<AtomicUsize>,
     num_processors: usize,
     max_shared_bytes: usize,
+    has_warpgroups: bool,
     /// Rows, columns and inner dimension of the products that were asked for outside captures.
     plans: Mutex<HashSet<[usize; 3]>>,
     faults: Arc<Faults>,
@@ -63,6 +64,7 @@ impl Emulator {
             free: Arc::new(AtomicUsize::new(1 << 30)),
             num_processors: 4,
             max_shared_bytes: 227 << 10,
+            has_warpgroups: false,
             plans: Mutex::default(),
             faults: Arc::default(),
         }
@@ -88,6 +90,11 @@ impl Emulator {
 
     pub fn with_shared_bytes(self, max_shared_bytes: usize) -> Emulator {
         Emulator { max_shared_bytes, ..self }
+    }
+
+    /// A device that multiplies by warpgroups, as Hopper does.
+    pub fn with_warpgroups(self) -> Emulator {
+        Emulator { has_warpgroups: true, ..self }
     }
 
     fn multiply_now(&self, product: &Product) {
@@ -122,6 +129,10 @@ impl Driver for Emulator {
 
     fn max_shared_bytes(&self) -> usize {
         self.max_shared_bytes
+    }
+
+    fn has_warpgroups(&self) -> bool {
+        self.has_warpgroups
     }
 
     fn free_bytes(&self) -> Result<usize> {

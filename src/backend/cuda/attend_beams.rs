@@ -6,7 +6,7 @@ use super::driver::Driver;
 use super::memory::{Beams, Pages};
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
-use super::tiling::{ATTENTION_THREADS, MAX_POSITIONS, NARROW_ROWS, WIDE_ROWS, attention_bytes};
+use super::tiling::MAX_POSITIONS;
 use crate::backend::{AttendBeams, AttentionSpec, Batch, BeamAttention, KvScope, ScoreRule};
 
 shared_struct! {
@@ -55,6 +55,7 @@ shared_struct! {
 
 /// Rows and query heads that a block of `attend_beams_combine` merges the parts of: one a warp.
 const COMBINE_ROWS: usize = 4;
+const COMBINE_THREADS: u32 = 128;
 
 impl<D: Driver> AttendBeams for CudaBackend<D> {
     fn attend_beams(
@@ -92,16 +93,25 @@ impl<D: Driver> AttendBeams for CudaBackend<D> {
             scale,
             padding: 0,
         };
-        let kernel = match (tile_rows, heads.head_dim()) {
-            (NARROW_ROWS, 64) => "attend_beams_bf16_64",
-            (NARROW_ROWS, _) => "attend_beams_bf16_128",
-            (WIDE_ROWS, 64) => "attend_beams_bf16_64_wide",
-            (WIDE_ROWS, _) => "attend_beams_bf16_128_wide",
-            _ => self.kernel("attend_beams_f32", "attend_beams_bf16"),
+        let tiling = self.tiling(heads);
+        let plain = self.kernel("attend_beams_f32", "attend_beams_bf16");
+        let kernel = match heads.head_dim() {
+            64 => tiling.pick(
+                tile_rows,
+                plain,
+                ["attend_beams_bf16_64", "attend_beams_bf16_64_wide"],
+                ["attend_beams_bf16_64_warpgroup", "attend_beams_bf16_64_warpgroups"],
+            ),
+            _ => tiling.pick(
+                tile_rows,
+                plain,
+                ["attend_beams_bf16_128", "attend_beams_bf16_128_wide"],
+                ["attend_beams_bf16_128_warpgroup", "attend_beams_bf16_128_warpgroups"],
+            ),
         };
         let grid = [metadata.num_beam_tiles, heads.num_kv_heads, num_splits];
-        let shared = attention_bytes(tile_rows, heads.head_dim(), MAX_POSITIONS);
-        self.device.launch(kernel, grid, ATTENTION_THREADS, shared, &params);
+        let shared = tiling.shared_bytes(tile_rows, MAX_POSITIONS);
+        self.device.launch(kernel, grid, tiling.threads(tile_rows), shared, &params);
         if num_splits > 1 {
             let params = CombineParams {
                 out: out.memory.at(0),
@@ -113,7 +123,7 @@ impl<D: Driver> AttendBeams for CudaBackend<D> {
             };
             let kernel = self.kernel("attend_beams_combine_f32", "attend_beams_combine_bf16");
             let grid = [(num_rows * heads.num_heads).div_ceil(COMBINE_ROWS), 1, 1];
-            self.device.launch(kernel, grid, ATTENTION_THREADS, 0, &params);
+            self.device.launch(kernel, grid, COMBINE_THREADS, 0, &params);
         }
     }
 }

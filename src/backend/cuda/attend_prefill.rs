@@ -6,7 +6,6 @@ use super::driver::Driver;
 use super::memory::Pages;
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
-use super::tiling::{ATTENTION_THREADS, NARROW_ROWS, WIDE_ROWS, attention_bytes};
 use crate::backend::{AttendPrefill, AttentionSpec, Batch, Mask, PrefillAttention, ScoreRule};
 
 shared_struct! {
@@ -67,15 +66,24 @@ impl<D: Driver> AttendPrefill for CudaBackend<D> {
             scale,
         };
         let tile_rows = metadata.prompt_tile_rows;
-        let kernel = match (tile_rows, heads.head_dim()) {
-            (NARROW_ROWS, 64) => "attend_prefill_bf16_64",
-            (NARROW_ROWS, _) => "attend_prefill_bf16_128",
-            (WIDE_ROWS, 64) => "attend_prefill_bf16_64_wide",
-            (WIDE_ROWS, _) => "attend_prefill_bf16_128_wide",
-            _ => self.kernel("attend_prefill_f32", "attend_prefill_bf16"),
+        let tiling = self.tiling(heads);
+        let plain = self.kernel("attend_prefill_f32", "attend_prefill_bf16");
+        let kernel = match heads.head_dim() {
+            64 => tiling.pick(
+                tile_rows,
+                plain,
+                ["attend_prefill_bf16_64", "attend_prefill_bf16_64_wide"],
+                ["attend_prefill_bf16_64_warpgroup", "attend_prefill_bf16_64_warpgroups"],
+            ),
+            _ => tiling.pick(
+                tile_rows,
+                plain,
+                ["attend_prefill_bf16_128", "attend_prefill_bf16_128_wide"],
+                ["attend_prefill_bf16_128_warpgroup", "attend_prefill_bf16_128_warpgroups"],
+            ),
         };
         let grid = [metadata.num_prompt_tiles, heads.num_kv_heads, 1];
-        let shared = attention_bytes(tile_rows, heads.head_dim(), 0);
-        self.device.launch(kernel, grid, ATTENTION_THREADS, shared, &params);
+        let shared = tiling.shared_bytes(tile_rows, 0);
+        self.device.launch(kernel, grid, tiling.threads(tile_rows), shared, &params);
     }
 }

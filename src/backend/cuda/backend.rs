@@ -98,6 +98,7 @@ impl<D: Driver> CudaBackend<D> {
             dtype: self.dtype,
             num_processors: self.device.driver.num_processors(),
             max_shared_bytes: self.device.driver.max_shared_bytes(),
+            has_warpgroups: self.device.driver.has_warpgroups(),
         }
     }
 
@@ -156,7 +157,7 @@ impl<D: Driver> CudaBackend<D> {
         let (num_rows, num_slots) =
             (metadata.batch.num_rows as usize, metadata.batch.num_searches as usize);
         let least = self.sizes().rows_per_step;
-        logits.reserve(&plan, num_rows.max(least), num_slots.max(least));
+        logits.reserve(&plan, num_rows.max(least), num_slots.max(least), head.vocab_size());
         let rows = SlotRows { first_rows, num_slots, logits: logits.address() };
         rules::write(&mut scratch.rules, head, rules, batch.slots, &plan, &rows);
         let steps_after = batch.slots.iter().map(|slot| slot.num_steps + 1).collect();

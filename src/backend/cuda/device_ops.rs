@@ -12,7 +12,7 @@ use super::memory::{Arrays, Memory};
 use super::pass::Pass;
 use super::read_beams::MOST_BYTES_OF_BEAM;
 use super::slot::Slot;
-use super::tiling::{self, MAX_POSITIONS, padded};
+use super::tiling::{MAX_POSITIONS, padded};
 use crate::backend::{DeviceOps, MemorySpec, SlotSpec};
 use crate::error::{Error, Result};
 use crate::pages::TAIL_PAGE_LEN;
@@ -89,7 +89,7 @@ impl<D: Driver> DeviceOps for CudaBackend<D> {
 
     fn memory(&self, spec: &MemorySpec) -> Result<Memory<D>> {
         spec.kv.check()?;
-        if !self.tiling(spec.kv.heads).has_room(tiling::PLAIN_ROWS) {
+        if !self.tiling(spec.kv.heads).is_possible() {
             let head_dim = spec.kv.heads.head_dim();
             return Err(Error::Unsupported {
                 what: format!("attention with heads of {head_dim} on this GPU"),

@@ -109,6 +109,8 @@ pub trait Driver: Send + Sync + 'static {
     fn num_processors(&self) -> usize;
     /// Shared memory that a block may have, in bytes.
     fn max_shared_bytes(&self) -> usize;
+    /// Whether it runs the kernels that multiply by warpgroups: those of compute capability 9.0.
+    fn has_warpgroups(&self) -> bool;
     /// Memory that nobody has taken, in bytes.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::path::Path;
 use super::shared::{Declaration, Shared};
 use super::{
     advance_beams, apply_rope, attend_beams, attend_prefill, catalog, embed, gather_last, glu,
-    lm_head, matmul, memory, metadata, plan, read_beams, rms_norm, rope_tables, rules,
+    lm_head, logits, matmul, memory, metadata, plan, read_beams, rms_norm, rope_tables, rules,
     store_context, tiling,
 };
 use crate::backend::Activation;
@@ -31,6 +31,7 @@ fn constants() -> Vec<(&'static str, usize, &'static str)> {
         ("kContinuationsChunk", plan::CHUNK, "that a block of advance_beams_expand takes"),
         ("kMaxParts", plan::MAX_PARTS, "that continuations are dealt out to"),
         ("kSelectChunk", advance_beams::SELECT_CHUNK, "keys that advance_beams_select takes"),
+        ("kVocabularyStretch", logits::VOCABULARY_STRETCH, "tokens that lm_head_sums takes"),
         ("kProductTile", matmul::TILE, "rows and columns of a block's product"),
         ("kVocabulary", rules::BY_VOCABULARY as usize, "Rule::normalizer"),
         ("kLevel", rules::BY_LEVEL as usize, "Rule::normalizer"),

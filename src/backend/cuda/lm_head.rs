@@ -4,7 +4,7 @@ use super::backend::CudaBackend;
 use super::buffer::Buffer;
 use super::driver::{Driver, Product};
 use super::head::Head;
-use super::logits::{Logits, VOCABULARY_CHUNK};
+use super::logits::{Logits, VOCABULARY_STRETCH, vocabulary_columns};
 use super::metadata::BatchParams;
 use super::shared::shared_struct;
 use crate::backend::{Batch, LmHead, SearchRule};
@@ -13,24 +13,25 @@ use crate::tensor::Dtype;
 shared_struct! {
     /// Sums of exponentials of logits.
     struct Params = "lm_head::Params" {
-        /// `[rows, stride]`, of a stretch of the vocabulary; those of levels are the rules' own.
+        /// `[rows, stride]`, of stretches of the vocabulary; those of levels are the rules' own.
         logits: u64 = "const float*",
         /// By row: what `log_sum` makes the log of.
         sums: u64 = "float2*",
+        /// `[rows, num_stretches]`: those of the vocabulary, to be joined.
+        parts: u64 = "float2*",
         /// By slot.
         rules: u64 = "const Rule*",
         batch: BatchParams,
-        /// Columns.
-        width: u32,
         stride: u32,
         is_level: u32,
-        /// Zero where earlier columns were summed already.
-        is_first: u32,
-        /// Of a stretch of the vocabulary.
+        /// The token of the first column of `logits`: where a stretch begins.
         first_token: u32,
-        padding: u32,
+        num_stretches: u32,
     }
 }
+
+const THREADS: u32 = 256;
+const WARP_SIZE: usize = 32;
 
 impl<D: Driver> LmHead for CudaBackend<D> {
     fn lm_head(
@@ -75,33 +76,36 @@ impl<D: Driver> LmHead for CudaBackend<D> {
         let params = Params {
             logits: out.chunk.at(0),
             sums: out.vocabulary_sums.at(0),
+            parts: out.vocabulary_parts.at(0),
             rules: scratch.rules.at(0),
             batch: metadata.batch,
-            width: 0,
             stride: 0,
             is_level: 0,
-            is_first: 1,
             first_token: 0,
-            padding: 0,
+            num_stretches: head.vocab_size().div_ceil(VOCABULARY_STRETCH) as u32,
         };
-        let launch = |params: &Params| {
-            self.device.launch("lm_head_sums", [hidden.rows, 1, 1], 256, 0, params);
+        let launch = |num_stretches: usize, params: &Params| {
+            let grid = [hidden.rows, num_stretches, 1];
+            self.device.launch("lm_head_sums", grid, THREADS, 0, params);
         };
         if plan.needs_vocabulary {
-            for first in (0..head.vocab_size()).step_by(VOCABULARY_CHUNK) {
-                let columns = VOCABULARY_CHUNK.min(head.vocab_size() - first);
+            let most_columns = vocabulary_columns(hidden.rows, head.vocab_size());
+            for first in (0..head.vocab_size()).step_by(most_columns) {
+                let columns = most_columns.min(head.vocab_size() - first);
                 self.multiply(&Product {
                     out: out.chunk.address(),
                     ..product(0, hidden.rows, first, columns)
                 });
-                let (width, is_first) = (columns as u32, u32::from(first == 0));
-                let first_token = first as u32;
-                launch(&Params { width, stride: width, is_first, first_token, ..params });
+                let (stride, first_token) = (columns as u32, first as u32);
+                let num_stretches = columns.div_ceil(VOCABULARY_STRETCH);
+                launch(num_stretches, &Params { stride, first_token, ..params });
             }
+            let grid = [hidden.rows.div_ceil(THREADS as usize / WARP_SIZE), 1, 1];
+            self.device.launch("lm_head_join", grid, THREADS, 0, &params);
         }
         // Logits of named tokens are there only now.
         if plan.needs_level {
-            launch(&Params { sums: out.level_sums.at(0), is_level: 1, ..params });
+            launch(1, &Params { sums: out.level_sums.at(0), is_level: 1, ..params });
         }
     }
 }

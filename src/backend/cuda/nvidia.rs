@@ -59,6 +59,7 @@ pub struct CudaDevice {
     num_processors: usize,
     /// Shared memory that a block may have.
     max_shared_bytes: usize,
+    has_warpgroups: bool,
     stream: Arc<CudaStream>,
     uploads: Mutex<Staging>,
     /// For copies beside the stream; all memory is taken here.
@@ -212,6 +213,7 @@ impl CudaDevice {
         use sys::CUdevice_attribute as Of;
         let num_processors = attribute(Of::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let max_shared = attribute(Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let major = attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         // SAFETY: the image is a fat binary, aligned, that lives until it is loaded.
         let module = unsafe { driver::module::load_data(image.as_ptr().cast()) };
         let module = module.map_err(|reason| {
@@ -223,6 +225,8 @@ impl CudaDevice {
             name: format!("{place} ({})", context.name().map_err(of_driver)?),
             num_processors: num_processors as usize,
             max_shared_bytes: max_shared as usize,
+            // Later devices run the PTX of all architectures, which has no such kernels.
+            has_warpgroups: major == 9,
             stream,
             uploads: Mutex::new(Staging::new(STAGED_BYTES).map_err(of_driver)?),
             copies,
@@ -408,6 +412,10 @@ impl Driver for CudaDevice {
 
     fn max_shared_bytes(&self) -> usize {
         self.max_shared_bytes
+    }
+
+    fn has_warpgroups(&self) -> bool {
+        self.has_warpgroups
     }
 
     fn free_bytes(&self) -> Result<usize> {

@@ -10,15 +10,17 @@ use crate::tensor::Dtype;
 
 /// Positions that a tail may have: the start, and one for each step.
 pub(super) const MAX_POSITIONS: usize = 16;
-/// Rows of a tile without tensor cores, and with them, of 16 and of 32 rows a warp.
+/// Rows of a tile without tensor cores, and with them, of 16 and of 32 rows a warp, or of one and of
+/// two warpgroups.
 pub(super) const PLAIN_ROWS: usize = 16;
 pub(super) const NARROW_ROWS: usize = 64;
 pub(super) const WIDE_ROWS: usize = 128;
 /// Parts of a context at most: each is written in f32 and read again.
 pub(super) const MAX_SPLITS: usize = 8;
 /// Pages of a part at least: it reads its queries and writes its sums once more, and that wants
-/// pages to pay for it.
+/// pages to pay for it; fewer where a slot has so few tiles that most of the device would idle.
 const MIN_SPLIT_PAGES: usize = 8;
+const MIN_SPLIT_PAGES_OF_FEW_TILES: usize = 4;
 
 /// What chooses the kernels of attention: heads, number type and device.
 #[derive(Debug, Clone, Copy)]
@@ -27,6 +29,20 @@ pub(super) struct Tiling {
     pub dtype: Dtype,
     pub num_processors: usize,
     pub max_shared_bytes: usize,
+    /// Whether the device multiplies by warpgroups.
+    pub has_warpgroups: bool,
+}
+
+/// The kinds of kernels of attention. Which one a model's heads have, follows from them and the
+/// device: the kinds do not add up numbers in the same order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    /// Without tensor cores.
+    Plain,
+    /// With tensor cores, a warp at a time.
+    Warps,
+    /// With tensor cores, a warpgroup at a time.
+    Warpgroups,
 }
 
 /// The parts of one slot's context, read by blocks of their own and put together in order.
@@ -38,9 +54,70 @@ pub(super) struct Splits {
 }
 
 impl Tiling {
-    /// Whether the device has the shared memory for a tile of `tile_rows`.
-    pub fn has_room(self, tile_rows: usize) -> bool {
-        attention_bytes(tile_rows, self.heads.head_dim(), MAX_POSITIONS) <= self.max_shared_bytes
+    /// The kernels for the heads.
+    fn family(self) -> Family {
+        let has_tensor_kernel =
+            self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim(), 64 | 128);
+        let has_room =
+            |family| self.bytes_of(family, NARROW_ROWS, MAX_POSITIONS) <= self.max_shared_bytes;
+        match has_tensor_kernel {
+            true if self.has_warpgroups && has_room(Family::Warpgroups) => Family::Warpgroups,
+            true if has_room(Family::Warps) => Family::Warps,
+            _ => Family::Plain,
+        }
+    }
+
+    /// Whether the device has the shared memory for any tile.
+    pub fn is_possible(self) -> bool {
+        self.bytes_of(self.family(), self.tile_rows([1]), MAX_POSITIONS) <= self.max_shared_bytes
+    }
+
+    /// Picks the kernel for tiles of `tile_rows`: without tensor cores, narrow or wide by warps,
+    /// narrow or wide by warpgroups.
+    pub fn pick<T: Copy>(self, tile_rows: usize, plain: T, warps: [T; 2], warpgroups: [T; 2]) -> T {
+        let is_wide = usize::from(tile_rows == WIDE_ROWS);
+        match self.family() {
+            Family::Plain => plain,
+            Family::Warps => warps[is_wide],
+            Family::Warpgroups => warpgroups[is_wide],
+        }
+    }
+
+    /// Threads of a block of attention.
+    pub fn threads(self, tile_rows: usize) -> u32 {
+        self.pick(tile_rows, 128, [128, 128], [128, 256])
+    }
+
+    /// Bytes of shared memory of a block of attention, with ancestors at `positions` positions for
+    /// each row.
+    pub fn shared_bytes(self, tile_rows: usize, positions: usize) -> usize {
+        self.bytes_of(self.family(), tile_rows, positions)
+    }
+
+    /// As `TensorAttention` and `PlainAttention` in kernels/common/attention.cuh and
+    /// `WarpgroupAttention` in kernels/common/warpgroup_attention.cuh take it.
+    fn bytes_of(self, family: Family, tile_rows: usize, positions: usize) -> usize {
+        let head_dim = self.heads.head_dim();
+        let ancestors = tile_rows * positions * 4;
+        let padded_row = (head_dim + 8) * 2;
+        let queries = tile_rows * padded_row;
+        match family {
+            Family::Plain => {
+                let (rows, page) = (tile_rows * head_dim * 4, PAGE_LEN * (head_dim + 1) * 4);
+                let (weights, of_row) = (tile_rows * PAGE_LEN * 4, tile_rows * 4);
+                shared_bytes(&[rows, rows, page, weights, of_row, of_row, of_row, ancestors])
+            }
+            Family::Warps => {
+                let buffers = 2 * PAGE_LEN * padded_row;
+                shared_bytes(&[buffers, buffers, queries, ancestors])
+            }
+            Family::Warpgroups => {
+                let page = PAGE_LEN * head_dim * 2;
+                let pages_ahead = tile_rows / NARROW_ROWS;
+                let (keys, values) = ((pages_ahead + 1) * page, (pages_ahead + 2) * page);
+                shared_bytes(&[keys, values, queries, ancestors])
+            }
+        }
     }
 
     /// Query heads that share a KV head: rows of a tile for each prompt token or beam.
@@ -52,9 +129,8 @@ impl Tiling {
     /// take more, and most where there are blocks for the whole device even so. A row's result does
     /// not depend on it (`TensorAttention` in kernels/common/attention.cuh).
     pub fn tile_rows(self, counts: impl IntoIterator<Item = usize>) -> usize {
-        let has_tensor_kernel =
-            self.dtype == Dtype::Bf16 && matches!(self.heads.head_dim(), 64 | 128);
-        if !has_tensor_kernel || !self.has_room(NARROW_ROWS) {
+        let family = self.family();
+        if family == Family::Plain {
             return PLAIN_ROWS;
         }
         let rows = counts.into_iter().map(|count| count * self.group());
@@ -63,18 +139,16 @@ impl Tiling {
         });
         let num_blocks = num_tiles * self.heads.num_kv_heads;
         let is_full = num_blocks >= self.blocks_at_once(WIDE_ROWS) && most > NARROW_ROWS;
-        if is_full && self.has_room(WIDE_ROWS) { WIDE_ROWS } else { NARROW_ROWS }
+        let has_room = self.bytes_of(family, WIDE_ROWS, MAX_POSITIONS) <= self.max_shared_bytes;
+        if is_full && has_room { WIDE_ROWS } else { NARROW_ROWS }
     }
 
     /// Blocks of a tile of `tile_rows` that the device runs at a time: as many a processor as it
     /// has registers and shared memory for.
     fn blocks_at_once(self, tile_rows: usize) -> usize {
         // Registers: kernels/README.md. A block takes 1 KiB of shared memory for the system.
-        let by_registers = match tile_rows {
-            WIDE_ROWS | NARROW_ROWS => 2,
-            _ => 4,
-        };
-        let bytes = attention_bytes(tile_rows, self.heads.head_dim(), MAX_POSITIONS) + 1024;
+        let by_registers = self.pick(tile_rows, 4, [2, 2], [2, 1]);
+        let bytes = self.shared_bytes(tile_rows, MAX_POSITIONS) + 1024;
         let by_shared = (self.max_shared_bytes + 1024) / bytes;
         self.num_processors * by_shared.clamp(1, by_registers)
     }
@@ -83,7 +157,10 @@ impl Tiling {
     /// all processors something to do, in blocks that all run at once.
     pub fn splits(self, context_len: usize, num_beams: usize) -> Splits {
         let num_pages = context_len.div_ceil(PAGE_LEN);
-        let most = self.most_splits(num_beams).min(num_pages / MIN_SPLIT_PAGES).max(1);
+        let most = self.most_splits(num_beams);
+        let min_pages =
+            if most == MAX_SPLITS { MIN_SPLIT_PAGES_OF_FEW_TILES } else { MIN_SPLIT_PAGES };
+        let most = most.min(num_pages / min_pages).max(1);
         let pages = num_pages.div_ceil(most).max(1);
         Splits { count: num_pages.div_ceil(pages).max(1), pages }
     }
@@ -108,23 +185,6 @@ impl Tiling {
     }
 }
 
-/// Bytes of shared memory of `TensorAttention` and `PlainAttention` in
-/// kernels/common/attention.cuh, with ancestors at `positions` positions for each row.
-pub(super) fn attention_bytes(tile_rows: usize, head_dim: usize, positions: usize) -> usize {
-    let ancestors = tile_rows * positions * 4;
-    if tile_rows == PLAIN_ROWS {
-        let (rows, page) = (tile_rows * head_dim * 4, PAGE_LEN * (head_dim + 1) * 4);
-        let (weights, of_row) = (tile_rows * PAGE_LEN * 4, tile_rows * 4);
-        return shared_bytes(&[rows, rows, page, weights, of_row, of_row, of_row, ancestors]);
-    }
-    let row = (head_dim + 8) * 2;
-    let buffers = 2 * PAGE_LEN * row;
-    shared_bytes(&[tile_rows * row, buffers, buffers, ancestors])
-}
-
-/// Threads of a block of attention.
-pub(super) const ATTENTION_THREADS: u32 = 128;
-
 /// Bytes of dynamic shared memory for arrays of these sizes, as `SharedMemory` in
 /// kernels/common/device.cuh lays them out.
 pub(super) fn shared_bytes(arrays: &[usize]) -> usize {
@@ -146,12 +206,20 @@ mod tests {
         let mut found = Vec::new();
         for (num_processors, max_shared_bytes) in [(4, 227 << 10), (132, 227 << 10), (82, 99 << 10)]
         {
-            for dtype in [Dtype::F32, Dtype::Bf16] {
+            for (dtype, has_warpgroups) in
+                [(Dtype::F32, false), (Dtype::Bf16, false), (Dtype::Bf16, true)]
+            {
                 for (num_heads, num_kv_heads, head_dim) in
                     [(1, 1, 8), (16, 8, 128), (8, 8, 64), (24, 2, 64), (6, 3, 24)]
                 {
                     let heads = Heads::new(num_heads, num_kv_heads, head_dim);
-                    found.push(Tiling { heads, dtype, num_processors, max_shared_bytes });
+                    found.push(Tiling {
+                        heads,
+                        dtype,
+                        num_processors,
+                        max_shared_bytes,
+                        has_warpgroups,
+                    });
                 }
             }
         }
@@ -168,7 +236,7 @@ mod tests {
                     let what = format!("{tiling:?} {context_len} {num_beams}");
                     assert!(count * pages >= num_pages, "{what}: all pages are in a part");
                     assert!(count == 1 || (count - 1) * pages < num_pages, "{what}: none is empty");
-                    assert!(count == 1 || pages >= MIN_SPLIT_PAGES, "{what}: {pages} pages");
+                    assert!(count == 1 || pages >= MIN_SPLIT_PAGES_OF_FEW_TILES, "{what}");
                 }
             }
         }
@@ -208,7 +276,9 @@ mod tests {
             let heads = Heads::new(num_heads, num_kv_heads, head_dim);
             let tile_rows = |num_processors, counts: &[usize]| {
                 let (dtype, max_shared_bytes) = (Dtype::Bf16, 227 << 10);
-                let tiling = Tiling { heads, dtype, num_processors, max_shared_bytes };
+                let has_warpgroups = false;
+                let tiling =
+                    Tiling { heads, dtype, num_processors, max_shared_bytes, has_warpgroups };
                 tiling.tile_rows(counts.iter().copied())
             };
             assert_eq!((tile_rows(1, &[256]), tile_rows(1000, &[256])), (WIDE_ROWS, NARROW_ROWS));
@@ -221,7 +291,8 @@ mod tests {
     fn a_slot_alone_gives_an_h200_work_for_all_its_processors() {
         let heads = Heads::new(16, 8, 128);
         let (dtype, num_processors, max_shared_bytes) = (Dtype::Bf16, 132, 227 << 10);
-        let tiling = Tiling { heads, dtype, num_processors, max_shared_bytes };
+        let has_warpgroups = true;
+        let tiling = Tiling { heads, dtype, num_processors, max_shared_bytes, has_warpgroups };
         // Four tiles for each of eight KV heads, in four parts: 128 blocks. A short context has fewer
         // parts, which cost a full device more than they give an empty one.
         assert_eq!(tiling.splits(1000, 256), Splits { count: 2, pages: 8 });
@@ -230,6 +301,7 @@ mod tests {
         assert_eq!(tiling.splits(5000, 1024), Splits { count: 1, pages: 79 });
         // One tile for each KV head.
         assert_eq!(tiling.splits(5000, 10), Splits { count: 8, pages: 10 });
+        assert_eq!(tiling.splits(1000, 32), Splits { count: 4, pages: 4 });
         assert_eq!(tiling.splits(200, 10), Splits { count: 1, pages: 4 });
     }
 }
