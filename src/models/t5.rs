@@ -542,14 +542,9 @@ impl Embeddings {
                 tensors
             }
         };
-        let is_scaled = config.flag("scale_decoder_outputs")?;
-        let is_scaled = match family {
-            Family::Mt5 if is_scaled == Some(true) || is_scaled.is_none() && tie == Some(true) => {
-                scales_mt5(config, is_scaled)?
-            }
-            Family::Mt5 => false,
-            _ => is_scaled.unwrap_or(tie.unwrap_or(true)),
-        };
+        let flag = config.flag("scale_decoder_outputs")?;
+        let is_said = flag.unwrap_or(tie.unwrap_or(family == Family::T5));
+        let is_scaled = is_said && (family == Family::T5 || scales_mt5(config, flag)?);
         let scale = if is_scaled { (shape[1] as f64).powf(-0.5) as f32 } else { 1.0 };
         let mut next = || tensors.pop().expect("a tensor for each of four names");
         Ok(Embeddings { head: next(), decoder: next(), encoder: next(), scale })
