@@ -33,6 +33,9 @@ pub struct Arguments {
     /// Model folder
     #[arg(value_name = "MODEL")]
     model: PathBuf,
+    /// Folder of an adapter's base, where adapter_config.json does not name it
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
     /// Catalog: a built one, or a file of items; by default the one beside the model
     #[arg(long, value_name = "FILE")]
     catalog: Option<PathBuf>,
@@ -104,7 +107,7 @@ struct Ignored {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let model = &arguments.model;
-    let Checkpoint { config, .. } = Checkpoint::open(model, None)?;
+    let Checkpoint { config, notes, .. } = Checkpoint::open(model, arguments.base.as_deref())?;
     let architecture = config.architecture().unwrap_or("of no named class").to_string();
     let catalog = match &arguments.catalog {
         Some(path) => Some(Arc::new(Catalog::open(path)?)),
@@ -131,6 +134,10 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         (None, _) => None,
     };
     let mut ignored = ignored_files(model)?;
+    ignored.extend(notes.into_iter().map(|note| match note.split_once(": ") {
+        Some((what, why)) => Ignored { what: what.into(), why: why.into() },
+        None => Ignored { what: "files".into(), why: note },
+    }));
     ignored.extend(derived.others.iter().map(|(group, reason)| Ignored {
         what: format!("tokens {}", group.template),
         why: format!("no level of the semantic ID: {reason}"),
@@ -142,7 +149,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let report = Report {
         model: model.display().to_string(),
         architecture,
-        sizes: sizes(model)?,
+        sizes: sizes(config.path(), vocab_size)?,
         layout_from: layout_from(model, &layout),
         levels: layout
             .levels
@@ -175,7 +182,7 @@ fn layout_from(model: &Path, layout: &SidLayout) -> String {
 }
 
 /// The numbers of `config.json` that say how large the network is.
-fn sizes(model: &Path) -> Result<Map<String, Value>> {
+fn sizes(path: &Path, vocab_size: usize) -> Result<Map<String, Value>> {
     const KEYS: [&str; 14] = [
         "vocab_size",
         "hidden_size",
@@ -192,10 +199,12 @@ fn sizes(model: &Path) -> Result<Map<String, Value>> {
         "d_ff",
         "max_position_embeddings",
     ];
-    let path = model.join("config.json");
-    let text = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
-    let config: Value = serde_json::from_slice(&text)
-        .map_err(|error| Error::ModelConfig { path, reason: error.to_string() })?;
+    let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
+    let mut config: Value = serde_json::from_slice(&text).map_err(|error| {
+        let path = path.to_path_buf();
+        Error::ModelConfig { path, reason: error.to_string() }
+    })?;
+    config["vocab_size"] = vocab_size.into(); // an adapter may bring more tokens
     let size = |key: &str| Some((key.to_string(), config.get(key)?.clone()));
     Ok(KEYS.into_iter().filter_map(size).filter(|(_, value)| value.is_number()).collect())
 }

@@ -542,14 +542,9 @@ impl Embeddings {
                 tensors
             }
         };
-        let is_scaled = config.flag("scale_decoder_outputs")?;
-        let is_scaled = match family {
-            Family::Mt5 if is_scaled == Some(true) || is_scaled.is_none() && tie == Some(true) => {
-                scales_mt5(config, is_scaled)?
-            }
-            Family::Mt5 => false,
-            _ => is_scaled.unwrap_or(tie.unwrap_or(true)),
-        };
+        let flag = config.flag("scale_decoder_outputs")?;
+        let is_said = flag.unwrap_or(tie.unwrap_or(family == Family::T5));
+        let is_scaled = is_said && (family == Family::T5 || scales_mt5(config, flag)?);
         let scale = if is_scaled { (shape[1] as f64).powf(-0.5) as f32 } else { 1.0 };
         let mut next = || tensors.pop().expect("a tensor for each of four names");
         Ok(Embeddings { head: next(), decoder: next(), encoder: next(), scale })
@@ -560,21 +555,14 @@ impl Embeddings {
 /// tied, transformers 5 never does.
 fn scales_mt5(config: &Config, is_scaled: Option<bool>) -> Result<bool> {
     let version = config.text_or("transformers_version", "")?;
-    let is_old = !version.is_empty() && version.starts_with(['2', '3', '4']);
-    match (is_old, is_scaled) {
+    match (version.starts_with(['2', '3', '4']), is_scaled) {
         (false, None) => Ok(false),
         (true, Some(true)) => Ok(true),
-        (true, _) => Err(config.error(format!(
-            "an mT5 with \"tie_word_embeddings\": true by transformers {version}, which scaled its \
-             scores by d_model^-0.5; later versions do not: say which is meant, \
-             \"scale_decoder_outputs\": true or false"
+        _ => Err(config.error(format!(
+            "an mT5's scores are scaled by d_model^-0.5 where transformers 4 wrote it and tied its \
+             head, and never by transformers 5; this one, of {version:?}, may be either: write \
+             \"scale_decoder_outputs\": false, or true with a \"transformers_version\" of 4"
         ))),
-        (false, _) => Err(config.error(
-            "\"scale_decoder_outputs\" is true, which mT5 has not since transformers 5: remove it, \
-             or write \"model_type\": \"t5\" and \"architectures\": \
-             [\"T5ForConditionalGeneration\"] where it is meant"
-                .into(),
-        )),
     }
 }
 
