@@ -333,14 +333,19 @@ pub enum Error {
         reason: String,
     },
     /// The checkpoint lacks a tensor that its configuration asks for.
-    #[error("the checkpoint has no tensor {name:?}, which its config.json calls for")]
+    #[error(
+        "the checkpoint has no tensor {name:?}, which its config.json calls for{}",
+        missing_tensor_hint(name, nearest.as_deref())
+    )]
     MissingTensor {
         /// The tensor's name.
         name: String,
+        /// The most similar name that the checkpoint has and nobody asked for.
+        nearest: Option<String>,
     },
     /// The checkpoint has a tensor that its configuration does not account for.
     #[error(
-        "the checkpoint has a tensor {name:?} that its config.json does not account for; is it another architecture's?"
+        "the checkpoint has a tensor {name:?} that its config.json does not account for; is it another architecture's? Where it changes no answer, list it in sidereal.json: \"ignore\": [{name:?}]"
     )]
     UnexpectedTensor {
         /// The tensor's name.
@@ -404,6 +409,15 @@ pub enum Error {
         /// Why not, and what is available.
         reason: String,
     },
+}
+
+/// What to do about a tensor that is missing.
+fn missing_tensor_hint(name: &str, nearest: Option<&str>) -> String {
+    let nearest = nearest.map(|nearest| format!("; the nearest that it has is {nearest:?}"));
+    let tied =
+        "; where the head is the embedding, say so in config.json: \"tie_word_embeddings\": true";
+    let tied = if name == "lm_head.weight" { tied } else { "" };
+    format!("{}{tied}", nearest.unwrap_or_default())
 }
 
 impl Error {
@@ -553,7 +567,7 @@ mod tests {
             Error::ModelFolder { path: path.clone(), reason: reason.clone() },
             Error::ModelConfig { path: path.clone(), reason: reason.clone() },
             Error::WeightsFile { path, reason: reason.clone() },
-            Error::MissingTensor { name: name.clone() },
+            Error::MissingTensor { name: name.clone(), nearest: None },
             Error::UnexpectedTensor { name: name.clone() },
             Error::TensorShape { name: name.clone(), found: vec![1], expected: vec![2] },
             Error::NonFiniteWeight { name, index: 3 },

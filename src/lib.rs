@@ -59,6 +59,7 @@
 mod answer;
 pub mod backend;
 pub mod catalog;
+mod checkpoint;
 #[doc(hidden)] // for tests and benchmarks
 pub mod cost;
 pub mod device;

@@ -53,12 +53,15 @@ const CODEBOOK_NAMES: [&str; 5] =
     ["codebooks.", "codebook.", "codebooks_", "codebook_", "rq.vq_layers."];
 /// Prefix of the names of the encoder's layers; the layer's number follows.
 const ENCODER_NAME: &str = "encoder.mlp_layers.";
+/// Prefix of the names of the decoder, which training alone needs.
+const DECODER_NAME: &str = "decoder.";
 
 impl Quantizer {
-    /// Opens a safetensors file: codebooks as one tensor `codebooks` `[levels, codes, dim]`, or as
+    /// Opens a safetensors file, or one of `torch.save`: codebooks as one tensor `codebooks` `[levels, codes, dim]`, or as
     /// one `[codes, dim]` for each level, `codebooks.0`, `codebook_0` or, as LC-Rec and MiniOneRec
     /// train them, `rq.vq_layers.0.embedding.weight`. Linear layers `encoder.mlp_layers.*`, with
-    /// ReLU between them, are the optional encoder. Other tensors (a decoder) are ignored.
+    /// ReLU between them, are the optional encoder. A decoder, `decoder.*`, is passed over; any other
+    /// tensor is an error, for it may change the codes.
     ///
     /// # Errors
     /// The file's; [`Error::ModelConfig`] where codebooks are missing or shapes do not agree.
@@ -118,8 +121,16 @@ impl Quantizer {
             let (gives, takes) = (pair[0].1, pair[1].0);
             return Err(bad(format!("a layer gives {gives} numbers, the next takes {takes}")));
         }
-        weights.check_files()?;
-        Quantizer::from_parts(encoder, codebooks).map_err(bad)
+        let quantizer = Quantizer::from_parts(encoder, codebooks).map_err(bad)?;
+        let is_spare = |name: &str, _: &Tensor| name.starts_with(DECODER_NAME);
+        match weights.finish(is_spare) {
+            Err(Error::UnexpectedTensor { name }) => Err(bad(format!(
+                "nobody reads its tensor {name:?}, which may change the codes: codebooks and an \
+                 encoder of the names \"encoder.mlp_layers.0.weight\" are read; remove what changes \
+                 nothing from the file"
+            ))),
+            finished => finished.map(|()| quantizer),
+        }
     }
 
     fn from_parts(

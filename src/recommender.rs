@@ -34,6 +34,7 @@ use crate::device::{Device, WithBackend};
 use crate::engine::{Engine, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply};
 use crate::error::{Error, Result};
 use crate::metrics::{Gauges, MetricsSnapshot};
+use crate::models::Checkpoint;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::recommender_options::RecommenderOptions;
@@ -130,11 +131,10 @@ impl Recommender {
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
-        crate::models::folder::check(folder)?;
-        let config = Config::read(&folder.join("config.json"))?;
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, options.base.as_deref())?;
         let vocab_size = crate::models::vocab_size(&config)?;
         let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
-        Recommender::from_parts(&config, Weights::open(folder)?, layout, catalog, options)
+        Recommender::from_parts(&config, weights, layout, catalog, options)
     }
 
     /// Opens a network from its parts, wherever they come from.

@@ -1,6 +1,7 @@
 //! How a recommender is opened.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +31,9 @@ pub struct RecommenderOptions {
     /// is refused with [`Error::Overloaded`](crate::Error::Overloaded). A request that nothing waits before is taken in any
     /// case. `None` for any time.
     pub max_wait: Option<Duration>,
+    /// The folder of the base, where the model's folder is that of a LoRA adapter;
+    /// [`Checkpoint::open`](crate::models::Checkpoint::open) says where it is looked for otherwise.
+    pub base: Option<PathBuf>,
     /// Called on the engine's thread before each step with the number of steps before it: for
     /// metrics, and for tests of what happens when that thread fails.
     pub before_step: Option<Arc<dyn Fn(u64) + Send + Sync>>,
@@ -52,6 +56,7 @@ impl RecommenderOptions {
             dtype: None,
             max_queued: 1024,
             max_wait: None,
+            base: None,
             before_step: None,
         }
     }
@@ -86,6 +91,12 @@ impl RecommenderOptions {
         self
     }
 
+    /// Sets [`base`](RecommenderOptions::base).
+    pub fn with_base(mut self, folder: impl Into<PathBuf>) -> RecommenderOptions {
+        self.base = Some(folder.into());
+        self
+    }
+
     /// Sets [`before_step`](RecommenderOptions::before_step).
     pub fn with_before_step(
         mut self,
@@ -105,6 +116,7 @@ impl fmt::Debug for RecommenderOptions {
             .field("engine", &self.engine)
             .field("max_queued", &self.max_queued)
             .field("max_wait", &self.max_wait)
+            .field("base", &self.base)
             .finish_non_exhaustive()
     }
 }

@@ -135,6 +135,34 @@ impl Tensor {
         values
     }
 
+    /// Whether two tensors have the same shape and, bit by bit, the same numbers in f32.
+    pub fn is_equal(&self, other: &Tensor) -> bool {
+        if self.shape != other.shape {
+            return false;
+        }
+        if let (Data::Owned(own), Data::Owned(theirs)) = (&self.data, &other.data)
+            && Arc::ptr_eq(own, theirs)
+        {
+            return true;
+        }
+        if let (
+            Data::Mapped { mapping, bytes, dtype },
+            Data::Mapped { mapping: their_mapping, bytes: their_bytes, dtype: their_dtype },
+        ) = (&self.data, &other.data)
+            && Arc::ptr_eq(mapping, their_mapping)
+            && (bytes, dtype) == (their_bytes, their_dtype)
+        {
+            return true;
+        }
+        (0..self.len().div_ceil(CHUNK)).into_par_iter().all(|chunk| {
+            let range = chunk * CHUNK..self.len().min((chunk + 1) * CHUNK);
+            let (mut own, mut theirs) = (vec![0.0f32; range.len()], vec![0.0; range.len()]);
+            self.read(range.clone(), &mut own);
+            other.read(range, &mut theirs);
+            own.iter().zip(&theirs).all(|(own, theirs)| own.to_bits() == theirs.to_bits())
+        })
+    }
+
     /// The flat index of the first number that is NaN or infinite.
     pub fn first_non_finite(&self) -> Option<usize> {
         (0..self.len().div_ceil(CHUNK)).into_par_iter().find_map_first(|chunk| {

@@ -28,6 +28,7 @@ fn floor(module: &[String]) -> u8 {
         | ("catalog", "sid") => 0,
         ("catalog" | "cost" | "pages" | "schedule" | "prefix_cache", _) => 1,
         ("answer" | "backend" | "device" | "metrics" | "wire", _) => 2,
+        ("checkpoint", _) => 2,
         ("models" | "prompt", _) => 3,
         ("engine" | "quantizer" | "writer", _) => 4,
         ("" | "recommender" | "recommender_options" | "service", _) => 5, // the root is lib.rs
@@ -281,8 +282,18 @@ fn an_operation_has_one_name_everywhere() {
 
 #[test]
 fn a_family_has_one_name_everywhere() {
-    let shared =
-        ["models", "config", "folder", "layout", "levels", "network", "vocabulary", "weights"];
+    let shared = [
+        "models",
+        "config",
+        "family",
+        "folder",
+        "layout",
+        "levels",
+        "network",
+        "rope",
+        "vocabulary",
+        "weights",
+    ];
     let golden = std::fs::read_to_string(root().join("tests/golden.rs")).expect("the tests");
     for (file, _) in sources("src/models") {
         let family = module_of(&file).get(1).cloned().unwrap_or("models".into());

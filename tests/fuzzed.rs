@@ -149,3 +149,33 @@ fn damaged_codebooks() {
         }
     }
 }
+
+#[test]
+fn seeds_of_files_of_torch() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    each_seed("torch", |data| fuzzed::torch(data, folder.path()));
+}
+
+#[test]
+fn seeds_of_configurations() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    each_seed("config", |data| fuzzed::config(data, folder.path()));
+}
+
+#[test]
+fn seeds_of_adapters() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    each_seed("adapter", |data| fuzzed::adapter(data, folder.path()));
+}
+
+#[test]
+fn the_small_network_of_the_fuzzers_opens() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fuzzed::config(fuzzed::SMALL_CONFIG.as_bytes(), folder.path());
+    let items = "{\"item\": \"only\", \"sid\": [3]}";
+    let path = folder.path().join("items.jsonl");
+    std::fs::write(&path, items).expect("a writable folder");
+    let catalog = sidereal::catalog::Catalog::open(&path).expect("one item");
+    let engine = sidereal::Engine::open(folder.path(), catalog.into(), &Default::default());
+    assert!(engine.is_ok(), "{:?}", engine.err());
+}

@@ -260,3 +260,43 @@ fn decoder_only_llama_in_float16_and_the_older_spelling() {
 fn decoder_only_with_a_prompt_around_the_newest_items() {
     check("decoder_only/qwen3-prompt");
 }
+
+#[test]
+fn t5_as_transformers_5_writes_an_mt5() {
+    check("t5/mt5-own-head");
+}
+
+#[test]
+fn t5_with_two_embeddings_in_a_file_of_torch() {
+    check("t5/two-embeddings");
+}
+
+#[test]
+fn t5_with_a_lora_adapter() {
+    check("t5/lora");
+}
+
+#[test]
+fn decoder_only_mistral_in_a_checkpoint_of_a_trainer() {
+    check("decoder_only/mistral-ckpt");
+}
+
+#[test]
+fn decoder_only_qwen3_with_yarn() {
+    check("decoder_only/qwen3-yarn");
+}
+
+#[test]
+fn decoder_only_gemma() {
+    check("decoder_only/gemma-tied");
+}
+
+#[test]
+fn decoder_only_llama_with_an_adapter_whose_embeddings_grew() {
+    check("decoder_only/llama-lora");
+}
+
+#[test]
+fn decoder_only_qwen2_with_an_adapter_of_embedding_and_head() {
+    check("decoder_only/qwen2-lora");
+}

@@ -81,7 +81,8 @@ fn items() -> Vec<Item> {
 
 /// The text of a number, as `models/prompts.py` makes it.
 fn text(number: usize, known: &[Item]) -> String {
-    let title = |place| known[(number * 7919 + place * 104_729) % known.len()].title.as_str();
+    let title =
+        |place: usize| known[(number * 7919 + place * 104_729) % known.len()].title.as_str();
     let titles: Vec<&str> = (0..number % 5 + 1).map(title).collect();
     let frames = [
         "{}",

@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 
 /// How often [`Catalog::open`] reads file and log until they belong together.
 const OPEN_ATTEMPTS: usize = 3;
+/// Items from which on a warning of [`Catalog::warning`] makes sense.
+const SMALLEST_CROWD: usize = 4;
 
 /// How a compiled catalog is opened.
 ///
@@ -156,6 +158,27 @@ impl Catalog {
         }
         self.publish(snapshot);
         Ok(())
+    }
+
+    /// A warning for the owner of the items, where nearly all of them have one semantic ID: no model
+    /// could tell them apart, so their codes were probably misread.
+    pub fn warning(&self) -> Option<String> {
+        let snapshot = self.snapshot();
+        let trie = snapshot.base().trie();
+        let all = trie.num_items();
+        let is_crowd = |items: usize| all >= SMALLEST_CROWD && items * 10 >= all * 9;
+        // The others have a semantic ID each at most.
+        if !is_crowd(all + 1 - trie.num_leaves().min(all)) {
+            return None;
+        }
+        let (sid, items) = trie.leaves().max_by_key(|(_, items)| items.len())?;
+        is_crowd(items.len()).then(|| {
+            format!(
+                "{} of {all} items have the semantic ID {:?}: check how the items file spells its codes",
+                items.len(),
+                sid.codes()
+            )
+        })
     }
 
     /// The state of the catalog now.

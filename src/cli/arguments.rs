@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use sidereal::catalog::{Catalog, CatalogOptions};
-use sidereal::models::config::{Config, SidLayout};
-use sidereal::models::{folder, vocab_size};
+use sidereal::models::config::SidLayout;
+use sidereal::models::{Checkpoint, vocab_size};
 use sidereal::wire::RequestDefaults;
 use sidereal::{
     Constraint, Error, LongHistory, Normalization, Recommender, RecommenderOptions, Result,
@@ -25,9 +25,12 @@ pub enum Outcome {
 
 #[derive(Args)]
 pub struct ModelArguments {
-    /// Model folder: config.json, sidereal.json, safetensors
+    /// Model folder: config.json, sidereal.json, weights; or a LoRA adapter's
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
+    /// Folder of an adapter's base, where adapter_config.json does not name it
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<PathBuf>,
     /// Catalog: a built one, or a file of items; by default the one beside the model
     #[arg(long, value_name = "FILE")]
     pub catalog: Option<PathBuf>,
@@ -161,15 +164,18 @@ impl ModelArguments {
         };
         let map_above = self.map_catalog_above.saturating_mul(1 << 20);
         let options = CatalogOptions::default().with_map_above(map_above);
-        Ok(Arc::new(Catalog::open_with(&path, &options)?))
+        let catalog = Catalog::open_with(&path, &options)?;
+        if let Some(warning) = catalog.warning() {
+            say(&format!("warning: {}: {warning}", path.display()));
+        }
+        Ok(Arc::new(catalog))
     }
 
     /// What stops the model itself from being opened, which a user should hear before a missing
     /// catalog.
     fn model_error(&self) -> Option<Error> {
         let check = || {
-            let config = Config::read(&self.model.join("config.json"))?;
-            config.architecture()?;
+            let Checkpoint { config, .. } = Checkpoint::open(&self.model, self.base.as_deref())?;
             SidLayout::read(&self.model, vocab_size(&config)?)
         };
         check().err()
@@ -180,11 +186,12 @@ impl ModelArguments {
     }
 
     pub fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
-        folder::check(&self.model)?;
         let catalog =
             self.open_catalog().map_err(|missing| self.model_error().unwrap_or(missing))?;
         let spinner = spinner("opening the model");
-        let recommender = Recommender::open(&self.model, catalog, options)?;
+        let mut options = options.clone();
+        options.base.clone_from(&self.base);
+        let recommender = Recommender::open(&self.model, catalog, &options)?;
         spinner.finish_and_clear();
         Ok(recommender)
     }

@@ -239,6 +239,7 @@ fn open(arguments: &Arguments) -> Result<Recommender> {
     }
     let model = ModelArguments {
         model: arguments.model.clone().expect("required where there is no shape"),
+        base: None,
         catalog: arguments.catalog.clone(),
         map_catalog_above: MAP_CATALOG_ABOVE_MIB,
         device: arguments.device.clone(),

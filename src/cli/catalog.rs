@@ -383,6 +383,9 @@ fn build(arguments: &Build) -> Result<()> {
     let levels = snapshot.num_levels();
     let output = arguments.output.display();
     say(&format!("{output}: {items} items, {sids} semantic IDs of {levels} levels"));
+    if let Some(warning) = catalog.warning() {
+        say(&format!("warning: {warning}"));
+    }
     Ok(())
 }
 

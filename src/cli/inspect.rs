@@ -9,8 +9,8 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sidereal::catalog::Catalog;
-use sidereal::models::config::{Config, SidLayout};
-use sidereal::models::{folder, layout, vocab_size};
+use sidereal::models::config::SidLayout;
+use sidereal::models::{Checkpoint, layout, vocab_size};
 use sidereal::prompt::{Source, projects};
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{Error, Input, Result};
@@ -104,9 +104,8 @@ struct Ignored {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let model = &arguments.model;
-    folder::check(model)?;
-    let config = Config::read(&model.join("config.json"))?;
-    let architecture = config.architecture()?.to_string();
+    let Checkpoint { config, notes, .. } = Checkpoint::open(model, None)?;
+    let architecture = config.architecture().unwrap_or("of no named class").to_string();
     let catalog = match &arguments.catalog {
         Some(path) => Some(Arc::new(Catalog::open(path)?)),
         None => match catalog_beside(model) {
@@ -132,6 +131,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         (None, _) => None,
     };
     let mut ignored = ignored_files(model)?;
+    ignored.extend(notes.into_iter().map(|why| Ignored { what: "in the checkpoint".into(), why }));
     ignored.extend(derived.others.iter().map(|(group, reason)| Ignored {
         what: format!("tokens {}", group.template),
         why: format!("no level of the semantic ID: {reason}"),
@@ -308,7 +308,7 @@ fn write_layout(model: &Path, project: Option<&str>, catalog: Option<&Catalog>) 
         let level = |group: &sidereal::models::levels::Group| json!({"size": group.by_code().len(), "template": group.template.to_string()});
         file.insert("levels".into(), derived.levels.iter().map(level).collect());
     } else if project.is_none() {
-        let config = Config::read(&model.join("config.json"))?;
+        let Checkpoint { config, .. } = Checkpoint::open(model, None)?;
         // The reason why there is nothing to write, with the smallest file.
         SidLayout::read_for(model, vocab_size(&config)?, catalog)?;
     }

@@ -153,6 +153,7 @@ fn open_model<B: Backend>(arguments: &Arguments, backend: B) -> Result<Engine<B>
     let options = arguments.device.engine_options();
     let open = |folder: &Path| {
         let model = ModelArguments {
+            base: None,
             model: folder.to_path_buf(),
             catalog: arguments.catalog.clone(),
             map_catalog_above: MAP_CATALOG_ABOVE_MIB,

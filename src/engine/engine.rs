@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{Metrics, MetricsSnapshot};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
-use crate::models::{self, ForwardPass, Model, ModelSpec};
+use crate::models::{self, Checkpoint, ForwardPass, Model, ModelSpec};
 use crate::pages;
 use crate::request::{Input, MAX_BEAMS, Request};
 use crate::schedule::{Limits, RequestId};
@@ -95,10 +95,10 @@ impl<B: Backend> Engine<B> {
         options: &EngineOptions,
     ) -> Result<Engine<B>> {
         options.check()?;
-        let config = Config::read(&folder.join("config.json"))?;
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, None)?;
         let vocab_size = models::vocab_size(&config)?;
         let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
-        Engine::from_parts(backend, &config, Weights::open(folder)?, layout, catalog, options)
+        Engine::from_parts(backend, &config, weights, layout, catalog, options)
     }
 
     /// Opens a network from its parts, wherever they come from, and tries it on a small request.

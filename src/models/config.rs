@@ -1,15 +1,19 @@
 //! `config.json` and `sidereal.json`: what a model folder says of itself.
 
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 use super::layout::{self, LevelEntry};
 use super::vocabulary::Vocabulary;
 use crate::backend::NO_TOKEN;
 use crate::catalog::Catalog;
+use crate::checkpoint::keys::{is_listed, says_nothing};
 use crate::error::{Error, Result};
 pub use crate::prompt::Prompt;
 use crate::prompt::{PromptEntry, Text, TokensEntry, projects};
@@ -20,24 +24,142 @@ use crate::search::Normalization;
 const MAX_DIMENSION: u64 = 1 << 24;
 
 /// A `config.json` in the layout of Hugging Face, asked key by key.
+///
+/// A key that nobody asked for is an error once the network is there ([`finish`](Config::finish)),
+/// unless it says nothing, is known to be without effect, or is listed as ignored.
 #[derive(Clone)]
 pub struct Config {
     path: PathBuf,
     keys: Map<String, Value>,
+    /// The keys of `generation_config.json`.
+    generation: Map<String, Value>,
+    /// Names of keys and tensors that the folder's owner wants passed over.
+    ignored: Vec<String>,
+    asked: Arc<Mutex<BTreeSet<String>>>,
 }
 
+/// Keys that change no answer, whatever network they are of: sizes of dropout and initial weights,
+/// how a program ran, tokens of a tokenizer, labels of classifiers, and defaults of `generate`, which
+/// a request says here.
+const WITHOUT_EFFECT: &str = "
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash _flash_attn_2_enabled
+    _from_model_config _name_or_path architectures attention_dropout attn_implementation
+    attn_pdrop bos_token bos_token_id classifier_dropout cls_token_id
+    decoder_start_token_id diversity_penalty do_sample dropout dropout_rate dtype early_stopping
+    embd_pdrop eos_token eos_token_id finetuning_task hidden_dropout hidden_dropout_prob id2label
+    image_token_id initializer_factor initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference
+    label2id length_penalty mask_token_id max_length max_new_tokens max_sequence_length min_length
+    model_max_length model_type num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_past output_scores pad_token pad_token_id prefix
+    pretraining_tp problem_type remove_invalid_values resid_pdrop return_dict return_dict_in_generate sep_token_id
+    task_specific_params temperature tokenizer_class tokenizer_name top_k top_p torch_dtype
+    torchscript transformers_version typical_p unk_token unk_token_id unsloth_fixed unsloth_version use_cache
+    use_flash_attention use_flash_attention_2 use_mem_eff_attention _unsloth_fixed
+    gradient_checkpointing
+";
+/// Flags that are true where they are left out.
+const TRUE_BY_DEFAULT: [&str; 6] =
+    ["causal", "is_causal", "scale_attn_weights", "use_rms_norm", "use_rope", "rope"];
+/// Keys of `generate` that change the probabilities themselves, with the values that change nothing
+/// beside null and zero. Older exports have them in `config.json`.
+const CHANGES_LOGITS: [(&str, f64); 12] = [
+    ("bad_words_ids", 0.0),
+    ("begin_suppress_tokens", 0.0),
+    ("encoder_no_repeat_ngram_size", 0.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("exponential_decay_length_penalty", 0.0),
+    ("forced_bos_token_id", 0.0),
+    ("forced_decoder_ids", 0.0),
+    ("guidance_scale", 1.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("repetition_penalty", 1.0),
+    ("sequence_bias", 0.0),
+    ("suppress_tokens", 0.0),
+];
+
 impl Config {
-    /// Reads a file.
+    /// Reads a file, with `generation_config.json` and the list `"ignore"` of `sidereal.json` beside
+    /// it, where they are there.
     ///
     /// # Errors
     /// The operating system's, or [`Error::ModelConfig`] where it is no JSON object.
     pub fn read(path: &Path) -> Result<Config> {
-        Ok(Config { path: path.to_path_buf(), keys: read_json(path)? })
+        let mut config = Config::new(path, read_json(path)?);
+        let generation = path.with_file_name("generation_config.json");
+        if generation.exists() {
+            config.generation = read_json(&generation)?;
+        }
+        config.ignore(ignored_by(path.parent().unwrap_or(Path::new("")))?);
+        Ok(config)
     }
 
     /// A configuration in memory; `path` stands in its errors.
     pub fn new(path: &Path, keys: Map<String, Value>) -> Config {
-        Config { path: path.to_path_buf(), keys }
+        let path = path.to_path_buf();
+        let (generation, ignored, asked) = Default::default();
+        Config { path, keys, generation, ignored, asked }
+    }
+
+    /// Passes over keys and tensors of these names from now on; a name may end in `*` for any rest.
+    pub fn ignore(&mut self, names: Vec<String>) {
+        self.ignored.extend(names);
+    }
+
+    /// Whether the folder's owner wants a key or tensor passed over.
+    pub fn is_ignored(&self, name: &str) -> bool {
+        is_listed(&self.ignored, name)
+    }
+
+    /// Sets a key, as where an adapter brings more tokens than its base has.
+    pub(crate) fn set(&mut self, key: &str, value: Value) {
+        self.keys.insert(key.into(), value);
+    }
+
+    /// The settings of `generate` that change its probabilities, and none here.
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        for keys in [&self.generation, &self.keys] {
+            for (key, neutral) in CHANGES_LOGITS {
+                let value = keys.get(key).unwrap_or(&Value::Null);
+                if !says_nothing(value) && value.as_f64() != Some(neutral) {
+                    notes.push(format!("{key} {value} is for generate and changes no score here"));
+                }
+            }
+        }
+        notes
+    }
+
+    /// Checks that no key is left over that could change an answer.
+    ///
+    /// # Errors
+    /// [`Error::ModelConfig`] with the first such key.
+    pub fn finish(&self) -> Result<()> {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_harmless = |key: &str| {
+            let mut of_generate = CHANGES_LOGITS.iter().map(|(known, _)| *known);
+            let mut known = WITHOUT_EFFECT.split_whitespace();
+            known.any(|known| known == key)
+                || of_generate.any(|known| known == key)
+                || asked.contains(key)
+        };
+        for (key, value) in &self.keys {
+            let says_nothing = match TRUE_BY_DEFAULT.contains(&key.as_str()) {
+                true => value == &Value::Bool(true) || value.is_null(),
+                false => says_nothing(value),
+            };
+            if !says_nothing && !is_harmless(key) && !self.is_ignored(key) {
+                return Err(self.error(format!(
+                    "{key:?} is {value}, and this version does not know what it changes; where it \
+                     changes no answer, list it in sidereal.json: \"ignore\": [{key:?}]"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// An error about this file.
@@ -45,12 +167,23 @@ impl Config {
         Error::ModelConfig { path: self.path.clone(), reason }
     }
 
-    /// The network that the checkpoint is for, as `T5ForConditionalGeneration`.
-    pub fn architecture(&self) -> Result<&str> {
-        let first = self.keys.get("architectures").and_then(|names| names.get(0));
-        first.and_then(Value::as_str).ok_or_else(|| {
-            self.error("\"architectures\" must name the network, as in Hugging Face's files".into())
-        })
+    /// The class of the network, as `T5ForConditionalGeneration`, where given.
+    pub fn architecture(&self) -> Option<&str> {
+        self.given("architectures")?.get(0)?.as_str()
+    }
+
+    /// The token that a decoder starts with: `generate` takes that of `generation_config.json` first.
+    pub fn start_token(&self, vocab_size: usize) -> Result<u32> {
+        // Where nobody says it, T5's convention: the padding.
+        let padding = self.given("pad_token_id").and_then(Value::as_u64).unwrap_or(0);
+        let default = if padding < vocab_size as u64 { padding as u32 } else { 0 };
+        let default = self.token_or("decoder_start_token_id", vocab_size, default)?;
+        let generation = Config {
+            path: self.path.with_file_name("generation_config.json"),
+            keys: self.generation.clone(),
+            ..self.clone()
+        };
+        generation.token_or("decoder_start_token_id", vocab_size, default)
     }
 
     /// A positive whole number.
@@ -63,7 +196,16 @@ impl Config {
         Ok(self.size_if_given(key)?.unwrap_or(default))
     }
 
-    fn size_if_given(&self, key: &str) -> Result<Option<usize>> {
+    /// A whole number, perhaps zero, with a default.
+    pub(super) fn size_or_zero(&self, key: &str, default: usize) -> Result<usize> {
+        match self.given(key).is_some_and(|value| value.as_u64() == Some(0)) {
+            true => Ok(0),
+            false => self.size_or(key, default),
+        }
+    }
+
+    /// A positive whole number, where given.
+    pub fn size_if_given(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.given(key) else {
             return Ok(None);
         };
@@ -88,9 +230,21 @@ impl Config {
 
     /// A positive number with a default.
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+        self.given(key);
         positive_number(&self.keys, key).map(|found| found.unwrap_or(default)).map_err(|value| {
             self.error(format!("{key:?} is {value}, not a number above zero that f32 can hold"))
         })
+    }
+
+    /// A number above or equal to zero, zero where not given.
+    pub(super) fn number_or_zero(&self, key: &str) -> Result<f64> {
+        let is_zero = self.given(key).is_some_and(|value| value.as_f64() == Some(0.0));
+        if is_zero { Ok(0.0) } else { self.number_or(key, 0.0) }
+    }
+
+    /// Whether there are no keys.
+    pub(super) fn is_empty(&self) -> bool {
+        self.keys.is_empty()
     }
 
     /// A yes or no, where given.
@@ -100,6 +254,21 @@ impl Config {
         };
         let flag = value.as_bool();
         flag.map(Some).ok_or_else(|| self.error(format!("{key:?} is {value}, not true or false")))
+    }
+
+    /// Checks that a yes or no, where given, is this one.
+    pub(super) fn expect_flag(&self, key: &str, expected: bool) -> Result<()> {
+        match self.flag(key)?.unwrap_or(expected) == expected {
+            true => Ok(()),
+            false => Err(self.error(format!("{key:?} must be {expected} for this network"))),
+        }
+    }
+
+    /// Says that keys change no answer of this network.
+    pub(super) fn without_effect(&self, keys: &[&str]) {
+        for key in keys {
+            self.given(key);
+        }
     }
 
     /// A text with a default.
@@ -124,11 +293,22 @@ impl Config {
         };
         let keys = value.as_object().cloned();
         let keys = keys.ok_or_else(|| self.error(format!("{key:?} is {value}, not an object")))?;
-        Ok(Some(Config { path: self.path.clone(), keys }))
+        Ok(Some(Config { ignored: self.ignored.clone(), ..Config::new(&self.path, keys) }))
+    }
+
+    /// Whether a key is there, be it null.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.keys.contains_key(key)
+    }
+
+    /// The text of a key, where it is one.
+    pub fn text(&self, key: &str) -> Option<&str> {
+        self.given(key)?.as_str()
     }
 
     /// The key's value; null counts as absent.
-    fn given(&self, key: &str) -> Option<&Value> {
+    pub(super) fn given(&self, key: &str) -> Option<&Value> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(key.into());
         self.keys.get(key).filter(|value| !value.is_null())
     }
 }
@@ -143,6 +323,23 @@ fn positive_number(
             Some(number) if (number as f32).is_finite() && number as f32 > 0.0 => Ok(Some(number)),
             _ => Err(value.clone()),
         },
+    }
+}
+
+/// The names that a folder's `sidereal.json` lists under `"ignore"`.
+///
+/// # Errors
+/// The operating system's; [`Error::ModelConfig`] where the list is none of texts.
+pub(super) fn ignored_by(folder: &Path) -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Ignored {
+        #[serde(default)]
+        ignore: Vec<String>,
+    }
+    let path = folder.join("sidereal.json");
+    match path.exists() {
+        true => Ok(read_json::<Ignored>(&path)?.ignore),
+        false => Ok(Vec::new()),
     }
 }
 
@@ -184,6 +381,9 @@ struct LayoutFile {
     suffix: TokensEntry,
     #[serde(default)]
     normalize: Option<Normalization>,
+    /// Names of keys and tensors to pass over, which [`Config::read`] takes.
+    #[serde(default, rename = "ignore")]
+    _ignore: IgnoredAny,
 }
 
 /// Tokens before the codes, and whether they are part of the scores.
@@ -294,7 +494,11 @@ fn read_layout(path: &Path) -> Result<LayoutFile> {
 
 /// The prompt of a folder that does not describe one: the items, and the end token of an encoder.
 fn default_prompt(folder: &Path, vocab_size: usize) -> Result<PromptEntry> {
-    let config = Config::read(&folder.join("config.json"))?;
+    let path = folder.join("config.json");
+    if !path.exists() {
+        return Ok(PromptEntry::default()); // an adapter's folder
+    }
+    let config = Config::read(&path)?;
     match config.flag("is_encoder_decoder")? {
         Some(true) => {
             Ok(PromptEntry::with_suffix(config.token_or("eos_token_id", vocab_size, 1)?))

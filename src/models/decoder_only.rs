@@ -1,13 +1,18 @@
 //! Decoder-only networks of the Llama line: the history is a prompt, the semantic ID its
 //! continuation (LC-Rec, MiniOneRec, OneRec-1.7B; Touvron et al. 2023, Qwen Team 2024, 2025).
 //!
-//! One network serves three checkpoints' layouts, which differ in a few [`Flavour`]s: Qwen2 has
-//! biases on queries, keys and values; Qwen3 norms each query and key head before its rotation.
+//! One network serves five families: Qwen2 has biases on queries, keys and values; Qwen3 norms each
+//! query and key head before its rotation; Mistral has a window, and no context longer than it is
+//! taken; Gemma norms by `1 + w` and scales its embeddings by `sqrt(hidden_size)`, both of which are
+//! folded into the weights, and has GELU in its feed-forward layers (Jiang et al. 2023, Gemma Team
+//! 2024).
 
 use std::ops::Range;
 
 use super::config::{Config, SidLayout};
+use super::family::Family;
 use super::network::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
+use super::rope::Rope;
 use super::weights::Weights;
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Epilogue, HeadNorms, Heads, KvLayout, KvScope, Mask,
@@ -15,32 +20,13 @@ use crate::backend::{
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// Where the checkpoints' layouts differ.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flavour {
-    /// `LlamaForCausalLM`
-    Llama,
-    /// `Qwen2ForCausalLM`
-    Qwen2,
-    /// `Qwen3ForCausalLM`
-    Qwen3,
-}
-
-impl Flavour {
-    /// The flavour of an architecture's name.
-    pub(super) fn of(architecture: &str) -> Flavour {
-        match architecture {
-            "Qwen3ForCausalLM" => Flavour::Qwen3,
-            "Qwen2ForCausalLM" => Flavour::Qwen2,
-            _ => Flavour::Llama,
-        }
-    }
-}
-
 /// The network.
 pub struct DecoderOnly<B: Backend> {
     spec: ModelSpec,
     epsilon: f32,
+    activation: Activation,
+    /// What attention's scores are multiplied by.
+    score_scale: f32,
     /// `[head_dim / 2]`, radians per position.
     frequencies: B::Vector,
     embedding: B::Table,
@@ -58,76 +44,85 @@ struct Layer<B: Backend> {
     out_bias: Option<B::Vector>,
     feed_forward_norm: B::Vector,
     gate_up: B::Matrix,
+    gate_up_bias: Option<B::Vector>,
     down: B::Matrix,
+    down_bias: Option<B::Vector>,
 }
 
 impl<B: Backend> DecoderOnly<B> {
-    /// Puts a checkpoint on a device.
+    /// Puts a checkpoint on a device. Also returns what of the checkpoint may be left over.
     ///
     /// # Errors
     /// See [`super::load`].
     pub fn load(
         backend: &B,
         config: &Config,
-        flavour: Flavour,
+        family: Family,
         weights: &mut Weights,
         layout: &SidLayout,
-    ) -> Result<DecoderOnly<B>> {
+    ) -> Result<(DecoderOnly<B>, Spares)> {
+        config.expect_flag("is_encoder_decoder", false)?;
         let hidden_size = config.size("hidden_size")?;
-        let num_heads = config.size("num_attention_heads")?;
-        let num_kv_heads = config.size_or("num_key_value_heads", num_heads)?;
-        let head_dim = config.size_or("head_dim", (hidden_size / num_heads).max(1))?;
-        if !num_heads.is_multiple_of(num_kv_heads) || !head_dim.is_multiple_of(2) {
-            return Err(config.error(format!(
-                "{num_heads} attention heads of {head_dim} columns cannot share {num_kv_heads} \
-                 key-value heads"
-            )));
-        }
-        let heads = Heads::new(num_heads, num_kv_heads, head_dim);
-        refuse_what_is_not_served(config)?;
+        let heads = heads(config, family, hidden_size)?;
+        let trained_positions = config.size_or("max_position_embeddings", 2048)?;
+        let rope = Rope::read(config, heads.key_dim, trained_positions)?;
+        let max_positions = trained_positions.min(window(config, family)?.unwrap_or(usize::MAX));
         let vocab_size = config.size("vocab_size")?;
         let num_layers = config.size("num_hidden_layers")?;
+        let has_attention_bias = match family {
+            Family::Qwen2 | Family::Mistral => false,
+            _ => config.flag("attention_bias")?.unwrap_or(false),
+        };
         let loader = LayerLoader {
             hidden_size,
             intermediate_size: config.size("intermediate_size")?,
             heads,
-            has_qkv_bias: match flavour {
-                Flavour::Qwen2 => true,
-                _ => config.flag("attention_bias")?.unwrap_or(false),
-            },
-            has_out_bias: match flavour {
-                Flavour::Qwen2 => false,
-                _ => config.flag("attention_bias")?.unwrap_or(false),
-            },
-            has_query_key_norms: flavour == Flavour::Qwen3,
+            has_qkv_bias: has_attention_bias || family == Family::Qwen2,
+            has_out_bias: has_attention_bias,
+            has_mlp_bias: family == Family::Llama && config.flag("mlp_bias")?.unwrap_or(false),
+            has_query_key_norms: family == Family::Qwen3,
+            norms_add_one: family == Family::Gemma,
         };
-        let embedding = weights.take("model.embed_tokens.weight", &[vocab_size, hidden_size])?;
+        let activation = activation(config, family)?;
+        let shape = [vocab_size, hidden_size];
+        let is_tied = config.flag("tie_word_embeddings")?.unwrap_or(family.is_tied_by_default());
+        let names = family.tied_names();
+        let (embedding, head) = match is_tied {
+            true => {
+                let mut tied = weights.take_tied(names, &shape)?.into_iter();
+                let mut next = || tied.next().expect("a tensor for each of two names");
+                (next(), next())
+            }
+            false => (weights.take(names[0], &shape)?, weights.take(names[1], &shape)?),
+        };
+        let embedding = match family {
+            Family::Gemma => map(&embedding, |x| x * (hidden_size as f32).sqrt()),
+            _ => embedding,
+        };
         let layers = (0..num_layers)
             .map(|layer| loader.load(backend, weights, &format!("model.layers.{layer}")))
             .collect::<Result<Vec<_>>>()?;
-        let norm = weights.take("model.norm.weight", &[hidden_size])?;
-        let head = match config.flag("tie_word_embeddings")?.unwrap_or(false) {
-            true => embedding.clone(),
-            false => weights.take("lm_head.weight", &[vocab_size, hidden_size])?,
-        };
-        let frequencies = rotary_frequencies(config, head_dim)?;
-        let frequencies = Tensor::new(&[frequencies.len()], frequencies);
-        Ok(DecoderOnly {
+        let norm = loader.norm(weights.take("model.norm.weight", &[hidden_size])?);
+        let frequencies = Tensor::new(&[rope.frequencies.len()], rope.frequencies.clone());
+        let model = DecoderOnly {
             spec: ModelSpec {
                 vocab_size,
-                max_positions: Some(config.size_or("max_position_embeddings", 2048)?),
+                max_positions: Some(max_positions),
                 kv: KvLayout::new(num_layers, heads),
                 prompt: PromptKind::Chunked,
                 output: ModelOutput::Logits,
                 num_weights: weights.num_taken(),
             },
             epsilon: config.number_or("rms_norm_eps", 1e-6)? as f32,
+            activation,
+            score_scale: (heads.key_dim as f64).powf(-0.5) as f32 * rope.score_scale,
             frequencies: backend.vector(&[frequencies])?,
             embedding: backend.table(embedding)?,
             layers,
             norm: backend.vector(&[norm])?,
             head: backend.head(head, &layout.levels, &layout.known_tokens())?,
-        })
+        };
+        Ok((model, Spares { rope }))
     }
 
     /// Queries, keys and values of a layer, turned to their positions; the latter two are kept.
@@ -153,13 +148,11 @@ impl<B: Backend> DecoderOnly<B> {
         let bias = layer.out_bias.as_ref();
         backend.matmul(&s.attended, &layer.out, bias, Epilogue::Add, &mut s.residual);
         backend.rms_norm(&s.residual, &layer.feed_forward_norm, self.epsilon, &mut s.normed);
-        backend.matmul(&s.normed, &layer.gate_up, None, Epilogue::Store, &mut s.projected);
-        backend.glu(&s.projected, Activation::Silu, &mut s.spare);
-        backend.matmul(&s.spare, &layer.down, None, Epilogue::Add, &mut s.residual);
-    }
-
-    fn scale(&self) -> f32 {
-        (self.spec.kv.heads.key_dim as f64).powf(-0.5) as f32
+        let bias = layer.gate_up_bias.as_ref();
+        backend.matmul(&s.normed, &layer.gate_up, bias, Epilogue::Store, &mut s.projected);
+        backend.glu(&s.projected, self.activation, &mut s.spare);
+        let bias = layer.down_bias.as_ref();
+        backend.matmul(&s.spare, &layer.down, bias, Epilogue::Add, &mut s.residual);
     }
 }
 
@@ -188,8 +181,8 @@ impl<B: Backend> Network<B> for DecoderOnly<B> {
         let heads = self.spec.kv.heads;
         backend.rope_tables(&self.frequencies, batch, &mut s.rope);
         backend.embed(&self.embedding, tokens, batch, &mut s.residual);
-        let over_prompt = AttentionSpec::softmax(heads, Mask::Causal, self.scale());
-        let over_both = AttentionSpec::softmax(heads, KvScope::Both, self.scale());
+        let over_prompt = AttentionSpec::softmax(heads, Mask::Causal, self.score_scale);
+        let over_both = AttentionSpec::softmax(heads, KvScope::Both, self.score_scale);
         for (index, layer) in self.layers.iter().enumerate() {
             self.project(backend, index, layer, batch, s);
             let (queries, out) = (&s.projected, &mut s.attended);
@@ -234,7 +227,9 @@ struct LayerLoader {
     heads: Heads,
     has_qkv_bias: bool,
     has_out_bias: bool,
+    has_mlp_bias: bool,
     has_query_key_norms: bool,
+    norms_add_one: bool,
 }
 
 impl LayerLoader {
@@ -273,114 +268,137 @@ impl LayerLoader {
             true => Some(backend.vector(&[take("self_attn.o_proj.bias", &[hidden])?])?),
             false => None,
         };
+        let (gate_up_bias, down_bias) = match self.has_mlp_bias {
+            true => (
+                Some(backend.vector(&[
+                    take("mlp.gate_proj.bias", &[inner])?,
+                    take("mlp.up_proj.bias", &[inner])?,
+                ])?),
+                Some(backend.vector(&[take("mlp.down_proj.bias", &[hidden])?])?),
+            ),
+            false => (None, None),
+        };
         let gate_up = [
             take("mlp.gate_proj.weight", &[inner, hidden])?,
             take("mlp.up_proj.weight", &[inner, hidden])?,
         ];
         Ok(Layer {
-            attention_norm: backend.vector(&[take("input_layernorm.weight", &[hidden])?])?,
+            attention_norm: backend
+                .vector(&[self.norm(take("input_layernorm.weight", &[hidden])?)])?,
             qkv: backend.matrix(&qkv)?,
             qkv_bias,
             query_key_norms,
             out: backend.matrix(&[take("self_attn.o_proj.weight", &[hidden, query_dim])?])?,
             out_bias,
             feed_forward_norm: backend
-                .vector(&[take("post_attention_layernorm.weight", &[hidden])?])?,
+                .vector(&[self.norm(take("post_attention_layernorm.weight", &[hidden])?)])?,
             gate_up: backend.matrix(&gate_up)?,
+            gate_up_bias,
             down: backend.matrix(&[take("mlp.down_proj.weight", &[hidden, inner])?])?,
+            down_bias,
         })
     }
+
+    /// The weights of a norm as the backend multiplies by them.
+    fn norm(&self, weight: Tensor) -> Tensor {
+        if self.norms_add_one { map(&weight, |x| 1.0 + x) } else { weight }
+    }
 }
 
-/// What would give wrong answers if it were passed over.
-fn refuse_what_is_not_served(config: &Config) -> Result<()> {
-    let unsupported =
-        |what: String, way_out: &str| Err(Error::Unsupported { what, way_out: way_out.into() });
-    let activation = config.text_or("hidden_act", "silu")?;
-    if activation != "silu" {
-        return unsupported(format!("hidden_act {activation:?}"), "silu is");
-    }
-    if config.flag("use_sliding_window")?.unwrap_or(false) {
-        return unsupported("use_sliding_window".into(), "full attention is");
-    }
-    if let Some(kind) = config.texts("layer_types")?.iter().find(|&kind| kind != "full_attention") {
-        return unsupported(format!("a layer of type {kind:?}"), "full_attention is");
-    }
-    if config.flag("mlp_bias")?.unwrap_or(false) {
-        return unsupported("mlp_bias".into(), "feed-forward layers without biases are");
-    }
-    let rotated = config.number_or("partial_rotary_factor", 1.0)?;
-    if rotated != 1.0 {
-        return unsupported(format!("partial_rotary_factor {rotated}"), "1.0 is");
-    }
-    Ok(())
+fn map(tensor: &Tensor, number: impl Fn(f32) -> f32) -> Tensor {
+    Tensor::new(tensor.shape(), tensor.to_vec().into_iter().map(number).collect())
 }
 
-/// The frequencies of RoPE, from either spelling of the configuration: `rope_parameters`
-/// (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
-fn rotary_frequencies(config: &Config, head_dim: usize) -> Result<Vec<f32>> {
-    let parameters = config.object("rope_parameters")?;
-    let scaling = match parameters {
-        Some(parameters) => Some(parameters),
-        None => config.object("rope_scaling")?,
+fn heads(config: &Config, family: Family, hidden_size: usize) -> Result<Heads> {
+    let num_heads = config.size("num_attention_heads")?;
+    let num_kv_heads = config.size_or("num_key_value_heads", num_heads)?;
+    let default = match family {
+        Family::Gemma => 256,
+        _ => (hidden_size / num_heads).max(1),
     };
-    let theta = match &scaling {
-        Some(scaling) => {
-            scaling.number_or("rope_theta", config.number_or("rope_theta", 10_000.0)?)?
+    let head_dim = config.size_or("head_dim", default)?;
+    if !num_heads.is_multiple_of(num_kv_heads) || !head_dim.is_multiple_of(2) {
+        return Err(config.error(format!(
+            "{num_heads} attention heads of {head_dim} columns cannot share {num_kv_heads} \
+             key-value heads"
+        )));
+    }
+    Ok(Heads::new(num_heads, num_kv_heads, head_dim))
+}
+
+/// The positions that a layer attends back to, where some layer's are limited. A context of no more
+/// tokens is computed as if there were no window.
+fn window(config: &Config, family: Family) -> Result<Option<usize>> {
+    let types = config.texts("layer_types")?;
+    if let Some(kind) =
+        types.iter().find(|kind| !kind.ends_with("full_attention") && *kind != "sliding_attention")
+    {
+        return Err(Error::Unsupported {
+            what: format!("a layer of type {kind:?}"),
+            way_out: "full_attention and sliding_attention are".into(),
+        });
+    }
+    let first_layer = config.size_or_zero("max_window_layers", 28)?;
+    let uses_window = config.flag("use_sliding_window")?.unwrap_or(false);
+    let default = match family {
+        Family::Mistral if !config.has("sliding_window") => Some(4096),
+        _ => None,
+    };
+    let given = config.size_if_given("sliding_window")?.or(default);
+    let num_layers = config.size("num_hidden_layers")?;
+    let is_used = match family {
+        Family::Qwen2 | Family::Qwen3 if types.is_empty() => {
+            uses_window && num_layers > first_layer
         }
-        None => config.number_or("rope_theta", 10_000.0)?,
+        Family::Qwen2 | Family::Qwen3 => types.iter().any(|kind| kind == "sliding_attention"),
+        _ => given.is_some() || types.iter().any(|kind| kind == "sliding_attention"),
     };
-    let plain = (0..head_dim / 2).map(|pair| {
-        let exponent = (2 * pair) as f64 / head_dim as f64;
-        (1.0 / theta.powf(exponent)) as f32
-    });
-    let plain: Vec<f32> = plain.collect();
-    let Some(scaling) = scaling else {
-        return Ok(plain);
-    };
-    let kind = scaling.text_or("rope_type", scaling.text_or("type", "default")?)?;
-    match kind {
-        "default" => Ok(plain),
-        "linear" => {
-            let factor = scaling.number_or("factor", 1.0)? as f32;
-            Ok(plain.iter().map(|frequency| frequency / factor).collect())
-        }
-        "llama3" => llama3_frequencies(&scaling, &plain),
-        other => Err(Error::Unsupported {
-            what: format!("rope_type {other:?}"),
-            way_out: "default, linear and llama3 are".into(),
-        }),
+    match (is_used, given) {
+        (false, _) => Ok(None),
+        (true, Some(window)) => Ok(Some(window)),
+        (true, None) => Err(config.error("\"sliding_window\" is missing".into())),
     }
 }
 
-/// Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between
-/// blended (Grattafiori et al. 2024; in f32 as published).
-fn llama3_frequencies(scaling: &Config, plain: &[f32]) -> Result<Vec<f32>> {
-    let factor = scaling.number_or("factor", 8.0)? as f32;
-    let low = scaling.number_or("low_freq_factor", 1.0)? as f32;
-    let high = scaling.number_or("high_freq_factor", 4.0)? as f32;
-    let trained_len = scaling.size_or("original_max_position_embeddings", 8192)? as f32;
-    if high <= low {
-        return Err(
-            scaling.error(format!("high_freq_factor {high} must be above low_freq_factor {low}"))
-        );
-    }
-    let scale = |&frequency: &f32| {
-        let wavelength = 2.0 * std::f32::consts::PI / frequency;
-        if wavelength < trained_len / high {
-            frequency
-        } else if wavelength > trained_len / low {
-            frequency / factor
-        } else {
-            let smooth = (trained_len / wavelength - low) / (high - low);
-            (1.0 - smooth) * frequency / factor + smooth * frequency
-        }
+/// The activation of the feed-forward layers' gate.
+fn activation(config: &Config, family: Family) -> Result<Activation> {
+    let default = if family == Family::Gemma { "gelu_pytorch_tanh" } else { "silu" };
+    let name = config.text_or("hidden_act", default)?;
+    let name = match family {
+        Family::Gemma => config.text_or("hidden_activation", name)?,
+        _ => name,
     };
-    Ok(plain.iter().map(scale).collect())
+    Ok(match name {
+        // Gemma's first exports said "gelu" and meant the other.
+        "gelu" if family == Family::Gemma => Activation::GeluTanh,
+        "silu" | "swish" => Activation::Silu,
+        "gelu" => Activation::Gelu,
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
+        "relu" => Activation::Relu,
+        other => {
+            return Err(Error::Unsupported {
+                what: format!("hidden_act {other:?}"),
+                way_out: "silu, gelu, gelu_pytorch_tanh and relu are".into(),
+            });
+        }
+    })
 }
 
-/// Names that checkpoints carry beside the network: frequencies that older exports stored, and a
-/// tied head written out.
-pub(super) fn is_known_spare(name: &str) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight"
+/// What of a checkpoint may be left over: frequencies that older exports stored, where they are those
+/// that the configuration gives.
+pub struct Spares {
+    rope: Rope,
+}
+
+impl Spares {
+    /// Whether a tensor that nobody took changes nothing.
+    pub(super) fn is_spare(&self, name: &str, tensor: &Tensor) -> bool {
+        let stored = tensor.to_vec();
+        // Stored in 16 bits, they were rounded.
+        let is_near = |(stored, own): (&f32, &f32)| (stored - own).abs() <= 1e-2 * own + 1e-6;
+        let is_like =
+            |own: &Vec<f32>| stored.len() == own.len() && stored.iter().zip(own).all(is_near);
+        name.ends_with("rotary_emb.inv_freq")
+            && (is_like(&self.rope.frequencies) || is_like(&self.rope.plain))
+    }
 }

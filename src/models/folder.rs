@@ -1,14 +1,167 @@
-//! Whether a name is that of a model folder, and what it is otherwise.
+//! A model folder: the configuration and the weights that belong together.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use super::config::{Config, ignored_by};
+use super::family::Family;
+use super::weights::{Weights, quantised};
+use crate::checkpoint::adapter::Adapter;
+use crate::checkpoint::files;
+use crate::checkpoint::keys::is_listed;
 use crate::error::{Error, Result};
+
+/// Files that say how weights were quantised, beside those that say it in `config.json`.
+const OF_QUANTISERS: [(&str, &str); 3] = [
+    ("quantize_config.json", "GPTQ"),
+    ("quant_config.json", "AWQ"),
+    ("hf_quant_config.json", "ModelOpt"),
+];
+
+/// What a model folder holds.
+#[derive(Clone)]
+pub struct Checkpoint {
+    /// `config.json`, with what an adapter changes of it.
+    pub config: Config,
+    /// The weights, an adapter merged.
+    pub weights: Weights,
+    /// What of the folder was not read, and why: for its owner.
+    pub notes: Vec<String>,
+}
+
+impl Checkpoint {
+    /// Opens a model folder, or a LoRA adapter's with its base: the folder `base`, else the path that
+    /// `adapter_config.json` names, else a folder `base` inside the adapter's.
+    ///
+    /// # Errors
+    /// [`Error::ModelFolder`] where files are missing; [`Error::Unsupported`] for networks and weights
+    /// that are not served; [`Error::ModelConfig`]; [`Error::WeightsFile`]; the operating system's.
+    pub fn open(folder: &Path, base: Option<&Path>) -> Result<Checkpoint> {
+        check(folder)?;
+        let ignored = ignored_by(folder)?;
+        let adapter = match Adapter::is_in(folder) && !is_listed(&ignored, "adapter_config.json") {
+            true => Some(Adapter::open(folder, &|key| is_listed(&ignored, key))?),
+            false => None,
+        };
+        let home = match (&adapter, base) {
+            (Some(adapter), base) => base_of(folder, adapter, base)?,
+            (None, Some(base)) => {
+                let reason = format!(
+                    "there is no adapter_config.json, so nothing is merged into the base {}; name \
+                     the adapter's folder as the model",
+                    base.display()
+                );
+                return Err(Error::ModelFolder { path: folder.to_path_buf(), reason });
+            }
+            (None, None) => folder.to_path_buf(),
+        };
+        let mut config = Config::read(&home.join("config.json"))?;
+        config.ignore(ignored.clone());
+        let family = Family::of(&config)?;
+        refuse_quantised(&home, &config)?;
+        if adapter.is_none() && !is_listed(&ignored, "adapter_config.json") {
+            refuse_stray_adapter(folder)?;
+        }
+        let mut tensors = files::open_folder(&home)?;
+        if let Some(adapter) = adapter {
+            let canonical = |name: &str| family.canonical_name(name);
+            tensors.rename(&home, canonical)?;
+            let tied = family.tied_names();
+            if config.flag("tie_word_embeddings")?.unwrap_or(family.is_tied_by_default()) {
+                let one = tied.iter().find_map(|name| tensors.floats.get(*name).cloned());
+                for name in tied {
+                    if let Some(one) = one.clone() {
+                        tensors.floats.entry(name.to_string()).or_insert(one);
+                    }
+                }
+            }
+            adapter.merge(&mut tensors, &canonical, tied)?;
+            let rows = tied.iter().find_map(|name| tensors.floats.get(*name)?.shape().first());
+            if let Some(&rows) = rows {
+                config.set("vocab_size", rows.into());
+            }
+            tensors.notes.push(format!("the adapter is merged into {}", home.display()));
+        }
+        let weights = Weights::of(tensors);
+        let notes: Vec<String> = weights.notes().iter().cloned().chain(config.notes()).collect();
+        for note in &notes {
+            tracing::info!(target: "sidereal", note, "model folder");
+        }
+        Ok(Checkpoint { config, weights, notes })
+    }
+}
+
+/// The folder of an adapter's base.
+fn base_of(folder: &Path, adapter: &Adapter, given: Option<&Path>) -> Result<PathBuf> {
+    let is_model = |path: &Path| path.join("config.json").exists();
+    let missing = |reason: String| Err(Error::ModelFolder { path: folder.to_path_buf(), reason });
+    if let Some(given) = given {
+        return match is_model(given) {
+            true => Ok(given.to_path_buf()),
+            false => missing(format!("the base {} has no config.json", given.display())),
+        };
+    }
+    let named = adapter.base().unwrap_or_default();
+    let candidates = [folder.join(named), folder.join("base")];
+    let mut found = candidates.iter().filter(|path| !named.is_empty() || *path != folder);
+    if let Some(found) = found.find(|path| is_model(path)) {
+        return Ok(found.clone());
+    }
+    if is_model(folder) {
+        return missing(format!(
+            "weights and an adapter lie beside each other, and the adapter's base is {named:?}, \
+             which is not here: where the weights are that base, write \
+             \"base_model_name_or_path\": \".\" into adapter_config.json; where the adapter is \
+             merged into them, remove it"
+        ));
+    }
+    missing(format!(
+        "this is a LoRA adapter, and its base {named:?} is not here: name the base's folder with \
+         --base DIR, put it into this folder as \"base\", or merge the adapter in Python \
+         (merge_and_unload, save_pretrained)"
+    ))
+}
+
+/// Refuses an adapter's weights without the file that says what they are.
+fn refuse_stray_adapter(folder: &Path) -> Result<()> {
+    let names = files::file_names(folder)?;
+    match names.iter().find(|name| name.starts_with("adapter_model.")) {
+        Some(name) => Err(Error::ModelFolder {
+            path: folder.to_path_buf(),
+            reason: format!(
+                "{name} is an adapter's weights, and adapter_config.json is missing: bring it, or \
+                 move {name} away where it is merged into the model"
+            ),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses weights that hold less than their numbers, by the name of what made them.
+fn refuse_quantised(folder: &Path, config: &Config) -> Result<()> {
+    for key in ["quantization_config", "compression_config", "quantization"] {
+        if config.is_ignored(key) {
+            continue;
+        }
+        if let Some(quantised_with) = config.object(key)? {
+            let method = quantised_with.text("quant_method").unwrap_or("an unknown method");
+            let format = quantised_with.text("format").or(quantised_with.text("fmt"));
+            let format = format.map(|format| format!(", {format}")).unwrap_or_default();
+            return Err(quantised(&format!("quantised with {method}{format}, by {key}")));
+        }
+    }
+    for (name, method) in OF_QUANTISERS {
+        if folder.join(name).exists() && !config.is_ignored(name) {
+            return Err(quantised(&format!("quantised with {method}, by {name}")));
+        }
+    }
+    Ok(())
+}
 
 /// Checks that a model folder is there.
 ///
 /// # Errors
 /// [`Error::ModelFolder`], with the way to a folder where the name looks like one of a hub.
-pub fn check(folder: &Path) -> Result<()> {
+fn check(folder: &Path) -> Result<()> {
     if folder.is_dir() {
         return Ok(());
     }

@@ -3,13 +3,15 @@
 //!
 //! What differs from a usual transformer: norms have neither mean nor bias; attention is not
 //! scaled by 1/sqrt(d); positions are a learned bias per bucket of relative distance, held by the
-//! first layer and shared by all; cross-attention has no position. A tied head is scaled by
-//! 1/sqrt(d_model).
+//! first layer and shared by all; cross-attention has no position. T5 scales a tied head by
+//! 1/sqrt(d_model); mT5 never scales. Encoder, decoder and head usually have one embedding, and a
+//! checkpoint may give each its own.
 
 use std::ops::Range;
 use std::slice;
 
 use super::config::{Config, SidLayout};
+use super::family::Family;
 use super::network::{
     Activations, EncoderPiece, EncoderSweep, ModelOutput, ModelSpec, Network, PromptKind,
 };
@@ -26,6 +28,8 @@ pub struct T5<B: Backend> {
     spec: ModelSpec,
     epsilon: f32,
     embedding: B::Table,
+    /// Where it differs from the encoder's.
+    decoder_embedding: Option<B::Table>,
     encoder: Vec<EncoderLayer<B>>,
     encoder_bias: RelativeBias,
     encoder_norm: B::Vector,
@@ -119,6 +123,7 @@ impl<B: Backend> T5<B> {
     pub fn load(
         backend: &B,
         config: &Config,
+        family: Family,
         weights: &mut Weights,
         layout: &SidLayout,
     ) -> Result<T5<B>> {
@@ -128,6 +133,8 @@ impl<B: Backend> T5<B> {
         let num_layers = config.size("num_layers")?;
         let num_decoder_layers = config.size_or("num_decoder_layers", num_layers)?;
         let vocab_size = config.size("vocab_size")?;
+        config.expect_flag("is_encoder_decoder", true)?;
+        config.without_effect(&["n_positions"]);
         let num_buckets = config.size_or("relative_attention_num_buckets", 32)?;
         let max_distance = config.size_or("relative_attention_max_distance", 128)?;
         if num_buckets < 4 || max_distance <= num_buckets / 2 {
@@ -135,7 +142,7 @@ impl<B: Backend> T5<B> {
                 "{num_buckets} relative_attention_num_buckets up to distance {max_distance} make no scale"
             )));
         }
-        let layers = Layers { config, d_model, heads, d_ff: config.size("d_ff")? };
+        let layers = Layers { config, family, d_model, heads, d_ff: config.size("d_ff")? };
         let mut relative_bias = |stack: &str, is_bidirectional: bool| -> Result<RelativeBias> {
             let name =
                 format!("{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight");
@@ -144,15 +151,8 @@ impl<B: Backend> T5<B> {
         };
         let encoder_bias = relative_bias("encoder", true)?;
         let decoder_bias = relative_bias("decoder", false)?;
-        let embedding = weights.take("shared.weight", &[vocab_size, d_model])?;
-        let is_tied = config.flag("tie_word_embeddings")?.unwrap_or(true);
-        // Newer exports say "tied" of every checkpoint and write a head of its own where there is one.
-        let head = match is_tied && !weights.contains("lm_head.weight") {
-            true => embedding.clone(),
-            false => weights.take("lm_head.weight", &[vocab_size, d_model])?,
-        };
-        let is_scaled = config.flag("scale_decoder_outputs")?.unwrap_or(is_tied);
-        let scale = if is_scaled { (d_model as f64).powf(-0.5) as f32 } else { 1.0 };
+        let Embeddings { encoder: embedding, decoder: decoder_embedding, head, scale } =
+            Embeddings::take(config, family, weights, &[vocab_size, d_model])?;
         let final_norm = weights.take("decoder.final_layer_norm.weight", &[d_model])?;
         // The scale of the head's input is the scale of its norm's weights.
         let final_norm: Vec<f32> = final_norm.to_vec().iter().map(|x| x * scale).collect();
@@ -190,13 +190,17 @@ impl<B: Backend> T5<B> {
                     values_are_keys: false,
                 },
                 prompt: PromptKind::Whole {
-                    start_token: config.token_or("decoder_start_token_id", vocab_size, 0)?,
+                    start_token: config.start_token(vocab_size)?,
                     num_layers,
                 },
                 output: ModelOutput::Logits,
                 num_weights: weights.num_taken(),
             },
             epsilon: config.number_or("layer_norm_epsilon", 1e-6)? as f32,
+            decoder_embedding: match decoder_embedding.is_equal(&embedding) {
+                true => None,
+                false => Some(backend.table(decoder_embedding)?),
+            },
             embedding: backend.table(embedding)?,
             encoder,
             encoder_bias,
@@ -249,7 +253,8 @@ impl<B: Backend> T5<B> {
         let over_tail =
             AttentionSpec::softmax(heads, KvScope::Tail, 1.0).with_bias(&self.decoder_bias);
         let over_context = AttentionSpec::softmax(heads, KvScope::Context, 1.0);
-        backend.embed(&self.embedding, &[], batch, &mut s.residual);
+        let embedding = self.decoder_embedding.as_ref().unwrap_or(&self.embedding);
+        backend.embed(embedding, &[], batch, &mut s.residual);
         for (index, layer) in self.decoder.iter().enumerate() {
             let attention = &layer.attention;
             backend.rms_norm(&s.residual, &attention.norm, self.epsilon, &mut s.normed);
@@ -391,6 +396,7 @@ impl<B: Backend> FeedForward<B> {
 /// Loads the layers of both stacks.
 struct Layers<'a> {
     config: &'a Config,
+    family: Family,
     d_model: usize,
     d_ff: usize,
     heads: Heads,
@@ -479,36 +485,102 @@ impl Layers<'_> {
         })
     }
 
-    /// `feed_forward_proj`: an activation, perhaps behind `gated-`.
+    /// The activation, and whether it is a gate: `feed_forward_proj`, unless `dense_act_fn` and
+    /// `is_gated_act`, which exports write beside it, say otherwise.
     fn activation(&self) -> Result<(Activation, bool)> {
-        let name = self.config.text_or("feed_forward_proj", "relu")?;
-        Ok(match name {
-            "relu" => (Activation::Relu, false),
-            "gelu" => (Activation::Gelu, false),
-            "gelu_new" => (Activation::GeluTanh, false),
-            "silu" => (Activation::Silu, false),
-            "gated-relu" => (Activation::Relu, true),
-            "gated-gelu" => (Activation::GeluTanh, true), // by Hugging Face's definition
-            "gated-silu" => (Activation::Silu, true),
+        let default = if self.family == Family::Mt5 { "gated-gelu" } else { "relu" };
+        let name = self.config.text_or("feed_forward_proj", default)?;
+        let (is_gated, plain) = match name.strip_prefix("gated-") {
+            Some(plain) => (true, plain),
+            None => (false, name),
+        };
+        // By Hugging Face's definition.
+        let plain = if name == "gated-gelu" { "gelu_new" } else { plain };
+        let is_gated = self.config.flag("is_gated_act")?.unwrap_or(is_gated);
+        let activation = match self.config.text_or("dense_act_fn", plain)? {
+            "relu" => Activation::Relu,
+            "gelu" => Activation::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
+            "silu" | "swish" => Activation::Silu,
             other => {
                 return Err(Error::Unsupported {
-                    what: format!("feed_forward_proj {other:?}"),
+                    what: format!("feed_forward_proj {name:?} with the activation {other:?}"),
                     way_out: "relu, gelu, gelu_new and silu are, plain or gated".into(),
                 });
             }
-        })
+        };
+        Ok((activation, is_gated))
     }
 }
 
-/// Names that checkpoints carry beside the network: the shared embedding under its other names,
-/// and a bias of cross-attention that older exports hold and nobody reads.
-pub(super) fn is_known_spare(name: &str) -> bool {
-    matches!(
-        name,
-        "encoder.embed_tokens.weight"
-            | "decoder.embed_tokens.weight"
-            | "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-    )
+/// The embeddings and the head, `[vocab_size, d_model]`.
+struct Embeddings {
+    encoder: Tensor,
+    decoder: Tensor,
+    head: Tensor,
+    /// Of the head's input.
+    scale: f32,
+}
+
+impl Embeddings {
+    fn take(
+        config: &Config,
+        family: Family,
+        weights: &mut Weights,
+        shape: &[usize; 2],
+    ) -> Result<Embeddings> {
+        let tie = config.flag("tie_word_embeddings")?;
+        let names = family.tied_names();
+        let (embeddings, head_name) = (&names[..3], names[3]);
+        // Newer exports say "tied" of every checkpoint and write a head of its own where there is one.
+        // Of mT5 all official ones say "untied" and have one, and transformers 5 says "tied" of them.
+        let mut tensors = match tie.unwrap_or(family == Family::T5) {
+            true => weights.take_tied(names, shape)?,
+            false => {
+                let mut tensors = weights.take_tied(embeddings, shape)?;
+                tensors.push(weights.take(head_name, shape)?);
+                tensors
+            }
+        };
+        let is_scaled = config.flag("scale_decoder_outputs")?;
+        let is_scaled = match family {
+            Family::Mt5 if is_scaled == Some(true) || is_scaled.is_none() && tie == Some(true) => {
+                scales_mt5(config, is_scaled)?
+            }
+            Family::Mt5 => false,
+            _ => is_scaled.unwrap_or(tie.unwrap_or(true)),
+        };
+        let scale = if is_scaled { (shape[1] as f64).powf(-0.5) as f32 } else { 1.0 };
+        let mut next = || tensors.pop().expect("a tensor for each of four names");
+        Ok(Embeddings { head: next(), decoder: next(), encoder: next(), scale })
+    }
+}
+
+/// Whether an mT5 that says "tied" or "scaled" scales its head's input: transformers 4 did where it was
+/// tied, transformers 5 never does.
+fn scales_mt5(config: &Config, is_scaled: Option<bool>) -> Result<bool> {
+    let version = config.text_or("transformers_version", "")?;
+    let is_old = !version.is_empty() && version.starts_with(['2', '3', '4']);
+    match (is_old, is_scaled) {
+        (false, None) => Ok(false),
+        (true, Some(true)) => Ok(true),
+        (true, _) => Err(config.error(format!(
+            "an mT5 with \"tie_word_embeddings\": true by transformers {version}, which scaled its \
+             scores by d_model^-0.5; later versions do not: say which is meant, \
+             \"scale_decoder_outputs\": true or false"
+        ))),
+        (false, _) => Err(config.error(
+            "\"scale_decoder_outputs\" is true, which mT5 has not since transformers 5: remove it, \
+             or write \"model_type\": \"t5\" and \"architectures\": \
+             [\"T5ForConditionalGeneration\"] where it is meant"
+                .into(),
+        )),
+    }
+}
+
+/// A bias of cross-attention that older exports hold and that transformers, too, passes over.
+pub(super) fn is_spare(name: &str) -> bool {
+    name == "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 }
 
 #[cfg(test)]

@@ -1,15 +1,37 @@
 //! The weights of a checkpoint: every name, shape and number checked.
 
-use std::collections::{BTreeMap, HashSet};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::path::Path;
 
-use safetensors::SafeTensors;
-use serde::Deserialize;
-
+use crate::checkpoint::{Tensors, files};
 use crate::error::{Error, Result};
-use crate::mapping::Mapping;
-use crate::tensor::{Dtype, Tensor};
+use crate::tensor::Tensor;
+
+/// Tensors that a network may hold once and show under several names. Whoever replaces one of
+/// several that are equal replaces them all.
+const EMBEDDINGS: [&str; 5] = [
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+];
+/// Ends of the names of tensors that belong to quantised weights.
+const OF_QUANTISED: [&str; 11] = [
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".scales",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight_packed",
+    ".absmax",
+    ".quant_map",
+    ".SCB",
+    ".weight_zero_point",
+];
+/// Number types that only quantised weights have, by the starts of their names.
+const QUANTISED_TYPES: [&str; 4] = ["F8", "F4", "F6", "float8"];
 
 /// The tensors of a checkpoint, each to be taken once.
 #[derive(Clone)]
@@ -21,60 +43,34 @@ pub struct Weights {
 
 #[derive(Clone)]
 enum Source {
-    Files(BTreeMap<String, Tensor>),
+    Files(Tensors),
     /// Whatever is asked for, at random: for benchmarks of a shape.
     Random(fastrand::Rng),
 }
 
 impl Weights {
-    /// Maps the safetensors files of a Hugging Face folder: those that
-    /// `model.safetensors.index.json` lists, or `model.safetensors`.
+    /// Opens the weights of a Hugging Face folder: safetensors or torch's files, in shards or not.
     ///
     /// A network that is loaded has copies of its weights. The files are read again where some of
     /// the weights are replaced, and must not have been written to until then.
     ///
     /// # Errors
-    /// The operating system's, or [`Error::WeightsFile`] where a file is damaged.
+    /// The operating system's; [`Error::ModelFolder`] where there are none or several;
+    /// [`Error::WeightsFile`] where a file is damaged.
     pub fn open(folder: &Path) -> Result<Weights> {
-        Weights::open_files(weight_files(folder)?)
+        Ok(Weights::of(files::open_folder(folder)?))
     }
 
-    /// Maps one safetensors file.
+    /// Opens one file: safetensors, or what `torch.save` wrote (`.bin`, `.pt`, `.pth`, `.ckpt`).
     ///
     /// # Errors
     /// As [`open`](Weights::open).
     pub fn open_file(path: &Path) -> Result<Weights> {
-        Weights::open_files(vec![path.to_path_buf()])
+        Ok(Weights::of(files::open_file(path)?))
     }
 
-    fn open_files(paths: Vec<PathBuf>) -> Result<Weights> {
-        let mut tensors = BTreeMap::new();
-        for path in paths {
-            let mapping = Arc::new(Mapping::open(&path, 0)?);
-            let error = |reason: String| Error::WeightsFile { path: path.clone(), reason };
-            let parsed = SafeTensors::deserialize(mapping.bytes())
-                .map_err(|source| error(format!("not a whole safetensors file ({source})")))?;
-            let first_byte = mapping.bytes().as_ptr().addr();
-            for (name, view) in parsed.tensors() {
-                let dtype = match view.dtype() {
-                    safetensors::Dtype::F32 => Dtype::F32,
-                    safetensors::Dtype::F16 => Dtype::F16,
-                    safetensors::Dtype::BF16 => Dtype::Bf16,
-                    other => {
-                        let reason =
-                            format!("tensor {name:?} is {other:?}; f32, f16, bf16 can be read");
-                        return Err(Error::ModelConfig { path: path.clone(), reason });
-                    }
-                };
-                let start = view.data().as_ptr().addr() - first_byte;
-                let bytes = start..start + view.data().len();
-                let tensor = Tensor::mapped(view.shape(), Arc::clone(&mapping), bytes, dtype);
-                if tensors.insert(name.clone(), tensor).is_some() {
-                    return Err(error(format!("tensor {name:?} is in two files")));
-                }
-            }
-        }
-        Ok(Weights { source: Source::Files(tensors), taken: HashSet::new(), num_taken: 0 })
+    pub(super) fn of(tensors: Tensors) -> Weights {
+        Weights { source: Source::Files(tensors), taken: HashSet::new(), num_taken: 0 }
     }
 
     /// Weights drawn at random, of whatever names and shapes a network asks for.
@@ -85,19 +81,16 @@ impl Weights {
 
     /// Weights in memory.
     pub fn from_tensors(tensors: impl IntoIterator<Item = (String, Tensor)>) -> Weights {
-        Weights {
-            source: Source::Files(tensors.into_iter().collect()),
-            taken: HashSet::new(),
-            num_taken: 0,
-        }
+        Weights::of(Tensors { floats: tensors.into_iter().collect(), ..Tensors::default() })
     }
 
-    /// Puts other tensors in the place of those of the same names and shapes.
+    /// Puts other tensors in the place of those of the same names and shapes. Embeddings and heads
+    /// that are one tensor under several names stay one.
     ///
     /// # Errors
     /// [`Error::UnexpectedTensor`], [`Error::TensorShape`]; nothing was replaced then.
     pub fn replace(&mut self, tensors: Vec<(String, Tensor)>) -> Result<()> {
-        let Source::Files(own) = &mut self.source else {
+        let Source::Files(Tensors { floats: own, .. }) = &mut self.source else {
             return Err(Error::Unsupported {
                 what: "replacing weights that were drawn at random".into(),
                 way_out: "those of a checkpoint can be".into(),
@@ -115,6 +108,17 @@ impl Weights {
                 });
             }
         }
+        let given: BTreeSet<&str> = tensors.iter().map(|(name, _)| name.as_str()).collect();
+        let mut twins = Vec::new();
+        for (name, tensor) in tensors.iter().filter(|(name, _)| is_embedding(name)) {
+            let names = own.keys().filter(|other| is_embedding(other));
+            for other in names.filter(|other| !given.contains(other.as_str())) {
+                if own[other].is_equal(&own[name]) {
+                    twins.push((other.clone(), tensor.clone()));
+                }
+            }
+        }
+        own.extend(twins);
         own.extend(tensors);
         Ok(())
     }
@@ -122,20 +126,36 @@ impl Weights {
     /// The names and shapes of all tensors.
     pub fn shapes(&self) -> Vec<(String, Vec<usize>)> {
         match &self.source {
-            Source::Files(tensors) => {
+            Source::Files(Tensors { floats, .. }) => {
                 let shape =
                     |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.shape().to_vec());
-                tensors.iter().map(shape).collect()
+                floats.iter().map(shape).collect()
             }
             Source::Random(_) => Vec::new(),
+        }
+    }
+
+    /// What the files hold besides and nobody reads.
+    pub fn notes(&self) -> &[String] {
+        match &self.source {
+            Source::Files(Tensors { notes, .. }) => notes,
+            Source::Random(_) => &[],
         }
     }
 
     /// Whether the checkpoint has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         match &self.source {
-            Source::Files(tensors) => tensors.contains_key(name),
+            Source::Files(Tensors { floats, .. }) => floats.contains_key(name),
             Source::Random(_) => false,
+        }
+    }
+
+    /// Gives every tensor the name that `rename` makes of its own.
+    pub(super) fn rename(&mut self, path: &Path, rename: impl Fn(&str) -> String) -> Result<()> {
+        match &mut self.source {
+            Source::Files(tensors) => tensors.rename(path, rename),
+            Source::Random(_) => Ok(()),
         }
     }
 
@@ -147,9 +167,10 @@ impl Weights {
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
         self.num_taken += shape.iter().product::<usize>();
         match &mut self.source {
-            Source::Files(tensors) => {
-                let tensor = tensors.get(name).cloned();
-                let tensor = tensor.ok_or_else(|| Error::MissingTensor { name: name.into() })?;
+            Source::Files(Tensors { floats, others, .. }) => {
+                let Some(tensor) = floats.get(name).cloned() else {
+                    return Err(missing(name, floats, others, &self.taken));
+                };
                 if tensor.shape() != shape {
                     return Err(Error::TensorShape {
                         name: name.into(),
@@ -168,6 +189,28 @@ impl Weights {
         }
     }
 
+    /// One tensor under several names: of each name its own tensor, where the checkpoint has one that
+    /// differs from the first, else the first. Any of the names may be the one that is there.
+    ///
+    /// # Errors
+    /// Those of [`take`](Weights::take).
+    pub fn take_tied(&mut self, names: &[&str], shape: &[usize]) -> Result<Vec<Tensor>> {
+        let first = names.iter().find(|name| self.contains(name)).unwrap_or(&names[0]);
+        let source = self.take(first, shape)?;
+        let of_name = |name: &&str| {
+            if name == first || !self.contains(name) {
+                return Ok(source.clone());
+            }
+            let own = self.take(name, shape)?;
+            if own.is_equal(&source) {
+                self.num_taken -= own.len();
+                return Ok(source.clone());
+            }
+            Ok(own)
+        };
+        names.iter().map(of_name).collect()
+    }
+
     /// Numbers in all tensors that were taken.
     pub fn num_taken(&self) -> usize {
         self.num_taken
@@ -179,49 +222,93 @@ impl Weights {
     /// [`Error::FileChanged`]: what was read of them cannot be trusted.
     pub fn check_files(&self) -> Result<()> {
         match &self.source {
-            Source::Files(tensors) => tensors.values().try_for_each(Tensor::check_file),
+            Source::Files(tensors) => tensors.floats.values().try_for_each(Tensor::check_file),
             Source::Random(_) => Ok(()),
         }
     }
 
-    /// Checks that nothing is left over but what `is_known_spare` knows of, and that the files
-    /// stayed as they were while they were read.
+    /// Checks that nothing is left over but what `is_spare` knows to change nothing, and that the
+    /// files stayed as they were while they were read.
     ///
     /// # Errors
-    /// [`Error::UnexpectedTensor`] with the first name; [`Error::FileChanged`].
-    pub fn finish(self, is_known_spare: impl Fn(&str) -> bool) -> Result<()> {
+    /// [`Error::UnexpectedTensor`] with the first name; [`Error::Unsupported`] for weights that are
+    /// quantised or of a number type that cannot be read; [`Error::FileChanged`].
+    pub fn finish(self, is_spare: impl Fn(&str, &Tensor) -> bool) -> Result<()> {
         self.check_files()?;
-        let Source::Files(tensors) = &self.source else {
+        let Source::Files(Tensors { floats, others, .. }) = &self.source else {
             return Ok(());
         };
-        let is_left_over = |name: &&String| !self.taken.contains(*name) && !is_known_spare(name);
-        match tensors.keys().find(is_left_over) {
-            Some(name) => Err(Error::UnexpectedTensor { name: name.clone() }),
+        let is_left_over = |(name, tensor): &(&String, &Tensor)| {
+            !self.taken.contains(*name) && !is_spare(name, tensor)
+        };
+        if let Some((name, _)) = floats.iter().find(is_left_over) {
+            return Err(match of_quantised(name) {
+                true => quantised(&format!("the checkpoint has a tensor {name:?}")),
+                false => Error::UnexpectedTensor { name: name.clone() },
+            });
+        }
+        let nothing = Tensor::new(&[0], Vec::new());
+        match others.iter().find(|(name, _)| !is_spare(name, &nothing)) {
+            Some((name, dtype)) => Err(unreadable(name, dtype)),
             None => Ok(()),
         }
     }
 }
 
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
+fn is_embedding(name: &str) -> bool {
+    EMBEDDINGS.contains(&name)
+}
+
+fn of_quantised(name: &str) -> bool {
+    OF_QUANTISED.iter().any(|end| name.ends_with(end))
+}
+
+/// The error for weights that hold less than their numbers.
+pub(super) fn quantised(what: &str) -> Error {
+    Error::Unsupported {
+        what: format!("a quantised checkpoint ({what})"),
+        way_out: "serve the checkpoint that it was made from, in f32, f16 or bf16".into(),
     }
-    let index_path = folder.join("model.safetensors.index.json");
-    if !index_path.exists() {
-        return Ok(vec![folder.join("model.safetensors")]);
+}
+
+fn unreadable(name: &str, dtype: &str) -> Error {
+    if QUANTISED_TYPES.iter().any(|start| dtype.starts_with(start)) {
+        return quantised(&format!("tensor {name:?} is {dtype}"));
     }
-    let text = std::fs::read(&index_path).map_err(|error| Error::io(&index_path, error))?;
-    let bad = |reason: String| Error::WeightsFile { path: index_path.clone(), reason };
-    let index: Index = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
-    let mut names: Vec<&String> = index.weight_map.values().collect();
-    names.sort();
-    names.dedup();
-    let is_plain = |name: &str| Path::new(name).file_name().is_some_and(|file| file == name);
-    if let Some(name) = names.iter().find(|name| !is_plain(name)) {
-        return Err(bad(format!("{name:?} is not a file of this folder")));
+    Error::Unsupported {
+        what: format!("tensor {name:?} of the number type {dtype}"),
+        way_out: format!(
+            "f32, f16, bf16 and f64 are read; where it changes no answer, list it in \
+             sidereal.json: \"ignore\": [{name:?}]"
+        ),
     }
-    Ok(names.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// The error for a tensor that is not there, with what stands in its place.
+fn missing(
+    name: &str,
+    floats: &BTreeMap<String, Tensor>,
+    others: &BTreeMap<String, String>,
+    taken: &HashSet<String>,
+) -> Error {
+    if let Some(dtype) = others.get(name) {
+        return unreadable(name, dtype);
+    }
+    let module = name.trim_end_matches("weight");
+    let of_module = floats.keys().chain(others.keys()).filter(|other| other.starts_with(module));
+    if let Some(other) = of_module.clone().find(|other| of_quantised(other)) {
+        return quantised(&format!("{other:?} stands in the place of {name:?}"));
+    }
+    if let Some(other) = floats.keys().find(|other| other.contains(".lora_A")) {
+        return Error::Unsupported {
+            what: format!("a checkpoint with an adapter inside ({other:?})"),
+            way_out: "merge it in Python, model.merge_and_unload().save_pretrained(...)".into(),
+        };
+    }
+    let left = floats.keys().filter(|other| !taken.contains(*other));
+    let distance = |other: &&String| strsim::levenshtein(name, other);
+    let nearest = left.min_by_key(distance).filter(|other| distance(other) <= name.len() / 2);
+    Error::MissingTensor { name: name.into(), nearest: nearest.cloned() }
 }
 
 /// Uniform numbers of standard deviation `1 / sqrt(columns)`, vectors around one, so that

@@ -2,10 +2,13 @@
 //! cargo-fuzz, `tests/fuzzed.rs` goes through the kept seeds in every test run.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use safetensors::tensor::TensorView;
 use sidereal::catalog::filter::Filter;
-use sidereal::catalog::{Catalog, Change, change_log, items};
-use sidereal::{CatalogWriter, WriterOptions};
+use sidereal::catalog::{Catalog, CatalogBuilder, Change, change_log, items};
+use sidereal::models::weights::Weights;
+use sidereal::{CatalogWriter, Engine, EngineOptions, Request, WriterOptions};
 
 /// A filter shows itself as a text that reads as the same filter.
 pub fn filter(data: &[u8]) {
@@ -47,6 +50,94 @@ pub fn items(data: &[u8], folder: &Path) {
     let path = folder.join("changes.jsonl");
     std::fs::write(&path, data).expect("a writable folder");
     let _ = items::read_changes(&path, |_| Ok(()), |_| {});
+}
+
+/// A file of torch: what opens can be read to its last number.
+pub fn torch(data: &[u8], folder: &Path) {
+    let path = folder.join("pytorch_model.bin");
+    std::fs::write(&path, data).expect("a writable folder");
+    let Ok(mut weights) = Weights::open_file(&path) else { return };
+    for (name, shape) in weights.shapes() {
+        if let Ok(tensor) = weights.take(&name, &shape) {
+            assert_eq!(tensor.to_vec().len(), shape.iter().product::<usize>());
+        }
+    }
+}
+
+/// A configuration over the weights of a small network, and what changes of it an adapter asks for.
+pub fn config(data: &[u8], folder: &Path) {
+    open_small(folder, "config.json", data);
+}
+
+/// An adapter's configuration.
+pub fn adapter(data: &[u8], folder: &Path) {
+    open_small(folder, "adapter_config.json", data);
+}
+
+/// The configuration of the small network.
+pub const SMALL_CONFIG: &str = r#"{"architectures": ["Qwen3ForCausalLM"], "vocab_size": 16, "hidden_size": 4,
+    "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 2, "max_position_embeddings": 64, "tie_word_embeddings": true, "layer_types": ["full_attention"],
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}, "sliding_window": null}"#;
+
+/// Opens a network of a few hundred weights, one of whose files is `data`.
+fn open_small(folder: &Path, name: &str, data: &[u8]) {
+    let layer = "model.layers.0";
+    let shapes: [(String, Vec<usize>); 14] = [
+        ("model.embed_tokens.weight".into(), vec![16, 4]),
+        ("model.norm.weight".into(), vec![4]),
+        (format!("{layer}.input_layernorm.weight"), vec![4]),
+        (format!("{layer}.post_attention_layernorm.weight"), vec![4]),
+        (format!("{layer}.self_attn.q_proj.weight"), vec![4, 4]),
+        (format!("{layer}.self_attn.k_proj.weight"), vec![2, 4]),
+        (format!("{layer}.self_attn.v_proj.weight"), vec![2, 4]),
+        (format!("{layer}.self_attn.o_proj.weight"), vec![4, 4]),
+        (format!("{layer}.self_attn.q_norm.weight"), vec![2]),
+        (format!("{layer}.self_attn.k_norm.weight"), vec![2]),
+        (format!("{layer}.mlp.gate_proj.weight"), vec![6, 4]),
+        (format!("{layer}.mlp.up_proj.weight"), vec![6, 4]),
+        (format!("{layer}.mlp.down_proj.weight"), vec![4, 6]),
+        ("lm_head.weight".into(), vec![16, 4]),
+    ];
+    write_tensors(&folder.join("model.safetensors"), &shapes);
+    let factor =
+        |name: &str, shape| (format!("base_model.model.{layer}.self_attn.q_proj.{name}"), shape);
+    let factors = [factor("lora_A.weight", vec![2, 4]), factor("lora_B.weight", vec![4, 2])];
+    write_tensors(&folder.join("adapter_model.safetensors"), &factors);
+    let levels = r#"{"levels": [{"size": 8, "first_token": 8}], "ignore": ["known.*"]}"#;
+    let adapter =
+        r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "."}"#;
+    for (file, text) in
+        [("config.json", SMALL_CONFIG), ("sidereal.json", levels), ("adapter_config.json", adapter)]
+    {
+        let bytes = if file == name { data } else { text.as_bytes() };
+        std::fs::write(folder.join(file), bytes).expect("a writable folder");
+    }
+    let mut builder = CatalogBuilder::default();
+    let sid = sidereal::catalog::sid::Sid::new(&[3]).expect("one level");
+    builder.add(sidereal::catalog::Item::new("only", sid)).expect("the first item");
+    let catalog = Arc::new(builder.build().expect("one item"));
+    let options = EngineOptions::default().with_threads(1).with_context_tokens(256);
+    if let Ok(mut engine) = Engine::open(folder, catalog, &options) {
+        let request = Request::from_tokens(vec![1, 2, 3]).with_beams(2);
+        let _ = engine.recommend(&request);
+    }
+}
+
+fn write_tensors(path: &Path, shapes: &[(String, Vec<usize>)]) {
+    let data: Vec<Vec<u8>> = shapes
+        .iter()
+        .map(|(_, shape)| {
+            let len = shape.iter().product::<usize>() as u32;
+            (0..len).flat_map(|at| (at as f32 * 0.37).sin().to_le_bytes()).collect()
+        })
+        .collect();
+    let views = shapes.iter().zip(&data).map(|((name, shape), data)| {
+        let view = TensorView::new(safetensors::Dtype::F32, shape.clone(), data);
+        (name, view.expect("whole rows"))
+    });
+    let bytes = safetensors::serialize(views, None).expect("plain tensors");
+    std::fs::write(path, bytes).expect("a writable folder");
 }
 
 /// A compiled catalog whose checksums are put right, so that what is behind them is reached.

@@ -1,19 +1,20 @@
 //! Files of items as the field's `*.index.json`: one object, item to codes.
 
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::BufReader;
 use std::path::Path;
 
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-use super::jsonl::{Code, Counting, to_sid_at};
-use super::spelling::Spelling;
+use super::codes::{Code, Spelling};
+use super::jsonl::Counting;
 use crate::catalog::item::Item;
 use crate::error::{Error, Result};
 
 pub(super) fn read(
     path: &Path,
     file: File,
+    spelling: &Spelling,
     mut add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
@@ -22,12 +23,9 @@ pub(super) fn read(
         place,
         reason,
     };
-    let mut spelling = Spelling::default();
-    each_entry(open(path)?, &mut |_, codes| spelling.look(&codes));
-    let place = spelling.place();
     let mut failure = None;
     let mut take = |name: String, codes: Vec<Code>| {
-        let item = to_sid_at(&codes, place).map(|sid| Item::new(name.clone(), sid));
+        let item = spelling.to_sid(&codes).map(|sid| Item::new(name.clone(), sid));
         let fail = |error: Error| fail(format!("item {name:?}"), error.to_string());
         let outcome = item.and_then(&mut add).map_err(fail);
         let is_ok = outcome.is_ok();
@@ -53,21 +51,21 @@ pub(super) fn read(
 /// # Errors
 /// The operating system's.
 pub(super) fn first_codes(path: &Path) -> Result<Option<Vec<String>>> {
+    let file = File::open(path).map_err(|error| Error::io(path, error))?;
     let mut first = None;
-    each_entry(open(path)?, &mut |_, codes| {
-        first = codes.into_iter().map(Code::into_text).collect();
+    each_codes(file, |codes| {
+        first = codes.iter().map(|code| code.text().map(str::to_string)).collect();
         false
     });
     Ok(first)
 }
 
-fn open(path: &Path) -> Result<BufReader<File>> {
-    Ok(BufReader::new(File::open(path).map_err(|error| Error::io(path, error))?))
-}
-
-/// Looks at entries until `take` has seen enough. Faults of the file are found when it is read.
-fn each_entry(file: impl Read, take: &mut impl FnMut(String, Vec<Code>) -> bool) {
-    let _ = serde_json::Deserializer::from_reader(file).deserialize_map(EachEntry { take });
+/// Gives the codes of each item to `each`, until it returns false. What is no index ends it.
+pub(super) fn each_codes(file: File, mut each: impl FnMut(&[Code]) -> bool) {
+    let mut take = |_: String, codes: Vec<Code>| each(&codes);
+    let mut deserializer = serde_json::Deserializer::from_reader(BufReader::new(file));
+    // Whatever is wrong is said when the items are read.
+    let _ = deserializer.deserialize_map(EachEntry { take: &mut take });
 }
 
 /// Gives the entries of one JSON object to `take` one by one, so that memory holds one at a time.

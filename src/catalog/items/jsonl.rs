@@ -1,4 +1,4 @@
-//! Files of items or changes as JSON lines, and the spelling of codes that all formats share.
+//! Files of items or changes as JSON lines.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,11 +6,11 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use super::spelling::Spelling;
+use super::codes::{Code, Spelling};
 use crate::catalog::change::Change;
 use crate::catalog::item::Item;
-use crate::catalog::sid::Sid;
 use crate::error::{Error, Result};
 use crate::lines::Lines;
 
@@ -20,91 +20,43 @@ pub(super) fn read(
     add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
-    refuse_another_spelling(path)?;
     each_line(path, Lines::new(Counting::new(file, progress)), add)
 }
 
-/// Refuses texts of codes whose last number counts the levels, as `<sid_7_level2>`: lines are read
-/// one by one, and a change says nothing of the other items. Faults of lines are found when they
-/// are read.
-fn refuse_another_spelling(path: &Path) -> Result<()> {
-    #[derive(Deserialize)]
-    struct SidLine {
-        sid: Vec<Code>,
-    }
-    let file = File::open(path).map_err(|error| Error::io(path, error))?;
-    let (mut spelling, mut lines) = (Spelling::default(), Lines::new(file));
-    while let Ok(Some(line)) = lines.next() {
-        let parsed = line.text().ok().and_then(|text| serde_json::from_str::<SidLine>(text).ok());
-        if !parsed.is_some_and(|line| spelling.look(&line.sid)) {
-            break;
-        }
-    }
-    match spelling.place() {
-        0 => Ok(()),
-        _ => Err(Error::ItemsFile {
-            path: path.to_path_buf(),
-            place: "all items".into(),
-            reason: "the last number in the texts of codes counts the levels; write codes as \
-                     numbers, or the items as an index, {\"17\": [\"<sid_7_level0>\", ...], ...}, in \
-                     a file whose name ends in .json"
-                .into(),
-        }),
-    }
-}
-
+/// The codes of an item, whatever else stands in its line.
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a code, a whole number or a text such as \"<a_3>\"")]
-pub(crate) enum Code {
-    Number(u64),
-    Text(String),
+struct CodesOnly {
+    sid: Vec<Code>,
 }
 
-impl Code {
-    pub(super) fn into_text(self) -> Option<String> {
-        match self {
-            Code::Number(_) => None,
-            Code::Text(text) => Some(text),
-        }
-    }
+/// Gives the codes of each item to `each`, until it returns false. A line that is no item ends it.
+pub(super) fn each_codes(path: &Path, file: File, mut each: impl FnMut(&[Code]) -> bool) {
+    let lines = Lines::new(Counting::new(file, |_| {}));
+    // Whatever is wrong is said when the items are read.
+    let _ = each_line(path, lines, |line: CodesOnly| match each(&line.sid) {
+        true => Ok(()),
+        false => Err(Error::EmptyInput),
+    });
+}
 
-    /// The numbers of a text, the last one first; none of a plain number.
-    pub(super) fn numbers(&self) -> Vec<u64> {
-        match self {
-            Code::Number(_) => Vec::new(),
-            Code::Text(text) => numbers(text).collect(),
-        }
-    }
-
-    /// The code; `place` is where it stands among the numbers of a text, from the end.
-    fn value(&self, place: usize) -> Result<u16> {
-        let number = match self {
-            Code::Number(number) => Some(*number),
-            Code::Text(text) => numbers(text).nth(place),
+/// As [`read`], with codes that are not the last numbers of their texts.
+pub(super) fn read_spelled(
+    path: &Path,
+    file: File,
+    spelling: &Spelling,
+    mut add: impl FnMut(Item) -> Result<()>,
+    progress: impl FnMut(u64),
+) -> Result<()> {
+    let lines = Lines::new(Counting::new(file, progress));
+    each_line(path, lines, |line: Value| {
+        let invalid = |error: serde_json::Error| Error::InvalidField {
+            field: "item",
+            reason: error.to_string(),
         };
-        number.and_then(|number| u16::try_from(number).ok()).ok_or_else(|| Error::InvalidField {
-            field: "sid",
-            reason: match self {
-                Code::Number(number) => format!("code {number} is over 65535"),
-                Code::Text(text) => format!("code {text:?} holds no number up to 65535"),
-            },
-        })
-    }
-}
-
-/// The numbers of a text, the last one first; one that no code can be is larger than all codes.
-fn numbers(text: &str) -> impl Iterator<Item = u64> {
-    let digits = text.rsplit(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
-    digits.map(|digits| digits.parse().unwrap_or(u64::MAX))
-}
-
-pub(crate) fn to_sid(codes: &[Code]) -> Result<Sid> {
-    to_sid_at(codes, 0)
-}
-
-/// A semantic ID whose codes stand at this place among the numbers of their texts, from the end.
-pub(super) fn to_sid_at(codes: &[Code], place: usize) -> Result<Sid> {
-    Sid::new(&codes.iter().map(|code| code.value(place)).collect::<Result<Vec<u16>>>()?)
+        let CodesOnly { sid } = CodesOnly::deserialize(&line).map_err(invalid)?;
+        let item = Item::deserialize(&line).map_err(invalid)?;
+        add(Item { sid: spelling.to_sid(&sid)?, ..item })
+    })
 }
 
 /// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each` with its line;
@@ -164,21 +116,5 @@ impl<R: Read, P: FnMut(u64)> Read for Counting<R, P> {
         self.read += read as u64;
         (self.progress)(self.read);
         Ok(read)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_code_is_the_last_number_of_its_text() {
-        let code = |text: &str| Code::Text(text.into()).value(0).ok();
-        assert_eq!(code("<a_236>"), Some(236));
-        assert_eq!(code("<l2_7>é"), Some(7));
-        assert_eq!(code("é9"), Some(9));
-        assert_eq!(code("12"), Some(12));
-        assert_eq!(code("<a_>"), None);
-        assert_eq!(code("99999999999999999999999"), None);
     }
 }

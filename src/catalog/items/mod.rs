@@ -6,14 +6,15 @@ use std::path::Path;
 use super::item::Item;
 use crate::error::{Error, Result};
 
+mod codes;
 mod index;
 mod jsonl;
 #[cfg(feature = "parquet")]
 mod parquet;
-mod spelling;
 
+pub(crate) use codes::{Code, to_sid};
+use codes::{Learner, Spelling};
 pub use jsonl::read_changes;
-pub(crate) use jsonl::{Code, to_sid};
 
 /// Whether the file's name says that it holds items rather than a compiled catalog.
 pub fn is_items_file(path: &Path) -> bool {
@@ -23,7 +24,8 @@ pub fn is_items_file(path: &Path) -> bool {
 /// Reads every item of a file and gives it to `add`; `progress` is told how many bytes were read.
 ///
 /// - `*.json`: one object, item to codes: `{"17": ["<a_3>", "<b_250>", "<c_7>"], ...}`. A code is
-///   the last number in its text, or a plain number.
+///   a plain number or the number in a text; where the texts of a level have several numbers, the
+///   one that differs between items.
 /// - `*.parquet`, with the feature `parquet`: columns `item`, `sid` (a list, or one column a
 ///   level: `sid_0`, `sid_1` and so on), and the optional columns `title`, `tags` (a list),
 ///   `available` and `weight`.
@@ -46,8 +48,11 @@ pub fn read(
             what: "Parquet".into(),
             way_out: "build with `--features parquet`, or give the items as JSON lines".into(),
         }),
-        Some("json") => index::read(path, file, add, progress),
-        _ => jsonl::read(path, file, add, progress),
+        Some("json") => index::read(path, file, &spelling(path)?, add, progress),
+        _ => match spelling(path)? {
+            usual if usual.is_usual() => jsonl::read(path, file, add, progress),
+            other => jsonl::read_spelled(path, file, &other, add, progress),
+        },
     }
 }
 
@@ -69,6 +74,39 @@ pub fn first_codes_beside(folder: &Path) -> Result<Option<Vec<String>>> {
         (Some(path), None) => index::first_codes(&path),
         _ => Ok(None),
     }
+}
+
+/// How a file spells codes. All items are read for it where the first leaves it open.
+fn spelling(path: &Path) -> Result<Spelling> {
+    if !path.is_file() {
+        return Ok(Spelling::default()); // a pipe is read once
+    }
+    let each_codes = |each: &mut dyn FnMut(&[Code]) -> bool| -> Result<()> {
+        let file = File::open(path).map_err(|error| Error::io(path, error))?;
+        match extension(path) {
+            Some("json") => index::each_codes(file, each),
+            _ => jsonl::each_codes(path, file, each),
+        }
+        Ok(())
+    };
+    let mut is_unclear = false;
+    each_codes(&mut |codes| {
+        is_unclear = codes.iter().any(Code::is_unclear);
+        false
+    })?;
+    if !is_unclear {
+        return Ok(Spelling::default());
+    }
+    let mut learner = Learner::default();
+    each_codes(&mut |codes| {
+        learner.observe(codes);
+        true
+    })?;
+    learner.finish().map_err(|reason| Error::ItemsFile {
+        path: path.to_path_buf(),
+        place: "all items".into(),
+        reason,
+    })
 }
 
 /// An error that concerns all items of a file rather than one of them.

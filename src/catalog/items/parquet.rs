@@ -19,7 +19,7 @@ use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 
-use super::jsonl::{Code, to_sid};
+use super::codes::{Code, to_sid};
 use crate::catalog::item::Item;
 use crate::catalog::order::ItemWeight;
 use crate::error::{Error, Result};
