@@ -196,6 +196,8 @@ pub struct Estimate {
     alone_us: Median,
     /// Prompt tokens that a request has to read.
     unread: Median,
+    /// The share of requests with deadlines that are refused behind others, lately.
+    pressure: f64,
 }
 
 /// The least and the most that forecasts are stretched by. More than twice would be no forecast.
@@ -205,7 +207,7 @@ impl Default for Estimate {
     fn default() -> Estimate {
         let cost = CostModel::default();
         let (alone_us, unread) = (Median::default(), Median::default());
-        Estimate { cost, margin: MARGINS.0, alone_us, unread }
+        Estimate { cost, margin: MARGINS.0, alone_us, unread, pressure: 0.0 }
     }
 }
 
@@ -224,6 +226,23 @@ impl Estimate {
         let is_short = took_us > self.stretched_us(forecast_us);
         let step = if is_short { 1.09 } else { 0.99 };
         self.margin = (self.margin * step).clamp(MARGINS.0, MARGINS.1);
+    }
+
+    /// Takes note of whether a request was refused behind others when it came.
+    pub fn note_judged(&mut self, is_refused: bool) {
+        let share = f64::from(u8::from(is_refused));
+        self.pressure += (share - self.pressure) / 64.0;
+    }
+
+    /// Whether a request that takes so long alone is too costly while others are refused. One that
+    /// takes `n` times as long as the typical is taken in once where `n` typical ones are, at most:
+    /// what can be done is shared by work. `id` draws.
+    pub fn is_too_costly(&self, alone_us: Micros, id: u64) -> bool {
+        let times = alone_us as f64 / self.alone_us.0.max(1.0);
+        let refused = self.pressure * (1.0 - 1.0 / times);
+        // Equidistributed: multiples of the golden ratio.
+        let drawn = (id.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11) as f64 / (1u64 << 53) as f64;
+        self.alone_us.0 > 0.0 && drawn < refused
     }
 
     /// Takes note of a request that begins, by what it will take alone.
@@ -346,6 +365,24 @@ mod tests {
         assert_eq!(estimate.stretched_us(1000), 2000);
         (0..100).for_each(|_| estimate.note_request(1000, 10));
         assert_eq!(estimate.stretched_us(1000), 1100);
+    }
+
+    #[test]
+    fn costly_requests_are_taken_in_less_often_while_others_are_refused() {
+        let mut estimate = Estimate::default();
+        run(&mut estimate.cost, &mut fastrand::Rng::with_seed(1), 100, 1.0);
+        let typical = Work { steps: 4, prompt_tokens: 100, beam_rows: 100 };
+        (0..100).for_each(|_| estimate.note_admitted(typical));
+        let alone_us = estimate.cost.predict_us(typical);
+        let costly = |estimate: &Estimate, times: u64| {
+            (0..1000).filter(|&id| estimate.is_too_costly(times * alone_us, id)).count()
+        };
+        assert_eq!(costly(&estimate, 10), 0, "nobody is refused");
+        (0..1000).for_each(|request| estimate.note_judged(request % 4 != 0));
+        assert_eq!(costly(&estimate, 1), 0, "it is typical");
+        assert!((650..700).contains(&costly(&estimate, 10)), "{}", costly(&estimate, 10));
+        (0..1000).for_each(|_| estimate.note_judged(false));
+        assert_eq!(costly(&estimate, 10), 0);
     }
 
     #[test]

@@ -28,8 +28,8 @@ pub struct RecommenderOptions {
     /// Requests that may wait; more are refused with [`Error::Overloaded`](crate::Error::Overloaded).
     pub max_queued: usize,
     /// How long a new request may be expected to wait for its answer; where it would be longer, it
-    /// is refused with [`Error::Overloaded`](crate::Error::Overloaded). A request that nothing waits before is taken in any
-    /// case. `None` for any time.
+    /// is refused with [`Error::Overloaded`](crate::Error::Overloaded). A request that nothing waits
+    /// before is taken in any case. `None` for any time.
     pub max_wait: Option<Duration>,
     /// The folder of the base, where the model's folder is that of a LoRA adapter;
     /// [`Checkpoint::open`](crate::models::Checkpoint::open) says where it is looked for otherwise.

@@ -263,9 +263,9 @@ pub struct Forecast {
 pub enum Refusal {
     /// Its deadline went by, or would even if it ran alone from now on.
     TooLate,
-    /// It would be answered too late behind others: by so much.
+    /// It would be answered too late behind others, or it is too costly while others are refused.
     Overloaded {
-        /// In microseconds.
+        /// By how much it would be late, or what is before it takes, in microseconds.
         late_us: Micros,
     },
 }
@@ -286,7 +286,7 @@ pub fn judge(
     let mut backlog = Backlog::of(running, pace);
     let mut is_anything_before = !running.is_empty();
     for index in order(waiting, limits.ageing_us, now_us) {
-        let Waiting { demand, deadline_us, is_accepted, .. } = waiting[index];
+        let Waiting { id, demand, deadline_us, is_accepted, .. } = waiting[index];
         let mut with_it = backlog;
         with_it.add(&demand, pace);
         // Steps are shared by as many as the rows of a step allow.
@@ -301,9 +301,15 @@ pub fn judge(
             let alone_us = estimate.cost.predict_us(demand.alone());
             match () {
                 () if left_us == 0 => Some(Refusal::TooLate),
-                () if !is_anything_before || margin_us < left_us => None,
+                () if !is_anything_before => None,
                 () if alone_us >= left_us => Some(Refusal::TooLate),
-                () => Some(Refusal::Overloaded { late_us: margin_us - left_us }),
+                () if margin_us >= left_us => {
+                    Some(Refusal::Overloaded { late_us: margin_us - left_us })
+                }
+                () if !is_accepted && estimate.is_too_costly(alone_us, id) => {
+                    Some(Refusal::Overloaded { late_us: wait_us })
+                }
+                () => None,
             }
         });
         forecasts[index] = Forecast { end_us: now_us.saturating_add(wait_us), refusal };

@@ -187,10 +187,12 @@ impl CatalogWriter {
     ///
     /// A change of an unknown item does nothing, and so does a change that says what already is. A
     /// batch of such changes alone takes no room in the log and makes no snapshot: the current one's
-    /// number comes back. So a feed may deliver its changes more than once. A batch costs a few microseconds plus a few
-    /// nanoseconds for every item put since the last compaction, so one large batch is cheaper than
-    /// many small ones. The call writes to the log, and during a compaction it may block until the
-    /// compaction ends: call it from a thread that may wait.
+    /// number comes back. So a feed may deliver its changes more than once.
+    ///
+    /// A batch costs a few microseconds plus a few nanoseconds for every item put since the last
+    /// compaction, so one large batch is cheaper than many small ones. The call writes to the log,
+    /// and during a compaction it may block until the compaction ends: call it from a thread that
+    /// may wait.
     ///
     /// # Errors
     /// [`Error::InvalidChange`]; the operating system's where the log cannot be written.

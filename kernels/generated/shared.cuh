@@ -44,13 +44,16 @@ struct Prompt {
   uint32_t first_page;
   // Zero where another prompt of the pass stores this KV: one context, two slots.
   uint32_t is_kept;
+  // Tokens of its context, whether this pass reads all of them or not.
+  uint32_t context_len;
 };
-static_assert(sizeof(Prompt) == 20);
+static_assert(sizeof(Prompt) == 24);
 static_assert(offsetof(Prompt, first_row) == 0);
 static_assert(offsetof(Prompt, num_rows) == 4);
 static_assert(offsetof(Prompt, start) == 8);
 static_assert(offsetof(Prompt, first_page) == 12);
 static_assert(offsetof(Prompt, is_kept) == 16);
+static_assert(offsetof(Prompt, context_len) == 20);
 
 // A slot with beams in this pass.
 struct Search {

@@ -4,9 +4,6 @@ use std::sync::Arc;
 
 use super::snapshot::Snapshot;
 
-/// By level, ascending: the codes that some item has there, available or not.
-pub(super) type OccurringCodes = Vec<Vec<u16>>;
-
 impl Snapshot {
     /// The codes that some item has at each level, available or not, ascending.
     ///

@@ -9,7 +9,6 @@ use super::change::Change;
 use super::cursor::{Cursor, Node, Runs};
 use super::delta::Delta;
 use super::item::Item;
-use super::occurring::OccurringCodes;
 use super::order::{ItemWeight, OrderKey, Ties};
 use super::sid::Sid;
 use super::trie::Trie;
@@ -30,8 +29,8 @@ pub struct Snapshot {
     pub(super) deleted: Option<Arc<RankBitmap>>,
     pub(super) delta: Option<Arc<Delta>>,
     pub(super) watermarks: Arc<Watermarks>,
-    /// Worked out when it is first asked for.
-    pub(super) occurring: OnceLock<Arc<OccurringCodes>>,
+    /// By level, ascending: the codes that some item has there. Worked out when first asked for.
+    pub(super) occurring: OnceLock<Arc<Vec<Vec<u16>>>>,
 }
 
 impl Snapshot {

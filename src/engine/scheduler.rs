@@ -208,6 +208,10 @@ impl<S> Scheduler<S> {
         let mut at = 0;
         for forecast in forecasts {
             let entry = &mut self.waiting[at];
+            if entry.waiting.deadline_us.is_some() && !entry.waiting.is_accepted {
+                let is_refused = matches!(forecast.refusal, Some(Refusal::Overloaded { .. }));
+                self.estimate.note_judged(is_refused);
+            }
             let Some(refusal) = forecast.refusal else {
                 entry.waiting.is_accepted = true;
                 let promise = Promise { made_us: now_us, end_us: forecast.end_us };

@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use crate::catalog::Catalog;
+use crate::cost::{Micros, Work};
 use crate::metrics::{Gauges, PageCounts};
 use crate::prefix_cache::CacheStats;
 
@@ -23,6 +24,14 @@ pub(super) struct PhaseClocks {
     pub prefill: AtomicU64,
     pub decode: AtomicU64,
     pub search: AtomicU64,
+}
+
+/// Work whose time is not known yet: on a device the host runs ahead of it.
+#[derive(Default)]
+pub(super) struct Unobserved {
+    pub work: Work,
+    /// When it began.
+    pub since_us: Micros,
 }
 
 /// What an engine holds at a moment.

@@ -3,18 +3,12 @@
 use super::batch::{self, SubBatch};
 use super::engine::Engine;
 use super::scheduler::{Running, Scheduled};
+use super::status::Unobserved;
 use crate::answer::Answer;
 use crate::backend::{Backend, SlotSpec};
 use crate::cost::Work;
 use crate::error::Error;
 use crate::pages::Page;
-
-/// Work whose time is not known yet: on a device the host runs ahead of it.
-#[derive(Default)]
-pub(super) struct Unobserved {
-    work: Work,
-    since_us: u64,
-}
 
 impl<B: Backend> Engine<B> {
     /// One step. Callers are told afterwards, by [`deliver`](Engine::deliver).

@@ -43,7 +43,7 @@ impl Default for Load {
     fn default() -> Load {
         Load {
             rate: 100.0,
-            seconds: 4.0,
+            seconds: 3.0,
             lens: vec![40],
             returning: 0.0,
             deadline: Some(Duration::from_millis(100)),
@@ -217,7 +217,7 @@ fn draw(load: &Load, users: &mut Vec<Vec<u32>>, rng: &mut fastrand::Rng) -> Requ
             if history.len() > 1000 {
                 history.clear(); // another takes the place
             }
-            let more = if history.is_empty() { load.lens[0] } else { 3 };
+            let more = if history.is_empty() { load.lens[0] } else { 1 };
             history.extend((0..more).map(|_| rng.u32(0..5)));
         }
         None => {
@@ -270,25 +270,29 @@ fn quantile(mut values: Vec<f64>, quantile: f64) -> f64 {
 
 #[test]
 fn goodput_at_four_times_the_load_is_nine_tenths_of_that_at_once_the_load() {
+    let mut fallen = Vec::new();
     for (lens, deadline_ms) in
         [(vec![40], 100), (vec![400], 200), (vec![40, 40, 40, 600], 100), (vec![20, 150], 60)]
     {
         for returning in [0.0, 0.9] {
             let deadline = Some(Duration::from_millis(deadline_ms));
-            let load = Load { lens: lens.clone(), returning, deadline, ..Load::default() };
+            let (lens, context_pages) = (lens.clone(), 20_000);
+            let load = Load { lens, returning, deadline, context_pages, ..Load::default() };
             let capacity = capacity(&load, 1);
             let at = |times: f64| {
                 let load = Load { rate: times * capacity, ..load.clone() };
-                (1..4).map(|seed| goodput(&load, seed)).sum::<f64>() / 3.0
+                (1..3).map(|seed| goodput(&load, seed)).sum::<f64>() / 2.0
             };
             let (once, four_times) = (at(1.0), at(4.0));
-            let what = format!(
-                "{lens:?} returning {returning}: capacity {capacity:.0}, {once:.0} and {four_times:.0} a second"
-            );
-            assert!(once > 0.7 * capacity, "{what}");
-            assert!(four_times > 0.9 * once, "{what}");
+            if once < 0.7 * capacity || four_times < 0.9 * once {
+                fallen.push(format!(
+                    "{:?} returning {returning}: capacity {capacity:.0}, {once:.0} and {four_times:.0} a second",
+                    load.lens
+                ));
+            }
         }
     }
+    assert!(fallen.is_empty(), "{fallen:#?}");
 }
 
 #[test]
