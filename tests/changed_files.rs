@@ -248,19 +248,16 @@ fn the_command_line_outlives_what_happens_to_its_catalog() {
             let lines = request + "\n" + &"{}\n".repeat(STRETCH - 1);
             input.write_all(lines.as_bytes()).expect("the child reads");
         };
-        let mut first = || {
-            let mut lines = (0..STRETCH).map(|_| answers.next().expect("a line").expect("UTF-8"));
-            let first: Value =
-                serde_json::from_str(&lines.next().expect("the first")).expect("JSON");
-            lines.for_each(drop);
-            first
-        };
+        let mut line = || answers.next().expect("a line").expect("UTF-8");
+        let parsed = |line: String| serde_json::from_str::<Value>(&line).expect("JSON");
         stretch(&mut input);
-        let before = first();
+        let before = parsed(line());
         place.befall(fate);
         stretch(&mut input);
         drop(input);
-        let after = first();
+        (1..STRETCH).for_each(|_| drop(line()));
+        let after = parsed(line());
+        (1..STRETCH).for_each(|_| drop(line()));
         match map_above == "0" && fate.is_in_place() {
             true => assert_eq!(after["error"]["code"], "file_changed", "{fate:?}"),
             false => assert_eq!(after, before, "{fate:?}"),

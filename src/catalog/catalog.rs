@@ -137,7 +137,7 @@ impl Catalog {
         let path = resolve(path).map_err(|error| Error::io(path, error))?;
         let lock = CatalogLock::take(&path)?;
         change_log::make_way(&path)?;
-        let snapshot = self.snapshot();
+        let snapshot = self.checked_snapshot()?;
         let (base, watermarks) = (snapshot.base(), snapshot.watermarks());
         if snapshot.number() == base.snapshot && base.ties == Ties::ByName {
             return format::save(base, watermarks, &path, &lock);
@@ -184,6 +184,17 @@ impl Catalog {
     /// The state of the catalog now.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.current.load_full()
+    }
+
+    /// The state of the catalog now, whose file nobody has written to
+    /// ([`Snapshot::check_file`]).
+    ///
+    /// # Errors
+    /// [`Error::FileChanged`].
+    pub fn checked_snapshot(&self) -> Result<Arc<Snapshot>> {
+        let snapshot = self.snapshot();
+        snapshot.check_file()?;
+        Ok(snapshot)
     }
 
     /// Makes `snapshot` the one that new requests see.

@@ -18,11 +18,13 @@ use crate::error::{Error, Result};
 /// back where it returns false.
 ///
 /// # Errors
-/// [`Error::CatalogContents`] where the sets of a damaged file cannot be read.
+/// [`Error::CatalogContents`] where the sets of a damaged file cannot be read;
+/// [`Error::FileChanged`].
 pub(crate) fn compact(
     snapshot: &Snapshot,
     mut progress: impl FnMut(usize) -> bool,
 ) -> Result<Option<BaseSegment>> {
+    snapshot.check_file()?;
     let old = snapshot.base();
     let num_items = snapshot.num_items();
     // The trie first and by itself: its builder's memory is free again before the rest begins.
@@ -89,6 +91,7 @@ pub(crate) fn compact(
         .with_tags(tags)
         .with_unavailable(&unavailable)
         .with_weights(weights);
+    snapshot.check_file()?; // or what is compiled may be of two files
     let watermarks = Arc::clone(&snapshot.watermarks);
     Ok(Some(BaseSegment { lineage: old.lineage, snapshot: snapshot.number(), watermarks, ..base }))
 }

@@ -15,8 +15,9 @@ impl Snapshot {
     /// this one's where every item already is as the changes say.
     ///
     /// # Errors
-    /// [`Error::InvalidChange`] with the first change that is invalid.
+    /// [`Error::InvalidChange`] with the first change that is invalid; [`Error::FileChanged`].
     pub fn with(&self, changes: &[Change]) -> Result<Snapshot> {
+        self.check_file()?;
         let edit = Edit::of(self, changes)?;
         let number = if edit.is_empty() { self.number } else { self.number + 1 };
         Ok(edit.finish(number))
@@ -25,8 +26,9 @@ impl Snapshot {
     /// The snapshot after several batches at once, with the number of the last.
     ///
     /// # Errors
-    /// [`Error::InvalidChange`] with the first change that is invalid.
+    /// [`Error::InvalidChange`] with the first change that is invalid; [`Error::FileChanged`].
     pub(crate) fn with_numbered(&self, changes: &[Change], number: u64) -> Result<Snapshot> {
+        self.check_file()?;
         Ok(Edit::of(self, changes)?.finish(number))
     }
 }

@@ -205,8 +205,7 @@ impl Preparer {
     }
 
     fn check(&self, arrival: Arrival, request: Request, span: Span) -> Result<Prepared> {
-        let snapshot = self.catalog.snapshot();
-        snapshot.check_file()?;
+        let snapshot = self.catalog.checked_snapshot()?;
         check_snapshot(&request, &snapshot)?;
         let mut unknown_items = UnknownByField::default();
         let candidates = self.candidates(&request, &snapshot, &mut unknown_items)?;
@@ -458,8 +457,7 @@ impl Preparer {
     /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
         let request = Request::new(input.clone());
-        let snapshot = self.catalog.snapshot();
-        snapshot.check_file()?;
+        let snapshot = self.catalog.checked_snapshot()?;
         Ok(self.read_input(&request, &snapshot, usize::MAX)?.tokens)
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::engine::Engine;
 use super::prepare::Preparer;
 use super::scheduler::Scheduler;
-use super::step::Unobserved;
+use super::status::Unobserved;
 use crate::answer::Answer;
 use crate::backend::{Backend, NO_TOKEN};
 use crate::error::{Error, Result};
