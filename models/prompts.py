@@ -309,7 +309,7 @@ def make_golden(packages, only=()):
             if kind:
                 answers = [answer(tokenizer, number) for number in range(len(known))]
                 scores = zip(scores_of(model, ids, answers), [item["item"] for item in known])
-                scores = sorted(scores, reverse=True)
+                scores = sorted(scores, key=lambda scored: (-scored[0], scored[1]))  # items of one semantic ID by name
                 case["items"] = [item for _, item in scores[:20]]
                 case["scores"] = [round(score, 7) for score, _ in scores[:20]]
             entry["cases"].append(case)

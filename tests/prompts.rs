@@ -7,7 +7,7 @@
 //! `cargo test --test prompts -- --include-ignored`.
 #![cfg(feature = "text")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -546,7 +546,6 @@ fn a_prompt_that_is_too_long_loses_its_oldest_items_or_the_side_that_it_names() 
     assert_eq!(whole(json!({"max_tokens": 3})), [1, 2]);
     assert_eq!(whole(json!({"max_tokens": 5, "cut": "start"})), all[12..]);
     assert_eq!(whole(json!({"max_tokens": 5, "cut": "end"})), all[..5]);
-    assert_eq!(whole(json!({"max_items": 2})), two);
 }
 
 #[test]
@@ -571,12 +570,8 @@ fn a_prompt_that_makes_no_sense_is_refused_with_its_place() {
 /// A checkpoint whose tokens were added in the order of their texts, those that occur alone.
 fn in_text_order(case: &str, tokens: impl Fn(&[String]) -> Vec<(&'static str, String)>) -> Folder {
     let folder = Folder::of(case);
-    let codes: Vec<Vec<u16>> = (0..3)
-        .map(|level| {
-            let snapshot = folder.catalog();
-            snapshot.codes_at(level).collect()
-        })
-        .collect();
+    let snapshot = folder.catalog();
+    let codes = (0..3).map(|level| snapshot.codes_at(level).collect::<BTreeSet<u16>>());
     let mut texts: Vec<String> = Vec::new();
     for (level, codes) in ["a", "b", "c", "d"].iter().zip(codes) {
         texts.extend(codes.iter().map(|code| format!("<{level}_{code}>")));
@@ -632,11 +627,14 @@ fn a_layout_comes_from_whatever_file_the_tokenizer_wrote() {
 #[test]
 fn a_layout_that_the_tokenizer_contradicts_is_an_error_with_the_first_contradiction() {
     let folder = in_text_order(QWEN3, fast);
-    let layout = json!({"levels": [
-        {"size": 256, "first_token": 30},
-        {"size": 256, "first_token": 86},
-        {"size": 256, "first_token": 342},
-    ]});
+    let snapshot = folder.catalog();
+    let mut first = 30;
+    let level = |level| {
+        let size = snapshot.codes_at(level).collect::<BTreeSet<u16>>().len();
+        first += size;
+        json!({"size": size, "first_token": first - size})
+    };
+    let layout = json!({"levels": (0..3).map(level).collect::<Vec<Value>>()});
     folder.write("sidereal.json", layout.to_string());
     let error = folder.open().err().expect("a contradiction").to_string();
     for word in ["level 0", "token 3", "<a_", "template"] {
@@ -707,8 +705,9 @@ fn damaged_tokenizers_and_templates_are_errors_and_never_panics() {
     let damage = |bytes: &[u8], rng: &mut fastrand::Rng| {
         let mut bytes = bytes.to_vec();
         for _ in 0..rng.usize(1..4) {
-            let at = rng.usize(0..bytes.len());
+            let at = rng.usize(0..bytes.len().max(1));
             match rng.u8(0..5) {
+                _ if bytes.is_empty() => bytes.push(b'{'),
                 0 => bytes[at] = rng.u8(..),
                 1 => drop(bytes.remove(at)),
                 2 => bytes.insert(at, b"{}[]\"0,:%-"[rng.usize(0..10)]),

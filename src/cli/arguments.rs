@@ -188,6 +188,14 @@ impl ModelArguments {
     pub fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
         let catalog =
             self.open_catalog().map_err(|missing| self.model_error().unwrap_or(missing))?;
+        if !self.model.join("sidereal.json").exists() {
+            let model = self.model.display();
+            say(&format!(
+                "{model} has no sidereal.json: which token is which code comes from the tokenizer's \
+                 files, and a history is read as the codes of its items; `sidereal inspect {model}` \
+                 shows it"
+            ));
+        }
         let spinner = spinner("opening the model");
         let mut options = options.clone();
         options.base.clone_from(&self.base);

@@ -494,7 +494,11 @@ fn read_layout(path: &Path) -> Result<LayoutFile> {
 
 /// The prompt of a folder that does not describe one: the items, and the end token of an encoder.
 fn default_prompt(folder: &Path, vocab_size: usize) -> Result<PromptEntry> {
-    let config = Config::read(&folder.join("config.json"))?;
+    let path = folder.join("config.json");
+    if !path.exists() {
+        return Ok(PromptEntry::default()); // an adapter's folder
+    }
+    let config = Config::read(&path)?;
     match config.flag("is_encoder_decoder")? {
         Some(true) => {
             Ok(PromptEntry::with_suffix(config.token_or("eos_token_id", vocab_size, 1)?))

@@ -149,7 +149,8 @@ impl Prompt {
     }
 
     /// The tokens of a history. Where they are more than `room` or than the prompt may have, the
-    /// oldest items are left out, or the side that the prompt names is cut.
+    /// oldest items are left out, or the side that the prompt names is cut. The newest item always
+    /// stays.
     ///
     /// # Errors
     /// The request's: a variable that a template needs and the request does not give; those of
@@ -178,8 +179,9 @@ impl Prompt {
         if rendered.tokens.len() <= max {
             return Ok(rendered);
         }
-        // More items are never fewer tokens: the most that fit are found by halving.
-        let (mut fits, mut too_many) = (newest(0)?, all.len());
+        // More items are never fewer tokens: the most that fit are found by halving. The newest item
+        // stays: a prompt without any would be another user's.
+        let (mut fits, mut too_many) = (newest(all.len().min(1))?, all.len());
         while fits.num_items + 1 < too_many {
             rendered = newest(fits.num_items.midpoint(too_many))?;
             match rendered.tokens.len() <= max {
