@@ -310,7 +310,8 @@ fn a_long_prompt_is_answered_as_if_read_at_once_and_short_ones_do_not_wait_for_i
         num_passed += usize::from(answers[0].0 != 0);
         num_by_encoders += usize::from(tiny.has_encoder());
     }
-    assert!(num_passed > 20, "the first short one was answered first {num_passed} times of 24");
+    // Where a piece of the long prompt is more than all tokens of a step, the step has nothing else.
+    assert!(num_passed > 14, "the first short one was answered first {num_passed} times of 24");
     assert!((5..20).contains(&num_by_encoders), "{num_by_encoders} of 24 have encoders");
 }
 
