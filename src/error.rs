@@ -333,15 +333,12 @@ pub enum Error {
         reason: String,
     },
     /// The checkpoint lacks a tensor that its configuration asks for.
-    #[error(
-        "the checkpoint has no tensor {name:?}, which its config.json calls for{}",
-        missing_tensor_hint(name, nearest.as_deref())
-    )]
+    #[error("the checkpoint has no tensor {name:?}, which its config.json calls for{hint}")]
     MissingTensor {
         /// The tensor's name.
         name: String,
-        /// The most similar name that the checkpoint has and nobody asked for.
-        nearest: Option<String>,
+        /// What is there instead, and the way out; may be empty.
+        hint: String,
     },
     /// The checkpoint has a tensor that its configuration does not account for.
     #[error(
@@ -409,15 +406,6 @@ pub enum Error {
         /// Why not, and what is available.
         reason: String,
     },
-}
-
-/// What to do about a tensor that is missing.
-fn missing_tensor_hint(name: &str, nearest: Option<&str>) -> String {
-    let nearest = nearest.map(|nearest| format!("; the nearest that it has is {nearest:?}"));
-    let tied =
-        "; where the head is the embedding, say so in config.json: \"tie_word_embeddings\": true";
-    let tied = if name == "lm_head.weight" { tied } else { "" };
-    format!("{}{tied}", nearest.unwrap_or_default())
 }
 
 impl Error {
@@ -567,7 +555,7 @@ mod tests {
             Error::ModelFolder { path: path.clone(), reason: reason.clone() },
             Error::ModelConfig { path: path.clone(), reason: reason.clone() },
             Error::WeightsFile { path, reason: reason.clone() },
-            Error::MissingTensor { name: name.clone(), nearest: None },
+            Error::MissingTensor { name: name.clone(), hint: String::new() },
             Error::UnexpectedTensor { name: name.clone() },
             Error::TensorShape { name: name.clone(), found: vec![1], expected: vec![2] },
             Error::NonFiniteWeight { name, index: 3 },

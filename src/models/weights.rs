@@ -308,7 +308,15 @@ fn missing(
     let left = floats.keys().filter(|other| !taken.contains(*other));
     let distance = |other: &&String| strsim::levenshtein(name, other);
     let nearest = left.min_by_key(distance).filter(|other| distance(other) <= name.len() / 2);
-    Error::MissingTensor { name: name.into(), nearest: nearest.cloned() }
+    let mut hint = String::new();
+    if let Some(nearest) = nearest {
+        hint += &format!("; the nearest that it has is {nearest:?}");
+    }
+    if name == "lm_head.weight" {
+        hint += "; where the head is the embedding, say so in config.json: \
+                 \"tie_word_embeddings\": true";
+    }
+    Error::MissingTensor { name: name.into(), hint }
 }
 
 /// Uniform numbers of standard deviation `1 / sqrt(columns)`, vectors around one, so that
