@@ -266,7 +266,7 @@ const MUTANTS: [Mutant; 16] = [
         change: ("out[threadIdx.x] = weighted(", "out[threadIdx.x + 1] = weighted("),
         check: check_rms_norm,
         on: On::F32,
-        found_as: "16-byte write outside every device buffer: 0 bytes past the end of 'activations'",
+        found_as: "write outside every device buffer: 0 bytes past the end of 'activations'",
     },
     Mutant {
         name: "a product of warpgroups that is not waited for",
