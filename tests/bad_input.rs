@@ -375,6 +375,8 @@ fn a_hostile_header_of_a_weights_file_is_an_error() {
 #[test]
 fn shards_must_lie_in_the_folder() {
     let folder = Folder::of(QWEN3);
+    let weights = folder.read("model.safetensors");
+    folder.remove("model.safetensors"); // it would count before an index
     let index = "model.safetensors.index.json";
     for name in ["../b.safetensors", "/b.safetensors", "sub/b.safetensors", "..", ".", ""] {
         folder.write(index, json!({"weight_map": {"a": name}}).to_string());
@@ -386,8 +388,9 @@ fn shards_must_lie_in_the_folder() {
         folder.write(index, text);
         assert_error!(folder.open(), Error::WeightsFile { .. }, index, "again");
     }
-    folder.write("b.safetensors", folder.read("model.safetensors"));
-    folder.write(index, r#"{"weight_map": {"a": "b.safetensors", "b": "model.safetensors"}}"#);
+    folder.write("b.safetensors", &weights);
+    folder.write("c.safetensors", &weights);
+    folder.write(index, r#"{"weight_map": {"a": "b.safetensors", "b": "c.safetensors"}}"#);
     assert_error!(folder.open(), Error::WeightsFile { .. }, "two files");
 }
 
@@ -558,7 +561,6 @@ fn level(first_token: u64) -> Value {
 #[test]
 fn layouts_must_make_sense() {
     for (layout, word) in [
-        (json!({}), "levels"),
         (json!({"levels": []}), "1 to 8"),
         (json!({"levels": (vec![level(1); 9])}), "1 to 8"),
         (json!({"levels": {"0": level(1)}}), "sequence"),
@@ -595,6 +597,8 @@ fn layouts_must_make_sense() {
         assert_error!(folder.open(), Error::ModelConfig { .. }, "sidereal.json", word);
     }
     let folder = Folder::of(QWEN3);
+    folder.write("sidereal.json", "{}");
+    assert_error!(folder.open(), Error::ModelFolder { .. }, "sidereal.json", "no \"levels\"");
     folder.write("sidereal.json", "{\"levels\": [");
     assert_error!(folder.open(), Error::ModelConfig { .. }, "sidereal.json", "EOF");
     folder.remove("sidereal.json");
@@ -899,8 +903,8 @@ fn malformed_request_lines_are_refused() {
         r#"{"tokens": [1], "normalize": "softmax"}"#,
         r#"{"tokens": [1], "constraint": "tri"}"#,
         r#"{"tokens": [1], "shared_sid": "some"}"#,
-        r#"{"tokens": [1], "per_sid": "2"}"#,
-        r#"{"tokens": [1], "min_snapshot": -1}"#,
+        r#"{"tokens": [1], "per_sid": "two"}"#,
+        r#"{"tokens": [1], "min_snapshot": 1.5}"#,
         r#"{"tokens": [1], "beams": "ten"}"#,
         r#"{"tokens": [1], "beams": 1e99}"#,
         r#"{"tokens": [1], "top_k": 2.5}"#,
@@ -926,7 +930,7 @@ fn fields_of_a_request_line_must_be_possible() {
         assert_error!(answer(line), Error::EmptyInput, "at least one item");
     }
     let both = answer(r#"{"history": ["1"], "tokens": [1]}"#);
-    assert_error!(both, Error::InvalidField { .. }, "not both");
+    assert_error!(both, Error::InvalidField { .. }, "not several");
     for (tokens, words) in [
         ("[1, -7]", ["-7", "position 1"]),
         ("[4294967296]", ["4294967296", "position 0"]),

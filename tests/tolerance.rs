@@ -447,7 +447,7 @@ fn what_may_mean_something_else_is_an_error_that_says_so() {
         (r#""history": "i4""#, "malformed_request", "sequence"),
         (r#""history": [1.5]"#, "malformed_request", "item's name"),
         (r#""history": [true]"#, "malformed_request", "item's name"),
-        (r#""history": ["i4"], "tokens": [2]"#, "invalid_field", "not both"),
+        (r#""history": ["i4"], "tokens": [2]"#, "invalid_field", "not several"),
         // A filter that is empty may be a template that went wrong: nothing may slip through it.
         (r#""history": ["i4"], "filter": """#, "invalid_field", "all"),
         (r#""history": ["i4"], "filter": "  ""#, "invalid_field", "leave the field out"),

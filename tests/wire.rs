@@ -89,8 +89,8 @@ fn a_request_has_one_input() {
         assert_eq!(request.user.as_deref(), Some("7"));
     }
     for line in [
-        r#"{"text": "Hi", "history": []}"#,
-        r#"{"messages": [], "tokens": [1]}"#,
+        r#"{"text": "Hi", "history": ["1"]}"#,
+        r#"{"messages": [{"role": "user"}], "tokens": [1]}"#,
         r#"{"messages": ["Hi"]}"#,
         r#"{"messages": {"role": "user"}}"#,
         r#"{"text": ["Hi"]}"#,
@@ -193,8 +193,8 @@ fn a_line_says_how_many_items_of_one_sid_come_back_and_which_state_it_accepts() 
     for (fields, code, word) in [
         (r#""per_sid": -1"#, "invalid_field", "per_sid: -1 is not at least 1"),
         (r#""per_sid": 1.5"#, "malformed_request", "malformed"),
-        (r#""min_snapshot": -1"#, "malformed_request", "malformed"),
-        (r#""min_snapshot": "7""#, "malformed_request", "malformed"),
+        (r#""min_snapshot": -1"#, "invalid_field", "not the number of a snapshot"),
+        (r#""min_snapshot": "new""#, "malformed_request", "malformed"),
     ] {
         let error = read(&format!(r#"{{"tokens": [1], {fields}}}"#)).expect_err(fields);
         assert_eq!(error.code(), code, "{fields}: {error}");

@@ -436,7 +436,7 @@ impl SidLayout {
             }
         };
         let wanted = layout::Wanted { folder, vocabulary: &vocabulary, vocab_size, catalog };
-        let levels = wanted.levels(file.levels.as_deref(), file.shared_codes).map_err(in_file)?;
+        let levels = wanted.levels(file.levels.as_deref()).map_err(in_file)?;
         let prompt = Prompt::read(file.prompt, text.clone()).map_err(in_file)?;
         let suffix = file.suffix.resolve(&text).map_err(in_file)?;
         let forced = match file.forced {
@@ -456,6 +456,7 @@ impl SidLayout {
         if let Some(token) = named.max().filter(|&&token| token as usize >= vocab_size) {
             return Err(error(format!("token {token} is outside the vocabulary of {vocab_size}")));
         }
+        layout::check_tokens_of_codes(&levels, file.shared_codes).map_err(error)?;
         let normalization = file.normalize.unwrap_or_default();
         Ok(SidLayout { levels, prompt, forced, suffix, vocabulary, normalization })
     }

@@ -39,12 +39,11 @@ impl Wanted<'_> {
     /// # Errors
     /// [`Error::InvalidOption`] where the entries make no sense, or the tokenizer contradicts them;
     /// [`Error::ModelFolder`] where there are none and the tokenizer does not say the levels.
-    pub fn levels(&self, entries: Option<&[LevelEntry]>, is_shared: bool) -> Result<Vec<Vec<u32>>> {
+    pub fn levels(&self, entries: Option<&[LevelEntry]>) -> Result<Vec<Vec<u32>>> {
         let levels = match entries {
             Some(entries) => levels_of_file(entries, self.vocabulary, self.vocab_size)?,
             None => derived_levels(self.folder, self.vocabulary, self.catalog)?,
         };
-        check_tokens_of_codes(&levels, is_shared).map_err(invalid)?;
         if let Some(entries) = entries {
             check_texts(entries, &levels, self.folder, self.vocabulary)?;
         }
@@ -215,7 +214,10 @@ fn smallest_file(derived: &Derived, catalog: Option<&Catalog>) -> String {
 
 /// Checks that tokens tell codes apart: within a level always, and between levels unless one token
 /// is one code wherever it stands, which `is_shared` must say.
-fn check_tokens_of_codes(levels: &[Vec<u32>], is_shared: bool) -> std::result::Result<(), String> {
+pub(super) fn check_tokens_of_codes(
+    levels: &[Vec<u32>],
+    is_shared: bool,
+) -> std::result::Result<(), String> {
     // By token: the first level and code that are written with it.
     let mut codes: HashMap<u32, (usize, usize)> = HashMap::new();
     for (level, tokens) in levels.iter().enumerate() {

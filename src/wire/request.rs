@@ -294,28 +294,6 @@ impl RequestLine {
                 reason: format!("{ms} is not a number of milliseconds"),
             })
         });
-        let min_snapshot = self.min_snapshot.map(|Whole(number)| {
-            u64::try_from(number).map_err(|_| Error::InvalidField {
-                field: "min_snapshot",
-                reason: format!("{number} is not the number of a snapshot"),
-            })
-        });
-        let per_sid = match (self.per_sid, self.shared_sid) {
-            (Some(Whole(most)), _) if most < 1 => return Err(per_sid_below_one(clamped(most))),
-            (Some(Whole(most)), _) => Some(usize::try_from(most).unwrap_or(usize::MAX)),
-            (None, Some(_)) => None,
-            (None, None) => defaults.per_sid,
-        };
-        let forced = self.forced.as_ref().map(|forced| match forced.tokens.is_empty() {
-            true => Err(Error::InvalidField {
-                field: "forced",
-                reason: "has no tokens; give at least one, or leave the field out".into(),
-            }),
-            false => Ok(Forced {
-                tokens: tokens_in_range("forced", &forced.tokens)?,
-                is_counted: forced.counted,
-            }),
-        });
         let read = self.read.iter().flatten().enumerate().map(|(position, name)| match name {
             TokenName::Text(text) => Ok(NamedToken::Text(text.clone())),
             TokenName::Id(token) => Ok(NamedToken::Id(in_range("read", position, *token)?)),
@@ -329,7 +307,7 @@ impl RequestLine {
             filter: self.filter.clone(),
             groups: self.groups.clone().unwrap_or_default(),
             candidates: self.candidates.clone().unwrap_or_default(),
-            forced: forced.transpose()?,
+            forced: self.forced()?,
             read: read.collect::<Result<_>>()?,
             seed: self.seed,
             log_probs: self.log_probs.unwrap_or(false),
@@ -342,14 +320,43 @@ impl RequestLine {
             constraint: self.constraint.unwrap_or(defaults.constraint),
             temperature: self.temperature.map_or(1.0, |Real(temperature)| temperature as f32),
             shared_sid: self.shared_sid.unwrap_or_default(),
-            per_sid,
+            per_sid: self.per_sid(defaults)?,
             variables: self.variables.clone().unwrap_or_default(),
             special_tokens: self.special_tokens,
             user: self.user.as_ref().map(|user| user.0.clone()).filter(|user| !user.is_empty()),
             priority: self.priority.unwrap_or_default(),
             deadline: deadline.transpose()?,
-            min_snapshot: min_snapshot.transpose()?,
+            min_snapshot: self.min_snapshot()?,
         })
+    }
+
+    fn per_sid(&self, defaults: &RequestDefaults) -> Result<Option<usize>> {
+        match (self.per_sid, self.shared_sid) {
+            (Some(Whole(most)), _) if most < 0 => Err(per_sid_below_one(clamped(most))),
+            (Some(Whole(most)), _) => Ok(Some(usize::try_from(most).unwrap_or(usize::MAX))),
+            (None, Some(_)) => Ok(None),
+            (None, None) => Ok(defaults.per_sid),
+        }
+    }
+
+    fn min_snapshot(&self) -> Result<Option<u64>> {
+        let number = |Whole(number)| {
+            u64::try_from(number).map_err(|_| Error::InvalidField {
+                field: "min_snapshot",
+                reason: format!("{number} is not the number of a snapshot"),
+            })
+        };
+        self.min_snapshot.map(number).transpose()
+    }
+
+    fn forced(&self) -> Result<Option<Forced>> {
+        let Some(forced) = &self.forced else { return Ok(None) };
+        if forced.tokens.is_empty() {
+            let reason = "has no tokens; give at least one, or leave the field out".into();
+            return Err(Error::InvalidField { field: "forced", reason });
+        }
+        let tokens = tokens_in_range("forced", &forced.tokens)?;
+        Ok(Some(Forced { tokens, is_counted: forced.counted }))
     }
 }
 

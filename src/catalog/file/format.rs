@@ -368,16 +368,6 @@ fn parse_sections(
         let names = s.texts(Kind::TagBytes, Kind::TagStart)?;
         Ok(Tags::new(names, s.column(Kind::TagSets)?, s.column(Kind::TagSetStart)?))
     })?;
-    let available: Option<Column<u64>> =
-        sections.optional(Kind::Available, |s| s.column(Kind::Available))?;
-    let weights: Option<Column<f32>> =
-        sections.optional(Kind::Weights, |s| s.column(Kind::Weights))?;
-    let are_sound = |weights: &Column<f32>| {
-        weights.len() == num_items && weights.iter().all(|weight| weight.is_finite())
-    };
-    if !weights.as_ref().is_none_or(are_sound) {
-        return Err("the weights do not fit the items, or one is not finite".into());
-    }
     let defect = (names.defect(num_items))
         .or_else(|| index.defect(num_items))
         .or_else(|| titles.as_ref()?.defect(num_items))
@@ -385,22 +375,14 @@ fn parse_sections(
     if let Some(defect) = defect {
         return Err(defect.into());
     }
-    let available = available.map(|words| {
-        let has_room = words.len() == num_items.div_ceil(64);
-        let beyond = words.last().map_or(0, |last| last >> ((num_items - 1) % 64) >> 1);
-        match has_room && beyond == 0 {
-            true => Ok(Arc::new(RankBitmap::new(words.to_vec(), num_items as u32))),
-            false => Err("the set of available items does not fit the items"),
-        }
-    });
     let watermarks = sections.optional(Kind::Watermarks, |s| {
         Watermarks::from_bytes(&s.column::<u8>(Kind::Watermarks)?)
     })?;
     Ok(BaseSegment {
         tags,
-        available: available.transpose()?,
+        available: sections.available(num_items)?,
         watermarks: Arc::new(watermarks.unwrap_or_default()),
-        weights,
+        weights: sections.weights(num_items)?,
         ties: if header.version < 3 { Ties::ByAge } else { Ties::ByName },
         lineage: header.lineage,
         snapshot: header.snapshot,
@@ -423,6 +405,30 @@ struct Sections<'a> {
 }
 
 impl Sections<'_> {
+    fn available(&self, num_items: usize) -> std::result::Result<Option<Arc<RankBitmap>>, String> {
+        let words: Option<Column<u64>> =
+            self.optional(Kind::Available, |s| s.column(Kind::Available))?;
+        let Some(words) = words else { return Ok(None) };
+        let has_room = words.len() == num_items.div_ceil(64);
+        let beyond = words.last().map_or(0, |last| last >> ((num_items - 1) % 64) >> 1);
+        match has_room && beyond == 0 {
+            true => Ok(Some(Arc::new(RankBitmap::new(words.to_vec(), num_items as u32)))),
+            false => Err("the set of available items does not fit the items".into()),
+        }
+    }
+
+    fn weights(&self, num_items: usize) -> std::result::Result<Option<Column<f32>>, String> {
+        let weights: Option<Column<f32>> =
+            self.optional(Kind::Weights, |s| s.column(Kind::Weights))?;
+        let are_sound = |weights: &Column<f32>| {
+            weights.len() == num_items && weights.iter().all(|weight| weight.is_finite())
+        };
+        match weights.as_ref().is_none_or(are_sound) {
+            true => Ok(weights),
+            false => Err("the weights do not fit the items, or one is not finite".into()),
+        }
+    }
+
     fn column<T: Pod>(&self, kind: Kind) -> std::result::Result<Column<T>, String> {
         let section = self.table.iter().find(|section| section.kind == kind as u64);
         let range = |section: &Section| -> Range<usize> {
