@@ -1268,7 +1268,7 @@ fn a_history_of_a_hundred_thousand_names_is_read() {
 #[test]
 fn unusual_text_is_read_or_answered_in_its_place() {
     let input =
-        b"\xef\xbb\xbf{\"history\": [\"17\"]}\r\n\r\n\xff\xfe\n{\"history\": [\"1\07\"]}\n\0\n\
+        b"\xef\xbb\xbf{\"history\": [\"17\"]}\r\n\r\n\xff\xfe\n{\"history\": [\"1\x007\"]}\n\0\n\
         {\"history\": [\"17\"]}";
     let output = recommend(input, &["--top-k", "1"]);
     let lines = lines(&output.stdout);

@@ -351,24 +351,19 @@ impl Adapter {
             return Err(wrong());
         }
         let scale = self.scale(module, rank)?;
-        // Rows of the result are combinations of `rows`, with `factor` of row and rank.
+        // The change is a product, `factors` of shape [rows, rank] by `sources` [rank, width].
         let (a, b) = (a.to_vec(), b.to_vec());
-        let (rows, factor): (Vec<f32>, Box<dyn Fn(usize, usize) -> f32 + Sync>) =
-            match factors.is_embedding {
-                false => (a, Box::new(|row, k| b[row * rank + k])),
-                true => {
-                    let columns = (0..rank).flat_map(|k| (0..num_out).map(move |out| (out, k)));
-                    let transposed = columns.map(|(out, k)| b[out * rank + k]).collect();
-                    (transposed, Box::new(|row, k| a[k * num_in + row]))
-                }
-            };
+        let (factors, sources) = match factors.is_embedding {
+            false => (b, a),
+            true => (transposed(&a, num_in), transposed(&b, rank)),
+        };
         let width = expected[1];
         let mut values = before.to_vec();
         values.par_chunks_mut(width.max(1)).enumerate().for_each(|(row, values)| {
             let mut change = vec![0.0f32; width];
             for k in 0..rank {
-                let factor = factor(row, k);
-                let source = &rows[k * width..(k + 1) * width];
+                let factor = factors[row * rank + k];
+                let source = &sources[k * width..(k + 1) * width];
                 change.iter_mut().zip(source).for_each(|(sum, x)| *sum += factor * x);
             }
             values.iter_mut().zip(&change).for_each(|(value, change)| *value += scale * change);
@@ -434,4 +429,10 @@ impl Adapter {
             Some(value) => Ok(Some(number(key, value)?)),
         }
     }
+}
+
+/// A matrix, row by row, of so many columns; its transpose.
+fn transposed(matrix: &[f32], num_columns: usize) -> Vec<f32> {
+    let column = |at: usize| matrix.iter().skip(at).step_by(num_columns).copied();
+    (0..num_columns).flat_map(column).collect()
 }

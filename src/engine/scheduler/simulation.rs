@@ -81,6 +81,9 @@ impl Outcome {
     }
 }
 
+/// What a caller was told.
+type Told = (RequestId, Result<Answer>);
+
 /// A scheduler, a device and a clock.
 struct Simulation {
     scheduler: Scheduler<()>,
@@ -90,7 +93,8 @@ struct Simulation {
     slowness: fn(f64) -> f64,
     /// Requests that have not ended: when they came, their length, whether their priority is high.
     asked: HashMap<RequestId, (Micros, usize, bool)>,
-    answers: (Sender<(RequestId, Result<Answer>)>, Receiver<(RequestId, Result<Answer>)>),
+    sender: Sender<Told>,
+    answers: Receiver<Told>,
     outcomes: Vec<Outcome>,
 }
 
@@ -102,6 +106,7 @@ impl Simulation {
         let limits = Limits { beam_rows: 256, prompt_tokens: 1024, ageing_us: 500_000 };
         let (context_pages, tail_pages) = (load.context_pages, 4096);
         let spec = SchedulerSpec { limits, context_pages, tail_pages, ..SPEC };
+        let (sender, answers) = channel();
         Simulation {
             scheduler: Scheduler::new(&spec, Arc::default()),
             preparer: Preparer { context_pages, tail_pages, max_context: 8192, ..preparer() },
@@ -109,7 +114,8 @@ impl Simulation {
             now_us: 0,
             slowness: load.slowness,
             asked: HashMap::new(),
-            answers: channel(),
+            sender,
+            answers,
             outcomes: Vec::new(),
         }
     }
@@ -119,7 +125,7 @@ impl Simulation {
         let prepared = self.preparer.prepare_at(Arrival { id, arrived_us }, request);
         let prepared = prepared.expect("a sound request");
         self.asked.insert(id, (arrived_us, prepared.tokens().len(), is_high));
-        let sender = self.answers.0.clone();
+        let sender = self.sender.clone();
         let reply = Reply::new(move |answer| sender.send((id, answer)).expect("a receiver"));
         self.scheduler.enqueue(prepared, reply);
     }
@@ -159,7 +165,7 @@ impl Simulation {
         for (reply, answer) in self.scheduler.take_ended() {
             reply.send(answer);
         }
-        for (id, answer) in self.answers.1.try_iter() {
+        for (id, answer) in self.answers.try_iter() {
             let (arrived_us, len, is_high) = self.asked.remove(&id).expect("answered once");
             let end = match answer {
                 Err(Error::EmptyInput) => End::Answered,
