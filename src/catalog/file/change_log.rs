@@ -1,11 +1,11 @@
 //! Changes on disk: a log beside the catalog's file, `<catalog>.changes`.
 //!
-//! [`super::log_format`] has the bytes. A compiled catalog knows its snapshot number, and a reader
+//! `log_format.rs` has the bytes. A compiled catalog knows its snapshot number, and a reader
 //! skips the records up to it. So a new compiled file and a new log need not appear in one instant.
 //!
 //! A log that ends early was either being written when its process or machine died, or has lost
 //! acknowledged changes. The two are told apart by the shape of the last record and by what the
-//! catalog's lock says was acknowledged ([`super::lock`]). Lost changes are an error, with
+//! catalog's lock says was acknowledged (`lock.rs`). Lost changes are an error, with
 //! `sidereal catalog check` as the way out.
 
 use std::fs::{File, Metadata, OpenOptions};
