@@ -383,7 +383,7 @@ fn shards_must_lie_in_the_folder() {
         assert_error!(folder.open(), Error::WeightsFile { .. }, "not a file of this folder");
     }
     folder.write(index, r#"{"weight_map": {"a": "b.safetensors"}}"#);
-    assert_error!(folder.open(), Error::Io { .. }, "b.safetensors");
+    assert_error!(folder.open(), Error::WeightsFile { .. }, "b.safetensors", "not there");
     for text in ["", "{", "{}", "[]", r#"{"weight_map": {"a": 7}}"#] {
         folder.write(index, text);
         assert_error!(folder.open(), Error::WeightsFile { .. }, index, "again");
@@ -602,7 +602,12 @@ fn layouts_must_make_sense() {
     folder.write("sidereal.json", "{\"levels\": [");
     assert_error!(folder.open(), Error::ModelConfig { .. }, "sidereal.json", "EOF");
     folder.remove("sidereal.json");
-    assert_error!(folder.open(), Error::Io { .. }, "sidereal.json");
+    assert_error!(
+        folder.open(),
+        Error::ModelFolder { .. },
+        "there is no sidereal.json",
+        "smallest"
+    );
 }
 
 #[test]
