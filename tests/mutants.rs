@@ -285,7 +285,7 @@ const MUTANTS: [Mutant; 16] = [
         ),
         check: check_prefill,
         on: On::Warpgroups,
-        found_as: "in flight",
+        found_as: "uninitialised",
     },
     Mutant {
         name: "panels that lie too near",
