@@ -1,19 +1,30 @@
 //! Jinja templates: what a prompt says, from the items of a history and fields of a request.
 //!
-//! A template comes with a model, so it is not trusted: [`FUEL`] bounds what it may compute and
-//! write, and it reads nothing but the variables that it is given.
+//! A template comes with a model, so it reads nothing but the variables that it is given, and
+//! [`FUEL`] bounds what it may compute and write. minijinja charges for instructions, texts and
+//! the items that a filter visits, but it turns a list or map into text before it knows how long
+//! the text becomes, so [`pay_for`] charges for it first wherever one is printed or given to a
+//! filter, function or method that reads it as text. Operators cannot be reached: `~`, `+`, `in`
+//! and comparisons of lists that hold the same list many times over, or that are nested many
+//! thousands deep, are not bounded.
 
 use std::fmt;
 use std::sync::Arc;
 
 use minijinja::syntax::{SyntaxConfig, SyntaxConfigBuilder};
-use minijinja::value::{Kwargs, Rest, Serde, ValueKind};
-use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
+use minijinja::value::{Kwargs, Rest, Serde, StringInput, ValueKind, ValueOrKwargs};
+use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value, filters};
 use serde::Serialize;
 
 /// What one rendering may spend: an instruction, or 64 bytes of data, costs one. It is enough for
 /// some megabytes of text, and spent within a fraction of a second.
 const FUEL: u64 = 1_000_000;
+
+/// The bytes of data that one unit of fuel pays for, as in minijinja.
+const BYTES_OF_FUEL: usize = 64;
+
+/// How deep a value that becomes text may be nested: deeper ones would exhaust the stack.
+const MAX_DEPTH: usize = 64;
 
 /// The name of an environment's only template.
 const NAME: &str = "template";
@@ -96,13 +107,120 @@ fn environment(syntax: &mut SyntaxConfigBuilder) -> Result<Environment<'static>,
     let mut environment = Environment::new();
     environment.set_syntax(syntax.build().map_err(|error| words(&error))?);
     environment.set_fuel(Some(FUEL));
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_function("raise_exception", |message: String| -> Result<Value, _> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    environment.set_formatter(|out, state, value| {
+        pay_for(state, value, 0)?;
+        minijinja::escape_formatter(out, state, value)
+    });
+    environment.set_unknown_method_callback(|state, value, method, arguments| {
+        // The methods of maps look no deeper than their keys.
+        if value.kind() != ValueKind::Map {
+            for value in arguments.iter().chain([value]) {
+                pay_for(state, value, 0)?;
+            }
+        }
+        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, arguments)
+    });
+    for (name, filter) in filters_of_text() {
+        environment.add_filter(
+            name,
+            move |state: &mut State<'_, '_>, arguments: Rest<ValueOrKwargs>| {
+                let arguments = arguments.into_values();
+                for value in &arguments {
+                    pay_for(state, value, 0)?;
+                }
+                filter.call(state, &arguments)
+            },
+        );
+    }
+    // They write values for people who debug a template, and no prompt.
+    environment.remove_filter("pprint");
+    environment.remove_global("debug");
+    environment.add_function("raise_exception", |message: &str| -> Result<Value, _> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_string()))
     });
     environment.add_function("strftime_now", strftime_now);
-    environment.add_filter("tojson", to_json);
     Ok(environment)
+}
+
+/// minijinja's filters that read lists and maps as text, or that compare them.
+fn filters_of_text() -> [(&'static str, Value); 20] {
+    [
+        ("capitalize", Value::from_function(filters::capitalize)),
+        ("e", Value::from_function(filters::escape)),
+        ("escape", Value::from_function(filters::escape)),
+        ("format", Value::from_function(filters::format)),
+        ("groupby", Value::from_function(filters::groupby)),
+        ("indent", Value::from_function(indent)),
+        ("join", Value::from_function(filters::join)),
+        ("lines", Value::from_function(filters::lines)),
+        ("lower", Value::from_function(filters::lower)),
+        ("max", Value::from_function(filters::max)),
+        ("min", Value::from_function(filters::min)),
+        ("replace", Value::from_function(replace)),
+        ("sort", Value::from_function(filters::sort)),
+        ("split", Value::from_function(filters::split)),
+        ("string", Value::from_function(filters::string)),
+        ("title", Value::from_function(filters::title)),
+        ("tojson", Value::from_function(to_json)),
+        ("trim", Value::from_function(filters::trim)),
+        ("unique", Value::from_function(filters::unique)),
+        ("upper", Value::from_function(filters::upper)),
+    ]
+}
+
+/// minijinja's `indent`, charged for the spaces before they are written.
+fn indent(
+    state: &State<'_, '_>,
+    value: StringInput<'_>,
+    width: Option<usize>,
+    first: Option<bool>,
+    options: Kwargs,
+) -> Result<Value, minijinja::Error> {
+    let width = width.or(options.get("width")?).unwrap_or(4);
+    let first = first.or(options.get("first")?);
+    let blank: Option<bool> = options.get("blank")?;
+    options.assert_all_used()?;
+    let lines = value.as_str().lines().count() + 1;
+    state.consume_fuel((lines.saturating_mul(width) / BYTES_OF_FUEL) as u64)?;
+    filters::indent(value, Some(width), first, blank, Kwargs::from_iter::<[(&str, Value); 0]>([]))
+}
+
+/// The method `replace` of a text, which takes a count as Jinja's filter does.
+fn replace(
+    state: &mut State<'_, '_>,
+    value: &Value,
+    from: &Value,
+    to: &Value,
+    count: Option<i32>,
+) -> Result<Value, minijinja::Error> {
+    let text = |value: &Value| Value::from(value.to_string());
+    let arguments = [text(from), text(to), Value::from(count.unwrap_or(-1))];
+    text(value).call_method(state, "replace", &arguments)
+}
+
+/// Charges for the text that a list or map becomes, before it becomes one.
+///
+/// # Errors
+/// The fuel does not suffice, or the value is nested too deep.
+fn pay_for(state: &State<'_, '_>, value: &Value, depth: usize) -> Result<(), minijinja::Error> {
+    if depth > MAX_DEPTH {
+        let reason = format!("the value is nested deeper than {MAX_DEPTH} lists");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, reason));
+    }
+    if depth > 0 {
+        let bytes = value.as_str().map_or(0, str::len);
+        state.consume_fuel(1 + (bytes / BYTES_OF_FUEL) as u64)?;
+    }
+    let is_map = value.kind() == ValueKind::Map;
+    if is_map || matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) {
+        for item in value.try_iter()? {
+            pay_for(state, &item, depth + 1)?;
+            if is_map {
+                pay_for(state, &value.get_item(&item)?, depth + 1)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Today's date, which a request has to say: an answer depends on its request alone.
@@ -122,11 +240,17 @@ fn to_json(
     arguments: Rest<Value>,
     options: Kwargs,
 ) -> Result<Value, minijinja::Error> {
+    /// More spaces than any prompt takes.
+    const MAX_INDENT: usize = 64;
     let _ = arguments;
     let indent: Option<usize> = options.get("indent")?;
     // Further options of transformers' filter do not change what this one writes by default.
     let _: Option<Value> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
+    if indent.is_some_and(|indent| indent > MAX_INDENT) {
+        let reason = format!("tojson indents by at most {MAX_INDENT} spaces");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, reason));
+    }
     let mut text = String::new();
     write_json(&value, indent, 0, &mut text)?;
     Ok(Value::from_safe_string(text))
@@ -216,6 +340,8 @@ fn without_generation_tags(source: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use serde_json::json;
 
     use super::*;
@@ -234,11 +360,56 @@ mod tests {
             doubling,
             joined,
             "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+            "{% for i in range(10**9) %}x{% endfor %}",
             "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+            "{% include 'template' %}",
+            "{% extends 'template' %}",
             "{{ 'a' * 1000000000 }}",
+            "{{ (('a' * 10000) * 10000) * 10000 }}",
+            "{{ 'a' ~ ('b' * 99999999) }}",
+            "{{ ['a' * 10000000] * 10000 }}",
+            "{{ [['a'] * 99999999] * 99999999 }}",
+            "{{ (['a' * 10000000] * 10000) | string }}",
+            "{{ (['a' * 10000000] * 10000) | upper }}",
+            "{{ (['a' * 10000000] * 10000) | replace('a', 'b') }}",
+            "{{ (['a' * 10000000] * 10000) | join }}",
+            "{{ [['a' * 10000000] * 10000] | join }}",
+            "{{ ''.join([['a' * 10000000] * 10000]) }}",
+            "{{ '{}'.format(['a' * 10000000] * 10000) }}",
+            "{{ '%s' | format(['a' * 10000000] * 10000) }}",
+            "{{ (['a' * 10000000] * 10000) | tojson }}",
+            "{{ [1, 2] | tojson(indent=1000000000000) }}",
+            "{% for i in range(99999) %}{% set x = (['a'] * 99999) | tojson %}{% endfor %}",
+            "{{ '%1000000000d' | format(1) }}",
+            "{{ '{:1000000000}'.format(1) }}",
+            "{{ '{:>1000000000}'.format('a') }}",
+            "{{ 'a\nb' | indent(1000000000000) }}",
+            "{{ raise_exception(['a' * 10000000] * 10000) }}",
+            "{% set ns = namespace(x=[1]) %}{% for i in range(64) %}\
+             {% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=[1]) %}{% for i in range(100) %}\
+             {% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
         ] {
+            let start = Instant::now();
             let outcome = render(source);
             assert!(outcome.is_err(), "{source}");
+            assert!(start.elapsed() < Duration::from_secs(5), "{source}: {:?}", start.elapsed());
+        }
+    }
+
+    #[test]
+    fn filters_that_are_charged_do_what_jinjas_do() {
+        for (source, expected) in [
+            ("{{ 'a\nb' | indent }}", "a\n    b"),
+            ("{{ 'a\nb' | indent(width=1, first=true) }}", " a\n b"),
+            ("{{ 'aaa' | replace('a', 'b') }}", "bbb"),
+            ("{{ 'aaa' | replace('a', 'b', 1) }}", "baa"),
+            ("{{ list | join('-') }}{{ list | string }}{{ list }}", "1-2[1, 2][1, 2]"),
+            ("{{ [2, 1] | sort(reverse=true) | first }}", "2"),
+            ("{{ ' x ' | trim | upper }}", "X"),
+        ] {
+            assert_eq!(render(source).as_deref(), Ok(expected), "{source}");
         }
     }
 
