@@ -9,7 +9,7 @@ use sidereal::wire::RequestLine;
 use sidereal::{Answer, Error, Request, Result};
 
 use super::arguments::{ModelArguments, Outcome, SearchArguments, say, write_error};
-use super::requests::{Requests, answer_file};
+use super::requests::{Delivery, Requests, answer_file};
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -81,6 +81,8 @@ struct Report {
     unknown_targets: u64,
     /// Names in histories that the catalog does not have and that were left out.
     unknown_items: usize,
+    /// Lines without a target, which were answered and could not be judged.
+    without_target: u64,
     beams: usize,
     /// The target counts as found where its semantic ID is.
     by_sid: Metrics,
@@ -94,6 +96,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let start = std::time::Instant::now();
     let (mut by_sid, mut by_item) = (Tally::default(), Tally::default());
     let (mut requests, mut failed, mut unknown_targets, mut unknown_items) = (0, 0, 0, 0);
+    let mut without_target = 0;
     let defaults = arguments.search.defaults(usize::MAX >> 1);
     let check = |request: Request| match request.read.is_empty() {
         true => Ok(request),
@@ -103,7 +106,8 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         }
     };
     let lines = Requests::open(&arguments.requests)?;
-    answer_file(&recommender, lines, &defaults, check, |answered| {
+    answer_file(&recommender, lines, &defaults, check, |delivery| {
+        let Delivery::Answer(answered) = delivery else { return Ok(()) };
         let line = answered.line_number;
         let target = answered.line.as_ref().and_then(RequestLine::target);
         match (&answered.answer, target) {
@@ -117,10 +121,11 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
                 by_sid.add(sid_rank);
                 by_item.add(item_rank);
             }
-            (Ok(_), None) => {
-                let reason = format!("line {line}: evaluation needs a \"target\"");
-                return Err(bad_requests(&arguments.requests, reason));
+            (_, None) if answered.line.is_some() => {
+                without_target += 1;
+                return Ok(());
             }
+            (Ok(_), None) => unreachable!("what was answered has a line"),
             (Err(error), _) => {
                 say(&format!("line {line}: {error}"));
                 failed += 1;
@@ -130,7 +135,11 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         Ok(())
     })?;
     if requests == 0 {
-        return Err(bad_requests(&arguments.requests, "there are no requests".into()));
+        let reason = match without_target {
+            0 => "there are no requests".into(),
+            count => format!("none of {count} requests has a \"target\", the item taken next"),
+        };
+        return Err(bad_requests(&arguments.requests, reason));
     }
     // A request that failed found nothing: it counts.
     let report = Report {
@@ -138,6 +147,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         failed,
         unknown_targets,
         unknown_items,
+        without_target,
         beams: defaults.beams,
         by_sid: by_sid.metrics(requests),
         by_item: by_item.metrics(requests),
@@ -183,6 +193,10 @@ fn to_text(report: &Report) -> String {
         )
     };
     let mut unknown = String::new();
+    if report.without_target > 0 {
+        unknown +=
+            &format!("{} lines have no \"target\" and were left out\n", report.without_target);
+    }
     if report.unknown_targets > 0 {
         unknown += &format!(
             "{} targets are not in the catalog and count as not found\n",

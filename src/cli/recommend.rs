@@ -14,7 +14,7 @@ use super::arguments::{
     refuse_same_file, write_error,
 };
 use super::output::create_stream;
-use super::requests::{Answered, Requests, answer_file};
+use super::requests::{Answered, Delivery, Requests, answer_file};
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -133,7 +133,8 @@ fn answer(
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
     let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
-    answer_file(&recommender, requests, defaults, check, |answered| {
+    answer_file(&recommender, requests, defaults, check, |delivery| {
+        let Delivery::Answer(answered) = delivery else { return writer.flush().map_err(&failed) };
         if answered.answer.is_err() {
             outcome = Outcome::SomeFailed;
         }

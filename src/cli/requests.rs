@@ -1,9 +1,13 @@
-//! Files of requests: read in stretches, answered on all cores, given back in order.
+//! Requests of a file or a stream: answered as they come, given back in order.
+//!
+//! A thread reads lines and checks their form; the engine answers up to [`WINDOW`] of them at a time.
+//! Whoever writes a line and waits for its answer gets it: nothing waits for the next line.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
@@ -12,10 +16,10 @@ use sidereal::lines::{Line, Lines, MAX_LINE_BYTES};
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{Answer, Error, Recommender, Request, Result};
 
-/// Lines that are held at a time.
-const LINES_PER_STRETCH: usize = 4096;
-/// Bytes of lines from which on no more are held: a stretch ends with the line that reaches them.
-const BYTES_PER_STRETCH: usize = MAX_LINE_BYTES;
+/// Lines that are held at a time, from the reading to the writing of their answers.
+const WINDOW: usize = 512;
+/// Bytes of lines from which on no further one is read until earlier ones are answered.
+const WINDOW_BYTES: usize = MAX_LINE_BYTES;
 
 /// One line of a requests file with its answer.
 pub struct Answered {
@@ -30,14 +34,14 @@ pub struct Answered {
 /// A file of requests, found readable.
 pub struct Requests {
     path: PathBuf,
-    input: Box<dyn Read>,
+    input: Box<dyn Read + Send>,
     bytes: Option<u64>,
 }
 
 impl Requests {
     /// Opens `path`, `-` for the standard input.
     pub fn open(path: &Path) -> Result<Requests> {
-        let (input, bytes): (Box<dyn Read>, Option<u64>) = match path.as_os_str() == "-" {
+        let (input, bytes): (Box<dyn Read + Send>, Option<u64>) = match path.as_os_str() == "-" {
             true => (Box::new(std::io::stdin()), None),
             false => {
                 let file = File::open(path).map_err(io_error(path))?;
@@ -52,6 +56,14 @@ impl Requests {
     }
 }
 
+/// What [`answer_file`] hands over.
+pub enum Delivery {
+    /// The next answer, in the order of the input.
+    Answer(Answered),
+    /// The next answer is not there yet: whoever reads the output should have those before it.
+    Pause,
+}
+
 /// Answers every line whose request passes `check`, and hands the answers over in input order. Blank
 /// lines are passed over.
 pub fn answer_file(
@@ -59,39 +71,164 @@ pub fn answer_file(
     requests: Requests,
     defaults: &RequestDefaults,
     check: impl Fn(Request) -> Result<Request>,
-    mut each: impl FnMut(Answered) -> Result<()>,
+    mut deliver: impl FnMut(Delivery) -> Result<()>,
 ) -> Result<()> {
-    let Requests { path, input, bytes } = requests;
-    let path = path.as_path();
-    let progress = progress_bar(bytes, "requests");
-    let mut lines = Lines::new(progress.wrap_read(input));
-    let mut line_number = 0;
-    loop {
-        let (mut stretch, mut bytes) = (Vec::new(), 0);
-        while stretch.len() < LINES_PER_STRETCH && bytes < BYTES_PER_STRETCH {
-            let Some(line) = lines.next().map_err(io_error(path))? else { break };
-            line_number += 1;
-            if line.is_blank() {
-                continue;
+    let progress = progress_bar(requests.bytes, "requests");
+    let (events, incoming) = mpsc::channel();
+    let (credits, wanted) = mpsc::channel();
+    let reader = Reader { events: events.clone(), wanted, defaults: defaults.clone() };
+    let bar = progress.clone();
+    let thread = std::thread::Builder::new().name("sidereal-requests".into());
+    thread.spawn(move || reader.run(requests, &bar)).map_err(|error| Error::Device {
+        device: "cpu".into(),
+        reason: format!("a thread that reads requests could not be started: {error}"),
+    })?;
+    let mut window = Window { credits, lines: VecDeque::new(), first: 0, bytes: 0, owed: 0 };
+    window.owed = WINDOW;
+    let mut end = None;
+    while end.is_none() || !window.lines.is_empty() {
+        window.pay();
+        let event = match incoming.try_recv() {
+            Ok(event) => event,
+            Err(TryRecvError::Empty) => {
+                progress.suspend(|| deliver(Delivery::Pause))?;
+                incoming.recv().expect("this end has a sender as well")
             }
-            let mut parsed = parse(line_number, line, defaults);
-            parsed.request = parsed.request.and_then(&check);
-            stretch.push(parsed);
-            // The end of a line that is too long may never come: it is answered first.
-            bytes += match line {
-                Line::Whole(line) => line.len(),
-                Line::TooLong => BYTES_PER_STRETCH,
-            };
+            Err(TryRecvError::Disconnected) => unreachable!("this end has a sender as well"),
+        };
+        match event {
+            Event::Line(parsed, bytes) => {
+                window.submit(recommender, parsed, bytes, &check, &events)
+            }
+            Event::Answer(number, answer) => window.place(number, answer),
+            Event::End(outcome) => end = Some(outcome),
         }
-        if stretch.is_empty() {
-            break;
-        }
-        for answered in answer(recommender, stretch, &progress) {
-            progress.suspend(|| each(answered))?;
+        for answered in window.answered() {
+            progress.suspend(|| deliver(Delivery::Answer(answered)))?;
         }
     }
     progress.finish_and_clear();
-    Ok(())
+    end.expect("the loop waits for it")
+}
+
+/// What happens to the window.
+enum Event {
+    /// A line was read; with its bytes.
+    Line(Parsed, usize),
+    /// The request of a line, by the line's number in the window's count, was answered.
+    Answer(u64, Result<Answer>),
+    /// There are no more lines.
+    End(Result<()>),
+}
+
+/// The thread that reads.
+struct Reader {
+    events: Sender<Event>,
+    /// One for each line that may be read.
+    wanted: Receiver<()>,
+    defaults: RequestDefaults,
+}
+
+impl Reader {
+    fn run(self, requests: Requests, progress: &ProgressBar) {
+        let outcome = self.read(requests, progress);
+        let _ = self.events.send(Event::End(outcome)); // nobody listens after an error of the output
+    }
+
+    fn read(&self, requests: Requests, progress: &ProgressBar) -> Result<()> {
+        let Requests { path, input, .. } = requests;
+        let mut lines = Lines::new(progress.wrap_read(input));
+        let mut line_number = 0;
+        while self.wanted.recv().is_ok() {
+            let (parsed, bytes) = loop {
+                let Some(line) = lines.next().map_err(io_error(&path))? else { return Ok(()) };
+                line_number += 1;
+                if line.is_blank() {
+                    continue;
+                }
+                let bytes = match line {
+                    Line::Whole(line) => line.len(),
+                    Line::TooLong => 0,
+                };
+                break (parse(line_number, line, &self.defaults), bytes);
+            };
+            if self.events.send(Event::Line(parsed, bytes)).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lines between their reading and the writing of their answers, in the order of the input.
+struct Window {
+    credits: Sender<()>,
+    lines: VecDeque<Held>,
+    /// The number of the first one.
+    first: u64,
+    bytes: usize,
+    /// Lines that the reader may read once there is room for their bytes.
+    owed: usize,
+}
+
+struct Held {
+    line_number: usize,
+    line: Option<RequestLine>,
+    id: Value,
+    bytes: usize,
+    /// `None` until it is there.
+    answer: Option<Result<Answer>>,
+}
+
+impl Window {
+    /// Lets the reader go on, as far as there is room.
+    fn pay(&mut self) {
+        while self.owed > 0 && (self.bytes < WINDOW_BYTES || self.lines.is_empty()) {
+            self.owed -= 1;
+            let _ = self.credits.send(()); // the reader may have ended
+        }
+    }
+
+    fn submit(
+        &mut self,
+        recommender: &Recommender,
+        parsed: Parsed,
+        bytes: usize,
+        check: impl Fn(Request) -> Result<Request>,
+        events: &Sender<Event>,
+    ) {
+        let Parsed { line_number, line, id, request } = parsed;
+        let number = self.first + self.lines.len() as u64;
+        let events = events.clone();
+        let callback = move |answer| drop(events.send(Event::Answer(number, answer)));
+        let submitted =
+            request.and_then(check).and_then(|request| recommender.submit_with(request, callback));
+        self.bytes += bytes;
+        self.lines.push_back(Held {
+            line_number,
+            line,
+            id,
+            bytes,
+            answer: submitted.err().map(Err),
+        });
+    }
+
+    fn place(&mut self, number: u64, answer: Result<Answer>) {
+        let at = usize::try_from(number - self.first).expect("a line is held until it is answered");
+        self.lines[at].answer = Some(answer);
+    }
+
+    /// Takes the lines out that are answered and have no unanswered one before them.
+    fn answered(&mut self) -> impl Iterator<Item = Answered> + '_ {
+        std::iter::from_fn(|| {
+            let answer = self.lines.front_mut()?.answer.take()?;
+            let Held { line_number, line, id, bytes, .. } = self.lines.pop_front()?;
+            self.first += 1;
+            self.bytes -= bytes;
+            self.owed += 1;
+            Some(Answered { line_number, line, id, answer })
+        })
+    }
 }
 
 /// The one field that is asked for where the rest of a line is malformed.
@@ -124,38 +261,6 @@ fn parse(line_number: usize, line: Line<'_>, defaults: &RequestDefaults) -> Pars
             Parsed { line_number, line: None, id: found.id, request: Err(error) }
         }
     }
-}
-
-fn answer(
-    recommender: &Recommender,
-    stretch: Vec<Parsed>,
-    progress: &ProgressBar,
-) -> Vec<Answered> {
-    let mut requests = Vec::new();
-    let mut answers = Vec::new(); // by line: its error, or its request's index
-    let mut heads = Vec::new();
-    for parsed in stretch {
-        answers.push(parsed.request.map(|request| {
-            requests.push(request);
-            requests.len() - 1
-        }));
-        heads.push((parsed.line_number, parsed.line, parsed.id));
-    }
-    let results: Vec<OnceLock<Result<Answer>>> = requests.iter().map(|_| OnceLock::new()).collect();
-    recommender.recommend_all(&requests, |index, answer| {
-        let _ = results[index].set(answer); // each index is delivered once
-        progress.tick();
-    });
-    let mut results: Vec<Option<Result<Answer>>> =
-        results.into_iter().map(OnceLock::into_inner).collect();
-    let lines = heads.into_iter().zip(answers);
-    lines
-        .map(|((line_number, line, id), request)| {
-            let answer =
-                request.and_then(|index| results[index].take().expect("every request is answered"));
-            Answered { line_number, line, id, answer }
-        })
-        .collect()
 }
 
 /// A bar of `bytes`, or a count where their number is unknown; shown on a terminal only.
