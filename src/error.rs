@@ -179,7 +179,7 @@ pub enum Error {
     #[error("the answer could not be there within its deadline of {deadline_ms} ms{}", retry(*retry_after_ms))]
     DeadlineExceeded {
         /// The deadline, from the moment when the request was handed over.
-        deadline_ms: u64,
+        deadline_ms: f64,
         /// Where the engine refused it because of what waited and ran before it: when it would have
         /// been in time, as predicted.
         retry_after_ms: Option<u64>,
@@ -534,7 +534,7 @@ mod tests {
             Error::Forked,
             Error::Overloaded { queued: 9, limit: 8, wait_ms: 30, retry_after_ms: 4 },
             Error::WriterBusy { backlog: 9, limit: 8 },
-            Error::DeadlineExceeded { deadline_ms: 5, retry_after_ms: Some(3) },
+            Error::DeadlineExceeded { deadline_ms: 5.0, retry_after_ms: Some(3) },
             Error::CatalogBehind { snapshot: 3, min_snapshot: 4 },
             Error::ShuttingDown,
             Error::io(&path, std::io::ErrorKind::NotFound.into()),

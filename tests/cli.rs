@@ -90,6 +90,62 @@ fn request_lines(count: usize) -> String {
     (0..count).map(line).collect()
 }
 
+/// A program that writes a line and waits for its answer gets it.
+#[test]
+fn lines_are_answered_as_they_come() {
+    for command in ["recommend", "rank"] {
+        let arguments = [command, "--model", MODEL, "--catalog", CATALOG, "--requests", "-"];
+        let mut child = sidereal(&arguments).spawn().expect("the binary of this build");
+        let mut stdin = child.stdin.take().expect("piped");
+        let mut answers = BufReader::new(child.stdout.take().expect("piped")).lines();
+        for id in 0..4 {
+            let line = json!({"id": id, "history": ["1"], "candidates": ["2"], "beams": 4});
+            let line = if id == 2 { r#"{"id": 2, "beams": "x"}"#.into() } else { line.to_string() };
+            writeln!(stdin, "{line}").expect("the child reads");
+            stdin.flush().expect("the child reads");
+            let answer = answers.next().expect("an answer").expect("text");
+            let answer: Value = serde_json::from_str(&answer).expect("JSON");
+            assert_eq!((&answer["id"], answer.get("error").is_some()), (&json!(id), id == 2));
+        }
+        drop(stdin);
+        assert!(answers.next().is_none());
+        assert_eq!(child.wait().expect("the child ends").code(), Some(1));
+    }
+}
+
+/// More lines than are held at a time, some of them bad, long and blank.
+#[test]
+fn answers_come_in_the_order_of_their_lines() {
+    let mut input = String::new();
+    for id in 0..1500 {
+        match id % 7 {
+            0 => input += &format!("{{\"id\": {id}, \"history\": []}}\n\n"),
+            1 => input += &format!("{{\"id\": {id}, \"nonsense\": 1}}\n"),
+            _ => input += &format!("{{\"id\": {id}, \"history\": [\"{id}\"], \"beams\": 2}}\n"),
+        }
+    }
+    let output = recommend(input.as_bytes(), &[]);
+    assert_eq!(code(&output), 1, "{}", errors(&output));
+    let ids: Vec<u64> =
+        lines(&output.stdout).iter().map(|line| line["id"].as_u64().expect("an id")).collect();
+    assert_eq!(ids, (0..1500).collect::<Vec<u64>>());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_output_that_fails_ends_a_command_whose_input_goes_on() {
+    let mut full =
+        sidereal(&["recommend", "--model", MODEL, "--catalog", CATALOG, "--requests", "-"]);
+    full.stdout(std::fs::OpenOptions::new().write(true).open("/dev/full").expect("Linux has it"));
+    let mut child = full.spawn().expect("the binary of this build");
+    // The input stays open: the command does not wait for its end.
+    let mut stdin = child.stdin.take().expect("piped");
+    stdin.write_all(b"{\"history\": [\"1\"], \"beams\": 2}\n").expect("the child reads");
+    let status = child.wait().expect("the child ends");
+    drop(stdin);
+    assert_eq!(status.code(), Some(2));
+}
+
 // Catalogs.
 
 #[test]
@@ -1024,6 +1080,35 @@ fn bench_is_a_load_tool() {
     let svg = std::fs::read_to_string(&plot).expect("a plot");
     assert!(svg.starts_with("<svg") && svg.contains("p99"));
 
+    // One load has the fields of callers who wait, and nothing is said of what nobody measured.
+    for (pointer, same) in [
+        ("/latency_ms", "/loads/0/latency_ms"),
+        ("/requests_per_second", "/loads/0/answered_per_second"),
+    ] {
+        assert!(
+            open.pointer(pointer).is_some_and(|value| Some(value) == open.pointer(same)),
+            "{open}"
+        );
+    }
+    for load in [
+        &["--repeat", "1"][..],
+        &["--batch", "4", "--repeat", "1"],
+        &["--rate", "100", "--seconds", "0.2"],
+    ] {
+        let never = [load, &["--deadline", "0.001"]].concat();
+        let report = report(&never);
+        assert!(report["latency_ms"].is_null(), "{never:?}: {report}");
+        let load = report.pointer("/loads/0").unwrap_or(&report);
+        let missed = |name| load[name].as_u64().unwrap_or(0);
+        assert!(missed("late") + missed("refused") > 4, "{never:?}: {report}");
+        let text = String::from_utf8(bench(&never).stdout).expect("UTF-8");
+        assert!(text.contains("no request was answered") || text.contains("      -"), "{text}");
+    }
+    let nowhere = ["--sweep", "--seconds", "1", "--plot", "/no/such/folder/latency.svg"];
+    let start = std::time::Instant::now();
+    assert_eq!(code(&bench(&nowhere)), 2);
+    assert!(start.elapsed().as_secs() < 8, "it was measured before the picture's place was tried");
+
     for wrong in [["--rate", "0"], ["--rate", "nan"], ["--returning", "101"]] {
         let output = bench(&wrong);
         assert_eq!(code(&output), 2, "{wrong:?}");
@@ -1113,7 +1198,10 @@ fn evaluation_agrees_with_the_answers() {
 fn evaluation_needs_targets_and_requests() {
     let small = Folder::small();
     for (rows, word) in [
-        ("{\"history\": [\"i0\"], \"target\": \"i1\"}\n{\"history\": [\"i0\"]}\n", "line 2"),
+        (
+            "{\"history\": [\"i0\"]}\n{\"history\": [\"i1\"]}\n",
+            "none of 2 requests has a \"target\"",
+        ),
         ("\n", "no requests"),
     ] {
         let path = small.write("rows.jsonl", rows);
@@ -1122,6 +1210,20 @@ fn evaluation_needs_targets_and_requests() {
         assert_eq!((code(&output), output.stdout.len()), (2, 0));
         assert!(errors(&output).contains(word), "{}", errors(&output));
     }
+}
+
+#[test]
+fn a_line_without_a_target_is_left_out_and_counted() {
+    let small = Folder::small();
+    let rows = "{\"history\": [\"i0\"], \"target\": \"i1\"}\n{\"history\": [\"i0\"]}\n";
+    let path = small.write("rows.jsonl", rows);
+    let evaluate = ["evaluate", "--model", plain(small.path()), "--requests", plain(&path)];
+    let output = run(&[&evaluate[..], &["--json"]].concat());
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!((&report["requests"], &report["without_target"]), (&json!(1), &json!(1)));
+    let text = String::from_utf8(run(&evaluate).stdout).expect("UTF-8");
+    assert!(text.contains("1 lines have no \"target\""), "{text}");
 }
 
 #[test]

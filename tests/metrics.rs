@@ -42,7 +42,7 @@ fn day(metrics: &Metrics) {
     });
     metrics.request_refused(&Error::EmptyInput);
     metrics.request_failed(&Error::NonFiniteScores { step: 1 });
-    let late = Error::DeadlineExceeded { deadline_ms: 5, retry_after_ms: Some(2) };
+    let late = Error::DeadlineExceeded { deadline_ms: 5.0, retry_after_ms: Some(2) };
     metrics.request_forecast_late(true);
     metrics.request_failed(&late);
     metrics.work(1_000, 1_750);

@@ -24,6 +24,7 @@ use super::device::DeviceArguments;
 use super::load::{self, LoadArguments, OpenReport, Source};
 use super::measure::{Machine, cpu_time, peak_memory_bytes};
 use super::shapes::Shape;
+use super::tally::{LatencyReport, Tally};
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -89,7 +90,14 @@ const RANDOM_REQUESTS: usize = 16;
 struct Report {
     requests: usize,
     requests_per_second: f64,
-    latency_ms: Latency,
+    /// Of answered requests; `None` where none was.
+    latency_ms: Option<Latency>,
+    /// Requests that were not answered in time, where they had a deadline.
+    #[serde(skip_serializing_if = "is_zero")]
+    late: usize,
+    /// Requests that were refused because they would have been late, or because too many waited.
+    #[serde(skip_serializing_if = "is_zero")]
+    refused: usize,
     /// CPU time of all threads.
     cpu_ms_per_request: Option<f64>,
     /// Summed over threads.
@@ -107,6 +115,10 @@ struct Report {
     machine: Machine,
 }
 
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
 /// The same requests while nothing changed and while the catalog did, turn by turn.
 #[derive(Serialize)]
 struct Churn {
@@ -116,12 +128,12 @@ struct Churn {
     changes_per_second: f64,
     /// Times that the catalog was compacted meanwhile.
     compactions: u64,
-    still_ms: Latency,
-    changing_ms: Latency,
-    p99_ratio: f64,
+    still_ms: Option<Latency>,
+    changing_ms: Option<Latency>,
+    p99_ratio: Option<f64>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Clone, Copy)]
 struct Latency {
     p50: f64,
     p95: f64,
@@ -175,14 +187,16 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         None => random_requests(&recommender, arguments.history as usize, &defaults)?,
     };
     recommender.recommend(&requests[0])?; // warms caches and scratch memory, and fails early
+    let mut plotted = None;
     let text = match arguments.load.is_open() {
         true => {
             let report = load::run_open(&recommender, &requests, &arguments.load)?;
+            plotted = Some(report.clone());
             say_unknown_items(&recommender)?;
             let settings = settings(arguments, recommender.num_threads());
             let machine = Machine::measure_alone(&arguments.device, recommender)?;
             match arguments.json {
-                true => to_json(&OpenLoad { report, settings, machine }),
+                true => to_json(&OpenLoad::new(report, settings, machine)),
                 false => report.to_text(),
             }
         }
@@ -205,6 +219,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         }
     };
     writeln!(std::io::stdout(), "{text}").map_err(write_error(None))?;
+    plotted.map_or(Ok(()), |report| arguments.load.plot(&report))?;
     Ok(Outcome::Done)
 }
 
@@ -222,10 +237,24 @@ fn to_json(report: &impl Serialize) -> String {
 
 #[derive(Serialize)]
 struct OpenLoad {
+    /// Of the load, where there is one: the fields that a closed load has as well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests_per_second: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    latency_ms: Option<LatencyReport>,
     #[serde(flatten)]
     report: OpenReport,
     settings: Settings,
     machine: Machine,
+}
+
+impl OpenLoad {
+    fn new(report: OpenReport, settings: Settings, machine: Machine) -> OpenLoad {
+        let only = if let [only] = &report.loads[..] { Some(only) } else { None };
+        let requests_per_second = only.map(|load| load.answered_per_second);
+        let latency_ms = only.and_then(|load| load.latency_ms);
+        OpenLoad { requests_per_second, latency_ms, report, settings, machine }
+    }
 }
 
 fn open(arguments: &Arguments) -> Result<Recommender> {
@@ -299,6 +328,8 @@ fn random_requests(
 #[derive(Default)]
 struct Run {
     latencies_ms: Vec<f64>,
+    late: usize,
+    refused: usize,
     seconds: f64,
     cpu_seconds: Option<f64>,
     /// None on a device, whose phases follow one another unseen.
@@ -310,6 +341,8 @@ struct Run {
 impl Run {
     fn add(&mut self, other: Run) {
         self.latencies_ms.extend(other.latencies_ms);
+        self.late += other.late;
+        self.refused += other.refused;
         self.seconds += other.seconds;
         let both = other.cpu_seconds.map(|seconds| self.cpu_seconds.unwrap_or(0.0) + seconds);
         self.cpu_seconds = both;
@@ -322,12 +355,13 @@ impl Run {
         self.matrix_flops += other.matrix_flops;
     }
 
-    fn latency(&self) -> Latency {
+    fn latency(&self) -> Option<Latency> {
         let mut sorted = self.latencies_ms.clone();
         sorted.sort_by(f64::total_cmp);
-        let last = sorted.len() - 1;
+        let last = sorted.len().checked_sub(1)?;
         let quantile = |share: f64| sorted[(last as f64 * share).round() as usize];
-        Latency { p50: quantile(0.5), p95: quantile(0.95), p99: quantile(0.99), max: sorted[last] }
+        let (p50, p95, p99) = (quantile(0.5), quantile(0.95), quantile(0.99));
+        Some(Latency { p50, p95, p99, max: sorted[last] })
     }
 }
 
@@ -384,7 +418,7 @@ fn measure_churn(
         changes,
         changes_per_second: changes as f64 / changing_seconds,
         compactions: writer.num_compactions(),
-        p99_ratio: changing_ms.p99 / still_ms.p99,
+        p99_ratio: changing_ms.zip(still_ms).map(|(changing, still)| changing.p99 / still.p99),
         still_ms,
         changing_ms,
     };
@@ -438,6 +472,7 @@ fn measure(
     let (start, cpu_start) = (Instant::now(), cpu_time());
     let mut source = Source::new(recommender, requests, &arguments.load);
     let mut cached_tokens_share = 0.0;
+    let (mut late, mut refused) = (0, 0);
     match (arguments.batch, arguments.concurrency) {
         (None, 1) if !arguments.load.is_mixed() => {
             for request in (0..repeat).flat_map(|_| requests) {
@@ -452,18 +487,23 @@ fn measure(
             let callers = callers as usize;
             let load = load::closed_loop(recommender, &mut source, callers, count, &bar, note)?;
             cached_tokens_share = load.cached_tokens_share;
+            (late, refused) = (load.late, load.refused);
         }
         (Some(batch), _) => {
             let drawn: Vec<Request> = (0..count).map(|_| source.draw()).collect();
             for group in drawn.chunks(batch as usize) {
                 let start = Instant::now();
-                let mut failure = None;
+                let mut tally = Tally::new();
                 recommender.recommend_all(group, |_, answer| {
-                    latencies_ms.push(start.elapsed().as_secs_f64() * 1e3);
-                    failure = failure.take().or(answer.err());
+                    let latency = start.elapsed();
+                    if answer.is_ok() {
+                        latencies_ms.push(latency.as_secs_f64() * 1e3);
+                    }
+                    tally.note(answer, latency, 0);
                     bar.inc(1);
                 });
-                failure.map_or(Ok(()), Err)?;
+                let (group_late, group_refused) = tally.missed()?;
+                (late, refused) = (late + group_late, refused + group_refused);
             }
         }
     }
@@ -478,6 +518,8 @@ fn measure(
     });
     Ok(Run {
         latencies_ms,
+        late,
+        refused,
         seconds,
         cpu_seconds,
         phases,
@@ -488,12 +530,15 @@ fn measure(
 
 fn report(settings: Settings, run: Run, churn: Option<Churn>, machine: Machine) -> Report {
     let requests = run.latencies_ms.len();
+    let each = requests.max(1) as f64;
     let matrix_gflops = run.matrix_flops as f64 / run.seconds / 1e9;
     Report {
         requests,
         requests_per_second: requests as f64 / run.seconds,
         latency_ms: run.latency(),
-        cpu_ms_per_request: run.cpu_seconds.map(|seconds| seconds * 1e3 / requests as f64),
+        late: run.late,
+        refused: run.refused,
+        cpu_ms_per_request: run.cpu_seconds.map(|seconds| seconds * 1e3 / each),
         seconds: Seconds {
             total: run.seconds,
             phases: run.phases.map(|phases| PhaseSeconds {
@@ -504,13 +549,20 @@ fn report(settings: Settings, run: Run, churn: Option<Churn>, machine: Machine) 
         },
         matrix_gflops,
         matrix_share: matrix_gflops / machine.matrix_gflops,
-        gflop_per_request: run.matrix_flops as f64 / requests as f64 / 1e9,
+        gflop_per_request: run.matrix_flops as f64 / each / 1e9,
         cached_tokens_share: run.cached_tokens_share,
         peak_memory_bytes: peak_memory_bytes(),
         churn,
         settings,
         machine,
     }
+}
+
+fn quantiles(latency: Option<Latency>) -> String {
+    let Some(Latency { p50, p95, p99, max }) = latency else {
+        return "none: no request was answered".into();
+    };
+    format!("p50 {p50:.2} ms, p95 {p95:.2}, p99 {p99:.2}, max {max:.2}")
 }
 
 fn settings(arguments: &Arguments, threads: usize) -> Settings {
@@ -550,6 +602,10 @@ fn to_text(report: &Report) -> String {
             share(phases.search)
         )
     });
+    let missed = match (report.late, report.refused) {
+        (0, 0) => String::new(),
+        (late, refused) => format!("missed   {late} were late, {refused} refused\n"),
+    };
     let cpu =
         report.cpu_ms_per_request.map_or(String::new(), |ms| format!(", {ms:.2} ms of CPU each"));
     let memory = report.peak_memory_bytes.map_or("unknown".into(), |bytes| {
@@ -558,22 +614,20 @@ fn to_text(report: &Report) -> String {
     let churn = report.churn.as_ref().map_or(String::new(), |churn| {
         format!(
             "\nchanges  {:.0} a second, {} in all, on {} items, compacted {} times\n\
-             still    p50 {:.2} ms, p99 {:.2}; changing p50 {:.2}, p99 {:.2}: {:.2} times",
+             still    {}\nchanging {}{}",
             churn.changes_per_second,
             churn.changes,
             churn.items,
             churn.compactions,
-            churn.still_ms.p50,
-            churn.still_ms.p99,
-            churn.changing_ms.p50,
-            churn.changing_ms.p99,
-            churn.p99_ratio,
+            quantiles(churn.still_ms),
+            quantiles(churn.changing_ms),
+            churn.p99_ratio.map_or(String::new(), |ratio| format!("; p99 {ratio:.2} times")),
         )
     });
     format!(
         "{} on {} ({} cores, {} threads used, {})\n\
          {} requests of {} beams, {} at a time: {:.1} requests/s{cpu}\n\
-         latency  p50 {:.2} ms, p95 {:.2}, p99 {:.2}, max {:.2}\n\
+         latency  {}\n{missed}\
          {time}matrices {:.1} GFLOP/s, {:.0} % of the {:.1} measured on this machine; {:.3} GFLOP each\n\
          contexts {:.0} % of the tokens were there from earlier requests\n\
          memory   {memory}{churn}",
@@ -586,10 +640,7 @@ fn to_text(report: &Report) -> String {
         settings.beams,
         settings.concurrency,
         report.requests_per_second,
-        latency_ms.p50,
-        latency_ms.p95,
-        latency_ms.p99,
-        latency_ms.max,
+        quantiles(*latency_ms),
         report.matrix_gflops,
         report.matrix_share * 100.0,
         machine.matrix_gflops,

@@ -13,8 +13,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use sidereal::{Answer, Error, Handle, Input, Recommender, Request, Result};
 
+use super::output::OutputFile;
 use super::plot::plot;
-use super::tally::{HistoryReport, LatencyReport, LoadReport, Since, Tally};
+use super::tally::{HistoryReport, LoadReport, Since, Tally, columns};
 
 /// Load that arrives over time.
 #[derive(Args)]
@@ -59,12 +60,18 @@ impl LoadArguments {
         self.rate.is_some() || self.sweep
     }
 
-    /// Whether requests are drawn from more than the histories given.
+    /// Whether requests are more than the histories given.
     pub fn is_mixed(&self) -> bool {
         !self.mixed_beams.is_empty()
             || !self.mixed_history.is_empty()
             || self.returning > 0.0
             || self.candidates > 0
+            || self.deadline.is_some()
+    }
+
+    /// Draws what was measured, where a picture was asked for.
+    pub fn plot(&self, report: &OpenReport) -> Result<()> {
+        self.plot.as_ref().map_or(Ok(()), |path| plot(path, &report.loads))
     }
 
     pub fn check(&self) -> Result<()> {
@@ -272,7 +279,7 @@ fn open_loop(
 }
 
 /// So many callers, each of whom sends its next request when it has its answer, until as many as
-/// wanted are answered. Each latency is handed over as it comes.
+/// wanted are answered. The latency of each answer is handed over as it comes.
 pub fn closed_loop(
     recommender: &Recommender,
     source: &mut Source<'_>,
@@ -304,7 +311,9 @@ pub fn closed_loop(
         }
         drop(sender);
         for (answer, latency, num_items) in receiver {
-            each(latency);
+            if answer.is_ok() {
+                each(latency);
+            }
             bar.inc(1);
             tally.note(answer, latency, num_items);
         }
@@ -313,7 +322,7 @@ pub fn closed_loop(
 }
 
 /// Loads that arrive by themselves, one after the other.
-#[derive(Serialize)]
+#[derive(Serialize, Clone)]
 pub struct OpenReport {
     pub loads: Vec<LoadReport>,
     /// What callers who wait for their answers get done, for comparison; where loads were swept.
@@ -334,6 +343,10 @@ pub fn run_open(
     requests: &[Request],
     arguments: &LoadArguments,
 ) -> Result<OpenReport> {
+    if let Some(path) = &arguments.plot {
+        // A measurement whose picture cannot be written is not begun.
+        OutputFile::create(path).map_err(|error| Error::io(path, error))?;
+    }
     let mut source = Source::new(recommender, requests, arguments);
     let seconds = arguments.seconds;
     let (mut rates, mut capacity) = (Vec::from_iter(arguments.rate), None);
@@ -364,14 +377,12 @@ pub fn run_open(
     bar.finish_and_clear();
     let within = |bound: f64| {
         let holds = |load: &&LoadReport| {
-            load.latency_ms.p99 <= bound && load.refused + load.late == 0 && load.answered > 0
+            let is_fast = load.latency_ms.is_some_and(|latency| latency.p99 <= bound);
+            is_fast && load.refused + load.late == 0
         };
         loads.iter().filter(holds).map(|load| load.answered_per_second).reduce(f64::max)
     };
     let per_second_within_bound = arguments.bound.and_then(within);
-    if let Some(path) = &arguments.plot {
-        plot(path, &loads)?;
-    }
     Ok(OpenReport { loads, capacity_per_second: capacity, per_second_within_bound })
 }
 
@@ -382,22 +393,22 @@ impl OpenReport {
                 .to_string(),
         ];
         for load in &self.loads {
-            let LatencyReport { p50, p95, p99, max, .. } = load.latency_ms;
             lines.push(format!(
-                "{:9.1}  {:10.1}  {:7}  {:4}  {p50:7.2}  {p95:7.2}  {p99:7.2}  {max:7.2}  {:4.0} %  {:10.3}",
+                "{:9.1}  {:10.1}  {:7}  {:4}  {}  {:4.0} %  {:10.3}",
                 load.offered_per_second.unwrap_or(0.0),
                 load.answered_per_second,
                 load.refused,
                 load.late,
+                columns(load.latency_ms.as_ref()),
                 load.cached_tokens_share * 100.0,
                 load.gflop_per_request,
             ));
             for HistoryReport { items, answered, latency_ms } in &load.by_history {
-                let LatencyReport { p50, p95, p99, max, .. } = latency_ms;
                 lines.push(format!(
-                    "{:>9}  {answered:10}  {:>15}  {p50:7.2}  {p95:7.2}  {p99:7.2}  {max:7.2}",
+                    "{:>9}  {answered:10}  {:>15}  {}",
                     "",
                     format!("of {items} items"),
+                    columns(latency_ms.as_ref()),
                 ));
             }
         }

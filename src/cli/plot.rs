@@ -17,9 +17,9 @@ pub fn plot(path: &Path, loads: &[LoadReport]) -> Result<()> {
         area.fill(&WHITE)?;
         let most_load =
             loads.iter().filter_map(|load| load.offered_per_second).fold(1.0, f64::max) * 1.05;
-        let most = loads.iter().map(|load| load.latency_ms.p99).fold(1.0, f64::max) * 1.3;
-        let least =
-            loads.iter().map(|load| load.latency_ms.p50).fold(most, f64::min).max(1e-3) / 1.3;
+        let latencies = || loads.iter().filter_map(|load| load.latency_ms);
+        let most = latencies().map(|latency| latency.p99).fold(1.0, f64::max) * 1.3;
+        let least = latencies().map(|latency| latency.p50).fold(most, f64::min).max(1e-3) / 1.3;
         let mut chart = ChartBuilder::on(&area)
             .margin(16)
             .caption("Latency against load", ("sans-serif", 20))
@@ -39,7 +39,7 @@ pub fn plot(path: &Path, loads: &[LoadReport]) -> Result<()> {
         ];
         for (name, color, quantile) in quantiles {
             let points = loads.iter().filter_map(|load| {
-                Some((load.offered_per_second?, quantile(&load.latency_ms).max(least)))
+                Some((load.offered_per_second?, quantile(load.latency_ms.as_ref()?).max(least)))
             });
             chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?.label(name).legend(
                 move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2)),

@@ -10,7 +10,7 @@ use sidereal::{Answer, Error, Recommender, Result};
 use super::measure::cpu_time;
 
 /// What became of the requests of one load.
-#[derive(Serialize, Default)]
+#[derive(Serialize, Clone, Default)]
 pub struct LoadReport {
     /// Requests that arrived a second; none where callers wait for their answers.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -22,7 +22,8 @@ pub struct LoadReport {
     /// Not answered before their deadline.
     pub late: usize,
     /// Of those answered.
-    pub latency_ms: LatencyReport,
+    /// `None` where none were.
+    pub latency_ms: Option<LatencyReport>,
     /// By the length of the history, where lengths are mixed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub by_history: Vec<HistoryReport>,
@@ -35,14 +36,14 @@ pub struct LoadReport {
 }
 
 /// Requests whose histories have a number of items.
-#[derive(Serialize)]
+#[derive(Serialize, Clone)]
 pub struct HistoryReport {
     pub items: usize,
     pub answered: usize,
-    pub latency_ms: LatencyReport,
+    pub latency_ms: Option<LatencyReport>,
 }
 
-#[derive(Serialize, Default)]
+#[derive(Serialize, Clone, Copy)]
 pub struct LatencyReport {
     pub p50: f64,
     pub p90: f64,
@@ -52,17 +53,30 @@ pub struct LatencyReport {
     pub max: f64,
 }
 
+/// The quantiles of a table: of nothing, nothing is said.
+pub fn columns(latency_ms: Option<&LatencyReport>) -> String {
+    let show = |pick: fn(&LatencyReport) -> f64| match latency_ms {
+        Some(latency) => format!("{:7.2}", pick(latency)),
+        None => format!("{:>7}", "-"),
+    };
+    let columns = [show(|it| it.p50), show(|it| it.p95), show(|it| it.p99), show(|it| it.max)];
+    columns.join("  ")
+}
+
 impl LatencyReport {
-    fn new(latencies_us: &Histogram<u64>) -> LatencyReport {
+    fn new(latencies_us: &Histogram<u64>) -> Option<LatencyReport> {
+        if latencies_us.is_empty() {
+            return None;
+        }
         let ms = |quantile: f64| latencies_us.value_at_quantile(quantile) as f64 / 1e3;
-        LatencyReport {
+        Some(LatencyReport {
             p50: ms(0.5),
             p90: ms(0.9),
             p95: ms(0.95),
             p99: ms(0.99),
             p999: ms(0.999),
             max: latencies_us.max() as f64 / 1e3,
-        }
+        })
     }
 }
 
@@ -110,6 +124,14 @@ impl Tally {
                 self.failure.get_or_insert(error);
             }
         }
+    }
+
+    /// How many were late and how many refused.
+    ///
+    /// # Errors
+    /// The first failure of another kind.
+    pub fn missed(self) -> Result<(usize, usize)> {
+        self.failure.map_or(Ok((self.late, self.refused)), Err)
     }
 
     pub fn add(&mut self, other: Tally) {

@@ -92,7 +92,7 @@ impl Prepared {
     pub(super) fn deadline_exceeded(&self, retry_after_us: Option<Micros>) -> Error {
         let deadline = self.request.deadline.unwrap_or_default();
         Error::DeadlineExceeded {
-            deadline_ms: deadline.as_millis() as u64,
+            deadline_ms: deadline.as_secs_f64() * 1e3,
             retry_after_ms: retry_after_us.map(|us| us.div_ceil(1000)),
         }
     }
