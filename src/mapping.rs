@@ -16,6 +16,35 @@ use std::time::SystemTime;
 
 use crate::error::{Error, Result};
 
+/// Opens a file to read it. A pipe, a socket or a device is refused, because opening one can wait for
+/// ever and reading one never says how much there is.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn open_file(path: &Path) -> std::io::Result<File> {
+    check_regular(path)?;
+    File::open(path)
+}
+
+/// Checks that a name leads to a regular file, if it leads anywhere.
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn check_regular(path: &Path) -> std::io::Result<()> {
+    use std::io::ErrorKind;
+    let metadata = match std::fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        metadata => metadata?,
+    };
+    if metadata.is_dir() {
+        return Err(ErrorKind::IsADirectory.into());
+    }
+    match metadata.is_file() {
+        true => Ok(()),
+        false => Err(std::io::Error::other("this is a pipe, a socket or a device, and no file")),
+    }
+}
+
 /// A whole file, read-only.
 pub(crate) struct Mapping {
     path: PathBuf,
@@ -59,7 +88,7 @@ impl Mapping {
     /// The operating system's; [`Error::FileChanged`] where the file changed while it was read.
     pub fn open(path: &Path, map_above: u64) -> Result<Mapping> {
         let io = |error| Error::io(path, error);
-        let mut file = File::open(path).map_err(io)?;
+        let mut file = open_file(path).map_err(io)?;
         let stamp = Stamp::of(&file).map_err(io)?;
         let path = path.to_path_buf();
         if stamp.len > map_above {

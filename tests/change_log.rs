@@ -417,6 +417,98 @@ fn a_lock_that_is_removed_and_made_again_is_still_one_lock() {
     writer.apply(&[put("a")]).expect("sound");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_log_that_is_a_link_stays_one() {
+    let (folder, path) = catalog_file();
+    let elsewhere = folder.path().join("logs");
+    fs::create_dir(&elsewhere).expect("a writable folder");
+    open(&path).apply(&[put("a")]).expect("sound");
+    let (log, target) = (beside(&path, ".changes"), elsewhere.join("c.changes"));
+    fs::rename(&log, &target).expect("a writable folder");
+    std::os::unix::fs::symlink(&target, &log).expect("a writable folder");
+    for name in ["b", "c"] {
+        let writer = open(&path);
+        writer.apply(&[put(name)]).expect("sound");
+        writer.compact().expect("a writable folder");
+        writer.apply(&[put(&format!("after {name}"))]).expect("sound");
+        drop(writer);
+        assert!(log.symlink_metadata().expect("a link").is_symlink(), "the link was replaced");
+        assert!(["a", name, &format!("after {name}")].iter().all(|name| has(&path, name)));
+        assert!(check::check(&path).expect("readable").is_whole());
+    }
+    assert_eq!(fs::read_dir(&elsewhere).expect("a folder").count(), 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_in_the_place_of_a_file_is_an_error_and_is_not_waited_for() {
+    let (_folder, path) = catalog_file();
+    for suffix in [".changes", ".lock", ""] {
+        let file = beside(&path, suffix);
+        let kept = fs::read(&file).ok();
+        let _ = fs::remove_file(&file);
+        let made = Command::new("mkfifo").arg(&file).status().expect("mkfifo is everywhere");
+        assert!(made.success());
+        let error = error_of(CatalogWriter::open(&path, &options()));
+        assert!(error.to_string().contains("no file"), "{suffix}: {error}");
+        if suffix != ".lock" {
+            // A reader needs no lock.
+            let errors = [Catalog::open(&path).map(drop), check::check(&path).map(drop)];
+            for error in errors.map(error_of) {
+                assert!(error.to_string().contains("no file"), "{suffix}: {error}");
+            }
+        }
+        fs::remove_file(&file).expect("our file");
+        kept.map(|bytes| fs::write(&file, bytes).expect("a writable folder"));
+    }
+    open(&path).apply(&[put("a")]).expect("sound");
+}
+
+/// A backup that takes the inode of the file whose place it takes is still another file.
+#[test]
+fn a_backup_can_be_put_back_again_and_again() {
+    let (folder, path) = catalog_file();
+    open(&path).apply(&[put("a")]).expect("sound");
+    let backup = |suffix: &str| folder.path().join(format!("backup{suffix}"));
+    for suffix in ["", ".changes"] {
+        fs::copy(beside(&path, suffix), backup(suffix)).expect("a writable folder");
+    }
+    for round in 0..6 {
+        let name = format!("later {round}");
+        open(&path).apply(&[put(&name)]).expect("sound");
+        for suffix in [".changes", ""] {
+            let new = folder.path().join("new");
+            fs::copy(backup(suffix), &new).expect("a writable folder");
+            fs::rename(&new, beside(&path, suffix)).expect("a writable folder");
+        }
+        assert!(has(&path, "a") && !has(&path, &name), "round {round}");
+        assert!(check::check(&path).expect("readable").is_whole(), "round {round}");
+    }
+}
+
+#[test]
+fn what_is_left_of_a_shortened_catalog_is_saved() {
+    let (folder, path) = catalog_file();
+    let named = |name: &str| Item { title: format!("Title of {name}"), ..item(name) };
+    built(&["one", "two", "three"].map(named)).save(&path).expect("a writable folder");
+    open(&path).apply(&[put("four")]).expect("sound");
+    let bytes = fs::read(&path).expect("the file");
+    let mut saved = 0;
+    for len in (0..bytes.len()).rev() {
+        fs::write(&path, &bytes[..len]).expect("a writable folder");
+        assert!(matches!(Catalog::open(&path), Err(Error::CatalogFile { .. })), "{len} bytes");
+        let new = folder.path().join("saved.sidereal");
+        let report = check::salvage(&path, &new).expect("the log alone has an item");
+        assert!(!report.is_whole() && report.items >= 1, "{len} bytes: {report:?}");
+        saved += usize::from(report.items == 4);
+        let names = contents(&Catalog::open(&new).expect("sound").snapshot());
+        assert_eq!(names.len(), report.items, "{len} bytes");
+        fs::remove_file(&new).expect("our file");
+    }
+    assert!(saved > 50, "the items were saved of {saved} lengths");
+}
+
 #[test]
 fn a_catalog_that_is_not_there_gets_no_lock() {
     let folder = tempfile::tempdir().expect("a temporary folder");

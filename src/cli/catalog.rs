@@ -81,6 +81,8 @@ Changes are JSON lines, each one of
   {\"tag\": {\"item\": \"17\", \"add\": [\"sale\"], \"remove\": [\"new\"]}}
   {\"weight\": {\"item\": \"17\", \"weight\": 2.5}}
 A change that says what already is changes nothing. They go to a log beside the catalog, which everything that opens the catalog reads.
+Exit code 0 says that all changes are applied and logged; 1 that they are, and --compact failed; 2 that
+none is applied, or, where the message says so, that the last ones may be.
 
 Example:
   sidereal catalog change items.sidereal --changes today.jsonl --compact")]
@@ -172,21 +174,22 @@ pub fn run(command: &Command) -> Result<Outcome> {
         Command::Check(arguments) => return check::run(arguments),
         Command::Build(arguments) => build(arguments)?,
         Command::Inspect(arguments) => inspect(arguments)?,
-        Command::Change(arguments) => change(arguments)?,
+        Command::Change(arguments) => return change(arguments),
         Command::Fit(arguments) => fit(arguments)?,
         Command::Assign(arguments) => assign(arguments)?,
     }
     Ok(Outcome::Done)
 }
 
-fn change(arguments: &Changes) -> Result<()> {
+/// [`Outcome::SomeFailed`] says that the changes are applied and were not compiled in.
+fn change(arguments: &Changes) -> Result<Outcome> {
     let options = WriterOptions::default().with_compact_at(usize::MAX);
     let writer = CatalogWriter::open(&arguments.catalog, &options)?;
     let catalog = arguments.catalog.display();
     let mark = arguments.watermark.as_ref();
     if let Some(mark) = mark.filter(|mark| writer.catalog().snapshot().watermarks().covers(mark)) {
         say(&format!("{catalog}: {mark} is applied already; nothing was changed"));
-        return Ok(());
+        return Ok(Outcome::Done);
     }
     // Every line is checked before the first is applied: a file with a bad line changes nothing.
     let mut changes = Vec::new();
@@ -200,14 +203,18 @@ fn change(arguments: &Changes) -> Result<()> {
     items::read_changes(&arguments.changes, take, |read| progress.set_position(read))?;
     progress.finish_and_clear();
     let without_effect = apply(&writer, &changes, mark)?;
+    let mut outcome = Outcome::Done;
     if arguments.compact {
         let spinner = spinner("compiling the catalog anew");
         let compacted = writer.compact();
         spinner.finish_and_clear();
-        if compacted.is_err() {
-            say("all changes are applied and logged; only the compaction failed");
+        if let Err(error) = compacted {
+            say(&format!(
+                "warning: all changes are applied and logged, and need not be sent again; they could \
+                 not be compiled in: {error}"
+            ));
+            outcome = Outcome::SomeFailed;
         }
-        compacted?;
     }
     let snapshot = writer.catalog().snapshot();
     say(&format!(
@@ -217,7 +224,7 @@ fn change(arguments: &Changes) -> Result<()> {
         snapshot.num_items(),
         snapshot.number(),
     ));
-    Ok(())
+    Ok(outcome)
 }
 
 /// Applies changes in batches, the last one with the watermark, and forces them to the disk. Returns

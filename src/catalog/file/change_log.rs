@@ -17,14 +17,18 @@ use super::format;
 use super::lock::{CatalogLock, Promise, read_promise};
 use super::log_format::{self, header, record};
 pub use super::log_format::{Batch, Contents, Defect, parse};
-use super::replace::{Failed, identity, leads_to, replace, resolve, with_suffix};
+use super::replace::{
+    Failed, Folder, folder_of, identity, leads_to, replace, resolve, with_suffix,
+};
 use crate::catalog::{Change, Snapshot, Watermark, Watermarks};
 use crate::error::{Error, Result};
+use crate::mapping::{check_regular, open_file};
 
-/// The log's path beside a compiled catalog, after symbolic links.
+/// The log's path beside a compiled catalog, after symbolic links: of the catalog, and of the log.
 pub fn path_of(catalog: &Path) -> PathBuf {
     let resolved = resolve(catalog);
-    with_suffix(&resolved.unwrap_or_else(|_| catalog.to_path_buf()), ".changes")
+    let log = with_suffix(&resolved.unwrap_or_else(|_| catalog.to_path_buf()), ".changes");
+    resolve(&log).unwrap_or(log)
 }
 
 /// The error of a log.
@@ -138,7 +142,7 @@ pub(crate) fn replay(catalog: &Path, snapshot: &Snapshot) -> Result<Option<Snaps
     let log = path_of(catalog);
     // Before the log: what is acknowledged later need not be in what was read.
     let promise = read_promise(catalog);
-    let file = match File::open(&log) {
+    let file = match open_file(&log) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io(&log, error)),
@@ -154,7 +158,12 @@ pub(crate) fn replay(catalog: &Path, snapshot: &Snapshot) -> Result<Option<Snaps
 /// [`Error::ChangeLog`] where the log cannot be read; the operating system's.
 pub fn num_pending(catalog: &Path) -> Result<usize> {
     let log = path_of(catalog);
-    let bytes = match std::fs::read(&log) {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        open_file(&log)?.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = match read() {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
         Err(error) => return Err(Error::io(&log, error)),
@@ -216,6 +225,7 @@ impl ChangeLog {
         let path = path_of(catalog);
         let io = |error| Error::io(&path, error);
         let lineage = snapshot.base().lineage();
+        check_regular(&path).map_err(io)?;
         let opened = match OpenOptions::new().read(true).write(true).open(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             file => Some(file.map_err(io)?),
@@ -472,7 +482,15 @@ fn begin(
     bytes.extend_from_slice(records);
     let like = if path.exists() { path } else { catalog };
     let mut log_file = None;
-    let file = replace(path, lock.folder(), like, |mut file| {
+    // The log's name may be a link to another folder.
+    let linked = match folder_of(path) == folder_of(catalog) {
+        true => None,
+        false => {
+            let failed = |error| Failed { error, is_renamed: false };
+            Some(Folder::open(&folder_of(path)).map_err(failed)?)
+        }
+    };
+    let file = replace(path, linked.as_ref().unwrap_or(lock.folder()), like, |mut file| {
         log_file = identity(&file.metadata()?);
         file.write_all(&bytes)
     })?;

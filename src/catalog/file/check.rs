@@ -4,7 +4,7 @@
 //! its own, and whether the one belongs to the other, nothing acknowledged is missing, and every
 //! change applies. [`salvage`] writes what is readable to a new catalog.
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -15,6 +15,7 @@ use super::log_format::{Batch, Contents, read, records_behind};
 use super::{format, resolve};
 use crate::catalog::{Catalog, CatalogBuilder, Change, Snapshot};
 use crate::error::{Error, Result};
+use crate::mapping::open_file;
 
 /// How often file and log are read until they belong together: a compaction may end in between.
 const ATTEMPTS: usize = 3;
@@ -137,8 +138,14 @@ fn examine_log(
     let log = path_of(path);
     let promise = read_promise(path); // before the log, which may go on
     let io = |error| Error::io(&log, error);
-    let (bytes, metadata) = match std::fs::read(&log) {
-        Ok(bytes) => (bytes, std::fs::metadata(&log).map_err(io)?),
+    let read_log = || -> std::io::Result<_> {
+        let mut file = open_file(&log)?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)?;
+        Ok((bytes, file.metadata()?))
+    };
+    let (bytes, metadata) = match read_log() {
+        Ok(found) => found,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(base),
         Err(error) => return Err(io(error)),
     };

@@ -246,7 +246,8 @@ const DISPENSABLE: [(&[Kind], &str); 6] = [
 /// The operating system's; [`Error::CatalogFile`] where the trie or the names are damaged.
 pub(super) fn salvage(path: &Path) -> Result<(BaseSegment, Vec<&'static str>)> {
     let mapping = Arc::new(Mapping::open(path, u64::MAX)?);
-    let salvaged = parse_head(mapping.bytes()).and_then(|(header, mut table, mut damaged)| {
+    let head = parse_head(mapping.bytes(), Length::Any);
+    let salvaged = head.and_then(|(header, mut table, mut damaged)| {
         let mut lost = Vec::new();
         for (kinds, what) in DISPENSABLE {
             let is_one = |kind: &u64| kinds.iter().any(|&one| one as u64 == *kind);
@@ -258,7 +259,7 @@ pub(super) fn salvage(path: &Path) -> Result<(BaseSegment, Vec<&'static str>)> {
         }
         match damaged.is_empty() {
             true => Ok((parse_sections(&mapping, &header, &table)?, lost)),
-            false => Err("the trie or the names are damaged (checksum)".to_string()),
+            false => Err("the trie or the names are damaged or cut off".to_string()),
         }
     });
     let failed = |reason| Error::CatalogFile { path: path.to_path_buf(), reason };
@@ -267,10 +268,20 @@ pub(super) fn salvage(path: &Path) -> Result<(BaseSegment, Vec<&'static str>)> {
     Ok((base, lost))
 }
 
-/// The header, the section table, and the kinds of those sections whose checksum is wrong.
+/// The header, the section table, and the kinds of those sections whose checksum is wrong or that
+/// the file does not have to their end.
 type Head = (Header, Vec<Section>, Vec<u64>);
 
-fn parse_head(bytes: &[u8]) -> std::result::Result<Head, String> {
+/// How long a file must be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Length {
+    /// As its header says.
+    Whole,
+    /// Of any length: sections that are cut off count as damaged.
+    Any,
+}
+
+fn parse_head(bytes: &[u8], length: Length) -> std::result::Result<Head, String> {
     if !bytes.starts_with(&MAGIC) {
         return Err("this is not a compiled Sidereal catalog".into());
     }
@@ -282,7 +293,7 @@ fn parse_head(bytes: &[u8]) -> std::result::Result<Head, String> {
         let reads = format!("{OLDEST_VERSION} to {VERSION}");
         return Err(format!("the file is of format {found}, this version reads {reads}"));
     }
-    if header.file_bytes != bytes.len() as u64 {
+    if length == Length::Whole && header.file_bytes != bytes.len() as u64 {
         let (found, expected) = (bytes.len(), header.file_bytes);
         return Err(format!("the file has {found} bytes and should have {expected}"));
     }
@@ -306,7 +317,8 @@ fn parse_head(bytes: &[u8]) -> std::result::Result<Head, String> {
         let next = extent.and_then(|extent| end.checked_add(extent));
         let next = next.filter(|&next| section.offset == end && next <= header.file_bytes);
         let next = next.ok_or("the sections do not follow one another")?;
-        if xxh3_64(&bytes[end as usize..next as usize]) != section.checksum {
+        let section_bytes = bytes.get(end as usize..next as usize);
+        if section_bytes.is_none_or(|bytes| xxh3_64(bytes) != section.checksum) {
             wrong.push(section.kind);
         }
         end = next;
@@ -318,7 +330,7 @@ fn parse_head(bytes: &[u8]) -> std::result::Result<Head, String> {
 }
 
 fn parse(mapping: &Arc<Mapping>) -> std::result::Result<BaseSegment, String> {
-    let (header, table, wrong) = parse_head(mapping.bytes())?;
+    let (header, table, wrong) = parse_head(mapping.bytes(), Length::Whole)?;
     match wrong.is_empty() {
         true => parse_sections(mapping, &header, &table),
         false => Err("the file is damaged (checksum)".into()),

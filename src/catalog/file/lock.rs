@@ -10,13 +10,16 @@
 //! like a shorter log:
 //!
 //! ```text
-//! magic | log's id | log's device | log's inode | boot | acknowledged | synced | checksum
+//! magic | log's id | log's device | log's inode | when it was created | boot | acknowledged | synced |
+//! checksum
 //! ```
 //! Each is 8 bytes, little-endian. `acknowledged` is the last snapshot whose batch was acknowledged,
 //! `synced` the last one whose batch is on the disk, `boot` the start of the machine in which the
 //! numbers were written. Until the machine starts again, everything acknowledged has to be in the
-//! log; afterwards, everything synced. The numbers speak of one log file, by id and inode: a log
-//! that was put back from a backup is not held to what another one had promised.
+//! log; afterwards, everything synced. The numbers speak of one log file, by id, inode and creation: a
+//! log that was put back from a backup is not held to what another one had promised.
+//!
+//! The first format had no creation; its promises are read and hold for any file of that inode.
 //!
 //! The numbers are written without waiting for the disk. After a power loss they may be old, and
 //! then they promise less than they could.
@@ -28,11 +31,16 @@ use std::sync::OnceLock;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::replace::{Folder, folder_of, identity, leads_to, take_after, with_suffix};
+use super::replace::{Folder, Identity, folder_of, identity, leads_to, take_after, with_suffix};
 use crate::error::{Error, Result};
+use crate::mapping::{check_regular, open_file};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"SIDLOCK1");
+const MAGIC: u64 = u64::from_le_bytes(*b"SIDLOCK2");
+const MAGIC_V1: u64 = u64::from_le_bytes(*b"SIDLOCK1");
+const FIELD_BYTES: usize = 8;
+/// Fields before the checksum.
 const NUM_FIELDS: usize = 8;
+const NUM_FIELDS_V1: usize = 7;
 /// How often the lock is taken anew because its file was replaced meanwhile.
 const ATTEMPTS: usize = 100;
 
@@ -40,8 +48,8 @@ const ATTEMPTS: usize = 100;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Promise {
     pub log_id: u64,
-    /// Device and inode; `None` where the system has none.
-    pub log_file: Option<(u64, u64)>,
+    /// `None` where the system gives files no identity.
+    pub log_file: Option<Identity>,
     /// The last snapshot whose batch was acknowledged.
     pub acknowledged: u64,
     /// The last snapshot whose batch is on the disk.
@@ -53,7 +61,14 @@ pub(super) struct Promise {
 impl Promise {
     /// Whether the promise was made for this log.
     pub fn is_about(&self, log_id: u64, log: &Metadata) -> bool {
-        (self.log_id, self.log_file) == (log_id, identity(log))
+        let (mut promised, mut found) = (self.log_file, identity(log));
+        // Where one of the two does not know when the file was created, the rest decides.
+        if let (Some(promised), Some(found)) = (&mut promised, &mut found)
+            && (promised.created == 0 || found.created == 0)
+        {
+            (promised.created, found.created) = (0, 0);
+        }
+        (self.log_id, promised) == (log_id, found)
     }
 
     /// The snapshot up to which the log must have all batches.
@@ -62,8 +77,11 @@ impl Promise {
     }
 
     fn to_bytes(self) -> Vec<u8> {
-        let (device, inode) = self.log_file.unwrap_or_default();
-        let fields = [MAGIC, self.log_id, device, inode, boot(), self.acknowledged, self.synced];
+        let none = Identity { device: 0, inode: 0, created: 0 };
+        let Identity { device, inode, created } = self.log_file.unwrap_or(none);
+        let (acknowledged, synced) = (self.acknowledged, self.synced);
+        let fields: [u64; NUM_FIELDS] =
+            [MAGIC, self.log_id, device, inode, created, boot(), acknowledged, synced];
         let mut bytes: Vec<u8> = fields.iter().flat_map(|field| field.to_le_bytes()).collect();
         bytes.extend_from_slice(&xxh3_64(&bytes).to_le_bytes());
         bytes
@@ -72,21 +90,32 @@ impl Promise {
     /// `None` where the bytes are no promise: there is none yet, or the power went while it was
     /// written.
     fn from_bytes(bytes: &[u8]) -> Option<Promise> {
-        let (bytes, checksum) = bytes.split_at_checked(8 * (NUM_FIELDS - 1))?;
-        if checksum != xxh3_64(bytes).to_le_bytes() {
+        let magic = u64::from_le_bytes(*bytes.first_chunk()?);
+        let num_fields = match magic {
+            MAGIC => NUM_FIELDS,
+            MAGIC_V1 => NUM_FIELDS_V1,
+            _ => return None,
+        };
+        // A shorter promise leaves the end of a longer one behind it.
+        let (bytes, rest) = bytes.split_at_checked(FIELD_BYTES * num_fields)?;
+        if *rest.first_chunk()? != xxh3_64(bytes).to_le_bytes() {
             return None;
         }
-        let field = |index: usize| -> u64 {
-            let bytes = &bytes[8 * index..][..8];
-            u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
-        };
-        let file = (field(2), field(3));
-        (field(0) == MAGIC).then(|| Promise {
-            log_id: field(1),
-            log_file: (file != (0, 0)).then_some(file),
-            acknowledged: field(5),
-            synced: field(6),
-            is_same_boot: field(4) == boot() && field(4) != 0,
+        let fields = bytes.chunks_exact(FIELD_BYTES);
+        let fields = fields.map(|bytes| u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
+        let mut fields: Vec<u64> = fields.collect();
+        if magic == MAGIC_V1 {
+            fields.insert(4, 0);
+        }
+        let [_, log_id, device, inode, created, written_in, acknowledged, synced] =
+            fields.try_into().expect("the fields of either format");
+        let log_file = Identity { device, inode, created };
+        Some(Promise {
+            log_id,
+            log_file: ((device, inode) != (0, 0)).then_some(log_file),
+            acknowledged,
+            synced,
+            is_same_boot: written_in == boot() && written_in != 0,
         })
     }
 }
@@ -106,7 +135,9 @@ fn path_of(catalog: &Path) -> PathBuf {
 /// The promise of a catalog's log, without its lock. The log may have been acknowledged further, or
 /// begun again, by the time it is read.
 pub(super) fn read_promise(catalog: &Path) -> Option<Promise> {
-    Promise::from_bytes(&std::fs::read(path_of(catalog)).ok()?)
+    let mut bytes = Vec::new();
+    open_file(&path_of(catalog)).ok()?.read_to_end(&mut bytes).ok()?;
+    Promise::from_bytes(&bytes)
 }
 
 /// The lock of a catalog, held by this process alone until it is dropped.
@@ -184,6 +215,7 @@ impl Drop for CatalogLock {
 /// The lock's file, and whether it is new. A new one takes after the catalog, so that others who may
 /// write the catalog may lock it.
 fn open(path: &Path, catalog: &Path) -> std::io::Result<(File, bool)> {
+    check_regular(path)?;
     let mut options = OpenOptions::new();
     options.read(true).write(true);
     match options.open(path) {

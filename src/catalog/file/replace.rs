@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 /// The most symbolic links that a name may lead through, as in Linux.
 const MAX_LINKS: usize = 40;
@@ -51,12 +52,25 @@ pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-/// Tells files apart, whatever their names; `None` where the system cannot.
-pub(super) fn identity(metadata: &Metadata) -> Option<(u64, u64)> {
+/// What tells files apart, whatever their names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub device: u64,
+    pub inode: u64,
+    /// Nanoseconds since 1970; zero where the file system does not say. A file that takes the inode
+    /// of one that is gone was created later.
+    pub created: u64,
+}
+
+/// The identity of a file; `None` where the system gives files none.
+pub(super) fn identity(metadata: &Metadata) -> Option<Identity> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
-        Some((metadata.dev(), metadata.ino()))
+        let created = metadata.created().ok();
+        let created = created.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        let created = created.map_or(0, |since| since.as_nanos() as u64);
+        Some(Identity { device: metadata.dev(), inode: metadata.ino(), created })
     }
     #[cfg(not(unix))]
     {
