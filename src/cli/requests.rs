@@ -17,7 +17,7 @@ use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{Answer, Error, Recommender, Request, Result};
 
 /// Lines that are held at a time, from the reading to the writing of their answers.
-const WINDOW: usize = 512;
+const WINDOW: usize = 96;
 /// Bytes of lines from which on no further one is read until earlier ones are answered.
 const WINDOW_BYTES: usize = MAX_LINE_BYTES;
 
