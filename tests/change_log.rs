@@ -460,7 +460,9 @@ fn a_pipe_in_the_place_of_a_file_is_an_error_and_is_not_waited_for() {
             }
         }
         fs::remove_file(&file).expect("our file");
-        kept.map(|bytes| fs::write(&file, bytes).expect("a writable folder"));
+        if let Some(bytes) = kept {
+            fs::write(&file, bytes).expect("a writable folder");
+        }
     }
     open(&path).apply(&[put("a")]).expect("sound");
 }

@@ -59,7 +59,7 @@ impl Requests {
 /// What [`answer_file`] hands over.
 pub enum Delivery {
     /// The next answer, in the order of the input.
-    Answer(Answered),
+    Answer(Box<Answered>),
     /// The next answer is not there yet: whoever reads the output should have those before it.
     Pause,
 }
@@ -98,13 +98,13 @@ pub fn answer_file(
         };
         match event {
             Event::Line(parsed, bytes) => {
-                window.submit(recommender, parsed, bytes, &check, &events)
+                window.submit(recommender, *parsed, bytes, &check, &events)
             }
             Event::Answer(number, answer) => window.place(number, answer),
             Event::End(outcome) => end = Some(outcome),
         }
         for answered in window.answered() {
-            progress.suspend(|| deliver(Delivery::Answer(answered)))?;
+            progress.suspend(|| deliver(Delivery::Answer(Box::new(answered))))?;
         }
     }
     progress.finish_and_clear();
@@ -114,7 +114,7 @@ pub fn answer_file(
 /// What happens to the window.
 enum Event {
     /// A line was read; with its bytes.
-    Line(Parsed, usize),
+    Line(Box<Parsed>, usize),
     /// The request of a line, by the line's number in the window's count, was answered.
     Answer(u64, Result<Answer>),
     /// There are no more lines.
@@ -152,7 +152,7 @@ impl Reader {
                 };
                 break (parse(line_number, line, &self.defaults), bytes);
             };
-            if self.events.send(Event::Line(parsed, bytes)).is_err() {
+            if self.events.send(Event::Line(Box::new(parsed), bytes)).is_err() {
                 break;
             }
         }
