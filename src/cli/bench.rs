@@ -9,22 +9,22 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
 use sidereal::catalog::{Change, Item};
 use sidereal::lines::Lines;
 use sidereal::wire::{RequestDefaults, RequestLine};
-use sidereal::{
-    CatalogWriter, Constraint, Error, Input, Normalization, Phases, Recommender, Request, Result,
-};
+use sidereal::{CatalogWriter, Error, Input, Phases, Recommender, Request, Result};
 
 use super::arguments::{
     MAP_CATALOG_ABOVE_MIB, ModelArguments, Outcome, SearchArguments, say, write_error,
 };
 use super::device::DeviceArguments;
-use super::load::{self, LoadArguments, OpenReport, Source};
+use super::load::{self, LoadArguments, Source};
 use super::measure::{Machine, cpu_time, peak_memory_bytes};
+use super::report::{
+    Churn, Latency, OpenLoad, PhaseSeconds, Report, Seconds, Settings, to_json, to_text,
+};
 use super::shapes::Shape;
-use super::tally::{LatencyReport, Tally};
+use super::tally::Tally;
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -86,97 +86,6 @@ pub struct Arguments {
 /// Random histories that are gone through where no requests are given.
 const RANDOM_REQUESTS: usize = 16;
 
-#[derive(Serialize)]
-struct Report {
-    requests: usize,
-    requests_per_second: f64,
-    /// Of answered requests; `None` where none was.
-    latency_ms: Option<Latency>,
-    /// Requests that were not answered in time, where they had a deadline.
-    #[serde(skip_serializing_if = "is_zero")]
-    late: usize,
-    /// Requests that were refused because they would have been late, or because too many waited.
-    #[serde(skip_serializing_if = "is_zero")]
-    refused: usize,
-    /// CPU time of all threads.
-    cpu_ms_per_request: Option<f64>,
-    /// Summed over threads.
-    seconds: Seconds,
-    /// Rate of matrix products over the whole run, and as a share of the machine's.
-    matrix_gflops: f64,
-    matrix_share: f64,
-    gflop_per_request: f64,
-    /// Tokens of contexts that were there from earlier requests.
-    cached_tokens_share: f64,
-    peak_memory_bytes: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    churn: Option<Churn>,
-    settings: Settings,
-    machine: Machine,
-}
-
-fn is_zero(count: &usize) -> bool {
-    *count == 0
-}
-
-/// The same requests while nothing changed and while the catalog did, turn by turn.
-#[derive(Serialize)]
-struct Churn {
-    percent_a_minute: f64,
-    items: usize,
-    changes: usize,
-    changes_per_second: f64,
-    /// Times that the catalog was compacted meanwhile.
-    compactions: u64,
-    still_ms: Option<Latency>,
-    changing_ms: Option<Latency>,
-    p99_ratio: Option<f64>,
-}
-
-#[derive(Serialize, Clone, Copy)]
-struct Latency {
-    p50: f64,
-    p95: f64,
-    p99: f64,
-    max: f64,
-}
-
-#[derive(Serialize)]
-struct Seconds {
-    total: f64,
-    /// Where the callers' threads compute: a device's phases follow one another unseen.
-    #[serde(flatten)]
-    phases: Option<PhaseSeconds>,
-}
-
-#[derive(Serialize)]
-struct PhaseSeconds {
-    prefill: f64,
-    decode: f64,
-    search: f64,
-}
-
-#[derive(Serialize)]
-struct Settings {
-    model: String,
-    requests: Option<String>,
-    /// Items of the random histories, where no requests were given.
-    history: Option<u32>,
-    beams: usize,
-    /// By level, where they differ.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    widths: Vec<usize>,
-    prefix_cache: bool,
-    normalize: Option<Normalization>,
-    constraint: Constraint,
-    concurrency: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    batch: Option<u32>,
-    repeat: u32,
-    threads: usize,
-    version: &'static str,
-}
-
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     arguments.load.check()?;
     let recommender = open(arguments)?;
@@ -229,32 +138,6 @@ fn say_unknown_items(recommender: &Recommender) -> Result<()> {
         say(&format!("left out names that the catalog does not have, {count} times in all"));
     }
     Ok(())
-}
-
-fn to_json(report: &impl Serialize) -> String {
-    serde_json::to_string_pretty(report).expect("numbers have a JSON form")
-}
-
-#[derive(Serialize)]
-struct OpenLoad {
-    /// Of the load, where there is one: the fields that a closed load has as well.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    requests_per_second: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    latency_ms: Option<LatencyReport>,
-    #[serde(flatten)]
-    report: OpenReport,
-    settings: Settings,
-    machine: Machine,
-}
-
-impl OpenLoad {
-    fn new(report: OpenReport, settings: Settings, machine: Machine) -> OpenLoad {
-        let only = if let [only] = &report.loads[..] { Some(only) } else { None };
-        let requests_per_second = only.map(|load| load.answered_per_second);
-        let latency_ms = only.and_then(|load| load.latency_ms);
-        OpenLoad { requests_per_second, latency_ms, report, settings, machine }
-    }
 }
 
 fn open(arguments: &Arguments) -> Result<Recommender> {
@@ -558,13 +441,6 @@ fn report(settings: Settings, run: Run, churn: Option<Churn>, machine: Machine) 
     }
 }
 
-fn quantiles(latency: Option<Latency>) -> String {
-    let Some(Latency { p50, p95, p99, max }) = latency else {
-        return "none: no request was answered".into();
-    };
-    format!("p50 {p50:.2} ms, p95 {p95:.2}, p99 {p99:.2}, max {max:.2}")
-}
-
 fn settings(arguments: &Arguments, threads: usize) -> Settings {
     let model = match (&arguments.model, arguments.shape) {
         (Some(path), _) => path.display().to_string(),
@@ -589,62 +465,4 @@ fn settings(arguments: &Arguments, threads: usize) -> Settings {
         threads,
         version: env!("CARGO_PKG_VERSION"),
     }
-}
-
-fn to_text(report: &Report) -> String {
-    let Report { latency_ms, seconds, machine, settings, .. } = report;
-    let time = seconds.phases.as_ref().map_or(String::new(), |phases| {
-        let share = |part: f64| 100.0 * part / (phases.prefill + phases.decode + phases.search);
-        format!(
-            "time     prefill {:.0} %, decode {:.0} %, head and search {:.0} %\n",
-            share(phases.prefill),
-            share(phases.decode),
-            share(phases.search)
-        )
-    });
-    let missed = match (report.late, report.refused) {
-        (0, 0) => String::new(),
-        (late, refused) => format!("missed   {late} were late, {refused} refused\n"),
-    };
-    let cpu =
-        report.cpu_ms_per_request.map_or(String::new(), |ms| format!(", {ms:.2} ms of CPU each"));
-    let memory = report.peak_memory_bytes.map_or("unknown".into(), |bytes| {
-        format!("{:.0} MiB at most", bytes as f64 / f64::from(1 << 20))
-    });
-    let churn = report.churn.as_ref().map_or(String::new(), |churn| {
-        format!(
-            "\nchanges  {:.0} a second, {} in all, on {} items, compacted {} times\n\
-             still    {}\nchanging {}{}",
-            churn.changes_per_second,
-            churn.changes,
-            churn.items,
-            churn.compactions,
-            quantiles(churn.still_ms),
-            quantiles(churn.changing_ms),
-            churn.p99_ratio.map_or(String::new(), |ratio| format!("; p99 {ratio:.2} times")),
-        )
-    });
-    format!(
-        "{} on {} ({} cores, {} threads used, {})\n\
-         {} requests of {} beams, {} at a time: {:.1} requests/s{cpu}\n\
-         latency  {}\n{missed}\
-         {time}matrices {:.1} GFLOP/s, {:.0} % of the {:.1} measured on this machine; {:.3} GFLOP each\n\
-         contexts {:.0} % of the tokens were there from earlier requests\n\
-         memory   {memory}{churn}",
-        settings.model,
-        machine.cpu,
-        machine.cores,
-        settings.threads,
-        machine.matrix_kernel,
-        report.requests,
-        settings.beams,
-        settings.concurrency,
-        report.requests_per_second,
-        quantiles(*latency_ms),
-        report.matrix_gflops,
-        report.matrix_share * 100.0,
-        machine.matrix_gflops,
-        report.gflop_per_request,
-        report.cached_tokens_share * 100.0,
-    )
 }

@@ -20,6 +20,7 @@ mod measure;
 mod output;
 mod plot;
 mod recommend;
+mod report;
 mod requests;
 mod selftest;
 mod shapes;
