@@ -32,6 +32,25 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         compile_kernels();
     }
+    #[cfg(feature = "server")]
+    compile_protocol();
+}
+
+/// Makes the messages and services of the server's gRPC door, and the descriptors that its
+/// reflection shows.
+#[cfg(feature = "server")]
+fn compile_protocol() {
+    const FOLDER: &str = "src/server/protocol";
+    println!("cargo:rerun-if-changed={FOLDER}/inference.proto");
+    let files = protox::compile(["inference.proto"], [FOLDER]).expect("the file is sound");
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    let descriptors = protox::prost::Message::encode_to_vec(&files);
+    fs::write(out.join("inference.bin"), descriptors).expect("the output folder can be written to");
+    tonic_prost_build::configure()
+        .build_client(false)
+        .skip_debug(["."])
+        .compile_fds(files)
+        .expect("the output folder can be written to");
 }
 
 /// What a compiler says of itself, where it is there.

@@ -81,6 +81,8 @@ mod request;
 #[doc(hidden)] // for tests and benchmarks
 pub mod schedule;
 mod search;
+#[cfg(feature = "server")]
+pub mod server;
 mod service;
 mod tensor;
 pub mod wire;

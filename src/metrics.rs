@@ -20,7 +20,7 @@ use crate::answer::{Timings, UnknownByField};
 use crate::error::{CODES, Error};
 
 /// Upper bounds of the buckets for times, in microseconds: they resolve 1 to 200 ms best.
-const TIME_BOUNDS_US: [u64; 23] = [
+pub(crate) const TIME_BOUNDS_US: [u64; 23] = [
     100, 200, 500, 1_000, 2_000, 3_000, 5_000, 7_500, 10_000, 15_000, 20_000, 30_000, 50_000,
     75_000, 100_000, 150_000, 200_000, 300_000, 500_000, 1_000_000, 2_000_000, 5_000_000,
     10_000_000,
@@ -70,7 +70,7 @@ pub struct Gauges {
 
 /// Counts of values up to each of a row of bounds.
 #[derive(Debug)]
-struct Histogram<const BUCKETS: usize> {
+pub(crate) struct Histogram<const BUCKETS: usize> {
     bounds: &'static [u64],
     /// One more than there are bounds: the last counts what is over all of them.
     counts: [AtomicU64; BUCKETS],
@@ -78,24 +78,24 @@ struct Histogram<const BUCKETS: usize> {
 }
 
 impl<const BUCKETS: usize> Histogram<BUCKETS> {
-    fn new(bounds: &'static [u64]) -> Histogram<BUCKETS> {
+    pub(crate) fn new(bounds: &'static [u64]) -> Histogram<BUCKETS> {
         assert_eq!(bounds.len() + 1, BUCKETS, "a bucket for each bound and one for the rest");
         Histogram { bounds, counts: [const { AtomicU64::new(0) }; BUCKETS], sum: AtomicU64::new(0) }
     }
 
-    fn record(&self, value: u64) {
+    pub(crate) fn record(&self, value: u64) {
         let bucket = self.bounds.partition_point(|&bound| bound < value);
         self.counts[bucket].fetch_add(1, Relaxed);
         self.sum.fetch_add(value, Relaxed);
     }
 
-    fn snapshot(&self) -> HistogramSnapshot {
+    pub(crate) fn snapshot(&self) -> HistogramSnapshot {
         let counts = self.counts.iter().map(|count| count.load(Relaxed)).collect();
         HistogramSnapshot { bounds: self.bounds, counts, sum: self.sum.load(Relaxed) }
     }
 }
 
-type Times = Histogram<{ TIME_BOUNDS_US.len() + 1 }>;
+pub(crate) type Times = Histogram<{ TIME_BOUNDS_US.len() + 1 }>;
 type Rows = Histogram<{ ROW_BOUNDS.len() + 1 }>;
 type ByCode = [AtomicU64; CODES.len()];
 
@@ -400,31 +400,31 @@ impl MetricsSnapshot {
 
 /// A page of Prometheus text that is being written.
 #[derive(Default)]
-struct Page {
-    text: String,
+pub(crate) struct Page {
+    pub(crate) text: String,
 }
 
 impl Page {
-    fn header(&mut self, name: &str, help: &str, kind: &str) {
+    pub(crate) fn header(&mut self, name: &str, help: &str, kind: &str) {
         self.line(format_args!("# HELP sidereal_{name} {help}"));
         self.line(format_args!("# TYPE sidereal_{name} {kind}"));
     }
 
-    fn line(&mut self, line: std::fmt::Arguments<'_>) {
+    pub(crate) fn line(&mut self, line: std::fmt::Arguments<'_>) {
         writeln!(self.text, "{line}").expect("a text takes everything");
     }
 
-    fn gauge(&mut self, name: &str, help: &str, value: u64) {
+    pub(crate) fn gauge(&mut self, name: &str, help: &str, value: u64) {
         self.header(name, help, "gauge");
         self.line(format_args!("sidereal_{name} {value}"));
     }
 
-    fn counter(&mut self, name: &str, help: &str, value: u64) {
+    pub(crate) fn counter(&mut self, name: &str, help: &str, value: u64) {
         self.header(name, help, "counter");
         self.line(format_args!("sidereal_{name} {value}"));
     }
 
-    fn seconds(&mut self, name: &str, kind: &str, help: &str, us: u64) {
+    pub(crate) fn seconds(&mut self, name: &str, kind: &str, help: &str, us: u64) {
         self.header(name, help, kind);
         self.line(format_args!("sidereal_{name} {}", us as f64 / 1e6));
     }
@@ -458,7 +458,13 @@ impl Page {
     }
 
     /// The samples of one histogram, whose values are `per_unit` times the unit shown.
-    fn histogram(&mut self, name: &str, labels: &str, of: &HistogramSnapshot, per_unit: f64) {
+    pub(crate) fn histogram(
+        &mut self,
+        name: &str,
+        labels: &str,
+        of: &HistogramSnapshot,
+        per_unit: f64,
+    ) {
         let (comma, braces) = match labels {
             "" => ("", String::new()),
             labels => (",", format!("{{{labels}}}")),

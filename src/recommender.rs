@@ -30,6 +30,7 @@ use std::time::Duration;
 use crate::answer::Answer;
 use crate::backend::Backend;
 use crate::catalog::Catalog;
+use crate::catalog::sid::Sid;
 use crate::device::{Device, WithBackend};
 use crate::engine::{Engine, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply};
 use crate::error::{Error, Result};
@@ -191,6 +192,16 @@ impl Recommender {
     /// Threads that compute.
     pub fn num_threads(&self) -> usize {
         self.inner.num_threads
+    }
+
+    /// Whether requests are taken in: the engine has not failed, and nobody has closed it.
+    pub fn is_serving(&self) -> bool {
+        self.shared().check_process().is_ok() && self.shared().queue.is_open()
+    }
+
+    /// The model's tokens for the codes of a semantic ID, as far as it has some.
+    pub fn tokens_of(&self, sid: &Sid) -> Vec<u32> {
+        self.inner.preparer.tokens_of(sid)
     }
 
     /// The most tokens that an input may have.

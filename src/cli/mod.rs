@@ -23,6 +23,8 @@ mod recommend;
 mod report;
 mod requests;
 mod selftest;
+#[cfg(feature = "server")]
+mod serve;
 mod shapes;
 mod tally;
 
@@ -65,6 +67,9 @@ Examples:
     Inspect(inspect::Arguments),
     /// Measure latency, throughput and where the time goes
     Bench(bench::Arguments),
+    /// Serve models by HTTP and gRPC
+    #[cfg(feature = "server")]
+    Serve(Box<serve::Arguments>),
     /// Check a device against the CPU, operation by operation, and measure it
     Selftest(selftest::Arguments),
 }
@@ -78,6 +83,8 @@ pub fn run() -> ExitCode {
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        #[cfg(feature = "server")]
+        Command::Serve(arguments) => serve::run(&arguments),
         Command::Selftest(arguments) => selftest::run(&arguments),
     };
     match outcome {

@@ -18,6 +18,7 @@ use crate::answer::{UnknownByField, UnknownNames};
 use crate::backend::SearchRule;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
+use crate::catalog::sid::Sid;
 use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
@@ -468,6 +469,12 @@ impl Preparer {
             Input::History(_) => self.layout.prompt.reads_text(),
             Input::Tokens(_) => false,
         }
+    }
+
+    /// The tokens of a semantic ID's codes, as far as the model has some.
+    pub(crate) fn tokens_of(&self, sid: &Sid) -> Vec<u32> {
+        let codes = self.layout.levels.iter().zip(sid.codes());
+        codes.filter_map(|(tokens, &code)| tokens.get(usize::from(code)).copied()).collect()
     }
 
     /// The tokens of an input; of a history that takes more than `room`, those of its newest items.

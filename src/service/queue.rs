@@ -203,6 +203,11 @@ impl<T> Queue<T> {
         self.drained.notify_all();
     }
 
+    /// Whether entries are taken in.
+    pub fn is_open(&self) -> bool {
+        !self.state.lock().expect("no holder panics").is_closed
+    }
+
     /// Entries that wait.
     pub fn queued(&self) -> usize {
         self.state.lock().expect("no holder panics").backlog().entries

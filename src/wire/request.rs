@@ -214,6 +214,15 @@ impl RequestLine {
         serde_json::from_str(line).map_err(|error| malformed(with_own_name(&error.to_string())))
     }
 
+    /// Reads the fields of one object.
+    ///
+    /// # Errors
+    /// [`Error::MalformedRequest`] with the parser's words.
+    pub fn from_fields(fields: Map<String, Value>) -> Result<RequestLine> {
+        RequestLine::deserialize(Value::Object(fields))
+            .map_err(|error| Error::MalformedRequest { reason: with_own_name(&error.to_string()) })
+    }
+
     /// The items of the history, empty where the line gives tokens.
     pub fn history(&self) -> &[String] {
         self.history.as_deref().unwrap_or_default()
