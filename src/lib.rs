@@ -115,6 +115,8 @@ mod code_of_pages {
     struct Security;
     #[doc = include_str!("../docs/benchmarks.md")]
     struct Benchmarks;
+    #[doc = include_str!("../docs/c.md")]
+    struct CInterface;
     #[doc = include_str!("../docs/catalog.md")]
     struct CatalogPage;
     #[doc = include_str!("../docs/cli.md")]

@@ -145,6 +145,18 @@ impl CatalogWriter {
         CatalogWriter::start(Arc::new(catalog), Some(OnDisk { path, lock }), options, state)
     }
 
+    /// Opens whatever a path leads to for changes: a compiled catalog as [`open`](CatalogWriter::open)
+    /// does, or a file of items, whose changes end with the process.
+    ///
+    /// # Errors
+    /// Those of [`Catalog::open`] and of [`open`](CatalogWriter::open).
+    pub fn open_any(path: &Path, options: &WriterOptions) -> Result<CatalogWriter> {
+        match crate::catalog::items::is_items_file(path) {
+            true => CatalogWriter::in_memory(Arc::new(Catalog::open(path)?), options),
+            false => CatalogWriter::open(path, options),
+        }
+    }
+
     /// Opens a catalog in memory for changes, which end with the process.
     ///
     /// # Errors

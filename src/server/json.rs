@@ -14,10 +14,10 @@ use super::door::Door;
 use super::envelope::{Incoming, Json, Reading, Writing};
 use super::error::{Failure, Outcome};
 use super::models::Served;
-use super::operations::{self, Answered, ChangeBatch, Task, limit_time};
+use super::operations::{self, Answered, Task, limit_time};
 use super::state::State;
 use crate::error::Error;
-use crate::wire::RequestLine;
+use crate::wire::{ChangeBatch, RequestLine};
 
 /// Which model a call is for: `?model=NAME&version=2`.
 #[derive(Debug, Default, Deserialize)]
@@ -186,13 +186,11 @@ pub(super) async fn change(
     Writing(incoming): Writing,
 ) -> Outcome<Response> {
     let served = which(chosen)?.find(&state)?;
-    let batch: ChangeBatch = serde_json::from_str(incoming.text()?).map_err(|error| {
-        Failure::malformed(format!(
-            "{error}; a batch is {{\"changes\": [{{\"put\": {{...}}}}, ...], \"watermark\": {{...}}}}"
-        ))
-    })?;
-    let applied =
-        operations::blocking(move || operations::change(&state, &served.catalog, batch)).await?;
+    let batch = ChangeBatch::parse(incoming.text()?, state.limits.changes)?;
+    let applied = operations::blocking(move || {
+        operations::apply(&state, &served.catalog, batch.watermark.as_ref(), &batch.changes)
+    })
+    .await?;
     let body = json!({ "snapshot": applied.snapshot, "applied": !applied.is_repeated });
     Ok(Json(body).into_response())
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::error::{Failure, Outcome};
 use super::options::{ModelSource, ServerOptions};
 use crate::answer::Timings;
-use crate::catalog::{Catalog, CatalogOptions, items};
+use crate::catalog::{Catalog, CatalogOptions};
 use crate::error::{Error, Result};
 use crate::recommender::Recommender;
 use crate::writer::CatalogWriter;
@@ -125,10 +125,7 @@ impl Opener {
             let catalog = Arc::new(Catalog::open_with(&path, &options)?);
             return Ok(ServedCatalog { path, catalog, writer: None });
         }
-        let writer = match items::is_items_file(&path) {
-            true => CatalogWriter::in_memory(Arc::new(Catalog::open(&path)?), options)?,
-            false => CatalogWriter::open(&path, options)?,
-        };
+        let writer = CatalogWriter::open_any(&path, options)?;
         Ok(ServedCatalog { path, catalog: Arc::clone(writer.catalog()), writer: Some(writer) })
     }
 }

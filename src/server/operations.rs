@@ -3,9 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Deserialize;
-use serde_json::value::RawValue;
-
 use super::door::{Call, Door};
 use super::error::{Failure, Outcome};
 use super::models::{Served, ServedCatalog};
@@ -156,35 +153,8 @@ fn finish(served: &Served, call: Call<'_>, answer: Outcome<Answer>) -> Outcome<A
     }
 }
 
-/// A batch of changes: `{"changes": [{"put": {...}}, ...], "watermark": {...}}`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct ChangeBatch {
-    changes: Vec<Box<RawValue>>,
-    #[serde(default)]
-    watermark: Option<Watermark>,
-}
-
-/// Applies a batch of changes. Waits for the log, and for a compaction where many changes came
-/// during it: call it from a thread that may wait.
-pub(super) fn change(
-    state: &State,
-    catalog: &ServedCatalog,
-    batch: ChangeBatch,
-) -> Outcome<Applied> {
-    let (len, max) = (batch.changes.len(), state.limits.changes);
-    if len > max {
-        return Err(Error::LimitExceeded { what: "changes", len, max }.into());
-    }
-    let changes = batch.changes.iter().enumerate().map(|(index, change)| {
-        serde_json::from_str(change.get())
-            .map_err(|error| Error::InvalidChange { index, reason: error.to_string() })
-    });
-    let changes: Vec<Change> = changes.collect::<Result<_, Error>>()?;
-    apply(state, catalog, batch.watermark.as_ref(), &changes)
-}
-
-/// Applies changes, with the watermark of their feed where they come from one.
+/// Applies changes, with the watermark of their feed where they come from one. Waits for the log, and
+/// for a compaction where many changes came during it: call it from a thread that may wait.
 pub(super) fn apply(
     state: &State,
     catalog: &ServedCatalog,

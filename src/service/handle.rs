@@ -4,6 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use super::oneshot;
 use super::shared::Shared;
@@ -51,6 +52,31 @@ impl Handle {
         }
         self.is_over = true;
         self.receiver.wait().unwrap_or_else(|| Err(self.shared.end()))
+    }
+
+    /// Waits for the answer no longer than `within`; `None` where it is not there then. The answer is
+    /// handed out once: do not wait again after it.
+    ///
+    /// # Errors
+    /// Those of [`wait`](Handle::wait).
+    ///
+    /// # Panics
+    /// After it gave the answer.
+    pub fn wait_for(&mut self, within: Duration) -> Option<Result<Answer>> {
+        assert!(!self.is_over, "an answer is handed out once");
+        let check = || {
+            self.shared.check_process()?;
+            if !self.receiver.is_ready() {
+                self.shared.check_waiting()?;
+            }
+            Ok(())
+        };
+        if let Err(error) = check() {
+            return Some(Err(error));
+        }
+        let Poll::Ready(answer) = self.receiver.wait_for(within) else { return None };
+        self.is_over = true;
+        Some(answer.unwrap_or_else(|| Err(self.shared.end())))
     }
 
     /// Whether the answer is there, so that waiting takes no time.

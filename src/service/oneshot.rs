@@ -1,6 +1,7 @@
 //! One value from one thread to another, which waits for it on a thread or in a future.
 
 use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use super::sync::{Arc, Condvar, Mutex};
 
@@ -68,6 +69,25 @@ impl<T> Receiver<T> {
                 waiting => *state = waiting,
             }
             state = self.0.sent.wait(state).expect("no holder panics");
+        }
+    }
+
+    /// Waits for the value no longer than `within`; pending where it is not there then.
+    pub fn wait_for(&self, within: Duration) -> Poll<Option<T>> {
+        let until = Instant::now().checked_add(within);
+        let mut state = self.0.state.lock().expect("no holder panics");
+        loop {
+            match std::mem::replace(&mut *state, State::Closed) {
+                State::Sent(value) => return Poll::Ready(Some(value)),
+                State::Closed => return Poll::Ready(None),
+                waiting => *state = waiting,
+            }
+            let left = until
+                .map_or(Duration::MAX, |until| until.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return Poll::Pending;
+            }
+            state = self.0.sent.wait_timeout(state, left).expect("no holder panics").0;
         }
     }
 

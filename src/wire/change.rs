@@ -1,10 +1,11 @@
 //! Items and changes from JSON; their types derive the way there.
 
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use super::name::name;
 use crate::catalog::items::{Code, to_sid};
-use crate::catalog::{Change, Item, ItemWeight};
+use crate::catalog::{Change, Item, ItemWeight, Watermark};
 use crate::error::{Error, Result};
 
 /// An item before its codes are read. Further fields are allowed and ignored: files of items hold
@@ -40,6 +41,48 @@ impl TryFrom<ItemLine> for Item {
 impl<'de> Deserialize<'de> for Item {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Item, D::Error> {
         ItemLine::deserialize(deserializer)?.try_into().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Changes that happen together, and where they end in their feed:
+/// `{"changes": [{"put": {...}}, {"delete": {"item": "9"}}], "watermark": {"source": "items",
+/// "partition": 0, "offset": 41}}`.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ChangeBatch {
+    /// In the order in which they happen.
+    pub changes: Vec<Change>,
+    /// The end of the batch in its feed, where it comes from one.
+    pub watermark: Option<Watermark>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BatchLine {
+    changes: Vec<Value>,
+    #[serde(default)]
+    watermark: Option<Watermark>,
+}
+
+impl ChangeBatch {
+    /// Reads a batch of at most `max_changes`.
+    ///
+    /// # Errors
+    /// [`Error::MalformedRequest`], [`Error::LimitExceeded`]; [`Error::InvalidChange`] for one of them.
+    pub fn parse(text: &str, max_changes: usize) -> Result<ChangeBatch> {
+        let batch: BatchLine = serde_json::from_str(text).map_err(|error| {
+            let form = "a batch is {\"changes\": [{\"put\": {...}}, ...], \"watermark\": {...}}";
+            Error::MalformedRequest { reason: format!("{error}; {form}") }
+        })?;
+        let len = batch.changes.len();
+        if len > max_changes {
+            return Err(Error::LimitExceeded { what: "changes", len, max: max_changes });
+        }
+        let changes = batch.changes.into_iter().enumerate().map(|(index, change)| {
+            Change::deserialize(change)
+                .map_err(|error| Error::InvalidChange { index, reason: error.to_string() })
+        });
+        Ok(ChangeBatch { changes: changes.collect::<Result<_>>()?, watermark: batch.watermark })
     }
 }
 

@@ -10,7 +10,7 @@
 //! - An [`Item`](crate::catalog::Item) is `{"item": "17", "sid": [3, 250, 7], "title": "...",
 //!   "tags": ["garden"], "available": true, "weight": 2.5}`, and a [`Change`](crate::catalog::Change) is one of
 //!   `{"put": {...}}`, `{"delete": {...}}`, `{"availability": {...}}`, `{"tag": {...}}` and
-//!   `{"weight": {...}}`.
+//!   `{"weight": {...}}`; a [`ChangeBatch`] holds some that happen together.
 //!
 //! Scores are written with as many digits as an `f32` needs to be read back to the last bit.
 
@@ -22,5 +22,6 @@ mod name;
 mod request;
 
 pub use answer::AnswerLine;
+pub use change::ChangeBatch;
 pub use error::{ErrorBody, ErrorLine};
 pub use request::{RequestDefaults, RequestLine};
