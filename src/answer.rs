@@ -108,7 +108,7 @@ impl UnknownNames {
 }
 
 /// A name as answers and errors show it, however long it is.
-fn shortened(name: &str) -> String {
+pub(crate) fn shortened(name: &str) -> String {
     if name.len() <= MAX_NAME_BYTES {
         return name.to_string();
     }

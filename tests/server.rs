@@ -302,6 +302,12 @@ fn what_is_no_request_is_refused_with_its_status() {
     let huge = b"POST /v1/recommend HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 10995116277760\r\n\r\n";
     assert_eq!(send(address, huge).status, 413);
     assert!(began.elapsed() < Duration::from_secs(10));
+    // Every request that was refused is counted, whatever its door.
+    for door in ["json", "generate", "completions"] {
+        let refused =
+            format!("sidereal_requests_total{{door=\"{door}\",outcome=\"caller_error\"}}");
+        assert!(metric(address, &refused) >= 1.0, "{door}");
+    }
     // After all of that it answers.
     assert_eq!(post(address, "/v1/recommend", &json!({ "history": ["168"] })).status, 200);
 }
@@ -374,6 +380,14 @@ fn tokens_open_what_they_are_for() {
     ] {
         assert_eq!(call(path, token, body).status, status, "{path} with {token}");
     }
+    let from_page = |origin: &str| {
+        let headers = format!("authorization: Bearer writer\r\norigin: {origin}\r\n");
+        send(server.http(), &request("POST", change, &headers, batch.as_bytes())).status
+    };
+    assert_eq!(
+        (from_page("http://x"), from_page("http://other"), from_page("null")),
+        (200, 403, 403)
+    );
     let without = post(server.http(), recommend, &json!({ "history": ["168"] }));
     assert_eq!(without.status, 401);
     assert_eq!(without.headers["www-authenticate"], "Bearer");
@@ -639,6 +653,18 @@ fn versions_answer_side_by_side_and_models_are_exchanged_while_serving() {
     assert_eq!((state("other"), state("shop")), (Some(json!("UNAVAILABLE")), Some(json!("READY"))));
     assert_eq!(post(address, "/v2/repository/models/other/load", &json!({})).status, 200);
     assert_eq!(version("?model=other").1, 1);
+    // Changes of a catalog in memory outlast an exchange of all its models.
+    let batch = json!({ "changes": [{ "delete": { "item": "9" } }] });
+    assert_eq!(post(address, "/v1/catalog/changes", &batch).status, 200);
+    for name in ["shop", "other"] {
+        let path = |what| format!("/v2/repository/models/{name}/{what}");
+        assert_eq!(post(address, &path("unload"), &json!({})).status, 200);
+    }
+    for name in ["shop", "other"] {
+        let path = |what| format!("/v2/repository/models/{name}/{what}");
+        assert_eq!(post(address, &path("load"), &json!({})).status, 200);
+    }
+    assert_eq!(get(address, "/v1/catalog/items/9").status, 404);
     assert_eq!(post(address, "/v2/repository/models/none/load", &json!({})).status, 404);
 }
 

@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::State as Shared;
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::door::Door;
-use super::envelope::{Incoming, Json, Reading};
+use super::envelope::{Incoming, Reading, json_or_events};
 use super::error::{Failure, Outcome};
 use super::generate::{Widths, request};
 use super::models::Served;
@@ -77,16 +76,10 @@ async fn complete(state: &State, incoming: &Incoming, is_chat: bool) -> Outcome<
     if let Some(user) = body.user {
         line.insert("user".into(), user);
     }
-    let request = request(state, line, incoming)?;
+    let request = request(state, line, incoming);
     let answered = operations::recommend(state, &served, Door::Completions, request).await?;
     let completion = completion(&served, &answered, is_chat);
-    match body.stream {
-        true => {
-            let events = format!("data: {completion}\n\ndata: [DONE]\n\n");
-            Ok(([(header::CONTENT_TYPE, "text/event-stream")], events).into_response())
-        }
-        false => Ok(Json(completion).into_response()),
-    }
+    Ok(json_or_events(completion, body.stream))
 }
 
 /// The tokens of a prompt, or its only prompt where it is a list of them.

@@ -10,6 +10,7 @@ use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Serialize;
+use serde_json::Value;
 
 use super::access::Scope;
 use super::error::{Failure, Outcome};
@@ -60,6 +61,9 @@ async fn incoming(request: HttpRequest, state: &State, scope: Scope) -> Outcome<
     let (parts, body) = request.into_parts();
     let headers = parts.headers;
     check_token(state, &headers, scope)?;
+    if scope == Scope::Write {
+        check_origin(&headers)?;
+    }
     if state.is_draining() {
         return Err(Failure::draining());
     }
@@ -75,6 +79,22 @@ pub(super) fn check_token(state: &State, headers: &HeaderMap, scope: Scope) -> O
     state.access.check(authorization, scope).inspect_err(|_| {
         state.metrics.refused_tokens.fetch_add(1, Relaxed);
     })
+}
+
+/// Refuses changes that a browser sends for the page of another site: where no token is needed, the page
+/// would need none either.
+fn check_origin(headers: &HeaderMap) -> Outcome<()> {
+    let Some(origin) = headers.get(header::ORIGIN) else { return Ok(()) };
+    let site = origin.to_str().ok().and_then(|origin| origin.split_once("://"));
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    match site.is_some_and(|(_, site)| Some(site) == host) {
+        true => Ok(()),
+        false => Err(Failure::new(
+            StatusCode::FORBIDDEN,
+            "forbidden",
+            "changes are not taken from pages of other sites; send them without an Origin header",
+        )),
+    }
 }
 
 fn timeout(headers: &HeaderMap) -> Outcome<Option<Duration>> {
@@ -116,6 +136,18 @@ async fn read_body(state: &State, headers: &HeaderMap, body: Body) -> Outcome<By
             "body_timeout",
             format!("the body did not come within {:?}", state.limits.body_time),
         )),
+    }
+}
+
+/// An answer, or the stream of one event that a client asked for: all of it is there at once, and there
+/// is nothing to show before the last level of a search.
+pub(super) fn json_or_events(value: Value, is_stream: bool) -> Response {
+    match is_stream {
+        true => {
+            let events = format!("data: {value}\n\ndata: [DONE]\n\n");
+            ([(header::CONTENT_TYPE, "text/event-stream")], events).into_response()
+        }
+        false => Json(value).into_response(),
     }
 }
 

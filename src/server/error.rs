@@ -29,6 +29,11 @@ pub(super) struct FailureBody {
     pub retry_after_ms: Option<u64>,
 }
 
+/// A name from outside as messages show it, however long it is.
+pub(super) fn quoted(name: &str) -> String {
+    format!("{:?}", crate::answer::shortened(name))
+}
+
 pub(super) type Outcome<T> = std::result::Result<T, Failure>;
 
 impl Failure {

@@ -9,15 +9,14 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::Failure;
-use super::models::Served;
+use super::models::ServedCatalog;
 use super::operations;
 use super::state::State;
 use crate::catalog::{Change, Watermark};
@@ -31,8 +30,9 @@ const BATCH_BYTES: usize = 1 << 20;
 
 /// A file that is followed.
 pub(super) struct Follower {
-    state: Arc<State>,
-    served: Arc<Served>,
+    /// Gone when the server is.
+    state: Weak<State>,
+    catalog: Arc<ServedCatalog>,
     path: PathBuf,
     /// The name of the feed in watermarks.
     source: String,
@@ -61,30 +61,36 @@ impl Follower {
         File::open(path).map_err(|error| Error::io(path, error))?;
         let snapshot = served.catalog.catalog.snapshot();
         let offset = snapshot.watermarks().offset(&source, 0).unwrap_or(0);
-        let (state, path) = (Arc::clone(state), path.to_path_buf());
-        Ok(Follower { state, served, path, source, offset, rest: Vec::new(), is_inside: false })
+        let (state, path) = (Arc::downgrade(state), path.to_path_buf());
+        let catalog = Arc::clone(&served.catalog);
+        Ok(Follower { state, catalog, path, source, offset, rest: Vec::new(), is_inside: false })
     }
 
     /// Applies lines as they come until the server ends.
     pub fn run(mut self) {
-        while !self.state.is_draining() {
-            match self.step() {
-                Ok(true) => {}
-                Ok(false) => std::thread::sleep(PAUSE),
+        loop {
+            let Some(state) = self.state.upgrade().filter(|state| !state.is_draining()) else {
+                return;
+            };
+            let pause = match self.step(&state) {
+                Ok(true) => continue,
+                Ok(false) => PAUSE,
                 Err(error) => {
                     let path = self.path.display();
                     tracing::error!(target: "sidereal", %path, %error, "feed");
-                    self.state.metrics.feed_errors.fetch_add(1, Relaxed);
+                    state.metrics.feed_errors.fetch_add(1, Relaxed);
                     // What was not applied is read again from the watermark.
                     self.rest.clear();
-                    std::thread::sleep(PAUSE * 10);
+                    PAUSE * 10
                 }
-            }
+            };
+            drop(state);
+            std::thread::sleep(pause);
         }
     }
 
     /// Reads what came and applies it; returns whether anything did.
-    fn step(&mut self) -> Result<bool> {
+    fn step(&mut self, state: &State) -> Result<bool> {
         let bytes = self.read().map_err(|error| Error::io(&self.path, error))?;
         if bytes.is_empty() {
             return Ok(false);
@@ -100,9 +106,9 @@ impl Follower {
         };
         let whole: Vec<u8> = self.rest.drain(..=end).collect();
         let after = self.offset + whole.len() as u64;
-        let changes = self.changes(&whole);
-        self.apply(after, changes)?;
-        self.offset = after;
+        let changes = self.changes(state, &whole);
+        self.apply(state, after, changes)?;
+        (self.offset, self.is_inside) = (after, false);
         Ok(true)
     }
 
@@ -122,18 +128,18 @@ impl Follower {
     }
 
     /// The changes of whole lines.
-    fn changes(&mut self, lines: &[u8]) -> Vec<Change> {
+    fn changes(&self, state: &State, lines: &[u8]) -> Vec<Change> {
         let mut changes = Vec::new();
         let mut lines = lines.split(|&byte| byte == b'\n');
-        if std::mem::take(&mut self.is_inside) {
+        if self.is_inside {
             lines.next();
-            self.passed_over("a line is too long");
+            self.passed_over(state, "a line is too long");
         }
         for line in lines.filter(|line| !line.trim_ascii().is_empty()) {
-            self.state.metrics.feed_lines.fetch_add(1, Relaxed);
+            state.metrics.feed_lines.fetch_add(1, Relaxed);
             match change_of(line) {
                 Ok(change) => changes.extend(change),
-                Err(reason) => self.passed_over(&reason),
+                Err(reason) => self.passed_over(state, &reason),
             }
         }
         changes
@@ -141,33 +147,22 @@ impl Follower {
 
     /// Applies changes and moves the watermark, both or neither. Where one change of the batch
     /// cannot be, the others are applied without it.
-    fn apply(&self, after: u64, mut changes: Vec<Change>) -> Result<()> {
+    fn apply(&self, state: &State, after: u64, mut changes: Vec<Change>) -> Result<()> {
         let watermark = Watermark::new(&*self.source, 0, after);
         loop {
-            let applied =
-                operations::apply(&self.state, &self.served.catalog, Some(&watermark), &changes);
-            let Err(Failure { body, .. }) = applied else { return Ok(()) };
-            let wrong = changes
-                .iter()
-                .position(|change| self.served.catalog.catalog.check_change(change).is_err());
-            match wrong {
-                Some(wrong) if body.code == "invalid_change" => {
-                    changes.remove(wrong);
-                    self.passed_over(&body.message);
+            match operations::apply(state, &self.catalog, Some(&watermark), &changes) {
+                Ok(_) => return Ok(()),
+                Err(Error::InvalidChange { index, reason }) if index < changes.len() => {
+                    changes.remove(index);
+                    self.passed_over(state, &reason);
                 }
-                _ => {
-                    let reason = body.message;
-                    return Err(Error::ChangeLog {
-                        path: self.served.catalog.path.clone(),
-                        reason,
-                    });
-                }
+                Err(error) => return Err(error),
             }
         }
     }
 
-    fn passed_over(&self, reason: &str) {
-        self.state.metrics.feed_errors.fetch_add(1, Relaxed);
+    fn passed_over(&self, state: &State, reason: &str) {
+        state.metrics.feed_errors.fetch_add(1, Relaxed);
         let path = self.path.display();
         tracing::warn!(target: "sidereal", %path, reason, "a line of the feed was passed over");
     }

@@ -7,16 +7,15 @@
 use std::sync::Arc;
 
 use axum::extract::State as Shared;
-use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::door::Door;
-use super::envelope::{Incoming, Json, Reading};
+use super::envelope::{Incoming, Json, Reading, json_or_events};
 use super::error::{Failure, Outcome};
 use super::models::Served;
-use super::operations::{self, Answered, Task, limit_time};
+use super::operations::{self, Answered, Task};
 use super::state::State;
 use crate::error::Error;
 use crate::request::Request;
@@ -102,14 +101,7 @@ pub(super) async fn generate(
         true => Value::Array(generated),
         false => generated.pop().expect("one input"),
     };
-    match body.stream {
-        // All of it is there at once: there is nothing to show before the last level.
-        true => {
-            let events = format!("data: {generated}\n\ndata: [DONE]\n\n");
-            Ok(([(header::CONTENT_TYPE, "text/event-stream")], events).into_response())
-        }
-        false => Ok(Json(generated).into_response()),
-    }
+    Ok(json_or_events(generated, body.stream))
 }
 
 /// The inputs as the fields of request lines, and whether they came as a batch.
@@ -176,9 +168,7 @@ pub(super) fn request(
     incoming: &Incoming,
 ) -> Outcome<Request> {
     let line = RequestLine::from_fields(line)?;
-    let mut request = operations::request_of(state, &line, Task::Recommend)?;
-    limit_time(&mut request, incoming.timeout);
-    Ok(request)
+    operations::request_of(state, &line, Task::Recommend, incoming.timeout)
 }
 
 fn output(served: &Served, answered: &Answered, rid: Option<&Value>, index: usize) -> Value {

@@ -14,9 +14,10 @@ use super::door::Door;
 use super::envelope::{Incoming, Json, Reading, Writing};
 use super::error::{Failure, Outcome};
 use super::models::Served;
-use super::operations::{self, Answered, Task, limit_time};
+use super::operations::{self, Answered, Task};
 use super::state::State;
 use crate::error::Error;
+use crate::request::Request;
 use crate::wire::{ChangeBatch, RequestLine};
 
 /// Which model a call is for: `?model=NAME&version=2`.
@@ -109,17 +110,25 @@ async fn answer_one(
     incoming: &Incoming,
     task: Task,
 ) -> Outcome<Response> {
-    let parsed = operations::parse(state, text, task);
-    let (line, mut request) = match parsed {
-        Ok(parsed) => parsed,
-        Err(failure) => {
-            state.metrics.begin(Door::Json).end(Some(&failure));
-            return Err(failure);
-        }
-    };
-    limit_time(&mut request, incoming.timeout);
+    let (line, request) = read(state, text, incoming, task);
     let answered = operations::recommend(state, served, Door::Json, request).await?;
-    Ok(Json(body(served, Some(&line), &answered, task)).into_response())
+    Ok(Json(body(served, line.as_ref(), &answered, task)).into_response())
+}
+
+/// A request's line, and the request that it makes.
+fn read(
+    state: &State,
+    text: &str,
+    incoming: &Incoming,
+    task: Task,
+) -> (Option<RequestLine>, Outcome<Request>) {
+    match RequestLine::parse(text) {
+        Ok(line) => {
+            let request = operations::request_of(state, &line, task, incoming.timeout);
+            (Some(line), request)
+        }
+        Err(error) => (None, Err(error.into())),
+    }
 }
 
 fn body<'a>(
@@ -142,19 +151,8 @@ async fn answer_batch(
     incoming: &Incoming,
     task: Task,
 ) -> Outcome<Response> {
-    let mut lines = Vec::with_capacity(texts.len());
-    let mut requests = Vec::with_capacity(texts.len());
-    for text in texts {
-        let line = RequestLine::parse(text.get());
-        requests.push(match &line {
-            Ok(line) => operations::request_of(state, line, task).map(|mut request| {
-                limit_time(&mut request, incoming.timeout);
-                request
-            }),
-            Err(error) => Err(error.clone().into()),
-        });
-        lines.push(line.ok());
-    }
+    let read = texts.iter().map(|text| read(state, text.get(), incoming, task));
+    let (lines, requests): (Vec<_>, Vec<_>) = read.unzip();
     let answers = operations::recommend_all(state, served, Door::Json, requests).await;
     let entries = answers.iter().zip(&lines).map(|(answer, line)| match answer {
         Ok(answered) => Entry::Answer(body(served, line.as_ref(), answered, task)),
@@ -234,7 +232,7 @@ pub(super) async fn catalog(
         "snapshot": snapshot.number(),
         "lineage": lineage,
         "levels": snapshot.num_levels(),
-        "items": snapshot.all_items().count(),
+        "items": snapshot.num_items(),
         "changed_since_compaction": { "put": snapshot.num_put(), "deleted": snapshot.num_deleted() },
         "watermarks": watermarks,
         "read_only": catalog.writer.is_none(),
@@ -253,7 +251,7 @@ pub(super) async fn item(
     let snapshot = served.catalog.catalog.snapshot();
     let found = snapshot.find(&name).map(|number| snapshot.item(number));
     let item = found.ok_or_else(|| {
-        Failure::not_found(format!("no item is named {}", super::models::shortened(&name)))
+        Failure::not_found(format!("no item is named {}", super::error::quoted(&name)))
     })?;
     Ok(Json(json!({ "snapshot": snapshot.number(), "item": item })).into_response())
 }

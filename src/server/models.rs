@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::error::{Failure, Outcome};
+use super::error::{Failure, Outcome, quoted};
 use super::options::{ModelSource, ServerOptions};
 use crate::answer::Timings;
 use crate::catalog::{Catalog, CatalogOptions};
@@ -69,6 +69,17 @@ pub(super) struct Listed {
     pub served: Option<Arc<Served>>,
 }
 
+impl Listed {
+    /// Its state in Triton's words, and the reason where it does not answer.
+    pub fn state(&self) -> (&'static str, &'static str) {
+        match &self.served {
+            Some(served) if served.recommender.is_serving() => ("READY", ""),
+            Some(_) => ("UNAVAILABLE", "its engine has ended"),
+            None => ("UNAVAILABLE", "unloaded"),
+        }
+    }
+}
+
 /// The models of a server. The lock is held to look up and to exchange, never to open.
 pub(super) struct Models {
     opener: Opener,
@@ -86,10 +97,11 @@ struct Entry {
     served: BTreeMap<u64, Arc<Served>>,
 }
 
-/// Opens models and catalogs; a catalog of several models is opened once.
+/// Opens models and catalogs. A catalog is opened once and stays open until the server ends: several
+/// models may search it, and the changes of one in memory must outlast an exchange of its models.
 struct Opener {
     options: ServerOptions,
-    catalogs: Mutex<BTreeMap<PathBuf, Weak<ServedCatalog>>>,
+    catalogs: Mutex<BTreeMap<PathBuf, Arc<ServedCatalog>>>,
 }
 
 impl Opener {
@@ -109,11 +121,11 @@ impl Opener {
     fn catalog(&self, path: &Path) -> Result<Arc<ServedCatalog>> {
         let path = std::fs::canonicalize(path).map_err(|error| Error::io(path, error))?;
         let mut catalogs = self.catalogs.lock().expect("no holder panics");
-        if let Some(catalog) = catalogs.get(&path).and_then(Weak::upgrade) {
-            return Ok(catalog);
+        if let Some(catalog) = catalogs.get(&path) {
+            return Ok(Arc::clone(catalog));
         }
         let catalog = Arc::new(self.open_catalog(&path)?);
-        catalogs.insert(path, Arc::downgrade(&catalog));
+        catalogs.insert(path, Arc::clone(&catalog));
         Ok(catalog)
     }
 
@@ -168,7 +180,7 @@ impl Models {
             let known = known.join(", ");
             return Err(Failure::not_found(format!(
                 "no model is named {}; there are {known}",
-                shortened(name)
+                quoted(name)
             )));
         };
         let found = match version {
@@ -179,7 +191,7 @@ impl Models {
             let versions: Vec<String> = entry.served.keys().map(u64::to_string).collect();
             let which = match version {
                 "" => format!("model {name} is not loaded"),
-                version => format!("model {name} has no version {}", shortened(version)),
+                version => format!("model {name} has no version {}", quoted(version)),
             };
             Failure::not_found(format!("{which}; loaded are: [{}]", versions.join(", ")))
         })
@@ -196,14 +208,10 @@ impl Models {
         let entries = self.entries.read().expect("no holder panics");
         let mut listed = Vec::new();
         for (name, entry) in &*entries {
-            let sources = entry.sources.iter().map(|source| source.version);
-            let mut versions: Vec<u64> = sources.chain(entry.served.keys().copied()).collect();
-            versions.sort_unstable();
-            versions.dedup();
-            listed.extend(versions.into_iter().map(|version| Listed {
+            listed.extend(entry.sources.iter().map(|source| Listed {
                 name: name.clone(),
-                version,
-                served: entry.served.get(&version).cloned(),
+                version: source.version,
+                served: entry.served.get(&source.version).cloned(),
             }));
         }
         listed
@@ -242,7 +250,7 @@ impl Models {
         let entry = entries.get(name).ok_or_else(|| {
             Failure::not_found(format!(
                 "no model is named {}; models are named when the server is started",
-                shortened(name)
+                quoted(name)
             ))
         })?;
         Ok(entry.sources.clone())
@@ -259,7 +267,7 @@ impl Models {
     /// Ends all models.
     pub fn shutdown(&self) {
         self.end(self.all().into_iter());
-        for catalog in self.all().iter().map(|served| &served.catalog) {
+        for catalog in self.opener.catalogs.lock().expect("no holder panics").values() {
             if let Some(Err(error)) = catalog.writer.as_ref().map(CatalogWriter::sync) {
                 tracing::error!(target: "sidereal", path = %catalog.path.display(), %error, "sync");
             }
@@ -278,10 +286,4 @@ impl Models {
     pub fn drain_time(&self) -> Duration {
         self.opener.options.drain
     }
-}
-
-/// A name from outside as messages show it.
-pub(super) fn shortened(name: &str) -> String {
-    let shown: String = name.chars().take(128).collect();
-    format!("{shown:?}")
 }

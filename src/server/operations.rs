@@ -1,6 +1,7 @@
 //! What the doors do: one place for all protocols.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use super::door::{Call, Door};
@@ -9,7 +10,7 @@ use super::models::{Served, ServedCatalog};
 use super::state::State;
 use crate::answer::{Answer, Timings};
 use crate::catalog::{Catalog, Change, Watermark};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::request::{Input, Request};
 use crate::service::Handle;
 use crate::wire::RequestLine;
@@ -32,9 +33,15 @@ pub(super) enum Task {
     Score,
 }
 
-/// Makes a request of its line, for a task.
-pub(super) fn request_of(state: &State, line: &RequestLine, task: Task) -> Outcome<Request> {
+/// Makes a request of its line, for a task; `within` is the time that came beside it.
+pub(super) fn request_of(
+    state: &State,
+    line: &RequestLine,
+    task: Task,
+    within: Option<Duration>,
+) -> Outcome<Request> {
     let mut request = line.to_request(&state.defaults)?;
+    limit_time(&mut request, within);
     if task != Task::Recommend && request.candidates.is_empty() {
         let reason = "name the items to score, [\"9\", \"12\", ...]".into();
         return Err(Error::InvalidField { field: "candidates", reason }.into());
@@ -43,29 +50,22 @@ pub(super) fn request_of(state: &State, line: &RequestLine, task: Task) -> Outco
     Ok(request)
 }
 
-/// Reads a request's line and makes a request of it.
-pub(super) fn parse(state: &State, text: &str, task: Task) -> Outcome<(RequestLine, Request)> {
-    let line = RequestLine::parse(text)?;
-    let request = request_of(state, &line, task)?;
-    Ok((line, request))
-}
-
 /// The least of a request's own deadline and one that came beside it.
-pub(super) fn limit_time(request: &mut Request, within: Option<Duration>) {
+fn limit_time(request: &mut Request, within: Option<Duration>) {
     request.deadline = match (request.deadline, within) {
         (Some(own), Some(other)) => Some(own.min(other)),
         (own, other) => own.or(other),
     };
 }
 
-/// Answers a request. Dropped, the request is cancelled.
+/// Answers a request, or counts why there is none. Dropped, the request is cancelled.
 pub(super) async fn recommend(
     state: &State,
     served: &Arc<Served>,
     door: Door,
-    request: Request,
+    request: Outcome<Request>,
 ) -> Outcome<Answered> {
-    let mut answers = recommend_all(state, served, door, vec![Ok(request)]).await;
+    let mut answers = recommend_all(state, served, door, vec![request]).await;
     answers.pop().expect("one for each request")
 }
 
@@ -107,7 +107,7 @@ pub(super) async fn recommend_all(
 
 /// Hands requests over. What takes time in proportion to a catalog or a text is done on a thread
 /// that may wait.
-async fn submit(served: &Arc<Served>, requests: Vec<Request>) -> Vec<crate::error::Result<Handle>> {
+async fn submit(served: &Arc<Served>, requests: Vec<Request>) -> Vec<Result<Handle>> {
     if requests.iter().all(is_quick) {
         return served.recommender.submit_all(requests);
     }
@@ -160,36 +160,37 @@ pub(super) fn apply(
     catalog: &ServedCatalog,
     watermark: Option<&Watermark>,
     changes: &[Change],
-) -> Outcome<Applied> {
+) -> Result<Applied> {
     let writer = catalog.writer.as_ref().ok_or_else(read_only)?;
     let applied = match watermark {
         Some(watermark) => writer.apply_from(watermark, changes)?,
         None => Applied { snapshot: writer.apply(changes)?, is_repeated: false },
     };
-    state.metrics.changes.fetch_add(changes.len() as u64, std::sync::atomic::Ordering::Relaxed);
+    if !applied.is_repeated {
+        state.metrics.changes.fetch_add(changes.len() as u64, Relaxed);
+    }
     Ok(applied)
 }
 
 /// Puts a new full catalog in the place of the one that is searched; changes after its watermarks
 /// are kept. Waits for the end.
-pub(super) fn replace_base(catalog: &ServedCatalog, path: &std::path::Path) -> Outcome<Replaced> {
+pub(super) fn replace_base(catalog: &ServedCatalog, path: &std::path::Path) -> Result<Replaced> {
     let writer = catalog.writer.as_ref().ok_or_else(read_only)?;
     let base = Catalog::open(path)?;
-    Ok(writer.replace_base(&base)?)
+    writer.replace_base(&base)
 }
 
-fn read_only() -> Failure {
+fn read_only() -> Error {
     Error::Unsupported {
         what: "a change of a catalog that is served for reading alone".into(),
         way_out: "start the server without --read-only".into(),
     }
-    .into()
 }
 
 /// Runs what may wait, away from the threads that serve connections.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Outcome<T> + Send + 'static,
-) -> Outcome<T> {
+pub(super) async fn blocking<T: Send + 'static, E: From<Error> + Send + 'static>(
+    work: impl FnOnce() -> std::result::Result<T, E> + Send + 'static,
+) -> std::result::Result<T, E> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
         Err(Error::EngineFailed { reason: format!("a call broke off: {error}") }.into())
     })

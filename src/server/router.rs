@@ -128,13 +128,13 @@ async fn around(Shared(state): Shared<Arc<State>>, request: Request, next: Next)
 }
 
 async fn unknown_route(request: Request) -> Response {
-    let path = super::models::shortened(request.uri().path());
+    let path = super::error::quoted(request.uri().path());
     let message = format!("there is no route {path}; GET /openapi.json lists those that there are");
     Failure::not_found(message).into_response()
 }
 
 async fn wrong_method(request: Request) -> Response {
-    let (method, path) = (request.method(), super::models::shortened(request.uri().path()));
+    let (method, path) = (request.method(), super::error::quoted(request.uri().path()));
     let message = format!("{path} takes no {method}; GET /openapi.json says what it takes");
     Failure::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message).into_response()
 }

@@ -89,7 +89,7 @@ typedef struct sidereal_options {
   struct sidereal_text base;
   // Threads to compute on; 0 for all cores.
   uint32_t threads;
-  // Whether the catalog is opened for reading alone, so that another process may change its files.
+  // Nonzero opens the catalog for reading alone, so that another process may change its files.
   int32_t read_only;
   // The most input tokens of a request; 0 for 8192.
   uint64_t max_context;
@@ -99,11 +99,11 @@ typedef struct sidereal_options {
   uint64_t max_queued;
   // How long a new request may be expected to wait, in milliseconds; 0 for any time.
   uint64_t max_wait_ms;
-  // Whether an acknowledged change of the catalog survives the end of the machine too.
+  // Nonzero makes an acknowledged change survive the end of the machine, zero the end of the process.
   int32_t machine_durability;
 } sidereal_options;
 
-// What an answer says beside its items.
+// The counts, versions and times of an answer.
 typedef struct sidereal_answer_info {
   // sizeof(sidereal_answer_info).
   size_t struct_size;
@@ -173,9 +173,9 @@ typedef struct sidereal_request {
   uint32_t top_k;
   // Time until the answer must be there, in microseconds; 0 for no deadline.
   uint64_t deadline_us;
-  // Whether items come with their titles.
+  // Nonzero adds titles to the items.
   int32_t titles;
-  // Whether items come with the log-probabilities of their codes.
+  // Nonzero adds the log-probabilities of the codes, which the answer's JSON shows.
   int32_t log_probs;
   // All other fields of a request line, as a JSON object: {"only": ["9"], "seed": 7}.
   struct sidereal_text json;
@@ -186,7 +186,7 @@ typedef struct sidereal_request {
 // that wait fail there.
 typedef void (*sidereal_callback)(void *user_data, int32_t status, struct sidereal_answer *answer);
 
-// What became of a batch of changes.
+// The result of a batch of changes.
 typedef struct sidereal_changed {
   // sizeof(sidereal_changed).
   size_t struct_size;
@@ -218,15 +218,15 @@ typedef struct sidereal_tensor {
 extern "C" {
 #endif // __cplusplus
 
-// What went wrong last on this thread, in words: what, the limit, the way out. It holds until the next
-// error on the thread. Inside of a callback: why its request failed.
+// Returns the message of the last error on this thread: what happened, the limit, the way out. It holds
+// until the next error on the thread. Inside of a callback it says why the request failed.
 struct sidereal_text sidereal_last_error(void);
 
-// The stable name of the last error on this thread, such as "unknown_item".
+// Returns the stable name of the last error on this thread, such as "unknown_item".
 struct sidereal_text sidereal_last_error_code(void);
 
-// After SIDEREAL_OVERLOADED and SIDEREAL_DEADLINE_EXCEEDED: when a request may come again, as predicted,
-// in milliseconds; 0 where nothing is predicted.
+// Returns in how many milliseconds a request may come again, as predicted, after SIDEREAL_OVERLOADED or
+// SIDEREAL_DEADLINE_EXCEEDED; 0 where nothing is predicted.
 uint64_t sidereal_last_retry_after_ms(void);
 
 // Opens a model and a catalog. This takes as long as reading them.
@@ -246,10 +246,10 @@ struct sidereal_text sidereal_buffer_text(const struct sidereal_buffer *buffer);
 // Frees a buffer.
 void sidereal_buffer_free(struct sidereal_buffer *buffer);
 
-// What waits, runs and is free, as JSON. Does not wait.
+// Writes the engine's state as JSON: requests that wait and run, free pages, snapshot. Does not wait.
 int32_t sidereal_status(const struct sidereal_recommender *recommender, struct sidereal_buffer **out);
 
-// Counters and histograms as Prometheus' text. Does not wait.
+// Writes counters and histograms as Prometheus' text. Does not wait.
 int32_t sidereal_metrics(const struct sidereal_recommender *recommender, struct sidereal_buffer **out);
 
 // The library's version, such as "0.1.0".
@@ -259,7 +259,7 @@ struct sidereal_text sidereal_version(void);
 // have to be compiled again.
 uint32_t sidereal_abi_version(void);
 
-// Writes what an answer says beside its items.
+// Writes the counts, versions and times of an answer.
 int32_t sidereal_answer_read(const struct sidereal_answer *answer, struct sidereal_answer_info *info);
 
 // Writes the item at an index, best first.

@@ -1,28 +1,31 @@
 //! Answers.
 
+use std::sync::OnceLock;
+
 use engine::{Answer, Recommendation, Timings};
 
 use crate::error::{SIDEREAL_OK, entry, invalid};
-use crate::structs::{Sized0, write};
+use crate::structs::{SizedStruct, write};
 use crate::text::SiderealText;
 
 /// An answer, until it is freed.
 pub struct SiderealAnswer {
     answer: Answer,
     timings: Timings,
-    json: String,
+    /// Made when it is first asked for.
+    json: OnceLock<String>,
 }
 
 impl SiderealAnswer {
     /// An answer on its way out.
     pub fn hand_out(mut answer: Answer) -> *mut SiderealAnswer {
         let timings = answer.timings.take().unwrap_or_default();
-        let json = serde_json::to_string(&answer).expect("answers have a JSON form");
+        let json = OnceLock::new();
         Box::into_raw(Box::new(SiderealAnswer { answer, timings, json }))
     }
 }
 
-/// What an answer says beside its items.
+/// The counts, versions and times of an answer.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct SiderealAnswerInfo {
@@ -49,7 +52,7 @@ pub struct SiderealAnswerInfo {
 }
 
 // SAFETY: numbers alone.
-unsafe impl Sized0 for SiderealAnswerInfo {
+unsafe impl SizedStruct for SiderealAnswerInfo {
     const NAME: &'static str = "sidereal_answer_info";
 }
 
@@ -72,11 +75,11 @@ pub struct SiderealItem {
 }
 
 // SAFETY: numbers, pointers and texts.
-unsafe impl Sized0 for SiderealItem {
+unsafe impl SizedStruct for SiderealItem {
     const NAME: &'static str = "sidereal_item";
 }
 
-/// Writes what an answer says beside its items.
+/// Writes the counts, versions and times of an answer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sidereal_answer_read(
     answer: *const SiderealAnswer,
@@ -138,7 +141,11 @@ pub unsafe extern "C" fn sidereal_answer_item(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sidereal_answer_json(answer: *const SiderealAnswer) -> SiderealText {
     // SAFETY: NULL, or an answer that was handed out and not freed.
-    unsafe { answer.as_ref() }.map_or(SiderealText::NONE, |answer| SiderealText::of(&answer.json))
+    let Some(SiderealAnswer { answer, json, .. }) = (unsafe { answer.as_ref() }) else {
+        return SiderealText::NONE;
+    };
+    let to_json = || serde_json::to_string(answer).expect("answers have a JSON form");
+    SiderealText::of(json.get_or_init(to_json))
 }
 
 /// Frees an answer.

@@ -136,7 +136,7 @@ pub unsafe extern "C" fn sidereal_call_free(call: *mut SiderealCall) {
 pub type SiderealCallback =
     Option<unsafe extern "C" fn(user_data: *mut c_void, status: i32, answer: *mut SiderealAnswer)>;
 
-/// What a program wants back in its callback, whatever thread that is on.
+/// A pointer of the program's, on its way to the callback on another thread.
 struct UserData(*mut c_void);
 
 // SAFETY: the library does nothing with the pointer but hand it back.

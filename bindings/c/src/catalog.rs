@@ -8,13 +8,13 @@ use engine::{CatalogWriter, Error, Result};
 
 use crate::error::{SIDEREAL_OK, entry};
 use crate::recommender::{SiderealRecommender, borrow};
-use crate::structs::{Sized0, write};
+use crate::structs::{SizedStruct, write};
 use crate::text::SiderealText;
 
 /// Changes of one batch.
 const MAX_CHANGES: usize = 1 << 20;
 
-/// What became of a batch of changes.
+/// The result of a batch of changes.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct SiderealChanged {
@@ -27,7 +27,7 @@ pub struct SiderealChanged {
 }
 
 // SAFETY: numbers alone.
-unsafe impl Sized0 for SiderealChanged {
+unsafe impl SizedStruct for SiderealChanged {
     const NAME: &'static str = "sidereal_changed";
 }
 

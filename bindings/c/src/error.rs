@@ -81,21 +81,21 @@ pub fn entry(work: impl FnOnce() -> Result<i32, Error>) -> i32 {
     }
 }
 
-/// What went wrong last on this thread, in words: what, the limit, the way out. It holds until the next
-/// error on the thread. Inside of a callback: why its request failed.
+/// Returns the message of the last error on this thread: what happened, the limit, the way out. It holds
+/// until the next error on the thread. Inside of a callback it says why the request failed.
 #[unsafe(no_mangle)]
 pub extern "C" fn sidereal_last_error() -> SiderealText {
     LAST.with_borrow(|last| SiderealText::of(&last.message))
 }
 
-/// The stable name of the last error on this thread, such as "unknown_item".
+/// Returns the stable name of the last error on this thread, such as "unknown_item".
 #[unsafe(no_mangle)]
 pub extern "C" fn sidereal_last_error_code() -> SiderealText {
     LAST.with_borrow(|last| SiderealText::of(last.code))
 }
 
-/// After SIDEREAL_OVERLOADED and SIDEREAL_DEADLINE_EXCEEDED: when a request may come again, as predicted,
-/// in milliseconds; 0 where nothing is predicted.
+/// Returns in how many milliseconds a request may come again, as predicted, after SIDEREAL_OVERLOADED or
+/// SIDEREAL_DEADLINE_EXCEEDED; 0 where nothing is predicted.
 #[unsafe(no_mangle)]
 pub extern "C" fn sidereal_last_retry_after_ms() -> u64 {
     LAST.with_borrow(|last| last.retry_after_ms)

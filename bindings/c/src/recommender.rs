@@ -8,7 +8,7 @@ use engine::catalog::Catalog;
 use engine::{CatalogWriter, Durability, Recommender, RecommenderOptions, Result, WriterOptions};
 
 use crate::error::{SIDEREAL_OK, entry, invalid};
-use crate::structs::{Sized0, read};
+use crate::structs::{SizedStruct, read};
 use crate::text::SiderealText;
 
 /// A model and a catalog on a device, until it is closed.
@@ -35,7 +35,7 @@ pub struct SiderealOptions {
     pub base: SiderealText,
     /// Threads to compute on; 0 for all cores.
     pub threads: u32,
-    /// Whether the catalog is opened for reading alone, so that another process may change its files.
+    /// Nonzero opens the catalog for reading alone, so that another process may change its files.
     pub read_only: i32,
     /// The most input tokens of a request; 0 for 8192.
     pub max_context: u64,
@@ -45,12 +45,12 @@ pub struct SiderealOptions {
     pub max_queued: u64,
     /// How long a new request may be expected to wait, in milliseconds; 0 for any time.
     pub max_wait_ms: u64,
-    /// Whether an acknowledged change of the catalog survives the end of the machine too.
+    /// Nonzero makes an acknowledged change survive the end of the machine, zero the end of the process.
     pub machine_durability: i32,
 }
 
 // SAFETY: numbers and texts, of which all may be zero.
-unsafe impl Sized0 for SiderealOptions {
+unsafe impl SizedStruct for SiderealOptions {
     const NAME: &'static str = "sidereal_options";
 }
 
@@ -192,7 +192,7 @@ pub unsafe extern "C" fn sidereal_buffer_free(buffer: *mut SiderealBuffer) {
     }
 }
 
-/// What waits, runs and is free, as JSON. Does not wait.
+/// Writes the engine's state as JSON: requests that wait and run, free pages, snapshot. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sidereal_status(
     recommender: *const SiderealRecommender,
@@ -225,7 +225,7 @@ pub unsafe extern "C" fn sidereal_status(
     })
 }
 
-/// Counters and histograms as Prometheus' text. Does not wait.
+/// Writes counters and histograms as Prometheus' text. Does not wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn sidereal_metrics(
     recommender: *const SiderealRecommender,

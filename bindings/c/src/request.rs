@@ -7,7 +7,7 @@ use engine::{Request, Result};
 use serde_json::{Map, Value};
 
 use crate::error::invalid;
-use crate::structs::{Sized0, read};
+use crate::structs::{SizedStruct, read};
 use crate::text::{SiderealText, read_slice};
 
 /// A request. It has one input: `history`, `tokens`, or one in `json`.
@@ -42,23 +42,23 @@ pub struct SiderealRequest {
     pub top_k: u32,
     /// Time until the answer must be there, in microseconds; 0 for no deadline.
     pub deadline_us: u64,
-    /// Whether items come with their titles.
+    /// Nonzero adds titles to the items.
     pub titles: i32,
-    /// Whether items come with the log-probabilities of their codes.
+    /// Nonzero adds the log-probabilities of the codes, which the answer's JSON shows.
     pub log_probs: i32,
     /// All other fields of a request line, as a JSON object: {"only": ["9"], "seed": 7}.
     pub json: SiderealText,
 }
 
 // SAFETY: numbers, pointers and texts, of which all may be zero.
-unsafe impl Sized0 for SiderealRequest {
+unsafe impl SizedStruct for SiderealRequest {
     const NAME: &'static str = "sidereal_request";
 }
 
 /// Reads a request.
 ///
 /// # Safety
-/// What it points to is readable.
+/// `request` and all pointers in it are readable.
 pub unsafe fn read_request(request: *const SiderealRequest) -> Result<Request> {
     // SAFETY: the caller's promise.
     let given = unsafe { read(request)? };

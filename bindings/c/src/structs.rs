@@ -10,7 +10,7 @@ use crate::error::invalid;
 ///
 /// # Safety
 /// `#[repr(C)]`, its first field is that `usize`, and all bits zero is a value of every field.
-pub unsafe trait Sized0: Copy {
+pub unsafe trait SizedStruct: Copy {
     /// Its name, for errors.
     const NAME: &'static str;
 }
@@ -20,8 +20,8 @@ pub unsafe trait Sized0: Copy {
 ///
 /// # Safety
 /// `given` is NULL or leads to a struct of at least the size that its first field says.
-pub unsafe fn read<T: Sized0>(given: *const T) -> Result<T> {
-    let (size, own) = (unsafe_size(given)?, size_of::<T>());
+pub unsafe fn read<T: SizedStruct>(given: *const T) -> Result<T> {
+    let (size, own) = (stated_size(given)?, size_of::<T>());
     let mut value = MaybeUninit::<T>::zeroed();
     // SAFETY: both are readable and writable for that many bytes.
     unsafe {
@@ -47,8 +47,8 @@ pub unsafe fn read<T: Sized0>(given: *const T) -> Result<T> {
 ///
 /// # Safety
 /// `to` is NULL or leads to a writable struct of at least the size that its first field says.
-pub unsafe fn write<T: Sized0>(to: *mut T, value: &T) -> Result<()> {
-    let size = unsafe_size(to.cast_const())?;
+pub unsafe fn write<T: SizedStruct>(to: *mut T, value: &T) -> Result<()> {
+    let size = stated_size(to.cast_const())?;
     let skipped = size_of::<usize>(); // the size stays as the program set it
     let bytes = size.min(size_of::<T>()) - skipped;
     // SAFETY: both have that many bytes behind their sizes.
@@ -60,7 +60,7 @@ pub unsafe fn write<T: Sized0>(to: *mut T, value: &T) -> Result<()> {
 }
 
 /// The size that a struct says, where it is one that a program could have.
-fn unsafe_size<T: Sized0>(given: *const T) -> Result<usize> {
+fn stated_size<T: SizedStruct>(given: *const T) -> Result<usize> {
     const MOST: usize = 1 << 16;
     if given.is_null() {
         return Err(invalid(T::NAME, "it is NULL"));

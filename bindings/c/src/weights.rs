@@ -5,7 +5,7 @@ use half::{bf16, f16};
 
 use crate::error::{SIDEREAL_OK, entry, invalid};
 use crate::recommender::{SiderealRecommender, borrow};
-use crate::structs::{Sized0, read};
+use crate::structs::{SizedStruct, read};
 use crate::text::{SiderealText, read_slice};
 
 /// IEEE single precision.
@@ -36,7 +36,7 @@ pub struct SiderealTensor {
 }
 
 // SAFETY: numbers, pointers and texts, of which all may be zero.
-unsafe impl Sized0 for SiderealTensor {
+unsafe impl SizedStruct for SiderealTensor {
     const NAME: &'static str = "sidereal_tensor";
 }
 
@@ -66,7 +66,7 @@ pub unsafe extern "C" fn sidereal_replace_weights(
 }
 
 /// # Safety
-/// What it points to is readable.
+/// `tensor` and all pointers in it are readable.
 unsafe fn read_tensor(tensor: *const SiderealTensor) -> Result<(String, Tensor)> {
     // SAFETY: the caller's promise.
     let given = unsafe { read(tensor)? };

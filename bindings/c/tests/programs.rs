@@ -68,7 +68,7 @@ fn program(folder: &tempfile::TempDir, program: &Path) -> Command {
     command
 }
 
-/// What the examples print of the library's own answer.
+/// The lines that the examples should print, made of the library's own answer.
 fn expected() -> String {
     let catalog = Catalog::open(&model().join("items.jsonl")).expect("the demo's catalog");
     let options = RecommenderOptions::new("cpu").with_threads(1);

@@ -369,10 +369,7 @@ impl GrpcInferenceService for Service {
         let listed = self.state.models.index().into_iter();
         let listed = listed.filter(|listed| listed.served.is_some() || !only_ready);
         let models = listed.map(|listed| {
-            let (state, reason) = match listed.served.is_some() {
-                true => ("READY", ""),
-                false => ("UNAVAILABLE", "unloaded"),
-            };
+            let (state, reason) = listed.state();
             messages::repository_index_response::ModelIndex {
                 name: listed.name,
                 version: listed.version.to_string(),
@@ -456,6 +453,9 @@ impl tonic_health::pb::health_server::Health for Health {
                     if sender.send(Ok(now)).await.is_err() {
                         return;
                     }
+                }
+                if health.state.is_draining() {
+                    return; // or the connection would hold up the end of the server
                 }
                 tokio::select! {
                     () = sender.closed() => return,

@@ -170,11 +170,7 @@ pub(crate) async fn index(Shared(state): Shared<Arc<State>>, reading: Call<Readi
     let listed = listed.filter(|listed| listed.served.is_some() || !only_ready);
     let entries: Vec<Value> = listed
         .map(|listed| {
-            let (state, reason) = match &listed.served {
-                Some(served) if served.recommender.is_serving() => ("READY", ""),
-                Some(_) => ("UNAVAILABLE", "its engine has ended"),
-                None => ("UNAVAILABLE", "unloaded"),
-            };
+            let (state, reason) = listed.state();
             json!({
                 "name": listed.name,
                 "version": listed.version.to_string(),

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use super::super::door::Door;
 use super::super::error::{Failure, Outcome};
 use super::super::models::Served;
-use super::super::operations::{self, Answered, Task, limit_time};
+use super::super::operations::{self, Answered, Task};
 use super::super::state::State;
 use super::tensor::{Input, Output, Values};
 use super::{Datatype, OUTPUTS};
@@ -49,13 +49,7 @@ pub(super) async fn infer(
     infer: Infer,
 ) -> Outcome<(Arc<Served>, Vec<Output>)> {
     let served = state.models.find(&infer.model, &infer.version)?;
-    let requests = match requests(state, &infer) {
-        Ok(requests) => requests,
-        Err(failure) => {
-            state.metrics.begin(door).end(Some(&failure));
-            return Err(failure);
-        }
-    };
+    let requests = requests(state, &infer).unwrap_or_else(|failure| vec![Err(failure)]);
     let num_requests = requests.len();
     let answers = operations::recommend_all(state, &served, door, requests).await;
     let mut answered = Vec::with_capacity(answers.len());
@@ -77,7 +71,7 @@ fn requests(state: &State, infer: &Infer) -> Outcome<Vec<Outcome<Request>>> {
             let known: Vec<&str> = OUTPUTS.iter().map(|output| output.name).collect();
             return Err(Failure::malformed(format!(
                 "there is no output {}; there are {}",
-                super::super::models::shortened(name),
+                super::super::error::quoted(name),
                 known.join(", ")
             )));
         }
@@ -107,9 +101,7 @@ fn requests(state: &State, infer: &Infer) -> Outcome<Vec<Outcome<Request>>> {
     }
     let request = |line| {
         let line = RequestLine::from_fields(line)?;
-        let mut request = operations::request_of(state, &line, Task::Recommend)?;
-        limit_time(&mut request, timeout);
-        Ok(request)
+        operations::request_of(state, &line, Task::Recommend, timeout)
     };
     Ok(lines.into_iter().map(request).collect())
 }

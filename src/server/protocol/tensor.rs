@@ -45,7 +45,7 @@ impl Datatype {
         let found = DATATYPES.iter().find(|(_, other)| *other == name);
         found.map(|(datatype, _)| *datatype).ok_or_else(|| {
             let known: Vec<&str> = DATATYPES.iter().map(|(_, name)| *name).collect();
-            let name = super::super::models::shortened(name);
+            let name = super::super::error::quoted(name);
             Failure::malformed(format!("datatype {name} is none of {}", known.join(", ")))
         })
     }
