@@ -1,5 +1,5 @@
-//! Compiles the kernels where the feature `cuda` asks for them, and says whether there is a compiler
-//! for the tests that run kernels on the CPU.
+//! Compiles the kernels where the feature `cuda` asks for them, and says what tests can be run: those
+//! that run kernels on the CPU need a compiler, those of instructions a processor that has them.
 
 use std::env;
 use std::fmt::Write as _;
@@ -20,7 +20,7 @@ fn main() {
     }
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    println!("cargo:rustc-check-cfg=cfg(cpp_compiler, has_kernels)");
+    println!("cargo:rustc-check-cfg=cfg(cpp_compiler, has_kernels, has_amx, has_avx512_bf16)");
     // The emulator switches stacks of x86-64, reads ELF headers, and has GCC call its checks.
     let compiler = env::var("CXX").unwrap_or_else(|_| "g++".into());
     let is_gcc = version(Path::new(&compiler))
@@ -28,6 +28,11 @@ fn main() {
     let target = |part: &str| env::var(format!("CARGO_CFG_TARGET_{part}")).unwrap_or_default();
     if is_gcc && target("ARCH") == "x86_64" && target("OS") == "linux" {
         println!("cargo:rustc-cfg=cpp_compiler");
+    }
+    for (flag, name) in [("amx_bf16", "has_amx"), ("avx512_bf16", "has_avx512_bf16")] {
+        if has_processor_flag(flag) {
+            println!("cargo:rustc-cfg={name}");
+        }
     }
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         compile_kernels();
@@ -51,6 +56,13 @@ fn compile_protocol() {
         .skip_debug(["."])
         .compile_fds(files)
         .expect("the output folder can be written to");
+}
+
+/// Whether Linux says that the processor has something: for tests that are ignored without it.
+fn has_processor_flag(flag: &str) -> bool {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = text.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    flags.split_whitespace().any(|other| other == flag)
 }
 
 /// What a compiler says of itself, where it is there.

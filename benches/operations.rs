@@ -6,7 +6,6 @@ use std::slice;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use sidereal::Normalization;
-use sidereal::Tensor;
 use sidereal::backend::cpu::{Buffer, CpuBackend};
 use sidereal::backend::prelude::*;
 use sidereal::backend::testing::{Cases, Fixture};
@@ -14,26 +13,35 @@ use sidereal::backend::{AttentionSpec, Batch, Epilogue, Heads, KvScope, Mask, Se
 use sidereal::catalog::allowed::AllowedSet;
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
+use sidereal::{Dtype, Tensor};
 
 const TIGER: Heads = Heads::new(6, 6, 64);
 
 fn matmul(criterion: &mut Criterion) {
-    let backend = CpuBackend::default();
-    let mut cases = Cases::new(1);
     let mut group = criterion.benchmark_group("matmul");
-    for (rows, num_in, num_out) in
-        [(50, 128, 1152), (50, 1024, 128), (128, 128, 1024), (50, 1024, 6144), (512, 1024, 3072)]
-    {
-        let weight = Tensor::new(&[num_out, num_in], cases.numbers(num_out * num_in));
-        let weight = backend.matrix(&[weight]).expect("memory");
-        let x = Buffer::new(cases.numbers(rows * num_in), num_in);
-        let mut out = backend.buffer();
-        group.throughput(Throughput::Elements(2 * (rows * num_in * num_out) as u64));
-        let name = format!("{rows}x{num_in}x{num_out}");
-        group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
-            bencher
-                .iter(|| backend.matmul(black_box(&x), &weight, None, Epilogue::Store, &mut out));
-        });
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let backend = CpuBackend::new(dtype).expect("no instructions are asked for");
+        let mut cases = Cases::new(1);
+        for (rows, num_in, num_out) in [
+            (50, 128, 1152),
+            (50, 1024, 128),
+            (128, 128, 1024),
+            (10, 1024, 6144),
+            (50, 1024, 6144),
+            (512, 1024, 3072),
+        ] {
+            let weight = Tensor::new(&[num_out, num_in], cases.numbers(num_out * num_in));
+            let weight = backend.matrix(&[weight]).expect("memory");
+            let x = Buffer::new(cases.numbers(rows * num_in), num_in);
+            let mut out = backend.buffer();
+            group.throughput(Throughput::Elements(2 * (rows * num_in * num_out) as u64));
+            let name = format!("{} {rows}x{num_in}x{num_out}", dtype.name());
+            group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
+                bencher.iter(|| {
+                    backend.matmul(black_box(&x), &weight, None, Epilogue::Store, &mut out);
+                });
+            });
+        }
     }
     group.finish();
 }

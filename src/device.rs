@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::backend::Backend;
-use crate::backend::cpu::CpuBackend;
+use crate::backend::cpu::{CpuBackend, Instructions};
 use crate::error::{Error, Result};
 use crate::tensor::Dtype;
 
@@ -60,21 +60,26 @@ pub trait WithBackend {
 }
 
 impl Device {
-    /// Opens the device, to compute in `dtype` or in what suits it, and does `work` there. Every
-    /// device can be asked for in every build.
+    /// The number type that suits weights stored in `stored` where nobody asks for another: bf16 for
+    /// products on a GPU, and on a CPU with instructions for them where the weights are stored so;
+    /// else f32.
+    pub fn default_dtype(self, stored: Dtype) -> Dtype {
+        match self {
+            Device::Cuda(_) => Dtype::Bf16,
+            Device::Cpu if stored == Dtype::Bf16 && Instructions::best().are_fast() => Dtype::Bf16,
+            Device::Cpu => Dtype::F32,
+        }
+    }
+
+    /// Opens the device, to compute in `dtype`, or in f32 on the CPU and bf16 on a GPU, and does
+    /// `work` there. Every device can be asked for in every build.
     ///
     /// # Errors
     /// [`Error::Device`] where this build or this machine does not have it; [`Error::Unsupported`]
     /// where it does not compute in such numbers; those of the work.
     pub fn with_backend<W: WithBackend>(self, dtype: Option<Dtype>, work: W) -> Result<W::Output> {
         match self {
-            Device::Cpu if dtype.is_some_and(|dtype| dtype != Dtype::F32) => {
-                Err(Error::Unsupported {
-                    what: format!("computing in {dtype:?} on the CPU"),
-                    way_out: "the CPU computes in f32; bf16 is for GPUs".into(),
-                })
-            }
-            Device::Cpu => work.run(CpuBackend::default()),
+            Device::Cpu => work.run(CpuBackend::new(dtype.unwrap_or(Dtype::F32))?),
             #[cfg(feature = "cuda")]
             Device::Cuda(number) => {
                 let device = crate::backend::cuda::CudaDevice::open(number)?;

@@ -125,6 +125,23 @@ impl Mapping {
         }
     }
 
+    /// Gives back the memory that some of a mapped file's bytes take: those of whole pages. They are
+    /// read again from the file, or from the system's copy of it, when somebody asks for them.
+    pub fn forget(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Contents::Mapped { map, .. } = &self.contents {
+            const PAGE: usize = 1 << 16; // a multiple of every system's
+            let range = range.start.next_multiple_of(PAGE)..range.end / PAGE * PAGE;
+            if !range.is_empty() {
+                let advice = memmap2::UncheckedAdvice::DontNeed;
+                // SAFETY: the mapping is shared and read-only, so that its pages hold nothing but
+                // what the file holds, and are the file's again when they are next read.
+                // A refusal leaves the memory taken, which harms nobody.
+                let _ = unsafe { map.unchecked_advise_range(advice, range.start, range.len()) };
+            }
+        }
+    }
+
     /// Whether the bytes are the file's own rather than a copy of them.
     pub fn is_mapped(&self) -> bool {
         matches!(self.contents, Contents::Mapped { .. })

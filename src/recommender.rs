@@ -151,8 +151,9 @@ impl Recommender {
     ) -> Result<Recommender> {
         let device: Device = options.device.parse()?;
         check_max_queued(options)?;
+        let dtype = options.dtype.unwrap_or_else(|| device.default_dtype(weights.dtype()));
         let work = Open { config, weights, layout, catalog, options };
-        device.with_backend(options.dtype, work)
+        device.with_backend(Some(dtype), work)
     }
 
     /// Takes over an engine, on whatever backend; of the options, `max_queued`, `max_wait` and

@@ -48,8 +48,13 @@ pub struct Tensor {
 
 #[derive(Clone)]
 enum Data {
-    Owned(Arc<Vec<f32>>),
-    Mapped { mapping: Arc<Mapping>, bytes: Range<usize>, dtype: Dtype },
+    /// A stretch of these.
+    Owned(Arc<Vec<f32>>, Range<usize>),
+    Mapped {
+        mapping: Arc<Mapping>,
+        bytes: Range<usize>,
+        dtype: Dtype,
+    },
 }
 
 impl Tensor {
@@ -59,7 +64,8 @@ impl Tensor {
     /// Where `values` is not as long as `shape` says.
     pub fn new(shape: &[usize], values: Vec<f32>) -> Tensor {
         assert_eq!(values.len(), shape.iter().product::<usize>(), "values must fill {shape:?}");
-        Tensor { shape: shape.to_vec(), data: Data::Owned(Arc::new(values)) }
+        let all = 0..values.len();
+        Tensor { shape: shape.to_vec(), data: Data::Owned(Arc::new(values), all) }
     }
 
     /// A stretch of a mapped file, already checked to be inside it and of the right length.
@@ -87,8 +93,47 @@ impl Tensor {
     /// [`Error::FileChanged`](crate::Error::FileChanged).
     pub(crate) fn check_file(&self) -> Result<()> {
         match &self.data {
-            Data::Owned(_) => Ok(()),
+            Data::Owned(..) => Ok(()),
             Data::Mapped { mapping, .. } => mapping.check(),
+        }
+    }
+
+    /// The number type that it is stored in.
+    pub fn dtype(&self) -> Dtype {
+        match &self.data {
+            Data::Owned(..) => Dtype::F32,
+            Data::Mapped { dtype, .. } => *dtype,
+        }
+    }
+
+    /// Some of its rows, along the first dimension.
+    ///
+    /// # Panics
+    /// Where it has not so many.
+    pub(crate) fn rows(&self, rows: Range<usize>) -> Tensor {
+        assert!(rows.end <= self.shape[0], "rows of a tensor");
+        let row_len: usize = self.shape[1..].iter().product();
+        let numbers = rows.start * row_len..rows.end * row_len;
+        let data = match &self.data {
+            Data::Owned(values, range) => {
+                let start = range.start;
+                Data::Owned(Arc::clone(values), start + numbers.start..start + numbers.end)
+            }
+            Data::Mapped { mapping, bytes, dtype } => {
+                let at = |number: usize| bytes.start + number * dtype.size();
+                let bytes = at(numbers.start)..at(numbers.end);
+                Data::Mapped { mapping: Arc::clone(mapping), bytes, dtype: *dtype }
+            }
+        };
+        Tensor { shape: [&[rows.len()], &self.shape[1..]].concat(), data }
+    }
+
+    /// Gives back the memory that a flat range of a mapped file takes, which was read and will not
+    /// be for a while. It can be read again.
+    pub(crate) fn forget(&self, range: Range<usize>) {
+        if let Data::Mapped { mapping, bytes, dtype } = &self.data {
+            let at = |number: usize| bytes.start + number * dtype.size();
+            mapping.forget(at(range.start)..at(range.end));
         }
     }
 
@@ -111,7 +156,7 @@ impl Tensor {
     pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
         assert_eq!(range.len(), out.len(), "the output must be as long as the range");
         match &self.data {
-            Data::Owned(values) => out.copy_from_slice(&values[range]),
+            Data::Owned(values, all) => out.copy_from_slice(&values[all.clone()][range]),
             Data::Mapped { mapping, bytes, dtype } => {
                 let size = dtype.size();
                 let start = bytes.start + range.start * size;
@@ -140,8 +185,10 @@ impl Tensor {
         if self.shape != other.shape {
             return false;
         }
-        if let (Data::Owned(own), Data::Owned(theirs)) = (&self.data, &other.data)
+        if let (Data::Owned(own, range), Data::Owned(theirs, their_range)) =
+            (&self.data, &other.data)
             && Arc::ptr_eq(own, theirs)
+            && range == their_range
         {
             return true;
         }
@@ -167,11 +214,38 @@ impl Tensor {
     pub fn first_non_finite(&self) -> Option<usize> {
         (0..self.len().div_ceil(CHUNK)).into_par_iter().find_map_first(|chunk| {
             let range = chunk * CHUNK..self.len().min((chunk + 1) * CHUNK);
-            let mut values = vec![0.0; range.len()];
-            self.read(range.clone(), &mut values);
-            values.iter().position(|value| !value.is_finite()).map(|at| range.start + at)
+            let found = match &self.data {
+                Data::Owned(values, all) => {
+                    let values = &values[all.clone()][range.clone()];
+                    position(values, |value| !value.is_finite())
+                }
+                Data::Mapped { mapping, bytes, dtype } => {
+                    let start = bytes.start + range.start * dtype.size();
+                    let bytes = &mapping.bytes()[start..start + range.len() * dtype.size()];
+                    // All bits of the exponent are set.
+                    let is_full = |exponent: u16| {
+                        move |bytes: &[u8; 2]| u16::from_le_bytes(*bytes) & exponent == exponent
+                    };
+                    match dtype {
+                        Dtype::F32 => position(bytes.as_chunks().0, |bytes| {
+                            !f32::from_le_bytes(*bytes).is_finite()
+                        }),
+                        Dtype::F16 => position(bytes.as_chunks().0, is_full(0x7c00)),
+                        Dtype::Bf16 => position(bytes.as_chunks().0, is_full(0x7f80)),
+                    }
+                }
+            };
+            self.forget(range.clone());
+            found.map(|at| range.start + at)
         })
     }
+}
+
+/// The first element that is so. All are looked at without a branch, which is several times faster,
+/// and then once more where one is.
+fn position<T>(elements: &[T], is_so: impl Fn(&T) -> bool) -> Option<usize> {
+    let any = elements.iter().fold(false, |any, element| any | is_so(element));
+    if any { elements.iter().position(is_so) } else { None }
 }
 
 const CHUNK: usize = 1 << 16;

@@ -31,8 +31,10 @@ pub trait DeviceOps: Send + Sync + Sized + 'static {
 
     /// What computes, as `x86_64 f32x16`.
     fn description(&self) -> String;
-    /// The number type of activations, keys and values.
+    /// The number type of what products with weights are given.
     fn dtype(&self) -> Dtype;
+    /// The number type of keys and values.
+    fn kv_dtype(&self) -> Dtype;
     /// Floating-point operations of all matrix products so far: what a benchmark divides by time.
     fn matrix_flops(&self) -> u64;
     /// Returns the first error since the last call. After an error, all keys and values written by

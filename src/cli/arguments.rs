@@ -182,7 +182,7 @@ impl ModelArguments {
     }
 
     pub fn open(&self) -> Result<Recommender> {
-        self.open_with(&self.device.options()?)
+        self.open_with(&self.device.options())
     }
 
     pub fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {

@@ -141,7 +141,7 @@ fn say_unknown_items(recommender: &Recommender) -> Result<()> {
 }
 
 fn open(arguments: &Arguments) -> Result<Recommender> {
-    let mut options = arguments.device.options()?;
+    let mut options = arguments.device.options();
     options.engine.prefix_cache = arguments.prefix_cache;
     if let Some(shape) = arguments.shape {
         let spinner = super::requests::spinner("drawing random weights");

@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 use sidereal::device::WithBackend;
-use sidereal::{Device, Dtype, EngineOptions, Error, RecommenderOptions, Result};
+use sidereal::{Device, Dtype, EngineOptions, RecommenderOptions, Result};
 
 /// A device by its name, for the parser of arguments.
 pub fn parse(name: &str) -> std::result::Result<Device, String> {
@@ -10,12 +10,12 @@ pub fn parse(name: &str) -> std::result::Result<Device, String> {
     name.parse().map_err(unknown)
 }
 
-/// Number types of activations.
+/// Number types of products with weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DtypeName {
     /// Single precision
     F32,
-    /// The upper half of it: half the memory, and tensor cores
+    /// The upper half of it: half the memory, and tensor cores or tiles
     Bf16,
 }
 
@@ -24,7 +24,8 @@ pub struct DeviceArguments {
     /// Device to compute on: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu", value_parser = parse)]
     pub device: Device,
-    /// Number type of activations; by default bf16 on GPUs and f32 on the CPU, which has no other
+    /// Number type of products with weights; by default bf16 on GPUs, and on CPUs that have instructions
+    /// for it where the checkpoint is stored so, else f32
     #[arg(long)]
     pub dtype: Option<DtypeName>,
     /// Threads to compute on; 0 for all cores
@@ -40,18 +41,12 @@ pub struct DeviceArguments {
 }
 
 impl DeviceArguments {
-    /// The number type that was asked for, if the device has it.
-    fn dtype(&self) -> Result<Option<Dtype>> {
-        match (self.device, self.dtype) {
-            (Device::Cpu, Some(DtypeName::Bf16)) => Err(Error::InvalidOption {
-                option: "--dtype",
-                reason: "the CPU computes in f32; bf16 is for GPUs".into(),
-            }),
-            (_, dtype) => Ok(dtype.map(|dtype| match dtype {
-                DtypeName::F32 => Dtype::F32,
-                DtypeName::Bf16 => Dtype::Bf16,
-            })),
-        }
+    /// The number type that was asked for.
+    fn dtype(&self) -> Option<Dtype> {
+        self.dtype.map(|dtype| match dtype {
+            DtypeName::F32 => Dtype::F32,
+            DtypeName::Bf16 => Dtype::Bf16,
+        })
     }
 
     /// How an engine is opened.
@@ -63,15 +58,15 @@ impl DeviceArguments {
     }
 
     /// How a recommender is opened.
-    pub fn options(&self) -> Result<RecommenderOptions> {
+    pub fn options(&self) -> RecommenderOptions {
         let mut options = RecommenderOptions::new(self.device.to_string());
         options.engine = self.engine_options();
-        options.dtype = self.dtype()?;
-        Ok(options)
+        options.dtype = self.dtype();
+        options
     }
 
     /// Does something with the device's backend, whatever its type is.
     pub fn with_backend<W: WithBackend>(&self, work: W) -> Result<W::Output> {
-        self.device.with_backend(self.dtype()?, work)
+        self.device.with_backend(self.dtype(), work)
     }
 }

@@ -272,7 +272,7 @@ struct Rates {
 
 impl Rates {
     fn measure<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Rates> {
-        let number_bytes = backend.dtype().size() as f64;
+        let number_bytes = backend.kv_dtype().size() as f64;
         let peak = matrix_gflops(backend)? / 1e3;
         // Copying: every row of a table once.
         let (rows, columns) = if B::COMPUTES_ON_CALLERS { (2048, 2048) } else { (32_768, 4096) };

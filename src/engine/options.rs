@@ -148,7 +148,7 @@ impl EngineOptions {
         max_context: usize,
         num_steps: usize,
     ) -> Result<MemorySpec> {
-        let token_bytes = spec.kv.numbers_per_token() * backend.dtype().size();
+        let token_bytes = spec.kv.numbers_per_token() * backend.kv_dtype().size();
         let most_of_one = max_context.min(self.max_context);
         let tokens = match self.context_tokens {
             0 => (backend.context_bytes()? / token_bytes.max(1))

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::checkpoint::{Tensors, files};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{Dtype, Tensor};
 
 /// Tensors that a network may hold once and show under several names. Whoever replaces one of
 /// several that are equal replaces them all.
@@ -133,6 +133,17 @@ impl Weights {
             }
             Source::Random(_) => Vec::new(),
         }
+    }
+
+    /// The number type that most of the numbers are stored in.
+    pub fn dtype(&self) -> Dtype {
+        let Source::Files(Tensors { floats, .. }) = &self.source else { return Dtype::F32 };
+        let numbers = |dtype: Dtype| {
+            let of_dtype = floats.values().filter(|tensor| tensor.dtype() == dtype);
+            of_dtype.map(Tensor::len).sum::<usize>()
+        };
+        let dtypes = [Dtype::F16, Dtype::Bf16, Dtype::F32];
+        dtypes.into_iter().max_by_key(|&dtype| numbers(dtype)).unwrap_or(Dtype::F32)
     }
 
     /// What the files hold besides and nobody reads.

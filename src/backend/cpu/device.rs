@@ -1,5 +1,6 @@
 //! The CPU as a device: weights, buffers, memory and slots.
 
+use std::slice;
 use std::sync::atomic::Ordering;
 
 use rten_simd::ops::BitOps;
@@ -39,10 +40,21 @@ impl DeviceOps for CpuBackend {
     type Pass = ();
 
     fn description(&self) -> String {
-        format!("{} f32x{}", std::env::consts::ARCH, Lanes.dispatch())
+        let lanes = format!("{} f32x{}", std::env::consts::ARCH, Lanes.dispatch());
+        match self.bf16_products {
+            None => lanes,
+            Some(instructions) => format!("{lanes}, products in bf16 by {instructions}"),
+        }
     }
 
     fn dtype(&self) -> Dtype {
+        match self.bf16_products {
+            None => Dtype::F32,
+            Some(_) => Dtype::Bf16,
+        }
+    }
+
+    fn kv_dtype(&self) -> Dtype {
         Dtype::F32
     }
 
@@ -55,7 +67,7 @@ impl DeviceOps for CpuBackend {
     }
 
     fn matrix(&self, parts: &[Tensor]) -> Result<Matrix> {
-        Ok(Matrix::stack(parts))
+        Ok(Matrix::stack(parts, self.kept(parts)))
     }
 
     fn vector(&self, parts: &[Tensor]) -> Result<Vec<f32>> {
@@ -67,7 +79,8 @@ impl DeviceOps for CpuBackend {
     }
 
     fn head(&self, weight: Tensor, levels: &[Vec<u32>], known_tokens: &[u32]) -> Result<Head> {
-        Ok(Head::new(&weight, levels, known_tokens))
+        let dtype = self.kept(slice::from_ref(&weight));
+        Ok(Head::new(&weight, dtype, levels, known_tokens))
     }
 
     fn buffer(&self) -> Buffer {

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::Matrix;
 use crate::backend::level_columns::LevelColumns;
-use crate::tensor::Tensor;
+use crate::tensor::{Dtype, Tensor};
 
 /// Columns of the head that are evaluated together, so that a large vocabulary needs little room.
 const COLUMNS_PER_CHUNK: usize = 2048;
@@ -26,8 +26,13 @@ pub(super) struct Chunk {
 }
 
 impl Head {
-    pub(super) fn new(weight: &Tensor, levels: &[Vec<u32>], known_tokens: &[u32]) -> Head {
-        let (vocab_size, num_in) = (weight.shape()[0], weight.shape()[1]);
+    pub(super) fn new(
+        weight: &Tensor,
+        dtype: Dtype,
+        levels: &[Vec<u32>],
+        known_tokens: &[u32],
+    ) -> Head {
+        let vocab_size = weight.shape()[0];
         let levels: Vec<LevelColumns> =
             levels.iter().map(|tokens| LevelColumns::new(tokens)).collect();
         let mut cuts = BTreeSet::from([0, vocab_size as u32]);
@@ -35,13 +40,11 @@ impl Head {
         cuts.extend(known_tokens.iter().flat_map(|&token| [token, token + 1]));
         let cuts: Vec<u32> = cuts.into_iter().collect();
         let mut chunks = Vec::new();
-        let mut values = Vec::new();
         for stretch in cuts.windows(2) {
             for start in (stretch[0]..stretch[1]).step_by(COLUMNS_PER_CHUNK) {
                 let tokens = start..stretch[1].min(start + COLUMNS_PER_CHUNK as u32);
-                values.resize(tokens.len() * num_in, 0.0);
-                weight.read(start as usize * num_in..tokens.end as usize * num_in, &mut values);
-                chunks.push(Chunk { tokens, weight: Matrix::new(&values, num_in) });
+                let rows = weight.rows(tokens.start as usize..tokens.end as usize);
+                chunks.push(Chunk { tokens, weight: Matrix::stack(&[rows], dtype) });
             }
         }
         Head { chunks, levels, vocab_size: vocab_size as u32 }

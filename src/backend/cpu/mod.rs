@@ -1,8 +1,8 @@
-//! The CPU backend: f32, any number of threads, no GPU needed.
+//! The CPU backend: f32 or bf16, any number of threads, no GPU needed.
 //!
 //! Products, with weights as with keys and values, are `matmul`'s; everything else is a fused loop.
 //! All are written on `rten-simd`, so one binary uses AVX-512, AVX2 or NEON as the machine has it.
-//! There is no unsafe code here.
+//! There is no unsafe code but for products in bf16, whose instructions `rten-simd` does not have.
 
 mod advance_beams;
 mod append_tail;
@@ -33,6 +33,6 @@ pub use backend::CpuBackend;
 pub use buffer::Buffer;
 pub use head::Head;
 pub use lm_head::Logits;
-pub use matmul::Matrix;
+pub use matmul::{Instructions, Matrix};
 pub use memory::Memory;
 pub use slot::Slot;

@@ -44,6 +44,10 @@ impl<D: Driver> DeviceOps for CudaBackend<D> {
         self.dtype
     }
 
+    fn kv_dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     fn take_failure(&self) -> Result<()> {
         self.device.take_failure()
     }

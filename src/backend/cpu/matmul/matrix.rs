@@ -1,0 +1,166 @@
+//! Weight matrices in panels.
+
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::panel::{PANEL, Pair, Weight};
+use crate::tensor::{Dtype, Tensor};
+
+/// Panels that are packed before the pages of their file are given back.
+const PANELS_PER_STRETCH: usize = 64;
+/// Inputs that are transposed at a time, so that what is read and written stays in the cache.
+const INPUTS_PER_BLOCK: usize = 64;
+
+/// A weight matrix `[out, in]`, in panels.
+pub struct Matrix {
+    pub(super) panels: Panels,
+    pub(in crate::backend::cpu) num_in: usize,
+    pub(in crate::backend::cpu) num_out: usize,
+}
+
+/// `[out / 32][in][32]`, or `[out / 32][in / 2][32]` of pairs. The last panel is filled up with
+/// zeros.
+pub(super) enum Panels {
+    F32(Aligned<f32>),
+    F16(Aligned<f16>),
+    Bf16(Aligned<Pair>),
+}
+
+/// Numbers that begin with a cache line, so that no load of a whole register takes two.
+pub(super) struct Aligned<W> {
+    lines: Vec<Line>,
+    number: PhantomData<W>,
+}
+
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+impl<W: Pod> Aligned<W> {
+    fn zeros(len: usize) -> Aligned<W> {
+        let lines = bytemuck::zeroed_vec(len.div_ceil(size_of::<Line>() / size_of::<W>()));
+        Aligned { lines, number: PhantomData }
+    }
+}
+
+impl<W: Pod> Deref for Aligned<W> {
+    type Target = [W];
+
+    fn deref(&self) -> &[W] {
+        bytemuck::cast_slice(&self.lines)
+    }
+}
+
+impl<W: Pod> DerefMut for Aligned<W> {
+    fn deref_mut(&mut self) -> &mut [W] {
+        bytemuck::cast_slice_mut(&mut self.lines)
+    }
+}
+
+/// Rows of several tensors, one after the other.
+struct Rows<'a> {
+    parts: &'a [Tensor],
+    num_in: usize,
+}
+
+impl Matrix {
+    /// Stacks `[out_i, in]` matrices, as numbers of `dtype`.
+    pub fn stack(parts: &[Tensor], dtype: Dtype) -> Matrix {
+        let num_in = parts[0].shape()[1];
+        assert!(parts.iter().all(|part| part.shape()[1] == num_in), "parts must agree");
+        let num_out = parts.iter().map(|part| part.shape()[0]).sum();
+        let rows = Rows { parts, num_in };
+        let panels = match dtype {
+            Dtype::F32 => Panels::F32(rows.pack(num_out, pack_singly(|value| value))),
+            Dtype::F16 => Panels::F16(rows.pack(num_out, pack_singly(f16::from_f32))),
+            Dtype::Bf16 => Panels::Bf16(rows.pack(num_out, pack_pairs)),
+        };
+        Matrix { panels, num_in, num_out }
+    }
+}
+
+impl Rows<'_> {
+    /// Packs all rows, panel by panel; `pack` fills a panel from rows of `num_in` floats.
+    fn pack<W: Weight + Pod>(
+        &self,
+        num_out: usize,
+        pack: impl Fn(&[f32], usize, &mut [W]) + Sync,
+    ) -> Aligned<W> {
+        let len = W::panel_len(self.num_in);
+        let mut packed = Aligned::zeros(num_out.div_ceil(PANEL) * len);
+        let stretches = packed.chunks_mut(PANELS_PER_STRETCH * len);
+        let rows_per_stretch = PANELS_PER_STRETCH * PANEL;
+        for (first, stretch) in (0..).step_by(rows_per_stretch).zip(stretches) {
+            stretch.par_chunks_exact_mut(len).enumerate().for_each_init(
+                || vec![0.0; PANEL * self.num_in],
+                |values, (panel, packed)| {
+                    let first = first + panel * PANEL;
+                    let rows = PANEL.min(num_out - first);
+                    let values = &mut values[..rows * self.num_in];
+                    self.read(first, values);
+                    pack(values, self.num_in, packed);
+                },
+            );
+            self.forget(first, num_out.min(first + rows_per_stretch));
+        }
+        packed
+    }
+
+    /// Reads whole rows from `first` on.
+    fn read(&self, mut first: usize, mut out: &mut [f32]) {
+        for part in self.parts {
+            let rows = part.shape()[0];
+            let taken = rows.saturating_sub(first).min(out.len() / self.num_in);
+            if taken > 0 {
+                let (now, rest) = out.split_at_mut(taken * self.num_in);
+                part.read(first * self.num_in..(first + taken) * self.num_in, now);
+                out = rest;
+            }
+            first = first.saturating_sub(rows);
+        }
+    }
+
+    /// Gives back the memory of rows that were read from files.
+    fn forget(&self, mut first: usize, mut end: usize) {
+        for part in self.parts {
+            let rows = part.shape()[0];
+            let range = first.min(rows)..end.min(rows);
+            part.forget(range.start * self.num_in..range.end * self.num_in);
+            (first, end) = (first.saturating_sub(rows), end.saturating_sub(rows));
+        }
+    }
+}
+
+/// Packs rows so that each input's weights stand side by side.
+fn pack_singly<W: Copy>(number: impl Fn(f32) -> W) -> impl Fn(&[f32], usize, &mut [W]) {
+    move |rows, num_in, panel| {
+        for first in (0..num_in).step_by(INPUTS_PER_BLOCK) {
+            let inputs = first..num_in.min(first + INPUTS_PER_BLOCK);
+            for (column, row) in rows.chunks_exact(num_in).enumerate() {
+                let panel_rows = panel[first * PANEL..].chunks_exact_mut(PANEL);
+                for (panel_row, value) in panel_rows.zip(&row[inputs.clone()]) {
+                    panel_row[column] = number(*value);
+                }
+            }
+        }
+    }
+}
+
+/// Packs rows so that two inputs' weights in bf16 stand together.
+fn pack_pairs(rows: &[f32], num_in: usize, panel: &mut [Pair]) {
+    let bits = |value: f32| u32::from(bf16::from_f32(value).to_bits());
+    for first in (0..num_in).step_by(INPUTS_PER_BLOCK) {
+        let inputs = first..num_in.min(first + INPUTS_PER_BLOCK);
+        for (column, row) in rows.chunks_exact(num_in).enumerate() {
+            let panel_rows = panel[first / 2 * PANEL..].chunks_exact_mut(PANEL);
+            for (panel_row, values) in panel_rows.zip(row[inputs.clone()].chunks(2)) {
+                let second = values.get(1).map_or(0, |value| bits(*value));
+                panel_row[column] = Pair(bits(values[0]) | second << 16);
+            }
+        }
+    }
+}
