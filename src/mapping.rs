@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -160,6 +160,54 @@ impl Mapping {
         match Stamp::of(file) {
             Ok(now) if now == *stamp => Ok(()),
             _ => Err(Error::FileChanged { path: self.path.clone() }),
+        }
+    }
+}
+
+/// Memory of this process that begins with a cache line. What is large comes in large pages where the
+/// system has them: they are there at once, and the processor finds them faster.
+pub(crate) enum MappedMemory {
+    Lines { lines: Vec<Line>, len: usize },
+    Pages { pages: memmap2::MmapMut, len: usize },
+}
+
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+pub(crate) struct Line([u8; 64]);
+
+impl MappedMemory {
+    /// So many bytes, all zero.
+    pub fn zeros(len: usize) -> MappedMemory {
+        const LARGE_PAGE: usize = 1 << 21;
+        if len >= LARGE_PAGE
+            && let Ok(pages) = memmap2::MmapMut::map_anon(len)
+        {
+            // Small pages are as right.
+            #[cfg(target_os = "linux")]
+            let _ = pages.advise(memmap2::Advice::HugePage);
+            return MappedMemory::Pages { pages, len };
+        }
+        let lines = bytemuck::zeroed_vec(len.div_ceil(size_of::<Line>()));
+        MappedMemory::Lines { lines, len }
+    }
+}
+
+impl Deref for MappedMemory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            MappedMemory::Lines { lines, len } => &bytemuck::cast_slice(lines)[..*len],
+            MappedMemory::Pages { pages, len } => &pages[..*len],
+        }
+    }
+}
+
+impl DerefMut for MappedMemory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            MappedMemory::Lines { lines, len } => &mut bytemuck::cast_slice_mut(lines)[..*len],
+            MappedMemory::Pages { pages, len } => &mut pages[..*len],
         }
     }
 }

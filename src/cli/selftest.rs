@@ -38,7 +38,8 @@ agrees, 1 if something differs, 2 if the device cannot be used.
 Examples:
   sidereal selftest --device cuda:0
   sidereal selftest --device cuda:0 --dtype f32 --cases 200
-  sidereal selftest --device cuda:0 --model models/industrial")]
+  sidereal selftest --device cuda:0 --model models/industrial
+  sidereal selftest --dtype bf16 --model models/industrial --no-bench")]
 pub struct Arguments {
     #[command(flatten)]
     device: DeviceArguments,
@@ -89,8 +90,8 @@ fn say(line: &str) -> Result<()> {
 
 fn run_on<B: Backend>(arguments: &Arguments, backend: B) -> Result<Outcome> {
     say(&format!("selftest of {}", backend.description()))?;
-    if B::COMPUTES_ON_CALLERS {
-        say("the CPU is compared with itself; name a GPU with --device cuda:0")?;
+    if B::COMPUTES_ON_CALLERS && backend.dtype() == Dtype::F32 {
+        say("the CPU is compared with itself; name a GPU with --device cuda:0, or --dtype bf16")?;
     }
     let bounds = match backend.dtype() {
         Dtype::F32 => Bounds { operation: 1e-5, score: 1e-3, share: 0.99 },

@@ -167,7 +167,7 @@ impl Arguments {
         let first = models.first().cloned().expect("clap wants one");
         let mut options = ServerOptions::new(first);
         options.models = models;
-        let mut recommender = self.device.options()?.with_max_queued(self.max_queued);
+        let mut recommender = self.device.options().with_max_queued(self.max_queued);
         recommender.base.clone_from(&self.base);
         recommender.max_wait = self.max_wait.map(Duration::from_millis);
         options.recommender = recommender;

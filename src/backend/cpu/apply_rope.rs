@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use rten_simd::SimdOp;
 
-use super::matmul::VALUES_PER_TASK;
+use super::buffer::VALUES_PER_TASK;
 use super::rms_norm::NormRows;
 use super::{Buffer, CpuBackend};
 use crate::backend::{AppendTail, ApplyRope, Batch, HeadNorms, Heads, StoreContext};

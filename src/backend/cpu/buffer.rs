@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use super::scratch::Scratch;
 
+/// Values that one task of an elementwise operation works on.
+pub(super) const VALUES_PER_TASK: usize = 1 << 14;
+
 /// Activations `[rows, columns]`, dense.
 pub struct Buffer {
     pub(super) values: Scratch,

@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::matmul::{VALUES_PER_TASK, activate};
+use super::buffer::VALUES_PER_TASK;
+use super::matmul::activate;
 use super::{Buffer, CpuBackend};
 use crate::backend::{Activation, Glu};
 

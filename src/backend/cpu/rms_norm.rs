@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use rten_simd::ops::{BitOps, NumOps};
 use rten_simd::{Isa, SimdIterable, SimdOp};
 
-use super::matmul::VALUES_PER_TASK;
+use super::buffer::VALUES_PER_TASK;
 use super::{Buffer, CpuBackend};
 use crate::backend::RmsNorm;
 

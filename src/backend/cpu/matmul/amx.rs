@@ -12,8 +12,8 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::f32::finish;
-use super::panel::{PAIRED_INPUTS, PANEL, Pair};
-use super::{ROWS_PER_BLOCK, RoundedProduct};
+use super::panel::{PAIRED_INPUTS, PANEL, Pair, ROWS_PER_BLOCK};
+use super::rounded::RoundedProduct;
 
 /// Rows of a tile.
 pub const ROWS: usize = 16;
@@ -135,6 +135,7 @@ fn write_back(
     finish(&mut sums.0[..rows.len()], first_column, bias, adds, &mut out[rows]);
 }
 
+// long: two loops in assembly, whose operands are named one a line
 /// One or two tiles of rows, `x`, times a panel. Asks for the lines of `ahead` meanwhile.
 fn multiply(x: &[u32], pairs_of_row: usize, panel: &[Pair], ahead: &[Pair], sums: &mut Sums) {
     let steps = pairs_of_row / PAIRS;

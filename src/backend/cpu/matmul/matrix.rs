@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::panel::{PANEL, Pair, Weight};
+use crate::mapping::MappedMemory;
 use crate::tensor::{Dtype, Tensor};
 
 /// Panels that are packed before the pages of their file are given back.
@@ -32,18 +33,13 @@ pub(super) enum Panels {
 
 /// Numbers that begin with a cache line, so that no load of a whole register takes two.
 pub(super) struct Aligned<W> {
-    lines: Vec<Line>,
+    memory: MappedMemory,
     number: PhantomData<W>,
 }
 
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u32; 16]);
-
 impl<W: Pod> Aligned<W> {
     fn zeros(len: usize) -> Aligned<W> {
-        let lines = bytemuck::zeroed_vec(len.div_ceil(size_of::<Line>() / size_of::<W>()));
-        Aligned { lines, number: PhantomData }
+        Aligned { memory: MappedMemory::zeros(len * size_of::<W>()), number: PhantomData }
     }
 }
 
@@ -51,13 +47,13 @@ impl<W: Pod> Deref for Aligned<W> {
     type Target = [W];
 
     fn deref(&self) -> &[W] {
-        bytemuck::cast_slice(&self.lines)
+        bytemuck::cast_slice(&self.memory)
     }
 }
 
 impl<W: Pod> DerefMut for Aligned<W> {
     fn deref_mut(&mut self) -> &mut [W] {
-        bytemuck::cast_slice_mut(&mut self.lines)
+        bytemuck::cast_slice_mut(&mut self.memory)
     }
 }
 

@@ -7,6 +7,8 @@ use rten_simd::{Isa, Simd};
 /// Output columns of a panel: two registers of AVX-512 or tiles of AMX, four registers of AVX2,
 /// eight of NEON.
 pub const PANEL: usize = 32;
+/// Rows that are worked on with one panel after the other, so that they stay in the cache.
+pub const ROWS_PER_BLOCK: usize = 240;
 
 /// Two inputs' weights of one column in bf16, the first in the lower half: what instructions for
 /// products in bf16 multiply at once.

@@ -4,10 +4,9 @@ use half::bf16;
 use rayon::prelude::*;
 use rten_simd::{Isa, SimdOp};
 
+use super::super::buffer::{Buffer, VALUES_PER_TASK};
 use super::super::scratch::Scratch;
-use super::VALUES_PER_TASK;
-use super::panel::PAIRED_INPUTS;
-use crate::backend::cpu::Buffer;
+use super::panel::{PAIRED_INPUTS, Pair};
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -24,9 +23,20 @@ pub struct Rounded {
     inputs: usize,
 }
 
+/// One thread's share of a product of rounded rows.
+pub struct RoundedProduct<'a, 'out> {
+    pub x: &'a Rounded,
+    /// From the stretch's first panel on, each `[in / 2][32]`.
+    pub panels: &'a [&'a [Pair]],
+    pub bias: Option<&'a [f32]>,
+    pub adds: bool,
+    /// By row: the stretch.
+    pub out: &'a mut [&'out mut [f32]],
+}
+
 impl Rounded {
     /// Rounds rows to the nearest, ties to even, and fills them up to whole tiles of so many rows and
-    /// to whole [pairs](super::panel::Pair) of a panel.
+    /// to whole [pairs](Pair) of a panel.
     pub fn new(x: &Buffer, rows_per_tile: usize) -> Rounded {
         let inputs = x.columns.next_multiple_of(PAIRED_INPUTS);
         let len = x.num_rows().next_multiple_of(rows_per_tile) * inputs / 2;

@@ -39,14 +39,8 @@ pub use instructions::Instructions;
 pub use matrix::Matrix;
 use matrix::Panels;
 pub(super) use panel::PANEL;
-use panel::Weight;
-use rounded::Rounded;
-
-/// Values that one task of an elementwise operation works on.
-pub(super) const VALUES_PER_TASK: usize = 1 << 14;
-
-/// Rows that are worked on with one panel after the other, so that they stay in the cache.
-const ROWS_PER_BLOCK: usize = 240;
+use panel::{Pair, ROWS_PER_BLOCK, Weight};
+use rounded::{Rounded, RoundedProduct};
 
 impl Matmul for CpuBackend {
     fn matmul(
@@ -93,17 +87,6 @@ struct Stretches<'a> {
     out: &'a mut Buffer,
 }
 
-/// One thread's share of a product of rounded rows.
-struct RoundedProduct<'a, 'out> {
-    x: &'a Rounded,
-    /// From the stretch's first panel on, each `[in / 2][32]`.
-    panels: &'a [&'a [panel::Pair]],
-    bias: Option<&'a [f32]>,
-    adds: bool,
-    /// By row: the stretch.
-    out: &'a mut [&'out mut [f32]],
-}
-
 impl Stretches<'_> {
     fn in_f32<W: Weight>(self, x: &[f32], panels: &[W]) {
         let num_in = self.num_in;
@@ -118,7 +101,7 @@ impl Stretches<'_> {
     fn of_rounded(
         self,
         x: &Rounded,
-        panels: &[panel::Pair],
+        panels: &[Pair],
         product: impl Fn(RoundedProduct<'_, '_>) + Sync,
     ) {
         self.run(panels, |panels, bias, adds, out| {
