@@ -27,6 +27,8 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use crate::answer::Answer;
 use crate::backend::Backend;
 use crate::catalog::Catalog;
@@ -440,6 +442,32 @@ impl Recommender {
             weights_version: published.weights_version,
             num_steps: published.num_steps,
         })
+    }
+
+    /// [`status`](Recommender::status) with the state of the catalog, as one JSON object: for doors to show.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    pub fn status_as_json(&self) -> Result<Value> {
+        let status = self.status()?;
+        let snapshot = self.catalog().snapshot();
+        let watermarks: Vec<_> = snapshot.watermarks().iter().collect();
+        Ok(json!({
+            "is_serving": self.is_serving(),
+            "computes_on": self.description(),
+            "threads": self.num_threads(),
+            "max_context": self.max_context(),
+            "queued": status.queued,
+            "running": status.engine.running,
+            "context_pages": status.engine.context_pages,
+            "free_context_pages": status.engine.free_context_pages,
+            "cached_context_pages": status.engine.cached_context_pages,
+            "weights_version": status.weights_version,
+            "steps": status.num_steps,
+            "items": snapshot.num_items(),
+            "snapshot": snapshot.number(),
+            "watermarks": watermarks,
+        }))
     }
 
     /// What the engine counted since it was opened, and what it held at the end of its last step:

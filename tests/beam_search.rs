@@ -4,14 +4,15 @@ mod common;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use common::tiny::Tiny;
+use sidereal::backend::cpu::{CpuBackend, Instructions};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Change, Snapshot};
 use sidereal::{
-    Answer, CatalogWriter, Constraint, Engine, Input, Normalization, Request, SharedSid,
-    WriterOptions,
+    Answer, CatalogWriter, Constraint, Engine, EngineOptions, Input, Normalization, Request,
+    SharedSid, WriterOptions,
 };
 
 const MODELS: u64 = 260;
@@ -189,6 +190,33 @@ fn an_answer_is_the_same_alone_in_any_crowd_and_on_any_number_of_threads() {
             }
         }
     });
+}
+
+/// Every set of instructions sums in an order of its own, which is the same in any company.
+#[test]
+fn an_answer_in_bf16_is_the_same_alone_in_any_crowd_and_on_any_number_of_threads() {
+    let sets = [Instructions::Amx, Instructions::Avx512Bf16, Instructions::Widened];
+    for instructions in sets.into_iter().filter(|set| set.is_available()) {
+        for seed in 0..12 {
+            let tiny = Tiny::new(seed);
+            let open = |threads| {
+                let backend = CpuBackend::with_instructions(instructions);
+                let options = EngineOptions::default().with_threads(threads);
+                tiny.open_on(backend, Arc::clone(&tiny.catalog), &options)
+            };
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let requests = std::iter::repeat_with(|| random_request(&mut rng, &tiny.snapshot()));
+            let requests: Vec<Request> = requests.take(30).collect();
+            let mut alone = open(1);
+            for threads in [1, 3] {
+                open(threads).recommend_all(&requests, |index, answer| {
+                    let expected = alone.recommend(&requests[index]);
+                    let what = format!("{instructions}, seed {seed}, request {index}");
+                    assert_eq!(answer.expect("sound"), expected.expect("sound"), "{what}");
+                });
+            }
+        }
+    }
 }
 
 #[test]

@@ -853,7 +853,7 @@ fn what_cannot_run_ends_with_two() {
         ([&sound[..], &["--device", "cuda:0"]].concat(), "\"cpu\""),
         ([&sound[..], &["--device", "abacus"]].concat(), "\"cpu\""),
         ([&sound[..], &["--device", "cuda:x"]].concat(), "\"cuda:0\""),
-        ([&sound[..], &["--dtype", "bf16"]].concat(), "f32"),
+        ([&sound[..], &["--dtype", "f8"]].concat(), "bf16"),
         ([&sound[..], &["--beams", "0"]].concat(), "4096"),
         ([&sound[..], &["--beams", "9999"]].concat(), "4096"),
         ([&sound[..], &["--top-k", "0"]].concat(), "--top-k"),

@@ -1,6 +1,6 @@
 //! A catalog as engines and writers hold it: the snapshot of now, and what may replace it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
@@ -16,6 +16,9 @@ use super::order::Ties;
 use super::snapshot::Snapshot;
 use super::watermark::Watermark;
 use crate::error::{Error, Result};
+
+/// Names under which a catalog is looked for beside a model, the first that exists.
+const NAMES: [&str; 3] = ["catalog.sidereal", "items.jsonl", "items.index.json"];
 
 /// How often [`Catalog::open`] reads file and log until they belong together.
 const OPEN_ATTEMPTS: usize = 3;
@@ -72,6 +75,22 @@ pub struct Catalog {
 }
 
 impl Catalog {
+    /// The catalog beside a model: the first of `catalog.sidereal`, `items.jsonl` and
+    /// `items.index.json` that its folder has.
+    ///
+    /// # Errors
+    /// [`Error::ModelFolder`] where it has none.
+    pub fn beside(model: &Path) -> Result<PathBuf> {
+        let candidates = NAMES.map(|name| model.join(name));
+        candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::ModelFolder {
+            path: model.to_path_buf(),
+            reason: format!(
+                "no catalog is beside the model ({}); name one (--catalog)",
+                NAMES.join(", ")
+            ),
+        })
+    }
+
     /// Opens a compiled catalog with the changes logged beside it, or compiles a file of items in
     /// memory ([`items::is_items_file`]).
     ///

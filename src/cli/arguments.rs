@@ -153,14 +153,11 @@ impl NormalizationName {
     }
 }
 
-/// Names under which a catalog is looked for beside a model, the first that exists.
-const CATALOG_NAMES: [&str; 3] = ["catalog.sidereal", "items.jsonl", "items.index.json"];
-
 impl ModelArguments {
     pub fn open_catalog(&self) -> Result<Arc<Catalog>> {
         let path = match &self.catalog {
             Some(path) => path.clone(),
-            None => catalog_beside(&self.model)?,
+            None => Catalog::beside(&self.model)?,
         };
         let map_above = self.map_catalog_above.saturating_mul(1 << 20);
         let options = CatalogOptions::default().with_map_above(map_above);
@@ -203,17 +200,6 @@ impl ModelArguments {
         spinner.finish_and_clear();
         Ok(recommender)
     }
-}
-
-pub fn catalog_beside(model: &Path) -> Result<PathBuf> {
-    let candidates = CATALOG_NAMES.map(|name| model.join(name));
-    candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::ModelFolder {
-        path: model.to_path_buf(),
-        reason: format!(
-            "no catalog is beside the model ({}); name one with --catalog",
-            CATALOG_NAMES.join(", ")
-        ),
-    })
 }
 
 /// An error of writing to `path`, or to the standard output.

@@ -15,7 +15,7 @@ use sidereal::prompt::{Source, projects};
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{Error, Input, Result};
 
-use super::arguments::{Outcome, catalog_beside, write_error};
+use super::arguments::{Outcome, write_error};
 
 /// Codes of a level that are shown.
 const NUM_EXAMPLES: usize = 3;
@@ -111,7 +111,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let architecture = config.architecture().unwrap_or("of no named class").to_string();
     let catalog = match &arguments.catalog {
         Some(path) => Some(Arc::new(Catalog::open(path)?)),
-        None => match catalog_beside(model) {
+        None => match Catalog::beside(model) {
             Ok(path) => Some(Arc::new(Catalog::open(&path)?)),
             Err(_) => None,
         },

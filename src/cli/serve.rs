@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use sidereal::catalog::Catalog;
 use sidereal::server::{ModelSource, Server, ServerOptions, TlsFiles, check_token, read_token};
 use sidereal::{Durability, Error, Result, WriterOptions};
 
-use super::arguments::{MAP_CATALOG_ABOVE_MIB, Outcome, SearchArguments, catalog_beside, say};
+use super::arguments::{MAP_CATALOG_ABOVE_MIB, Outcome, SearchArguments, say};
 use super::device::DeviceArguments;
 use super::requests::spinner;
 
@@ -216,7 +217,7 @@ impl Arguments {
             let of_all = catalogs.iter().find(|(of, _)| of.is_none());
             let catalog = match of_name.or(of_all) {
                 Some((_, path)) => path.clone(),
-                None => catalog_beside(&folder)?,
+                None => Catalog::beside(&folder)?,
             };
             let source = ModelSource::new(folder, catalog);
             models.push(match name {

@@ -201,25 +201,7 @@ pub unsafe extern "C" fn sidereal_status(
     entry(|| {
         // SAFETY: the program's recommender and place.
         let (out, recommender) = unsafe { (place(out)?, borrow(recommender)?) };
-        let (engine, recommender) = (recommender.recommender.status()?, &recommender.recommender);
-        let snapshot = recommender.catalog().snapshot();
-        let watermarks: Vec<_> = snapshot.watermarks().iter().collect();
-        let status = serde_json::json!({
-            "is_serving": recommender.is_serving(),
-            "computes_on": recommender.description(),
-            "threads": recommender.num_threads(),
-            "max_context": recommender.max_context(),
-            "queued": engine.queued,
-            "running": engine.engine.running,
-            "context_pages": engine.engine.context_pages,
-            "free_context_pages": engine.engine.free_context_pages,
-            "cached_context_pages": engine.engine.cached_context_pages,
-            "weights_version": engine.weights_version,
-            "steps": engine.num_steps,
-            "items": snapshot.num_items(),
-            "snapshot": snapshot.number(),
-            "watermarks": watermarks,
-        });
+        let status = recommender.recommender.status_as_json()?;
         *out = Box::into_raw(Box::new(SiderealBuffer { text: status.to_string() }));
         Ok(SIDEREAL_OK)
     })
