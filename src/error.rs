@@ -69,7 +69,7 @@ pub enum Error {
     },
     /// The input has more tokens than the model or the engine takes.
     #[error(
-        "the input has {len} tokens, the engine takes at most {max}; send the newest items only, ask for that by \"long_history\": \"cut\", set max_items in the model's sidereal.json, or, where the model has more positions, raise max_context (--max-context)"
+        "the input has {len} tokens, the engine takes at most {max}; send the newest items only, ask for that by \"long_history\": \"cut\", set max_items in the model's sidereal.json, or, where the model has more positions (max_position_embeddings, and sliding_window where its layers have one), raise max_context (--max-context)"
     )]
     HistoryTooLong {
         /// Tokens of the input.

@@ -357,7 +357,7 @@ fn weights_that_are_replaced_while_requests_run_answer_as_on_the_cpu() {
         .collect();
     requests.iter_mut().for_each(|request| request.beams = 5);
     let backend = Emulator::backend(Build::Plain, Dtype::F32);
-    let emulated = Engine::open_on(backend, &folder, Arc::clone(&catalog), &options());
+    let emulated = Engine::open_on(backend, &folder, None, Arc::clone(&catalog), &options());
     let mut emulated = emulated.expect("a model");
     let opened = emulated.metrics();
     assert_eq!((opened.answered, opened.step_us.count(), opened.cache_misses), (0, 0, 0));

@@ -37,6 +37,8 @@ struct Case {
     /// Where the answer is to a history rather than to `input_ids` themselves.
     #[serde(default)]
     history: Vec<String>,
+    /// The user who has it, where the prompt begins with one.
+    user: Option<String>,
     sequences: Vec<Vec<u32>>,
     scores: Vec<f32>,
     /// The truth in f64, where `scores` are of f32.
@@ -97,6 +99,7 @@ fn check(folder: &str) {
             if golden.from_history {
                 let mut by_history = request.clone();
                 by_history.input = Input::History(case.history.clone());
+                by_history.user.clone_from(&case.user);
                 assert_eq!(engine.recommend(&by_history).expect("known items"), answer);
             }
             let beams = beams_of(&answer.items, &layout);
@@ -269,6 +272,11 @@ fn t5_as_transformers_5_writes_an_mt5() {
 #[test]
 fn t5_with_two_embeddings_in_a_file_of_torch() {
     check("t5/two-embeddings");
+}
+
+#[test]
+fn t5_as_grid_saves_it() {
+    check("t5/grid");
 }
 
 #[test]

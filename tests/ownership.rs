@@ -514,7 +514,7 @@ fn options_that_cannot_be_are_refused_before_anything_is_opened() {
     let error = refused(&RecommenderOptions::new("abacus"));
     assert!(matches!(error, Error::Device { .. }), "{error}");
     assert!(error.to_string().contains("\"cpu\""), "{error}");
-    let error = refused(&RecommenderOptions::new("cpu").with_dtype(sidereal::Dtype::Bf16));
+    let error = refused(&RecommenderOptions::new("cpu").with_dtype(sidereal::Dtype::F16));
     assert_eq!(error.code(), "unsupported");
     if !cfg!(feature = "cuda") {
         for name in ["cuda", "cuda:0", "cuda:7"] {

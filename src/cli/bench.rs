@@ -42,6 +42,9 @@ pub struct Arguments {
     /// Model folder; or else --shape
     #[arg(long, value_name = "DIR", required_unless_present = "shape")]
     model: Option<PathBuf>,
+    /// Folder of an adapter's base, where adapter_config.json does not name it
+    #[arg(long, value_name = "DIR", requires = "model")]
+    base: Option<PathBuf>,
     /// Catalog: a built one, or a file of items; by default the one beside the model
     #[arg(long, value_name = "FILE", requires = "model")]
     catalog: Option<PathBuf>,
@@ -151,7 +154,7 @@ fn open(arguments: &Arguments) -> Result<Recommender> {
     }
     let model = ModelArguments {
         model: arguments.model.clone().expect("required where there is no shape"),
-        base: None,
+        base: arguments.base.clone(),
         catalog: arguments.catalog.clone(),
         map_catalog_above: MAP_CATALOG_ABOVE_MIB,
         device: arguments.device.clone(),

@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sidereal::catalog::Catalog;
-use sidereal::models::config::SidLayout;
+use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::{Checkpoint, layout, vocab_size};
 use sidereal::prompt::{Source, projects};
 use sidereal::wire::{RequestDefaults, RequestLine};
@@ -149,7 +149,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let report = Report {
         model: model.display().to_string(),
         architecture,
-        sizes: sizes(config.path(), vocab_size)?,
+        sizes: sizes(&config, vocab_size),
         layout_from: layout_from(model, &layout),
         levels: layout
             .levels
@@ -182,7 +182,7 @@ fn layout_from(model: &Path, layout: &SidLayout) -> String {
 }
 
 /// The numbers of `config.json` that say how large the network is.
-fn sizes(path: &Path, vocab_size: usize) -> Result<Map<String, Value>> {
+fn sizes(config: &Config, vocab_size: usize) -> Map<String, Value> {
     const KEYS: [&str; 14] = [
         "vocab_size",
         "hidden_size",
@@ -199,14 +199,11 @@ fn sizes(path: &Path, vocab_size: usize) -> Result<Map<String, Value>> {
         "d_ff",
         "max_position_embeddings",
     ];
-    let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-    let mut config: Value = serde_json::from_slice(&text).map_err(|error| {
-        let path = path.to_path_buf();
-        Error::ModelConfig { path, reason: error.to_string() }
-    })?;
-    config["vocab_size"] = vocab_size.into(); // an adapter may bring more tokens
-    let size = |key: &str| Some((key.to_string(), config.get(key)?.clone()));
-    Ok(KEYS.into_iter().filter_map(size).filter(|(_, value)| value.is_number()).collect())
+    let size = |key: &str| match key {
+        "vocab_size" => Some((key.to_string(), vocab_size.into())), // an adapter may bring more tokens
+        _ => Some((key.to_string(), config.peek(key)?.clone())),
+    };
+    KEYS.into_iter().filter_map(size).filter(|(_, value)| value.is_number()).collect()
 }
 
 fn describe_level(tokens: &[u32], layout: &SidLayout, template: Option<String>) -> Level {

@@ -49,6 +49,9 @@ pub struct Arguments {
     /// Model folder to ask; by default the demo model
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
+    /// Folder of an adapter's base, where adapter_config.json does not name it
+    #[arg(long, value_name = "DIR", requires = "model")]
+    base: Option<PathBuf>,
     /// Its catalog; by default the one beside the model
     #[arg(long, value_name = "FILE", requires = "model")]
     catalog: Option<PathBuf>,
@@ -154,14 +157,17 @@ fn open_model<B: Backend>(arguments: &Arguments, backend: B) -> Result<Engine<B>
     let options = arguments.device.engine_options();
     let open = |folder: &Path| {
         let model = ModelArguments {
-            base: None,
+            base: arguments.base.clone(),
             model: folder.to_path_buf(),
             catalog: arguments.catalog.clone(),
             map_catalog_above: MAP_CATALOG_ABOVE_MIB,
             device: arguments.device.clone(),
         };
         let spinner = super::requests::spinner("opening the model");
-        let engine = Engine::open_on(backend, folder, model.open_catalog()?, &options)?;
+        let engine = {
+            let catalog = model.open_catalog()?;
+            Engine::open_on(backend, folder, model.base.as_deref(), catalog, &options)?
+        };
         spinner.finish_and_clear();
         Ok(engine)
     };

@@ -78,23 +78,24 @@ impl Engine<CpuBackend> {
     /// The files': see [`models::load`], [`SidLayout`]; [`Error::LevelsMismatch`] where the catalog
     /// has codes that the model cannot write; [`Error::InvalidOption`].
     pub fn open(folder: &Path, catalog: Arc<Catalog>, options: &EngineOptions) -> Result<Self> {
-        Engine::open_on(CpuBackend::default(), folder, catalog, options)
+        Engine::open_on(CpuBackend::default(), folder, None, catalog, options)
     }
 }
 
 impl<B: Backend> Engine<B> {
-    /// Opens a model folder on a device.
+    /// Opens a model folder on a device; `base` is the folder of the base where it is an adapter's.
     ///
     /// # Errors
     /// Those of [`Engine::open`]; [`Error::Device`].
     pub fn open_on(
         backend: B,
         folder: &Path,
+        base: Option<&Path>,
         catalog: Arc<Catalog>,
         options: &EngineOptions,
     ) -> Result<Engine<B>> {
         options.check()?;
-        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, None)?;
+        let Checkpoint { config, weights, .. } = Checkpoint::open(folder, base)?;
         let vocab_size = models::vocab_size(&config)?;
         let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
         Engine::from_parts(backend, &config, weights, layout, catalog, options)

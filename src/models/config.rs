@@ -301,6 +301,11 @@ impl Config {
         self.keys.contains_key(key)
     }
 
+    /// The value of a key, for its owner to see: a network that needs it asks otherwise.
+    pub fn peek(&self, key: &str) -> Option<&Value> {
+        self.keys.get(key)
+    }
+
     /// The text of a key, where it is one.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.given(key)?.as_str()

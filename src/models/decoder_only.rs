@@ -10,7 +10,7 @@
 use std::ops::Range;
 
 use super::config::{Config, SidLayout};
-use super::family::Family;
+use super::family::{Family, activation_of};
 use super::network::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
 use super::rope::Rope;
 use super::weights::Weights;
@@ -368,20 +368,9 @@ fn activation(config: &Config, family: Family) -> Result<Activation> {
         Family::Gemma => config.text_or("hidden_activation", name)?,
         _ => name,
     };
-    Ok(match name {
-        // Gemma's first exports said "gelu" and meant the other.
-        "gelu" if family == Family::Gemma => Activation::GeluTanh,
-        "silu" | "swish" => Activation::Silu,
-        "gelu" => Activation::Gelu,
-        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
-        "relu" => Activation::Relu,
-        other => {
-            return Err(Error::Unsupported {
-                what: format!("hidden_act {other:?}"),
-                way_out: "silu, gelu, gelu_pytorch_tanh and relu are".into(),
-            });
-        }
-    })
+    // Gemma's first exports said "gelu" and meant the other.
+    let name = if family == Family::Gemma && name == "gelu" { "gelu_pytorch_tanh" } else { name };
+    activation_of("hidden_act", name)
 }
 
 /// What of a checkpoint may be left over: frequencies that older exports stored, where they are those

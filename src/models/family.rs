@@ -1,6 +1,7 @@
 //! Which network a configuration is for, and the names of its tensors.
 
 use super::config::Config;
+use crate::backend::Activation;
 use crate::error::{Error, Result};
 
 /// The networks that are served.
@@ -43,6 +44,27 @@ const OTHER_TASKS: [&str; 8] = [
     "BiModel",
     "EncoderForMaskedLM",
 ];
+
+/// The activation of a name, by the names that transformers has for them (`ACT2FN`).
+///
+/// # Errors
+/// [`Error::Unsupported`] for others; `key` is the configuration's.
+pub(super) fn activation_of(key: &str, name: &str) -> Result<Activation> {
+    Ok(match name {
+        "relu" => Activation::Relu,
+        "gelu" | "gelu_python" => Activation::Gelu,
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate" => {
+            Activation::GeluTanh
+        }
+        "silu" | "swish" => Activation::Silu,
+        other => {
+            return Err(Error::Unsupported {
+                what: format!("{key} with the activation {other:?}"),
+                way_out: "silu, gelu, gelu_pytorch_tanh and relu are, by all their names".into(),
+            });
+        }
+    })
+}
 
 impl Family {
     /// The family of a configuration: by the class that `architectures` names, and by `model_type`

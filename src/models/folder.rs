@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use super::config::{Config, ignored_by};
 use super::family::Family;
+use super::grid;
 use super::weights::{Weights, quantised};
 use crate::checkpoint::adapter::Adapter;
-use crate::checkpoint::files;
 use crate::checkpoint::keys::is_listed;
+use crate::checkpoint::{Tensors, files};
 use crate::error::{Error, Result};
 
 /// Files that say how weights were quantised, beside those that say it in `config.json`.
@@ -54,14 +55,19 @@ impl Checkpoint {
             }
             (None, None) => folder.to_path_buf(),
         };
-        let mut config = Config::read(&home.join("config.json"))?;
+        let (mut config, mut tensors) = match grid_in(&home) {
+            Some(tensors) => grid::to_t5(&home, tensors)?,
+            None => (Config::read(&home.join("config.json"))?, Tensors::default()),
+        };
         config.ignore(ignored.clone());
         let family = Family::of(&config)?;
         refuse_quantised(&home, &config)?;
         if adapter.is_none() && !is_listed(&ignored, "adapter_config.json") {
             refuse_stray_adapter(folder)?;
         }
-        let mut tensors = files::open_folder(&home)?;
+        if tensors.floats.is_empty() {
+            tensors = files::open_folder(&home)?;
+        }
         if let Some(adapter) = adapter {
             let canonical = |name: &str| family.canonical_name(name);
             tensors.rename(&home, canonical)?;
@@ -88,6 +94,14 @@ impl Checkpoint {
         }
         Ok(Checkpoint { config, weights, notes })
     }
+}
+
+/// The weights of a folder without `config.json`, where they are GRID's.
+fn grid_in(folder: &Path) -> Option<Tensors> {
+    if folder.join("config.json").exists() {
+        return None;
+    }
+    files::open_folder(folder).ok().filter(grid::is_grid)
 }
 
 /// The folder of an adapter's base.

@@ -11,16 +11,17 @@ use std::ops::Range;
 use std::slice;
 
 use super::config::{Config, SidLayout};
-use super::family::Family;
+use super::family::{Family, activation_of};
 use super::network::{
     Activations, EncoderPiece, EncoderSweep, ModelOutput, ModelSpec, Network, PromptKind,
 };
+use super::relative_bias::RelativeBias;
 use super::weights::Weights;
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Epilogue, Heads, KvLayout, KvScope, Mask,
     PrefillAttention,
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::Tensor;
 
 /// The network.
@@ -62,56 +63,23 @@ struct SelfAttention<B: Backend> {
 
 struct FeedForward<B: Backend> {
     norm: B::Vector,
-    /// The gate and the linear part stacked, where the layer is gated.
-    inner: B::Matrix,
-    outer: B::Matrix,
-    activation: Activation,
-    is_gated: bool,
+    kind: FeedForwardKind<B>,
 }
 
-/// The bias of attention by relative position, by bucket.
-struct RelativeBias {
-    /// `[num_buckets, num_heads]`
-    weight: Vec<f32>,
-    num_heads: usize,
-    num_buckets: usize,
-    max_distance: usize,
-    is_bidirectional: bool,
-}
-
-impl RelativeBias {
-    /// The bucket of key minus query position: exact for near ones, logarithmic for far ones, all
-    /// beyond `max_distance` together (Raffel et al. 2020, section 2.1; in f32 as published).
-    fn bucket(&self, distance: i64) -> usize {
-        let (mut num_buckets, mut first) = (self.num_buckets, 0);
-        if self.is_bidirectional {
-            num_buckets /= 2;
-            if distance > 0 {
-                first = num_buckets;
-            }
-        }
-        let back = match self.is_bidirectional {
-            true => distance.unsigned_abs() as usize,
-            false => (-distance).max(0) as usize,
-        };
-        let num_exact = num_buckets / 2;
-        if back < num_exact {
-            return first + back;
-        }
-        let ratio = (back as f32 / num_exact as f32).ln();
-        let range = (self.max_distance as f64 / num_exact as f64).ln() as f32;
-        let far = (ratio / range * (num_buckets - num_exact) as f32) as usize;
-        first + (num_exact + far).min(num_buckets - 1)
-    }
-
-    /// `[num_heads, distances]`
-    fn table(&self, distances: impl Iterator<Item = i64> + Clone) -> Vec<f32> {
-        let of_head = |head: usize| {
-            let weight = move |distance| self.weight[self.bucket(distance) * self.num_heads + head];
-            distances.clone().map(weight)
-        };
-        (0..self.num_heads).flat_map(of_head).collect()
-    }
+enum FeedForwardKind<B: Backend> {
+    Plain {
+        inner: B::Matrix,
+        outer: B::Matrix,
+        activation: Activation,
+    },
+    /// With the gate and the linear part stacked.
+    Gated {
+        inner: B::Matrix,
+        outer: B::Matrix,
+        activation: Activation,
+    },
+    /// Linear layers with biases, ReLU between them, as GRID has them.
+    Deep(Vec<(B::Matrix, B::Vector)>),
 }
 
 impl<B: Backend> T5<B> {
@@ -381,14 +349,26 @@ impl<B: Backend> FeedForward<B> {
     /// Adds the layer's output to the residual stream.
     fn forward(&self, backend: &B, epsilon: f32, s: &mut Activations<B>) {
         backend.rms_norm(&s.residual, &self.norm, epsilon, &mut s.normed);
-        if self.is_gated {
-            backend.matmul(&s.normed, &self.inner, None, Epilogue::Store, &mut s.projected);
-            backend.glu(&s.projected, self.activation, &mut s.spare);
-            backend.matmul(&s.spare, &self.outer, None, Epilogue::Add, &mut s.residual);
-        } else {
-            let activate = Epilogue::Activate(self.activation);
-            backend.matmul(&s.normed, &self.inner, None, activate, &mut s.projected);
-            backend.matmul(&s.projected, &self.outer, None, Epilogue::Add, &mut s.residual);
+        match &self.kind {
+            FeedForwardKind::Plain { inner, outer, activation } => {
+                let activate = Epilogue::Activate(*activation);
+                backend.matmul(&s.normed, inner, None, activate, &mut s.projected);
+                backend.matmul(&s.projected, outer, None, Epilogue::Add, &mut s.residual);
+            }
+            FeedForwardKind::Gated { inner, outer, activation } => {
+                backend.matmul(&s.normed, inner, None, Epilogue::Store, &mut s.projected);
+                backend.glu(&s.projected, *activation, &mut s.spare);
+                backend.matmul(&s.spare, outer, None, Epilogue::Add, &mut s.residual);
+            }
+            FeedForwardKind::Deep(layers) => {
+                let Some(((last, last_bias), hidden)) = layers.split_last() else { return };
+                for (weight, bias) in hidden {
+                    let activate = Epilogue::Activate(Activation::Relu);
+                    backend.matmul(&s.normed, weight, Some(bias), activate, &mut s.projected);
+                    std::mem::swap(&mut s.normed, &mut s.projected);
+                }
+                backend.matmul(&s.normed, last, Some(last_bias), Epilogue::Add, &mut s.residual);
+            }
         }
     }
 }
@@ -466,6 +446,11 @@ impl Layers<'_> {
         weights: &mut Weights,
         layer: &str,
     ) -> Result<FeedForward<B>> {
+        let norm = self.norm(backend, weights, layer)?;
+        if weights.contains(&deep_name(layer, 0, "weight")) {
+            let kind = FeedForwardKind::Deep(self.deep(backend, weights, layer)?);
+            return Ok(FeedForward { norm, kind });
+        }
         let (activation, is_gated) = self.activation()?;
         let mut take = |name: &str, shape: [usize; 2]| {
             weights.take(&format!("{layer}.DenseReluDense.{name}.weight"), &shape)
@@ -475,14 +460,34 @@ impl Layers<'_> {
             true => vec![take("wi_0", inner_shape)?, take("wi_1", inner_shape)?],
             false => vec![take("wi", inner_shape)?],
         };
-        let outer = take("wo", [self.d_model, self.d_ff])?;
-        Ok(FeedForward {
-            norm: self.norm(backend, weights, layer)?,
-            inner: backend.matrix(&inner)?,
-            outer: backend.matrix(&[outer])?,
-            activation,
-            is_gated,
-        })
+        let outer = backend.matrix(&[take("wo", [self.d_model, self.d_ff])?])?;
+        let inner = backend.matrix(&inner)?;
+        let kind = match is_gated {
+            true => FeedForwardKind::Gated { inner, outer, activation },
+            false => FeedForwardKind::Plain { inner, outer, activation },
+        };
+        Ok(FeedForward { norm, kind })
+    }
+
+    /// Linear layers with biases: all but the last have `d_ff` outputs.
+    fn deep<B: Backend>(
+        &self,
+        backend: &B,
+        weights: &mut Weights,
+        layer: &str,
+    ) -> Result<Vec<(B::Matrix, B::Vector)>> {
+        let mut layers = Vec::new();
+        let mut num_in = self.d_model;
+        while weights.contains(&deep_name(layer, layers.len(), "weight")) {
+            let number = layers.len();
+            let is_last = !weights.contains(&deep_name(layer, number + 1, "weight"));
+            let num_out = if is_last { self.d_model } else { self.d_ff };
+            let weight = weights.take(&deep_name(layer, number, "weight"), &[num_out, num_in])?;
+            let bias = weights.take(&deep_name(layer, number, "bias"), &[num_out])?;
+            layers.push((backend.matrix(&[weight])?, backend.vector(&[bias])?));
+            num_in = num_out;
+        }
+        Ok(layers)
     }
 
     /// The activation, and whether it is a gate: `feed_forward_proj`, unless `dense_act_fn` and
@@ -497,20 +502,18 @@ impl Layers<'_> {
         // By Hugging Face's definition.
         let plain = if name == "gated-gelu" { "gelu_new" } else { plain };
         let is_gated = self.config.flag("is_gated_act")?.unwrap_or(is_gated);
-        let activation = match self.config.text_or("dense_act_fn", plain)? {
-            "relu" => Activation::Relu,
-            "gelu" => Activation::Gelu,
-            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
-            "silu" | "swish" => Activation::Silu,
-            other => {
-                return Err(Error::Unsupported {
-                    what: format!("feed_forward_proj {name:?} with the activation {other:?}"),
-                    way_out: "relu, gelu, gelu_new and silu are, plain or gated".into(),
-                });
-            }
-        };
+        let plain = self.config.text_or("dense_act_fn", plain)?;
+        let key = format!("feed_forward_proj {name:?}");
+        let activation = activation_of(&key, plain)?;
         Ok((activation, is_gated))
     }
+}
+
+/// The name of a linear layer's tensor in GRID's feed-forward layers, which number an activation and a
+/// dropout between two linear layers as well.
+fn deep_name(layer: &str, number: usize, tensor: &str) -> String {
+    let position = if number == 0 { 0 } else { 3 * number - 1 };
+    format!("{layer}.mlp.model.{position}.{tensor}")
 }
 
 /// The embeddings and the head, `[vocab_size, d_model]`.
@@ -569,31 +572,4 @@ fn scales_mt5(config: &Config, is_scaled: Option<bool>) -> Result<bool> {
 /// A bias of cross-attention that older exports hold and that transformers, too, passes over.
 pub(super) fn is_spare(name: &str) -> bool {
     name == "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn near_distances_have_their_own_bucket_and_far_ones_share() {
-        let bias = |is_bidirectional| RelativeBias {
-            weight: Vec::new(),
-            num_heads: 1,
-            num_buckets: 32,
-            max_distance: 128,
-            is_bidirectional,
-        };
-        let both = bias(true);
-        assert_eq!(
-            [0, -1, -7, -8, -16, -127, -5000].map(|d| both.bucket(d)),
-            [0, 1, 7, 8, 10, 15, 15]
-        );
-        assert_eq!([1, 7, 8, 32, 5000].map(|d| both.bucket(d)), [17, 23, 24, 28, 31]);
-        let back = bias(false);
-        assert_eq!(
-            [3, 0, -1, -15, -16, -32, -500].map(|d| back.bucket(d)),
-            [0, 0, 1, 15, 16, 21, 31]
-        );
-    }
 }

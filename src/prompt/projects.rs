@@ -24,7 +24,7 @@ pub const PROJECTS: [Project; 7] = [
     },
     Project {
         name: "grid",
-        summary: "GRID's TIGER as a T5 checkpoint: a separator after each item, 4 levels of 256 codes",
+        summary: "GRID's TIGER: a separator after each item, 4 levels of 256 codes",
         layout: grid,
     },
     Project {

@@ -46,8 +46,20 @@ impl Code {
     }
 }
 
-/// The semantic ID of codes whose texts end in them.
+/// The semantic ID of codes that need no other item to be understood.
+///
+/// # Errors
+/// [`Error::InvalidField`] for a text of several numbers, of which any may be the code.
 pub(crate) fn to_sid(codes: &[Code]) -> Result<Sid> {
+    if let Some(text) = codes.iter().find(|code| code.is_unclear()).and_then(Code::text) {
+        return Err(Error::InvalidField {
+            field: "sid",
+            reason: format!(
+                "code {text:?} holds several numbers, and without the other items of its file none of \
+                 them is the code for certain: write it as a plain number"
+            ),
+        });
+    }
     Spelling::default().to_sid(codes)
 }
 
@@ -67,10 +79,6 @@ impl Spelling {
         let place = |level: usize| self.0.get(level).copied().unwrap_or(0);
         let codes = codes.iter().enumerate().map(|(level, code)| code.value(place(level)));
         Sid::new(&codes.collect::<Result<Vec<u16>>>()?)
-    }
-
-    pub fn is_usual(&self) -> bool {
-        self.0.iter().all(|&place| place == 0)
     }
 }
 
@@ -155,6 +163,16 @@ mod tests {
         assert_eq!(last_number("12"), Some(12));
         assert_eq!(last_number("<a_>"), None);
         assert_eq!(last_number("99999999999999999999999"), None);
+    }
+
+    #[test]
+    fn a_text_of_several_numbers_is_no_code_by_itself() {
+        let codes = |texts: [&str; 2]| texts.map(|text| Code::Text(text.into()));
+        assert!(to_sid(&codes(["<a_3>", "4"])).is_ok_and(|sid| sid.codes() == [3, 4]));
+        for texts in [["<a_3>", "<sid_7_level1>"], ["<l1_3>", "4"]] {
+            let error = to_sid(&codes(texts)).expect_err("of which number?").to_string();
+            assert!(error.contains("plain number"), "{error}");
+        }
     }
 
     fn spelling(items: &[[&str; 2]]) -> std::result::Result<Spelling, String> {

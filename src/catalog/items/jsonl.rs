@@ -39,7 +39,7 @@ pub(super) fn each_codes(path: &Path, file: File, mut each: impl FnMut(&[Code]) 
     });
 }
 
-/// As [`read`], with codes that are not the last numbers of their texts.
+/// As [`read`], with codes whose texts have several numbers.
 pub(super) fn read_spelled(
     path: &Path,
     file: File,
@@ -48,14 +48,14 @@ pub(super) fn read_spelled(
     progress: impl FnMut(u64),
 ) -> Result<()> {
     let lines = Lines::new(Counting::new(file, progress));
-    each_line(path, lines, |line: Value| {
+    each_line(path, lines, |mut line: Value| {
         let invalid = |error: serde_json::Error| Error::InvalidField {
             field: "item",
             reason: error.to_string(),
         };
         let CodesOnly { sid } = CodesOnly::deserialize(&line).map_err(invalid)?;
-        let item = Item::deserialize(&line).map_err(invalid)?;
-        add(Item { sid: spelling.to_sid(&sid)?, ..item })
+        line["sid"] = spelling.to_sid(&sid)?.codes().into();
+        add(Item::deserialize(line).map_err(invalid)?)
     })
 }
 

@@ -48,10 +48,13 @@ pub fn read(
             what: "Parquet".into(),
             way_out: "build with `--features parquet`, or give the items as JSON lines".into(),
         }),
-        Some("json") => index::read(path, file, &spelling(path)?, add, progress),
+        Some("json") => {
+            let spelling = spelling(path)?.unwrap_or_default();
+            index::read(path, file, &spelling, add, progress)
+        }
         _ => match spelling(path)? {
-            usual if usual.is_usual() => jsonl::read(path, file, add, progress),
-            other => jsonl::read_spelled(path, file, &other, add, progress),
+            None => jsonl::read(path, file, add, progress),
+            Some(spelling) => jsonl::read_spelled(path, file, &spelling, add, progress),
         },
     }
 }
@@ -76,10 +79,11 @@ pub fn first_codes_beside(folder: &Path) -> Result<Option<Vec<String>>> {
     }
 }
 
-/// How a file spells codes. All items are read for it where the first leaves it open.
-fn spelling(path: &Path) -> Result<Spelling> {
+/// How a file spells codes whose texts have several numbers; `None` where those of the first item have
+/// one each. All items are read for it.
+fn spelling(path: &Path) -> Result<Option<Spelling>> {
     if !path.is_file() {
-        return Ok(Spelling::default()); // a pipe is read once
+        return Ok(None); // a pipe is read once
     }
     let each_codes = |each: &mut dyn FnMut(&[Code]) -> bool| -> Result<()> {
         let file = File::open(path).map_err(|error| Error::io(path, error))?;
@@ -95,14 +99,14 @@ fn spelling(path: &Path) -> Result<Spelling> {
         false
     })?;
     if !is_unclear {
-        return Ok(Spelling::default());
+        return Ok(None);
     }
     let mut learner = Learner::default();
     each_codes(&mut |codes| {
         learner.observe(codes);
         true
     })?;
-    learner.finish().map_err(|reason| Error::ItemsFile {
+    learner.finish().map(Some).map_err(|reason| Error::ItemsFile {
         path: path.to_path_buf(),
         place: "all items".into(),
         reason,
