@@ -170,6 +170,24 @@ impl Tensor {
         }
     }
 
+    /// The numbers of a flat range, rounded to bf16 where they are stored in another type: their bits.
+    pub(crate) fn read_bf16(&self, range: Range<usize>, out: &mut [u16]) {
+        assert_eq!(range.len(), out.len(), "the output must be as long as the range");
+        if let Data::Mapped { mapping, bytes, dtype: Dtype::Bf16 } = &self.data {
+            let start = bytes.start + 2 * range.start;
+            let bytes = &mapping.bytes()[start..start + 2 * range.len()];
+            let words = bytes.as_chunks().0.iter().map(|bytes| u16::from_le_bytes(*bytes));
+            out.iter_mut().zip(words).for_each(|(out, word)| *out = word);
+            return;
+        }
+        let mut values = [0.0; 1024];
+        for (first, out) in range.step_by(values.len()).zip(out.chunks_mut(values.len())) {
+            let values = &mut values[..out.len()];
+            self.read(first..first + values.len(), values);
+            out.iter_mut().zip(values).for_each(|(out, value)| *out = round_to_bf16(*value));
+        }
+    }
+
     /// All numbers, in f32.
     pub fn to_vec(&self) -> Vec<f32> {
         let mut values = vec![0.0; self.len()];
@@ -180,25 +198,29 @@ impl Tensor {
         values
     }
 
+    /// Whether two tensors are the same stretch of the same memory, in the same shape.
+    pub(crate) fn is_same(&self, other: &Tensor) -> bool {
+        let data = match (&self.data, &other.data) {
+            (Data::Owned(own, range), Data::Owned(theirs, their_range)) => {
+                Arc::ptr_eq(own, theirs) && range == their_range
+            }
+            (
+                Data::Mapped { mapping, bytes, dtype },
+                Data::Mapped { mapping: their_mapping, bytes: their_bytes, dtype: their_dtype },
+            ) => {
+                Arc::ptr_eq(mapping, their_mapping) && (bytes, dtype) == (their_bytes, their_dtype)
+            }
+            _ => false,
+        };
+        data && self.shape == other.shape
+    }
+
     /// Whether two tensors have the same shape and, bit by bit, the same numbers in f32.
     pub fn is_equal(&self, other: &Tensor) -> bool {
         if self.shape != other.shape {
             return false;
         }
-        if let (Data::Owned(own, range), Data::Owned(theirs, their_range)) =
-            (&self.data, &other.data)
-            && Arc::ptr_eq(own, theirs)
-            && range == their_range
-        {
-            return true;
-        }
-        if let (
-            Data::Mapped { mapping, bytes, dtype },
-            Data::Mapped { mapping: their_mapping, bytes: their_bytes, dtype: their_dtype },
-        ) = (&self.data, &other.data)
-            && Arc::ptr_eq(mapping, their_mapping)
-            && (bytes, dtype) == (their_bytes, their_dtype)
-        {
+        if self.is_same(other) {
             return true;
         }
         (0..self.len().div_ceil(CHUNK)).into_par_iter().all(|chunk| {
@@ -248,10 +270,36 @@ fn position<T>(elements: &[T], is_so: impl Fn(&T) -> bool) -> Option<usize> {
     if any { elements.iter().position(is_so) } else { None }
 }
 
+/// The bits of the nearest number in bf16, ties to even. NaN stays NaN.
+#[inline(always)]
+pub(crate) fn round_to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    (if value.is_nan() { quiet } else { rounded }) as u16
+}
+
 const CHUNK: usize = 1 << 16;
 
 fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; N]) -> f32) {
     for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
         *out = number(*bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_to_the_nearest_and_ties_to_even() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let ties = [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::MAX, f32::INFINITY, f32::NAN, -0.0];
+        let random = std::iter::repeat_with(|| f32::from_bits(rng.u32(..))).take(100_000);
+        for value in ties.into_iter().chain(random) {
+            let expected = bf16::from_f32(value);
+            let found = bf16::from_bits(round_to_bf16(value));
+            assert!(found == expected || (found.is_nan() && expected.is_nan()), "{value}");
+        }
     }
 }

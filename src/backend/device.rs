@@ -55,11 +55,12 @@ pub trait DeviceOps: Send + Sync + Sized + 'static {
     /// # Errors
     /// [`Device`](crate::Error::Device) where there is not so much memory.
     fn vector(&self, parts: &[Tensor]) -> Result<Self::Vector>;
-    /// A table of embeddings, one row a token.
+    /// A table of embeddings, one row a token. Where `head` is made of the same weights, a device may
+    /// hold them once.
     ///
     /// # Errors
     /// [`Device`](crate::Error::Device) where there is not so much memory.
-    fn table(&self, weight: Tensor) -> Result<Self::Table>;
+    fn table(&self, weight: Tensor, head: Option<&Self::Head>) -> Result<Self::Table>;
     /// The output head `[vocabulary, in]`.
     ///
     /// `levels`: by level, the token of each code, [`NO_TOKEN`](super::NO_TOKEN) where a code has

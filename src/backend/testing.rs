@@ -188,7 +188,8 @@ fn embed_and_gather_last<B: Backend>(
     operation: &str,
 ) -> Result<Vec<f32>> {
     let (vocab, columns) = (cases.size(50).max(4), cases.size(40));
-    let table = backend.table(Tensor::new(&[vocab, columns], cases.numbers(vocab * columns)))?;
+    let table =
+        backend.table(Tensor::new(&[vocab, columns], cases.numbers(vocab * columns)), None)?;
     let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
     let count: usize = lens.iter().sum();
     let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();

@@ -283,7 +283,8 @@ impl Rates {
         let peak = matrix_gflops(backend)? / 1e3;
         // Copying: every row of a table once.
         let (rows, columns) = if B::COMPUTES_ON_CALLERS { (2048, 2048) } else { (32_768, 4096) };
-        let table = backend.table(Tensor::new(&[rows, columns], cases.numbers(rows * columns)))?;
+        let table =
+            backend.table(Tensor::new(&[rows, columns], cases.numbers(rows * columns)), None)?;
         let tokens: Vec<u32> = (0..rows as u32).collect();
         let mut out = backend.buffer();
         let mut fixture = Fixture::new(backend, HEADS)?;

@@ -104,6 +104,7 @@ impl<B: Backend> DecoderOnly<B> {
             .collect::<Result<Vec<_>>>()?;
         let norm = loader.norm(weights.take("model.norm.weight", &[hidden_size])?);
         let frequencies = Tensor::new(&[rope.frequencies.len()], rope.frequencies.clone());
+        let head = backend.head(head, &layout.levels, &layout.known_tokens())?;
         let model = DecoderOnly {
             spec: ModelSpec {
                 vocab_size,
@@ -117,10 +118,10 @@ impl<B: Backend> DecoderOnly<B> {
             activation,
             score_scale: (heads.key_dim as f64).powf(-0.5) as f32 * rope.score_scale,
             frequencies: backend.vector(&[frequencies])?,
-            embedding: backend.table(embedding)?,
+            embedding: backend.table(embedding, Some(&head))?,
             layers,
             norm: backend.vector(&[norm])?,
-            head: backend.head(head, &layout.levels, &layout.known_tokens())?,
+            head,
         };
         Ok((model, Spares { rope }))
     }

@@ -146,6 +146,7 @@ impl<B: Backend> T5<B> {
         let encoder_norm = weights.take("encoder.final_layer_norm.weight", &[d_model])?;
         let decoder_bias = decoder_bias.table((0..=max_distance as i64).map(|back| -back));
         let decoder_bias = Tensor::new(&[decoder_bias.len()], decoder_bias);
+        let head = backend.head(head, &layout.levels, &layout.known_tokens())?;
         Ok(T5 {
             spec: ModelSpec {
                 vocab_size,
@@ -167,16 +168,16 @@ impl<B: Backend> T5<B> {
             epsilon: config.number_or("layer_norm_epsilon", 1e-6)? as f32,
             decoder_embedding: match decoder_embedding.is_equal(&embedding) {
                 true => None,
-                false => Some(backend.table(decoder_embedding)?),
+                false => Some(backend.table(decoder_embedding, Some(&head))?),
             },
-            embedding: backend.table(embedding)?,
+            embedding: backend.table(embedding, Some(&head))?,
             encoder,
             encoder_bias,
             encoder_norm: backend.vector(&[encoder_norm])?,
             decoder,
             decoder_bias: backend.vector(&[decoder_bias])?,
             decoder_norm: backend.vector(&[Tensor::new(&[d_model], final_norm)])?,
-            head: backend.head(head, &layout.levels, &layout.known_tokens())?,
+            head,
         })
     }
 

@@ -137,7 +137,8 @@ pub fn embed_and_last_rows_copy_rows<S: Subject>() {
         let mut cases = Cases::new(seed);
         let (vocab, columns) = (cases.size(50).max(4), cases.size(40));
         let weight = cases.numbers(vocab * columns);
-        let table = backend.table(Tensor::new(&[vocab, columns], weight.clone())).expect("memory");
+        let table =
+            backend.table(Tensor::new(&[vocab, columns], weight.clone()), None).expect("memory");
         let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
         let count: usize = lens.iter().sum();
         let tokens: Vec<u32> = (0..count).map(|_| cases.rng.u32(0..vocab as u32)).collect();
@@ -712,7 +713,7 @@ pub fn embed_reads_each_beams_newest_token<S: Subject>() {
     let tensor = Tensor::new(&[12, 5], weight.clone());
     let (head, table) = (
         backend.head(tensor.clone(), &levels, &[]).expect("memory"),
-        backend.table(tensor).expect("memory"),
+        backend.table(tensor, None).expect("memory"),
     );
     let mut slots = vec![fixture.slot(1), fixture.slot(1)];
     let (mut rows, mut logits) = (backend.buffer(), backend.logits());

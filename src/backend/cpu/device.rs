@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use rten_simd::ops::BitOps;
 use rten_simd::{Isa, SimdOp};
 
-use super::{Buffer, CpuBackend, Head, Logits, Matrix, Memory, Slot};
+use super::{Buffer, CpuBackend, Head, Logits, Matrix, Memory, Slot, Table};
 use crate::backend::{DeviceOps, MemorySpec, SlotSpec};
 use crate::error::Result;
 use crate::tensor::{Dtype, Tensor};
@@ -32,7 +32,7 @@ impl DeviceOps for CpuBackend {
     type Buffer = Buffer;
     type Matrix = Matrix;
     type Vector = Vec<f32>;
-    type Table = Tensor;
+    type Table = Table;
     type Head = Head;
     type Logits = Logits;
     type Memory = Memory;
@@ -74,8 +74,8 @@ impl DeviceOps for CpuBackend {
         Ok(parts.iter().flat_map(Tensor::to_vec).collect())
     }
 
-    fn table(&self, weight: Tensor) -> Result<Tensor> {
-        Ok(weight.into_memory())
+    fn table(&self, weight: Tensor, head: Option<&Head>) -> Result<Table> {
+        Ok(Table::new(weight, head))
     }
 
     fn head(&self, weight: Tensor, levels: &[Vec<u32>], known_tokens: &[u32]) -> Result<Head> {

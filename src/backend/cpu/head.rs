@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::Matrix;
 use crate::backend::level_columns::LevelColumns;
@@ -15,9 +16,11 @@ const COLUMNS_PER_CHUNK: usize = 2048;
 /// A step evaluates the chunks that its tokens lie in, and the others only where scores are
 /// normalised over the whole vocabulary.
 pub struct Head {
-    pub(super) chunks: Vec<Chunk>,
+    pub(super) chunks: Arc<[Chunk]>,
     pub(super) levels: Vec<LevelColumns>,
     pub(super) vocab_size: u32,
+    /// What the chunks were packed of, where they hold its very numbers.
+    source: Option<Tensor>,
 }
 
 pub(super) struct Chunk {
@@ -47,6 +50,13 @@ impl Head {
                 chunks.push(Chunk { tokens, weight: Matrix::stack(&[rows], dtype) });
             }
         }
-        Head { chunks, levels, vocab_size: vocab_size as u32 }
+        let source = (dtype == weight.dtype()).then(|| weight.clone());
+        Head { chunks: chunks.into(), levels, vocab_size: vocab_size as u32, source }
+    }
+
+    /// The chunks, where they hold the numbers of a tensor that lies in the same memory.
+    pub(super) fn chunks_of(&self, weight: &Tensor) -> Option<&Arc<[Chunk]>> {
+        let is_same = self.source.as_ref().is_some_and(|source| source.is_same(weight));
+        is_same.then_some(&self.chunks)
     }
 }

@@ -160,7 +160,7 @@ impl LmHead for CpuBackend {
             rules[slot].normalizer() == Normalizer::Vocabulary || rules[slot].log_probs
         };
         let (mut few, mut logits) = (Buffer::default(), Buffer::default());
-        for chunk in &head.chunks {
+        for chunk in &*head.chunks {
             let is_inside = |slot: usize| out.searches[slot].columns.lie_in(&chunk.tokens);
             let needs = |slot: &usize| needs_vocabulary(*slot) || is_inside(*slot);
             let wanted: Vec<usize> = (0..rules.len()).filter(needs).collect();

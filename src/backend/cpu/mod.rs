@@ -28,6 +28,7 @@ mod slot;
 mod softmax;
 mod step;
 mod store_context;
+mod table;
 
 pub use backend::CpuBackend;
 pub use buffer::Buffer;
@@ -36,3 +37,4 @@ pub use lm_head::Logits;
 pub use matmul::{Instructions, Matrix};
 pub use memory::Memory;
 pub use slot::Slot;
+pub use table::Table;

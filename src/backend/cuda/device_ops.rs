@@ -60,7 +60,7 @@ impl<D: Driver> DeviceOps for CudaBackend<D> {
         Vector::join(&self.device, parts, self.dtype)
     }
 
-    fn table(&self, weight: Tensor) -> Result<Weights<D>> {
+    fn table(&self, weight: Tensor, _head: Option<&Head<D>>) -> Result<Weights<D>> {
         Weights::stack(&self.device, &[weight], self.dtype)
     }
 

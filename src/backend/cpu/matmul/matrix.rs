@@ -1,10 +1,10 @@
 //! Weight matrices in panels.
 
 use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 
 use bytemuck::Pod;
-use half::{bf16, f16};
+use half::f16;
 use rayon::prelude::*;
 
 use super::panel::{PANEL, Pair, Weight};
@@ -71,20 +71,50 @@ impl Matrix {
         let num_out = parts.iter().map(|part| part.shape()[0]).sum();
         let rows = Rows { parts, num_in };
         let panels = match dtype {
-            Dtype::F32 => Panels::F32(rows.pack(num_out, pack_singly(|value| value))),
-            Dtype::F16 => Panels::F16(rows.pack(num_out, pack_singly(f16::from_f32))),
-            Dtype::Bf16 => Panels::Bf16(rows.pack(num_out, pack_pairs)),
+            Dtype::F32 => {
+                Panels::F32(rows.pack(num_out, Tensor::read, pack_singly(|value: f32| value)))
+            }
+            Dtype::F16 => Panels::F16(rows.pack(num_out, Tensor::read, pack_singly(f16::from_f32))),
+            Dtype::Bf16 => Panels::Bf16(rows.pack(num_out, Tensor::read_bf16, pack_pairs)),
         };
         Matrix { panels, num_in, num_out }
     }
 }
 
+impl Matrix {
+    /// The weights of one output, in f32.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        let column = row % PANEL;
+        match &self.panels {
+            Panels::F32(panels) => {
+                let panel = panels[row / PANEL * f32::panel_len(self.num_in)..].chunks_exact(PANEL);
+                out.iter_mut().zip(panel).for_each(|(out, row)| *out = row[column]);
+            }
+            Panels::F16(panels) => {
+                let panel = panels[row / PANEL * f16::panel_len(self.num_in)..].chunks_exact(PANEL);
+                out.iter_mut().zip(panel).for_each(|(out, row)| *out = row[column].to_f32());
+            }
+            Panels::Bf16(panels) => {
+                let panel =
+                    panels[row / PANEL * Pair::panel_len(self.num_in)..].chunks_exact(PANEL);
+                for (out, row) in out.chunks_mut(2).zip(panel) {
+                    let Pair(pair) = row[column];
+                    let numbers = [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)];
+                    out.copy_from_slice(&numbers[..out.len()]);
+                }
+            }
+        }
+    }
+}
+
 impl Rows<'_> {
-    /// Packs all rows, panel by panel; `pack` fills a panel from rows of `num_in` floats.
-    fn pack<W: Weight + Pod>(
+    /// Packs all rows, panel by panel; `read` reads numbers of a tensor, and `pack` fills a panel from
+    /// rows of `num_in` of them.
+    fn pack<T: Copy + Default, W: Weight + Pod>(
         &self,
         num_out: usize,
-        pack: impl Fn(&[f32], usize, &mut [W]) + Sync,
+        read: impl Fn(&Tensor, Range<usize>, &mut [T]) + Sync,
+        pack: impl Fn(&[T], usize, &mut [W]) + Sync,
     ) -> Aligned<W> {
         let len = W::panel_len(self.num_in);
         let mut packed = Aligned::zeros(num_out.div_ceil(PANEL) * len);
@@ -92,12 +122,12 @@ impl Rows<'_> {
         let rows_per_stretch = PANELS_PER_STRETCH * PANEL;
         for (first, stretch) in (0..).step_by(rows_per_stretch).zip(stretches) {
             stretch.par_chunks_exact_mut(len).enumerate().for_each_init(
-                || vec![0.0; PANEL * self.num_in],
+                || vec![T::default(); PANEL * self.num_in],
                 |values, (panel, packed)| {
                     let first = first + panel * PANEL;
                     let rows = PANEL.min(num_out - first);
                     let values = &mut values[..rows * self.num_in];
-                    self.read(first, values);
+                    self.read(&read, first, values);
                     pack(values, self.num_in, packed);
                 },
             );
@@ -107,13 +137,18 @@ impl Rows<'_> {
     }
 
     /// Reads whole rows from `first` on.
-    fn read(&self, mut first: usize, mut out: &mut [f32]) {
+    fn read<T>(
+        &self,
+        read: impl Fn(&Tensor, Range<usize>, &mut [T]),
+        mut first: usize,
+        mut out: &mut [T],
+    ) {
         for part in self.parts {
             let rows = part.shape()[0];
             let taken = rows.saturating_sub(first).min(out.len() / self.num_in);
             if taken > 0 {
                 let (now, rest) = out.split_at_mut(taken * self.num_in);
-                part.read(first * self.num_in..(first + taken) * self.num_in, now);
+                read(part, first * self.num_in..(first + taken) * self.num_in, now);
                 out = rest;
             }
             first = first.saturating_sub(rows);
@@ -132,7 +167,7 @@ impl Rows<'_> {
 }
 
 /// Packs rows so that each input's weights stand side by side.
-fn pack_singly<W: Copy>(number: impl Fn(f32) -> W) -> impl Fn(&[f32], usize, &mut [W]) {
+fn pack_singly<W>(number: impl Fn(f32) -> W) -> impl Fn(&[f32], usize, &mut [W]) {
     move |rows, num_in, panel| {
         for first in (0..num_in).step_by(INPUTS_PER_BLOCK) {
             let inputs = first..num_in.min(first + INPUTS_PER_BLOCK);
@@ -146,16 +181,16 @@ fn pack_singly<W: Copy>(number: impl Fn(f32) -> W) -> impl Fn(&[f32], usize, &mu
     }
 }
 
-/// Packs rows so that two inputs' weights in bf16 stand together.
-fn pack_pairs(rows: &[f32], num_in: usize, panel: &mut [Pair]) {
-    let bits = |value: f32| u32::from(bf16::from_f32(value).to_bits());
+/// Packs rows of bf16 so that two inputs' weights stand together.
+fn pack_pairs(rows: &[u16], num_in: usize, panel: &mut [Pair]) {
     for first in (0..num_in).step_by(INPUTS_PER_BLOCK) {
         let inputs = first..num_in.min(first + INPUTS_PER_BLOCK);
         for (column, row) in rows.chunks_exact(num_in).enumerate() {
             let panel_rows = panel[first / 2 * PANEL..].chunks_exact_mut(PANEL);
-            for (panel_row, values) in panel_rows.zip(row[inputs.clone()].chunks(2)) {
-                let second = values.get(1).map_or(0, |value| bits(*value));
-                panel_row[column] = Pair(bits(values[0]) | second << 16);
+            let (pairs, last) = row[inputs.clone()].as_chunks::<2>();
+            let last = last.first().map(|&last| [last, 0]);
+            for (panel_row, [low, high]) in panel_rows.zip(pairs.iter().copied().chain(last)) {
+                panel_row[column] = Pair(u32::from(low) | u32::from(high) << 16);
             }
         }
     }

@@ -7,6 +7,7 @@ use rten_simd::{Isa, SimdOp};
 use super::super::buffer::{Buffer, VALUES_PER_TASK};
 use super::super::scratch::Scratch;
 use super::panel::{PAIRED_INPUTS, Pair};
+use crate::tensor::round_to_bf16;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -92,25 +93,16 @@ impl SimdOp for RoundRows<'_> {
                 for (part, values) in parts.by_ref().take(whole.len()).zip(whole) {
                     // A loop of known length, which the compiler makes vector instructions of.
                     for at in 0..PAIRED_INPUTS {
-                        part[at] = round(values[at]);
+                        part[at] = round_to_bf16(values[at]);
                     }
                 }
                 let mut rest = rest.iter();
                 for part in parts {
-                    part.fill_with(|| rest.next().map_or(0, |value| round(*value)));
+                    part.fill_with(|| rest.next().map_or(0, |value| round_to_bf16(*value)));
                 }
             }
         }
     }
-}
-
-/// The nearest number in bf16, ties to even. NaN stays NaN.
-#[inline(always)]
-fn round(value: f32) -> u16 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    let quiet = (bits >> 16) | 0x40;
-    (if value.is_nan() { quiet } else { rounded }) as u16
 }
 
 /// Rows rounded to bf16, in f32.
@@ -119,25 +111,8 @@ pub fn in_f32(x: &Buffer) -> Scratch {
     let tasks = rounded.par_chunks_mut(VALUES_PER_TASK).zip(x.values.par_chunks(VALUES_PER_TASK));
     tasks.for_each(|(rounded, values)| {
         for (rounded, value) in rounded.iter_mut().zip(values) {
-            *rounded = bf16::from_bits(round(*value)).to_f32();
+            *rounded = bf16::from_bits(round_to_bf16(*value)).to_f32();
         }
     });
     rounded
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rounding_is_to_the_nearest_and_ties_to_even() {
-        let mut rng = fastrand::Rng::with_seed(1);
-        let ties = [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::MAX, f32::INFINITY, f32::NAN, -0.0];
-        let random = std::iter::repeat_with(|| f32::from_bits(rng.u32(..))).take(100_000);
-        for value in ties.into_iter().chain(random) {
-            let expected = bf16::from_f32(value);
-            let found = bf16::from_bits(round(value));
-            assert!(found == expected || (found.is_nan() && expected.is_nan()), "{value}");
-        }
-    }
 }

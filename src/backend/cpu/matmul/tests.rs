@@ -142,6 +142,11 @@ fn weights_in_16_bits_are_widened_exactly() {
             let matrix = Tensor::new(&[shape[2], shape[1]], weight.clone());
             let matrix = Matrix::stack(&[matrix], dtype);
             let found = product(&backend, shape, &x, &matrix, Epilogue::Store);
+            for row in 0..shape[2] {
+                let mut numbers = vec![0.0; shape[1]];
+                matrix.read_row(row, &mut numbers);
+                assert_eq!(numbers, rounded[row * shape[1]..(row + 1) * shape[1]]);
+            }
             assert_eq!(
                 found,
                 expected(shape, &x, &rounded, false, in_one_chain),
