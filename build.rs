@@ -29,10 +29,11 @@ fn main() {
     if is_gcc && target("ARCH") == "x86_64" && target("OS") == "linux" {
         println!("cargo:rustc-cfg=cpp_compiler");
     }
-    for (flag, name) in [("amx_bf16", "has_amx"), ("avx512_bf16", "has_avx512_bf16")] {
-        if has_processor_flag(flag) {
-            println!("cargo:rustc-cfg={name}");
-        }
+    if has_processor_flag("amx_bf16") && may_use_tiles() {
+        println!("cargo:rustc-cfg=has_amx");
+    }
+    if has_processor_flag("avx512_bf16") {
+        println!("cargo:rustc-cfg=has_avx512_bf16");
     }
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         compile_kernels();
@@ -63,6 +64,22 @@ fn has_processor_flag(flag: &str) -> bool {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = text.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     flags.split_whitespace().any(|other| other == flag)
+}
+
+/// Whether the system lets processes use the tiles of AMX; a container may forbid it.
+fn may_use_tiles() -> bool {
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    {
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XFEATURE_XTILEDATA: libc::c_long = 18;
+        // SAFETY: the call changes nothing but what instructions this process may use.
+        #[allow(unsafe_code)]
+        let result =
+            unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) };
+        result == 0
+    }
+    #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+    false
 }
 
 /// What a compiler says of itself, where it is there.

@@ -24,6 +24,7 @@ mod f32;
 mod instructions;
 mod matrix;
 mod panel;
+#[cfg(target_arch = "x86_64")]
 mod rounded;
 #[cfg(test)]
 mod tests;
@@ -39,7 +40,8 @@ pub use instructions::Instructions;
 pub use matrix::Matrix;
 use matrix::Panels;
 pub(super) use panel::PANEL;
-use panel::{Pair, ROWS_PER_BLOCK, Weight};
+use panel::{ROWS_PER_BLOCK, Weight};
+#[cfg(target_arch = "x86_64")]
 use rounded::{Rounded, RoundedProduct};
 
 impl Matmul for CpuBackend {
@@ -73,7 +75,7 @@ impl Matmul for CpuBackend {
                 Instructions::Avx512Bf16 => {
                     product.of_rounded(&Rounded::new(x, 1), panels, avx512_bf16::product);
                 }
-                _ => product.in_f32(&rounded::in_f32(x), panels),
+                _ => product.in_f32(&f32::rounded(x), panels),
             },
         }
     }
@@ -101,7 +103,7 @@ impl Stretches<'_> {
     fn of_rounded(
         self,
         x: &Rounded,
-        panels: &[Pair],
+        panels: &[panel::Pair],
         product: impl Fn(RoundedProduct<'_, '_>) + Sync,
     ) {
         self.run(panels, |panels, bias, adds, out| {

@@ -1,9 +1,14 @@
 //! Products in f32, with weights of any type.
 
+use half::bf16;
+use rayon::prelude::*;
 use rten_simd::ops::{BitOps, NumOps};
 use rten_simd::{Isa, SimdOp};
 
+use super::super::buffer::{Buffer, VALUES_PER_TASK};
+use super::super::scratch::Scratch;
 use super::panel::{PANEL, Weight};
+use crate::tensor::round_to_bf16;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
@@ -171,4 +176,16 @@ pub fn finish(
             (true, Err(_)) => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += *sum),
         }
     }
+}
+
+/// Rows rounded to bf16, in f32.
+pub fn rounded(x: &Buffer) -> Scratch {
+    let mut rounded = Scratch::new(x.values.len());
+    let tasks = rounded.par_chunks_mut(VALUES_PER_TASK).zip(x.values.par_chunks(VALUES_PER_TASK));
+    tasks.for_each(|(rounded, values)| {
+        for (rounded, value) in rounded.iter_mut().zip(values) {
+            *rounded = bf16::from_bits(round_to_bf16(*value)).to_f32();
+        }
+    });
+    rounded
 }

@@ -1,6 +1,5 @@
 //! Rows rounded to bf16.
 
-use half::bf16;
 use rayon::prelude::*;
 use rten_simd::{Isa, SimdOp};
 
@@ -103,16 +102,4 @@ impl SimdOp for RoundRows<'_> {
             }
         }
     }
-}
-
-/// Rows rounded to bf16, in f32.
-pub fn in_f32(x: &Buffer) -> Scratch {
-    let mut rounded = Scratch::new(x.values.len());
-    let tasks = rounded.par_chunks_mut(VALUES_PER_TASK).zip(x.values.par_chunks(VALUES_PER_TASK));
-    tasks.for_each(|(rounded, values)| {
-        for (rounded, value) in rounded.iter_mut().zip(values) {
-            *rounded = bf16::from_bits(round_to_bf16(*value)).to_f32();
-        }
-    });
-    rounded
 }
