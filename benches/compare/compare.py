@@ -4,6 +4,7 @@
     cargo build --release
     python benches/compare/compare.py                              the small rows
     python benches/compare/compare.py --case qwen3-0.6b/10/20x4    a large one
+    python benches/compare/compare.py --dtype bf16 --case ...      all in bf16
     python benches/compare/compare.py --list
 
 Needs Python with torch, transformers and safetensors (`pip install torch transformers safetensors`). One thread
@@ -62,7 +63,8 @@ def build(model):
 class Case:
     """A checkpoint, its catalogue and one request, as files and as the baselines want them."""
 
-    def __init__(self, case, work):
+    def __init__(self, case, work, dtype):
+        self.dtype = dtype
         self.model, self.width, self.items, self.levels = case
         self.folder = os.path.join(work, self.model)
         if not os.path.exists(os.path.join(self.folder, "config.json")):
@@ -89,7 +91,7 @@ class Case:
         return path
 
     def sidereal(self, binary, *more):
-        command = [binary, *more, "--model", self.folder, "--catalog", os.path.join(ROOT, CATALOGS[self.levels]),
+        command = [binary, *more, "--dtype", self.dtype, "--model", self.folder, "--catalog", os.path.join(ROOT, CATALOGS[self.levels]),
                    "--requests", self.requests, "--beams", str(self.width), "--threads", "1"]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -114,27 +116,32 @@ def matrix_gflops():
 
 @torch.no_grad()
 def run(case, options):
-    case_name, case = name_of(case), Case(case, options.work)
+    case_name, case = name_of(case), Case(case, options.work, options.dtype)
     model = baselines.load(case.folder)
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     search = (case.trie, case.levels, case.width, case.prompt)
+    written_out = baselines.WrittenOutT5 if case.model == "tiger" else baselines.WrittenOutQwen3
+    network = written_out(model, dtype)
+    model = model.to(dtype)
     contenders = {"hf": lambda: baselines.hugging_face(model, *search),
-                  "torch": lambda: baselines.prefill_once(model, *search)}
-    if case.model == "tiger":
-        network = baselines.WrittenOutT5(model)
-        contenders["shared"] = lambda: baselines.shared_context(network, *search)
+                  "torch": lambda: baselines.prefill_once(model, *search),
+                  "shared": lambda: baselines.shared_context(network, *search)}
     is_large = case.model == "qwen3-0.6b"
     if is_large:  # minutes a request: one round, and Hugging Face on request
-        options = argparse.Namespace(**{**vars(options), "rounds": 1})
+        options = argparse.Namespace(**{**vars(options), "rounds": options.rounds or 1})
         if not options.hf_on_large:
             contenders.pop("hf")
+    options.rounds = options.rounds or 5
     ours = case.sidereal_answer(options.sidereal)
     times = {name: [] for name in (*contenders, "sidereal", "share")}
     for turn in range(options.rounds + (0 if is_large else 1)):
         for name, contender in contenders.items():
             answer = []
             elapsed = cpu_ms(lambda: answer.extend(contender()))
-            if turn == 0:
+            if turn == 0 and options.dtype == "f32":
                 baselines.check_equal(f"{case_name} {name}", ours, answer)
+            elif turn == 0:
+                baselines.check_near(f"{case_name} {name}", ours, answer, 0.3)
             if turn > 0 or is_large:  # otherwise the first turn warms up
                 times[name].append(elapsed)
         report = case.sidereal_ms(options.sidereal, 2 if is_large else 20)
@@ -150,7 +157,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help="a row as --list names it; repeatable; by default the small ones")
     parser.add_argument("--list", action="store_true", help="name all rows and end")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32", help="of products, for all contenders")
+    parser.add_argument("--rounds", type=int, help="by default 5, and 1 of the large rows")
     parser.add_argument("--hf-on-large", action="store_true", help="time Hugging Face on the large rows as well")
     parser.add_argument("--sidereal", default=os.path.join(ROOT, "target/release/sidereal"))
     parser.add_argument("--work", default=os.path.join(HERE, "work"), help="where checkpoints are kept")
@@ -172,7 +180,7 @@ def main():
         cell = lambda name, form: format(row[name], form) if name in row else "-"
         print("| " + " | ".join([row["case"], str(row["tokens"]), *(cell(name, ".1f") for name in columns),
                                  *(cell(name, ".1f") for name in ratios), cell("share", ".0%")]) + " |", flush=True)
-    record = {"rows": rows, "torch": torch.__version__, "torch_matrix_gflops": matrix_gflops(),
+    record = {"dtype": options.dtype, "rows": rows, "torch": torch.__version__, "torch_matrix_gflops": matrix_gflops(),
               "machine": platform.processor() or platform.machine(),
               "commit": subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()}
     print(f"\ntorch's f32 matrix rate: {record['torch_matrix_gflops']:.0f} GFLOP/s, one thread", file=sys.stderr)

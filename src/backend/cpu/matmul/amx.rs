@@ -103,10 +103,10 @@ fn with_vectors(product: RoundedProduct<'_, '_>) {
         for (first_column, panel) in (0..columns).step_by(PANEL).zip(0..) {
             let (panel, next) = (panels[panel], panels.get(panel + 1).unwrap_or(&panels[panel]));
             // The groups of rows share out the next panel, which is on its way to the cache meanwhile.
-            let shares = next.chunks(next.len().div_ceil(groups));
+            let mut shares = next.chunks(next.len().div_ceil(groups));
             let rows = x.chunks(TILES * ROWS * pairs_of_row);
-            for ((x, ahead), first_row) in rows.zip(shares).zip((first_row..).step_by(TILES * ROWS))
-            {
+            for (x, first_row) in rows.zip((first_row..).step_by(TILES * ROWS)) {
+                let ahead = shares.next().unwrap_or_default();
                 multiply(x, pairs_of_row, panel, ahead, &mut sums[newest]);
                 let rows = first_row..end.min(first_row + TILES * ROWS);
                 if let Some((rows, column)) = stored.replace((rows, first_column)) {

@@ -41,8 +41,9 @@ impl Instructions {
 
     /// The best that this machine has.
     pub fn best() -> Instructions {
-        let available = Instructions::ALL.into_iter().find(|set| set.is_available());
-        available.unwrap_or(Instructions::Widened)
+        let mut sets = Instructions::ALL.into_iter();
+        let best = sets.find(|set| set.is_available() && set.are_fast());
+        best.unwrap_or(Instructions::Widened)
     }
 
     fn named(name: &str) -> Result<Instructions> {
@@ -74,9 +75,14 @@ impl Instructions {
         }
     }
 
-    /// Whether products by them are faster than those in f32.
+    /// Whether products by them are faster than those in f32, on a machine that has them.
     pub fn are_fast(self) -> bool {
-        self != Instructions::Widened
+        match self {
+            Instructions::Amx => true,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512Bf16 => super::avx512_bf16::are_fast(),
+            _ => false,
+        }
     }
 }
 
