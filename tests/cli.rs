@@ -730,10 +730,16 @@ fn named_tokens_are_read_instead_of_items_or_beside_them() {
     assert_eq!(table.matches("semantic ID").count(), 1, "{table}");
     assert_eq!(table.matches("Yes").count(), 3, "{table}");
 
-    let input = r#"{"tokens": [1], "read": ["Yes"], "target": "i0"}"#;
-    let evaluate = ["evaluate", "--model", plain(small.path()), "--requests", "-"];
-    let output = run_with(&evaluate, input.as_bytes());
-    assert!(errors(&output).contains("read: its answers are no items"), "{}", errors(&output));
+    // What has no one list of items would count as not found.
+    for (input, field) in [
+        (r#"{"tokens": [1], "read": ["Yes"], "target": "i0"}"#, "read"),
+        (r#"{"history": ["i4"], "groups": ["all"], "target": "i0"}"#, "groups"),
+    ] {
+        let evaluate = ["evaluate", "--model", plain(small.path()), "--requests", "-"];
+        let output = run_with(&evaluate, input.as_bytes());
+        let refusal = format!("{field}: its answers have no list of items");
+        assert!(errors(&output).contains(&refusal), "{}", errors(&output));
+    }
 }
 
 #[test]

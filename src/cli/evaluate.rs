@@ -98,11 +98,15 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let (mut requests, mut failed, mut unknown_targets, mut unknown_items) = (0, 0, 0, 0);
     let mut without_target = 0;
     let defaults = arguments.search.defaults(usize::MAX >> 1);
-    let check = |request: Request| match request.read.is_empty() {
-        true => Ok(request),
-        false => {
-            let reason = "its answers are no items to evaluate; leave it out".into();
-            Err(Error::InvalidField { field: "read", reason })
+    // Their answers have no one list of items, and every target would count as not found.
+    let check = |request: Request| {
+        let fields = [("read", request.read.is_empty()), ("groups", request.groups.is_empty())];
+        match fields.into_iter().find(|(_, is_empty)| !is_empty) {
+            None => Ok(request),
+            Some((field, _)) => {
+                let reason = "its answers have no list of items to evaluate; leave it out".into();
+                Err(Error::InvalidField { field, reason })
+            }
         }
     };
     let lines = Requests::open(&arguments.requests)?;
