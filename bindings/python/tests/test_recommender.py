@@ -207,10 +207,12 @@ def test_a_closed_recommender_says_so():
     assert caught.value.code == "shutting_down"
 
 
-def run(code, **options):
+def run(code):
     program = textwrap.dedent(code).replace("MODEL", repr(str(MODEL)))
+    # Not beside the package's source, which `-c` would import in place of the installed wheel.
+    elsewhere = pathlib.Path(__file__).parent
     return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-c", program], cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
