@@ -65,6 +65,7 @@ pub mod cost;
 pub mod device;
 pub mod engine;
 mod error;
+pub mod json;
 pub mod lines;
 mod mapping;
 pub mod metrics;

@@ -115,15 +115,38 @@ impl<R: Read> Lines<R> {
     }
 
     fn check_start(&mut self) -> Result<()> {
-        if let Some((_, what)) = FOREIGN.iter().find(|(start, _)| self.line.starts_with(start)) {
-            let reason = format!("this is no text of UTF-8 lines: it is {what}");
+        if let Some(reason) = foreign(&self.line) {
             return Err(Error::new(ErrorKind::InvalidData, reason));
         }
-        if self.line.starts_with(BYTE_ORDER_MARK) {
-            self.line.drain(..BYTE_ORDER_MARK.len());
-        }
+        let mark = self.line.len() - without_mark(&self.line).len();
+        self.line.drain(..mark);
         Ok(())
     }
+}
+
+/// Passes over a byte order mark at the start of a file that is read as a whole.
+///
+/// # Errors
+/// The reader's; [`ErrorKind::InvalidData`] for a file that is compressed or no UTF-8 text.
+pub(crate) fn begin(reader: &mut impl BufRead) -> Result<()> {
+    let start = reader.fill_buf()?;
+    if let Some(reason) = foreign(start) {
+        return Err(Error::new(ErrorKind::InvalidData, reason));
+    }
+    let mark = start.len() - without_mark(start).len();
+    reader.consume(mark);
+    Ok(())
+}
+
+/// What a file is that begins so and is no text.
+pub(crate) fn foreign(start: &[u8]) -> Option<String> {
+    let (_, what) = FOREIGN.iter().find(|(foreign, _)| start.starts_with(foreign))?;
+    Some(format!("this is no text in UTF-8: it is {what}"))
+}
+
+/// A file's bytes after its byte order mark.
+pub(crate) fn without_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes)
 }
 
 #[cfg(test)]

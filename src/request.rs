@@ -135,6 +135,8 @@ pub struct Request {
     /// Items that must not come back. Names that the catalog does not have are ignored, because
     /// an unknown item cannot be recommended.
     pub exclude: Vec<String>,
+    /// Whether the items of the history must not come back either. Needs a history.
+    pub exclude_history: bool,
     /// The only items that may come back, beside what `filter`, `groups` and `exclude` say; `None`
     /// for all. Names that the catalog does not have are ignored and counted in the answer; an empty
     /// list allows nothing, and the answer is empty.
@@ -161,7 +163,7 @@ pub struct Request {
     /// input and the request's `forced` tokens. Empty for none.
     ///
     /// They replace the search, unless the request names `groups` or `candidates`: then both are
-    /// answered from one context. Fields that belong to a search (`filter`, `exclude`, `only`,
+    /// answered from one context. Fields that belong to a search (`filter`, `exclude`, `exclude_history`, `only`,
     /// `seed`, `log_probs`) are refused without one; `beams` and `top_k` have no effect then.
     pub read: Vec<NamedToken>,
     /// Draws the beams instead of keeping the best, without replacement and with the probabilities
@@ -222,6 +224,7 @@ impl Request {
             unknown_items: UnknownItems::Skip,
             long_history: LongHistory::Error,
             exclude: Vec::new(),
+            exclude_history: false,
             only: None,
             filter: None,
             groups: Vec::new(),
@@ -276,6 +279,13 @@ impl Request {
     #[must_use]
     pub fn with_exclude<S: Into<String>>(mut self, items: impl IntoIterator<Item = S>) -> Request {
         self.exclude = texts(items);
+        self
+    }
+
+    /// Sets [`exclude_history`](Request::exclude_history).
+    #[must_use]
+    pub fn with_exclude_history(mut self, exclude_history: bool) -> Request {
+        self.exclude_history = exclude_history;
         self
     }
 

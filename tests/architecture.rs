@@ -24,7 +24,7 @@ fn code(text: &str) -> String {
 fn floor(module: &[String]) -> u8 {
     let name = |at: usize| module.get(at).map_or("", String::as_str);
     match (name(0), name(1)) {
-        ("error" | "request" | "search" | "tensor" | "mapping" | "lines", _)
+        ("error" | "request" | "search" | "tensor" | "mapping" | "lines" | "json", _)
         | ("catalog", "sid") => 0,
         ("catalog" | "cost" | "pages" | "schedule" | "prefix_cache", _) => 1,
         ("answer" | "backend" | "device" | "metrics" | "wire", _) => 2,

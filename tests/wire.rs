@@ -129,7 +129,7 @@ fn a_request_is_written_with_the_names_of_the_request_line() {
         .with_deadline(Duration::from_millis(20));
     let expected = json!({
         "history": ["17", "4"], "groups": ["tag:a"], "forced": {"tokens": [7, 8], "counted": true},
-        "read": ["Yes", 9], "seed": 3, "log_probs": false, "titles": false, "timings": false,
+        "read": ["Yes", 9], "seed": 3, "exclude_history": false, "log_probs": false, "titles": false, "timings": false,
         "beams": 50, "top_k": 10, "constraint": "trie", "temperature": 1.0, "shared_sid": "all",
         "priority": "normal", "deadline_ms": 20.0, "unknown_items": "skip", "long_history": "error",
     });
@@ -245,8 +245,8 @@ fn changes_survive_a_round_trip_in_the_documented_form() {
 
 #[test]
 fn items_and_changes_are_read_leniently_where_files_of_the_field_differ() {
-    let item: Item = serde_json::from_str(r#"{"item": 17, "sid": ["<a_3>", 250], "price": 3}"#)
-        .expect("a number as name, a text as code, a field of others");
+    let item: Item = serde_json::from_str(r#"{"item": 17, "sid": ["<a_3>", 250]}"#)
+        .expect("a number as name, a text as code");
     assert_eq!(item, Item::new("17", Sid::new(&[3, 250]).expect("two codes")));
     let change: Change = serde_json::from_str(r#"{"tag": {"item": 17}}"#).expect("no tags");
     assert_eq!(change, Change::Tag { item: "17".into(), add: vec![], remove: vec![] });
@@ -256,14 +256,31 @@ fn items_and_changes_are_read_leniently_where_files_of_the_field_differ() {
         (r#"{"put": {"sid": [1]}}"#, "missing field `item`"),
         (r#"{"drop": {"item": "1"}}"#, "unknown variant `drop`"),
         (r#"{"delete": {"item": null}}"#, "expected an item's name"),
-        (r#"{"put": {"item": "1", "sid": [1], "weight": "2 kg"}}"#, "expected f32"),
+        (r#"{"put": {"item": "1", "sid": [1], "weight": "2 kg"}}"#, "expected a number"),
         (r#"{"put": {"item": "1", "sid": [1], "weight": 1e39}}"#, "not a finite number"),
         (r#"{"weight": {"item": "1"}}"#, "missing field `weight`"),
-        (r#"{"weight": {"item": "1", "weight": null}}"#, "expected f32"),
+        (r#"{"weight": {"item": "1", "weight": null}}"#, "expected a number"),
         (r#"{"weight": {"item": "1", "weight": -1e300}}"#, "not a finite number"),
     ] {
-        let text = serde_json::from_str::<Change>(line).expect_err(line).to_string();
+        let text = sidereal::json::parse::<Change>(line).expect_err(line);
         assert!(text.contains(word), "{text}");
+    }
+}
+
+/// `"availble": false` must not leave an item that is recommended.
+#[test]
+fn fields_that_items_do_not_have_are_refused() {
+    let fields = ["item_id", "sid", "title", "tags", "available", "weight"];
+    for slip in ["availble", "Available", "tag", "sids", "price", "expires"] {
+        let item = format!(r#"{{"item": "1", "sid": [1], "{slip}": false}}"#);
+        for line in [item.clone(), format!(r#"{{"put": {item}}}"#)] {
+            let text = match line.contains("put") {
+                true => sidereal::json::parse::<Change>(&line).expect_err(&line),
+                false => sidereal::json::parse::<Item>(&line).expect_err(&line),
+            };
+            assert!(text.contains(&format!("unknown field `{slip}`")), "{text}");
+            assert!(fields.iter().all(|field| text.contains(field)), "{text}");
+        }
     }
 }
 

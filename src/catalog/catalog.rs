@@ -107,7 +107,7 @@ impl Catalog {
     pub fn open_with(path: &Path, options: &CatalogOptions) -> Result<Catalog> {
         if items::is_items_file(path) {
             let mut builder = CatalogBuilder::default();
-            items::read(path, |item| builder.add(item), |_| {})?;
+            items::read(path, &[], |item| builder.add(item), |_| {})?;
             builder.build().map_err(|error| items::whole_file_error(path, &error))
         } else {
             // A writer's compaction may end between reading the file and reading the log: the log

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 ///
 /// As JSON: `{"item": "17", "sid": [3, 250, 7], "title": "...", "tags": ["garden"], "available": true,
 /// "weight": 2.5}`; a code may be a text that ends in a number, as `"<a_3>"`, and all but `item` and
-/// `sid` may be left out.
+/// `sid` may be left out. Other fields are an error, as they may be one of these with a slip in its name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Item {
     /// Its name in histories, exclusions and answers; unique in the catalog.
@@ -33,6 +33,10 @@ pub struct Item {
 }
 
 impl Item {
+    /// The fields of an item in files: names of JSON and columns of Parquet.
+    pub const FIELDS: [&str; 7] =
+        ["item", "item_id", "sid", "title", "tags", "available", "weight"];
+
     /// An available item without title, tags and weight.
     pub fn new(name: impl Into<String>, sid: Sid) -> Item {
         Item {

@@ -18,6 +18,7 @@ use super::files;
 use super::keys::says_nothing;
 use super::tensors::Tensors;
 use crate::error::{Error, Result};
+use crate::json;
 use crate::tensor::Tensor;
 
 const CONFIG: &str = "adapter_config.json";
@@ -93,9 +94,8 @@ impl Adapter {
     pub fn open(folder: &Path, is_ignored: &dyn Fn(&str) -> bool) -> Result<Adapter> {
         let path = folder.join(CONFIG);
         let text = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
-        let keys: Map<String, Value> = serde_json::from_slice(&text).map_err(|error| {
-            Error::ModelConfig { path: path.clone(), reason: error.to_string() }
-        })?;
+        let keys: Map<String, Value> = json::parse_bytes(&text)
+            .map_err(|reason| Error::ModelConfig { path: path.clone(), reason })?;
         let adapter = Adapter { path, keys, tensors: Tensors::default() };
         adapter.check(is_ignored)?;
         let name = WEIGHTS.into_iter().find(|name| folder.join(name).exists());

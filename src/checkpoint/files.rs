@@ -12,6 +12,7 @@ use serde::Deserialize;
 use super::tensors::Tensors;
 use super::{safetensors, torch};
 use crate::error::{Error, Result};
+use crate::json;
 
 /// The names of a folder's weights, by which transformers finds them, first things first.
 const NAMES: [&str; 4] = [
@@ -86,7 +87,7 @@ fn open_index(path: &Path) -> Result<Tensors> {
     }
     let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
     let bad = |reason: String| Error::WeightsFile { path: path.to_path_buf(), reason };
-    let index: Index = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
+    let index: Index = json::parse_bytes(&text).map_err(bad)?;
     let mut names: Vec<&String> = index.weight_map.values().collect();
     names.sort();
     names.dedup();

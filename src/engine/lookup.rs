@@ -8,7 +8,7 @@ use crate::catalog::Snapshot;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::filter::Filter;
 use crate::error::{Error, Result};
-use crate::request::{Request, UnknownItems};
+use crate::request::{Input, Request, UnknownItems};
 
 /// The items of some names.
 pub(super) struct Known {
@@ -87,7 +87,7 @@ fn searches(
     unknown_items: &mut UnknownByField,
 ) -> Result<Vec<AllowedSet>> {
     check_filters(request)?;
-    let excluded = Known::of(&request.exclude, snapshot).into_sorted();
+    let excluded = excluded(request, snapshot)?;
     let only = request.only.as_ref().map(|names| {
         let mut known = Known::of(names, snapshot);
         unknown_items.only = std::mem::take(&mut known.unknown);
@@ -109,6 +109,19 @@ fn searches(
         None => allowed_set(Some(group)),
     };
     request.groups.iter().map(of_group).collect()
+}
+
+/// The items that must not come back, ascending.
+fn excluded(request: &Request, snapshot: &Snapshot) -> Result<Vec<u32>> {
+    let mut known = Known::of(&request.exclude, snapshot);
+    if request.exclude_history {
+        let Input::History(history) = &request.input else {
+            let reason = "goes with a \"history\"; name the items in \"exclude\" instead".into();
+            return Err(Error::InvalidField { field: "exclude_history", reason });
+        };
+        known.items.extend(Known::of(history, snapshot).items);
+    }
+    Ok(known.into_sorted())
 }
 
 /// Refuses filters that say nothing. They may be templates that were filled in wrongly, and what they

@@ -375,6 +375,7 @@ impl Preparer {
         let conflicts = [
             ("filter", request.filter.is_some()),
             ("exclude", !request.exclude.is_empty()),
+            ("exclude_history", request.exclude_history),
             ("only", request.only.is_some()),
             ("groups", !request.groups.is_empty()),
             ("seed", request.seed.is_some()),
@@ -569,6 +570,7 @@ fn check_fields(request: &Request, has_search: bool) -> Result<()> {
     let of_searches = [
         ("filter", request.filter.is_some()),
         ("exclude", !request.exclude.is_empty()),
+        ("exclude_history", request.exclude_history),
         ("only", request.only.is_some()),
         ("seed", request.seed.is_some()),
         ("log_probs", request.log_probs),

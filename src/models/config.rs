@@ -15,6 +15,7 @@ use crate::backend::NO_TOKEN;
 use crate::catalog::Catalog;
 use crate::checkpoint::keys::{is_listed, says_nothing};
 use crate::error::{Error, Result};
+use crate::json;
 pub use crate::prompt::Prompt;
 use crate::prompt::{PromptEntry, Text, TokensEntry, projects};
 use crate::request::Forced;
@@ -350,8 +351,8 @@ pub(super) fn ignored_by(folder: &Path) -> Result<Vec<String>> {
 
 fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
     let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-    serde_json::from_slice(&text)
-        .map_err(|error| Error::ModelConfig { path: path.to_path_buf(), reason: error.to_string() })
+    json::parse_bytes::<T>(&text)
+        .map_err(|reason| Error::ModelConfig { path: path.to_path_buf(), reason })
 }
 
 /// How a model writes semantic IDs and reads histories: what the tokenizer's files say, and
@@ -495,7 +496,7 @@ fn read_layout(path: &Path) -> Result<LayoutFile> {
             own.entry(field).or_insert(value);
         }
     }
-    serde_json::from_value(file).map_err(|fault| error(fault.to_string()))
+    json::from_value(file).map_err(error)
 }
 
 /// The prompt of a folder that does not describe one: the items, and the end token of an encoder.

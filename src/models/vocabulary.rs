@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::backend::NO_TOKEN;
 use crate::error::{Error, Result};
+use crate::json;
 
 /// Stands for all larger ones: no vocabulary goes so far.
 const LARGEST_TOKEN: u64 = NO_TOKEN as u64 - 1;
@@ -241,9 +242,9 @@ impl Texts {
 fn file<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<Option<T>> {
     let path = folder.join(name);
     match std::fs::read(&path) {
-        Ok(text) => match serde_json::from_slice(&text) {
+        Ok(text) => match json::parse_bytes::<T>(&text) {
             Ok(contents) => Ok(Some(contents)),
-            Err(error) => Err(Error::ModelConfig { path, reason: error.to_string() }),
+            Err(reason) => Err(Error::ModelConfig { path, reason }),
         },
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io(&path, error)),

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::json;
 use crate::request::{Input, Request};
 
 mod pieces;
@@ -117,8 +118,8 @@ impl Prompt {
             }
             Some(pieces) => {
                 let piece = |(number, piece): (usize, Value)| {
-                    let entry: PieceEntry = serde_json::from_value(piece)
-                        .map_err(|error| invalid(format!("piece {number}: {error}")))?;
+                    let entry: PieceEntry = json::from_value(piece)
+                        .map_err(|reason| invalid(format!("piece {number}: {reason}")))?;
                     entry.resolve(&text)
                 };
                 pieces.into_iter().enumerate().map(piece).collect::<Result<Vec<Piece>>>()?

@@ -17,6 +17,7 @@ use tokenizers::Tokenizer;
 
 pub use super::template::Template;
 use crate::error::{Error, Result};
+use crate::json;
 use crate::models::vocabulary::Vocabulary;
 
 /// The longest text that is taken apart, in bytes.
@@ -245,8 +246,9 @@ impl Folder {
     fn object(&self, name: &str) -> Result<Map<String, Value>> {
         let path = self.path.join(name);
         match std::fs::read(&path) {
-            Ok(contents) => serde_json::from_slice(&contents)
-                .map_err(|error| Error::ModelConfig { path, reason: error.to_string() }),
+            Ok(contents) => {
+                json::parse_bytes(&contents).map_err(|reason| Error::ModelConfig { path, reason })
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
             Err(error) => Err(Error::io(&path, error)),
         }

@@ -18,6 +18,7 @@ use super::generate::{Widths, request};
 use super::models::Served;
 use super::operations::{self, Answered};
 use super::state::State;
+use crate::json;
 
 /// The fields that have a meaning here; clients send many others that steer sampling.
 #[derive(Deserialize)]
@@ -56,8 +57,7 @@ pub(super) async fn chat(
 }
 
 async fn complete(state: &State, incoming: &Incoming, is_chat: bool) -> Outcome<Response> {
-    let body: CompletionBody = serde_json::from_str(incoming.text()?)
-        .map_err(|error| Failure::malformed(error.to_string()))?;
+    let body: CompletionBody = json::parse(incoming.text()?).map_err(Failure::malformed)?;
     let served = state.models.find(&body.model, "")?;
     let mut line = body.sidereal;
     body.widths.write(&mut line);

@@ -19,8 +19,9 @@ use serde_json::{Value, json};
 use super::models::ServedCatalog;
 use super::operations;
 use super::state::State;
-use crate::catalog::{Change, Watermark};
+use crate::catalog::{Change, Item, Watermark};
 use crate::error::{Error, Result};
+use crate::json;
 use crate::lines::MAX_LINE_BYTES;
 
 /// How long the follower waits before it looks at the file again.
@@ -180,7 +181,7 @@ struct Row {
 
 /// The change of a line; `None` for a line that changes nothing, as Debezium's heartbeats.
 fn change_of(line: &[u8]) -> std::result::Result<Option<Change>, String> {
-    let mut value: Value = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    let mut value: Value = json::parse_bytes(line)?;
     if let Some(payload) = value.get_mut("payload") {
         value = payload.take();
         if value.is_null() {
@@ -188,11 +189,17 @@ fn change_of(line: &[u8]) -> std::result::Result<Option<Change>, String> {
         }
     }
     if value.get("op").is_none() {
-        return serde_json::from_value(value).map(Some).map_err(|error| error.to_string());
+        return json::from_value(value).map(Some);
     }
-    let row: Row = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    let row: Row = json::from_value(value)?;
     let change = match (&*row.op, row.before, row.after) {
-        ("c" | "u" | "r", _, Some(after)) => json!({ "put": after }),
+        ("c" | "u" | "r", _, Some(mut after)) => {
+            // A row has all the columns of its table.
+            if let Some(columns) = after.as_object_mut() {
+                columns.retain(|column, _| Item::FIELDS.contains(&&**column));
+            }
+            json!({ "put": after })
+        }
         ("d", Some(before), _) => {
             let item = before.get("item").or_else(|| before.get("item_id"));
             json!({ "delete": { "item": item } })
@@ -200,7 +207,7 @@ fn change_of(line: &[u8]) -> std::result::Result<Option<Change>, String> {
         ("m" | "t", _, _) => return Ok(None),
         (op, _, _) => return Err(format!("op {op:?} without the row that it needs")),
     };
-    serde_json::from_value(change).map(Some).map_err(|error| error.to_string())
+    json::from_value(change).map(Some)
 }
 
 #[cfg(test)]
@@ -218,6 +225,8 @@ mod tests {
         for op in ["c", "u", "r"] {
             let row = format!(r#"{{"op": "{op}", "before": null, "after": {lamp}}}"#);
             assert_eq!(of(&row).expect("a change"), ours);
+            let wider = row.replace(r#""sid""#, r#""price": 3, "sid""#);
+            assert_eq!(of(&wider).expect("a change"), ours);
             assert_eq!(of(&format!(r#"{{"payload": {row}}}"#)).expect("a change"), ours);
         }
         let deleted = of(r#"{"op": "d", "before": {"item": "lamp"}, "after": null}"#);

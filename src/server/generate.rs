@@ -18,6 +18,7 @@ use super::models::Served;
 use super::operations::{self, Answered, Task};
 use super::state::State;
 use crate::error::Error;
+use crate::json;
 use crate::request::Request;
 use crate::wire::RequestLine;
 
@@ -82,8 +83,7 @@ pub(super) async fn generate(
     Shared(state): Shared<Arc<State>>,
     Reading(incoming): Reading,
 ) -> Outcome<Response> {
-    let body: GenerateBody = serde_json::from_str(incoming.text()?)
-        .map_err(|error| Failure::malformed(error.to_string()))?;
+    let body: GenerateBody = json::parse(incoming.text()?).map_err(Failure::malformed)?;
     let served = state.models.find("", "")?;
     let (inputs, is_batch) = inputs(&state, &body)?;
     let requests = requests(&state, &served, &body, inputs, &incoming)?;

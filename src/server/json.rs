@@ -17,6 +17,7 @@ use super::models::Served;
 use super::operations::{self, Answered, Task};
 use super::state::State;
 use crate::error::Error;
+use crate::json;
 use crate::request::Request;
 use crate::wire::{ChangeBatch, RequestLine};
 
@@ -86,15 +87,15 @@ struct Batch {
 async fn answer(state: &State, which: Which, incoming: &Incoming, task: Task) -> Outcome<Response> {
     let served = which.find(state)?;
     let text = incoming.text()?;
-    let lines = match serde_json::from_str::<MaybeBatch>(text) {
+    let lines = match json::parse::<MaybeBatch>(text) {
         Ok(MaybeBatch { requests: Some(lines) }) => lines,
         // The reader of request lines has the better words for what is wrong.
         Ok(MaybeBatch { requests: None }) | Err(_) => {
             return answer_one(state, &served, text, incoming, task).await;
         }
     };
-    serde_json::from_str::<Batch>(text).map_err(|error| {
-        Failure::malformed(format!("{error}; \"requests\" stands alone in a batch"))
+    json::parse::<Batch>(text).map_err(|reason| {
+        Failure::malformed(format!("{reason}; \"requests\" stands alone in a batch"))
     })?;
     let (len, max) = (lines.len(), state.limits.batch);
     if len > max {
@@ -207,8 +208,8 @@ pub(super) async fn replace_base(
     Writing(incoming): Writing,
 ) -> Outcome<Response> {
     let served = which(chosen)?.find(&state)?;
-    let base: Base = serde_json::from_str(incoming.text()?).map_err(|error| {
-        Failure::malformed(format!("{error}; name a file on the server, {{\"path\": \"...\"}}"))
+    let base: Base = json::parse(incoming.text()?).map_err(|reason| {
+        Failure::malformed(format!("{reason}; name a file on the server, {{\"path\": \"...\"}}"))
     })?;
     let replaced =
         operations::blocking(move || operations::replace_base(&served.catalog, &base.path)).await?;

@@ -7,10 +7,12 @@ use super::name::name;
 use crate::catalog::items::{Code, to_sid};
 use crate::catalog::{Change, Item, ItemWeight, Watermark};
 use crate::error::{Error, Result};
+use crate::json;
 
-/// An item before its codes are read. Further fields are allowed and ignored: files of items hold
-/// prices and brands as well.
+/// An item before its codes are read. Further fields are an error: of `"availble": false` nothing would
+/// be left but an item that is recommended and must not be.
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct ItemLine {
     #[serde(deserialize_with = "name")]
     #[serde(alias = "item_id")]
@@ -70,17 +72,16 @@ impl ChangeBatch {
     /// # Errors
     /// [`Error::MalformedRequest`], [`Error::LimitExceeded`]; [`Error::InvalidChange`] for one of them.
     pub fn parse(text: &str, max_changes: usize) -> Result<ChangeBatch> {
-        let batch: BatchLine = serde_json::from_str(text).map_err(|error| {
+        let batch: BatchLine = json::parse(text).map_err(|reason| {
             let form = "a batch is {\"changes\": [{\"put\": {...}}, ...], \"watermark\": {...}}";
-            Error::MalformedRequest { reason: format!("{error}; {form}") }
+            Error::MalformedRequest { reason: format!("{reason}; {form}") }
         })?;
         let len = batch.changes.len();
         if len > max_changes {
             return Err(Error::LimitExceeded { what: "changes", len, max: max_changes });
         }
         let changes = batch.changes.into_iter().enumerate().map(|(index, change)| {
-            Change::deserialize(change)
-                .map_err(|error| Error::InvalidChange { index, reason: error.to_string() })
+            json::from_value(change).map_err(|reason| Error::InvalidChange { index, reason })
         });
         Ok(ChangeBatch { changes: changes.collect::<Result<_>>()?, watermark: batch.watermark })
     }

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::loose::{LooseName, Real, Scalar, Whole};
 use crate::error::{Error, Result};
+use crate::json;
 use crate::request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
     per_sid_below_one,
@@ -60,6 +61,8 @@ pub struct RequestLine {
     long_history: Option<LongHistory>,
     #[serde(default, deserialize_with = "names")]
     exclude: Option<Vec<String>>,
+    #[serde(default)]
+    exclude_history: Option<bool>,
     #[serde(default, deserialize_with = "names")]
     only: Option<Vec<String>>,
     #[serde(default)]
@@ -104,6 +107,8 @@ pub struct RequestLine {
     min_snapshot: Option<Whole>,
     #[serde(default)]
     target: Option<LooseName>,
+    #[serde(default)]
+    segment: Option<Scalar>,
 }
 
 /// Tokens before the codes, and whether they are part of the scores.
@@ -174,6 +179,8 @@ pub struct RequestDefaults {
     pub normalization: Option<Normalization>,
     /// Constraint.
     pub constraint: Constraint,
+    /// Whether items of the history stay out of searches that have one.
+    pub exclude_history: bool,
     /// Items of one semantic ID; `None` for all. A line's `shared_sid` replaces it too.
     pub per_sid: Option<usize>,
     /// Whether items come with their titles.
@@ -193,6 +200,7 @@ impl Default for RequestDefaults {
             top_k: request.top_k,
             normalization: request.normalization,
             constraint: request.constraint,
+            exclude_history: request.exclude_history,
             per_sid: request.per_sid,
             titles: request.titles,
             unknown_items: request.unknown_items,
@@ -209,9 +217,11 @@ impl RequestLine {
     pub fn parse(line: &str) -> Result<RequestLine> {
         let malformed = |reason: String| Error::MalformedRequest { reason };
         if !line.trim_start().starts_with('{') {
-            return Err(malformed("a request is a JSON object, {\"history\": [...], ...}".into()));
+            let form = "a request is a JSON object, {\"history\": [...], ...}";
+            let table = json::table(line).map(|table| format!("{table}; "));
+            return Err(malformed(table.unwrap_or_default() + form));
         }
-        serde_json::from_str(line).map_err(|error| malformed(with_own_name(&error.to_string())))
+        json::parse(line).map_err(|reason| malformed(with_own_name(&reason)))
     }
 
     /// Reads the fields of one object.
@@ -219,8 +229,8 @@ impl RequestLine {
     /// # Errors
     /// [`Error::MalformedRequest`] with the parser's words.
     pub fn from_fields(fields: Map<String, Value>) -> Result<RequestLine> {
-        RequestLine::deserialize(Value::Object(fields))
-            .map_err(|error| Error::MalformedRequest { reason: with_own_name(&error.to_string()) })
+        json::from_value(Value::Object(fields))
+            .map_err(|reason| Error::MalformedRequest { reason: with_own_name(&reason) })
     }
 
     /// The items of the history, empty where the line gives tokens.
@@ -236,6 +246,11 @@ impl RequestLine {
     /// The item that the user took next, where the line says so: evaluation needs it.
     pub fn target(&self) -> Option<&str> {
         self.target.as_ref().map(|name| &*name.0)
+    }
+
+    /// The part of the requests that the line belongs to, where it says so: evaluation tells them apart.
+    pub fn segment(&self) -> Option<&str> {
+        self.segment.as_ref().map(|name| &*name.0)
     }
 
     /// The one input that the line gives. A program that writes every field writes empty ones beside
@@ -308,10 +323,13 @@ impl RequestLine {
             TokenName::Id(token) => Ok(NamedToken::Id(in_range("read", position, *token)?)),
         });
         Ok(Request {
-            input,
             unknown_items: self.unknown_items.unwrap_or(defaults.unknown_items),
             long_history: self.long_history.unwrap_or(defaults.long_history),
             exclude: self.exclude.clone().unwrap_or_default(),
+            exclude_history: self.exclude_history.unwrap_or_else(|| {
+                defaults.exclude_history && matches!(input, Input::History(_)) && self.searches()
+            }),
+            input,
             only: self.only.clone(),
             filter: self.filter.clone(),
             groups: self.groups.clone().unwrap_or_default(),
@@ -337,6 +355,14 @@ impl RequestLine {
             deadline: deadline.transpose()?,
             min_snapshot: self.min_snapshot()?,
         })
+    }
+
+    /// Whether the line asks for items that are found rather than scored or read.
+    fn searches(&self) -> bool {
+        let is_empty = |list: Option<usize>| list.unwrap_or(0) == 0;
+        let reads = !is_empty(self.read.as_ref().map(Vec::len));
+        let has_groups = !is_empty(self.groups.as_ref().map(Vec::len));
+        is_empty(self.candidates.as_ref().map(Vec::len)) && (!reads || has_groups)
     }
 
     fn per_sid(&self, defaults: &RequestDefaults) -> Result<Option<usize>> {
@@ -398,7 +424,7 @@ fn in_range(field: &'static str, position: usize, Whole(token): Whole) -> Result
 /// The line that says the whole request, whatever a reader's defaults are.
 impl Serialize for Request {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut line = serializer.serialize_struct("Request", 23)?;
+        let mut line = serializer.serialize_struct("Request", 24)?;
         match &self.input {
             Input::History(items) => line.serialize_field("history", items)?,
             Input::Tokens(tokens) => line.serialize_field("tokens", tokens)?,
@@ -418,6 +444,7 @@ impl Serialize for Request {
                 line.serialize_field(field, texts)?;
             }
         }
+        line.serialize_field("exclude_history", &self.exclude_history)?;
         line.serialize_field("unknown_items", &self.unknown_items)?;
         line.serialize_field("long_history", &self.long_history)?;
         if let Some(only) = &self.only {

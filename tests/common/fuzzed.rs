@@ -49,7 +49,7 @@ pub fn items(data: &[u8], folder: &Path) {
     }
     let path = folder.join("changes.jsonl");
     std::fs::write(&path, data).expect("a writable folder");
-    let _ = items::read_changes(&path, |_| Ok(()), |_| {});
+    let _ = items::read_changes(&path, &[], |_| Ok(()), |_| {});
 }
 
 /// A file of torch: what opens can be read to its last number.

@@ -10,6 +10,8 @@ use super::codes::{Code, Spelling};
 use super::jsonl::Counting;
 use crate::catalog::item::Item;
 use crate::error::{Error, Result};
+use crate::json;
+use crate::lines::begin;
 
 pub(super) fn read(
     path: &Path,
@@ -32,7 +34,8 @@ pub(super) fn read(
         failure = outcome.err();
         is_ok
     };
-    let reader = BufReader::new(Counting::new(file, progress));
+    let mut reader = BufReader::new(Counting::new(file, progress));
+    begin(&mut reader).map_err(|error| Error::io(path, error))?;
     let mut deserializer = serde_json::Deserializer::from_reader(reader);
     let parsed = deserializer
         .deserialize_map(EachEntry { take: &mut take })
@@ -42,7 +45,7 @@ pub(super) fn read(
     }
     parsed.map_err(|error| match error.classify() {
         serde_json::error::Category::Io => Error::io(path, error.into()),
-        _ => fail(format!("index at line {}", error.line()), error.to_string()),
+        _ => fail("index".into(), json::reason(&error)),
     })
 }
 
@@ -63,7 +66,9 @@ pub(super) fn first_codes(path: &Path) -> Result<Option<Vec<String>>> {
 /// Gives the codes of each item to `each`, until it returns false. What is no index ends it.
 pub(super) fn each_codes(file: File, mut each: impl FnMut(&[Code]) -> bool) {
     let mut take = |_: String, codes: Vec<Code>| each(&codes);
-    let mut deserializer = serde_json::Deserializer::from_reader(BufReader::new(file));
+    let mut reader = BufReader::new(file);
+    let _ = begin(&mut reader);
+    let mut deserializer = serde_json::Deserializer::from_reader(reader);
     // Whatever is wrong is said when the items are read.
     let _ = deserializer.deserialize_map(EachEntry { take: &mut take });
 }

@@ -12,15 +12,17 @@ use super::codes::{Code, Spelling};
 use crate::catalog::change::Change;
 use crate::catalog::item::Item;
 use crate::error::{Error, Result};
+use crate::json;
 use crate::lines::Lines;
 
 pub(super) fn read(
     path: &Path,
     file: File,
+    ignored: &[String],
     add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
-    each_line(path, Lines::new(Counting::new(file, progress)), add)
+    each_line(path, Lines::new(Counting::new(file, progress)), ignored, add)
 }
 
 /// The codes of an item, whatever else stands in its line.
@@ -33,7 +35,7 @@ struct CodesOnly {
 pub(super) fn each_codes(path: &Path, file: File, mut each: impl FnMut(&[Code]) -> bool) {
     let lines = Lines::new(Counting::new(file, |_| {}));
     // Whatever is wrong is said when the items are read.
-    let _ = each_line(path, lines, |line: CodesOnly| match each(&line.sid) {
+    let _ = each_line(path, lines, &[], |line: CodesOnly| match each(&line.sid) {
         true => Ok(()),
         false => Err(Error::EmptyInput),
     });
@@ -44,14 +46,15 @@ pub(super) fn read_spelled(
     path: &Path,
     file: File,
     spelling: &Spelling,
+    ignored: &[String],
     mut add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
     let lines = Lines::new(Counting::new(file, progress));
-    each_line(path, lines, |mut line: Value| {
-        let invalid = |error: serde_json::Error| Error::InvalidField {
+    each_line(path, lines, ignored, |mut line: Value| {
+        let invalid = |error| Error::InvalidField {
             field: "item",
-            reason: error.to_string(),
+            reason: with_way_out(json::reason(&error)),
         };
         let CodesOnly { sid } = CodesOnly::deserialize(&line).map_err(invalid)?;
         line["sid"] = spelling.to_sid(&sid)?.codes().into();
@@ -59,24 +62,26 @@ pub(super) fn read_spelled(
     })
 }
 
-/// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each` with its line;
-/// `progress` is told how many bytes were read.
+/// Reads every change of a file of JSON lines ([`Change`]) and gives it to `each`; `progress` is told how
+/// many bytes were read. Fields that items do not have are an error, unless `ignored` names them.
 ///
 /// # Errors
 /// [`Error::ItemsFile`] with the line; the operating system's; those of `each`.
 pub fn read_changes(
     path: &Path,
+    ignored: &[String],
     each: impl FnMut(Change) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
-    each_line(path, Lines::new(Counting::new(file, progress)), each)
+    each_line(path, Lines::new(Counting::new(file, progress)), ignored, each)
 }
 
 /// Reads each line of JSON that is not blank.
 fn each_line<L: DeserializeOwned>(
     path: &Path,
     mut lines: Lines<impl Read>,
+    ignored: &[String],
     mut each: impl FnMut(L) -> Result<()>,
 ) -> Result<()> {
     let mut number = 0;
@@ -91,10 +96,37 @@ fn each_line<L: DeserializeOwned>(
             reason,
         };
         let text = line.text().map_err(fail)?;
-        let parsed = serde_json::from_str(text).map_err(|error| fail(error.to_string()))?;
+        let parsed = match ignored {
+            [] => json::parse(text),
+            ignored => json::parse(text).and_then(|line| json::from_value(without(line, ignored))),
+        };
+        let parsed = parsed.map_err(|reason| fail(with_way_out(reason)))?;
         each(parsed).map_err(|error| fail(error.to_string()))?;
     }
     Ok(())
+}
+
+/// An item, or a change that puts one, without some of the item's fields.
+fn without(mut line: Value, ignored: &[String]) -> Value {
+    let is_change = line.get("put").is_some_and(Value::is_object);
+    let item = if is_change { line.get_mut("put") } else { Some(&mut line) };
+    if let Some(fields) = item.and_then(Value::as_object_mut) {
+        fields.retain(|name, _| !ignored.contains(name));
+    }
+    line
+}
+
+/// A reason with what to do about a field that items do not have.
+pub(super) fn with_way_out(reason: String) -> String {
+    let rest = reason.strip_prefix("unknown field `");
+    let field = rest.and_then(|rest| rest.split_once('`')).map(|(field, _)| field);
+    match field {
+        Some(field) => format!(
+            "{reason}; mend the name, or, where the field is to have no effect, name it in \
+             `sidereal catalog build --ignore {field}`"
+        ),
+        None => reason,
+    }
 }
 
 /// A reader that reports how many bytes were read.

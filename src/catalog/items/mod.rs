@@ -21,7 +21,8 @@ pub fn is_items_file(path: &Path) -> bool {
     matches!(extension(path), Some("json" | "jsonl" | "ndjson" | "parquet"))
 }
 
-/// Reads every item of a file and gives it to `add`; `progress` is told how many bytes were read.
+/// Reads every item of a file and gives it to `add`; `progress` is told how many bytes were read. Fields
+/// that items do not have are an error, unless `ignored` names them.
 ///
 /// - `*.json`: one object, item to codes: `{"17": ["<a_3>", "<b_250>", "<c_7>"], ...}`. A code is
 ///   a plain number or the number in a text; where the texts of a level have several numbers, the
@@ -30,19 +31,20 @@ pub fn is_items_file(path: &Path) -> bool {
 ///   level: `sid_0`, `sid_1` and so on), and the optional columns `title`, `tags` (a list),
 ///   `available` and `weight`.
 /// - any other name: one object a line: `{"item": "17", "sid": [3, 250, 7], "title": "...",
-///   "tags": ["garden"], "available": true, "weight": 2.5}`. Further fields are ignored.
+///   "tags": ["garden"], "available": true, "weight": 2.5}`.
 ///
 /// # Errors
 /// [`Error::ItemsFile`] with the line or item; the operating system's; those of `add`.
 pub fn read(
     path: &Path,
+    ignored: &[String],
     add: impl FnMut(Item) -> Result<()>,
     progress: impl FnMut(u64),
 ) -> Result<()> {
     let file = File::open(path).map_err(|error| Error::io(path, error))?;
     match extension(path) {
         #[cfg(feature = "parquet")]
-        Some("parquet") => parquet::read(path, file, add, progress),
+        Some("parquet") => parquet::read(path, file, ignored, add, progress),
         #[cfg(not(feature = "parquet"))]
         Some("parquet") => Err(Error::Unsupported {
             what: "Parquet".into(),
@@ -53,8 +55,8 @@ pub fn read(
             index::read(path, file, &spelling, add, progress)
         }
         _ => match spelling(path)? {
-            None => jsonl::read(path, file, add, progress),
-            Some(spelling) => jsonl::read_spelled(path, file, &spelling, add, progress),
+            None => jsonl::read(path, file, ignored, add, progress),
+            Some(spelling) => jsonl::read_spelled(path, file, &spelling, ignored, add, progress),
         },
     }
 }

@@ -20,12 +20,10 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 
 use super::codes::{Code, to_sid};
+use super::jsonl::with_way_out;
 use crate::catalog::item::Item;
 use crate::catalog::order::ItemWeight;
 use crate::error::{Error, Result};
-
-/// The columns that [`to_item`] knows, beside those of single levels.
-const COLUMNS: [&str; 6] = ["item", "sid", "title", "tags", "available", "weight"];
 
 /// The most values that a column has in one row group: sixteen tags each of a million items.
 const MAX_VALUES: usize = 1 << 24;
@@ -35,6 +33,7 @@ const MAX_COLUMN_BYTES: i64 = 1 << 30;
 pub(super) fn read(
     path: &Path,
     file: File,
+    ignored: &[String],
     mut add: impl FnMut(Item) -> Result<()>,
     mut progress: impl FnMut(u64),
 ) -> Result<()> {
@@ -48,7 +47,7 @@ pub(super) fn read(
     let reader = quietly(|| SerializedFileReader::new(file)).map_err(whole)?;
     let metadata = reader.metadata().file_metadata();
     let num_rows = metadata.num_rows().max(1) as u64;
-    let columns = quietly(|| known_columns(metadata.schema())).map_err(whole)?;
+    let columns = quietly(|| known_columns(metadata.schema(), ignored)).map_err(whole)?;
     let mut row = 0u64;
     for group in 0..reader.num_row_groups() {
         let in_group = |error: ParquetError| fail(format!("row group {group}"), error.to_string());
@@ -92,12 +91,21 @@ fn quietly<T>(parse: impl FnOnce() -> ParquetResult<T>) -> ParquetResult<T> {
     })
 }
 
-/// The columns that items are made of.
-fn known_columns(schema: &Type) -> ParquetResult<Type> {
-    let is_known = |name: &str| COLUMNS.contains(&name) || level_of(name).is_some();
+/// The columns that items are made of. Others are an error, but for the index that pandas writes.
+fn known_columns(schema: &Type, ignored: &[String]) -> ParquetResult<Type> {
+    let is_known = |name: &str| Item::FIELDS.contains(&name) || level_of(name).is_some();
+    let is_ignored = |name: &str| {
+        name.starts_with("__index_level_") || ignored.iter().any(|ignored| ignored == name)
+    };
+    let mut names = schema.get_fields().iter().map(|field| field.name());
+    if let Some(name) = names.find(|name| !is_known(name) && !is_ignored(name)) {
+        let known = Item::FIELDS.map(|field| format!("`{field}`")).join(", ");
+        let reason = format!("unknown field `{name}`, expected one of {known}, `sid_0`");
+        return Err(ParquetError::General(with_way_out(reason)));
+    }
     let fields = schema.get_fields().iter().filter(|field| is_known(field.name()));
     let fields: Vec<Arc<Type>> = fields.cloned().collect();
-    if !fields.iter().any(|field| field.name() == "item") {
+    if !fields.iter().any(|field| matches!(field.name(), "item" | "item_id")) {
         return Err(ParquetError::General("there is no column \"item\"".into()));
     }
     Type::group_type_builder(schema.name()).with_fields(fields).build()
@@ -214,8 +222,8 @@ fn to_item(row: &Row) -> Result<Item> {
         let level = level_of(name);
         match (name.as_str(), found) {
             (_, Field::Null) if level.is_none() => {}
-            ("item", Field::Str(text)) => item.name = text.clone(),
-            ("item", found) => {
+            ("item" | "item_id", Field::Str(text)) => item.name = text.clone(),
+            ("item" | "item_id", found) => {
                 let number = whole_number(found);
                 let number = number.ok_or_else(|| wrong("item", found, "a text or whole number"));
                 item.name = number?.to_string();

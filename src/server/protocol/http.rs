@@ -18,6 +18,7 @@ use super::super::state::State;
 use super::infer::{self, Infer};
 use super::tensor::{Input, Output};
 use super::{Counts, EXTENSIONS, config, counts, metadata};
+use crate::json;
 
 /// The length of the JSON before the tensors in binary.
 const JSON_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
@@ -235,7 +236,7 @@ struct BodyOutput {
 }
 
 fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Outcome<T> {
-    serde_json::from_slice(bytes).map_err(|error| Failure::malformed(error.to_string()))
+    json::parse_bytes(bytes).map_err(Failure::malformed)
 }
 
 /// `POST /v2/models/{model}/infer`.

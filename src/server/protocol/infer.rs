@@ -18,6 +18,7 @@ use super::super::state::State;
 use super::tensor::{Input, Output, Values};
 use super::{Datatype, OUTPUTS};
 use crate::error::Error;
+use crate::json;
 use crate::request::Request;
 use crate::wire::RequestLine;
 
@@ -131,7 +132,7 @@ fn fields(parameters: &Map<String, Value>) -> Outcome<(Map<String, Value>, Optio
             name if name.starts_with("triton_") || name.starts_with("sequence_") => {}
             name if OF_CLIENTS.contains(&name) => {}
             name if STRUCTURED.contains(&name) => {
-                let parsed = value.as_str().map(serde_json::from_str::<Value>);
+                let parsed = value.as_str().map(json::parse::<Value>);
                 let value = match parsed {
                     Some(Ok(parsed)) => parsed,
                     Some(Err(error)) => return Err(Failure::malformed(format!("{name}: {error}"))),
@@ -196,8 +197,7 @@ fn lines(state: &State, inputs: &[Input]) -> Outcome<Vec<Map<String, Value>>> {
 
 fn object(line: &Value) -> Outcome<Map<String, Value>> {
     let text = line.as_str().unwrap_or_default();
-    serde_json::from_str(text)
-        .map_err(|error| Failure::malformed(format!("input \"request\": {error}")))
+    json::parse(text).map_err(|reason| Failure::malformed(format!("input \"request\": {reason}")))
 }
 
 /// How many requests the inputs make.
