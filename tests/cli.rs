@@ -1002,7 +1002,9 @@ fn bench_reports_what_was_measured_and_where() {
         "/seconds/decode",
         "/seconds/search",
         "/matrix_gflops",
+        "/matrix_share",
         "/machine/matrix_gflops",
+        "/machine/matrix_gflops_per_cpu",
         "/machine/cores",
     ] {
         assert!(number(pointer) > 0.0, "{pointer} in {report}");
@@ -1024,6 +1026,16 @@ fn bench_reports_what_was_measured_and_where() {
         assert_eq!(settings[key], value, "{key}");
     }
     assert_eq!(report["requests"], 16);
+    assert!(number("/others_share") <= 1.0);
+    assert!(report.get("rounds").is_none(), "one round has no median");
+    let three = ["bench", "--shape", "tiger", "--history", "5", "--repeat", "3", "--beams", "5"];
+    let output = run(&[&three[..], &["--json"]].concat());
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let rounds = &report["rounds"];
+    let mut rates: Vec<f64> =
+        serde_json::from_value(rounds["requests_per_second"].clone()).expect("numbers");
+    rates.sort_by(f64::total_cmp);
+    assert_eq!((rates.len(), &rounds["median_requests_per_second"]), (3, &json!(rates[1])));
 }
 
 #[test]
@@ -1437,4 +1449,227 @@ fn outputs_are_new_files_and_devices_stay_devices() {
     let null = inode(Path::new("/dev/null"));
     assert_eq!(code(&recommend(input, &["--output", "/dev/null"])), 0);
     assert_eq!(inode(Path::new("/dev/null")), null);
+}
+
+/// As [`excluded_items_do_not_come_back_and_the_others_stay`], by the history itself.
+#[test]
+fn the_items_of_a_history_stay_out_on_request_and_only_of_searches() {
+    let small = Folder::small();
+    let everything = ["--beams", "216", "--top-k", "1000"];
+    let history = ["i3", "i4", "i3", "i7"];
+    let by_name = json!({"history": history, "exclude": history});
+    let expected = recommend_small(&small, &by_name.to_string(), &everything);
+    let own = json!({"history": history, "exclude_history": true});
+    assert_eq!(recommend_small(&small, &own.to_string(), &everything), expected);
+    let flags = [&everything[..], &["--exclude-history"]].concat();
+    let bare = json!({"history": history});
+    assert_eq!(recommend_small(&small, &bare.to_string(), &flags), expected);
+    // The line wins over the flag, and the flag is for lines that search by a history.
+    let all = recommend_small(&small, &bare.to_string(), &everything);
+    assert_eq!(items(&expected[0]).len() + 3, items(&all[0]).len());
+    let off = json!({"history": history, "exclude_history": false});
+    assert_eq!(recommend_small(&small, &off.to_string(), &flags), all);
+    for line in [
+        json!({"tokens": [3, 4]}),
+        json!({"history": history, "candidates": ["i3", "i9"]}),
+        json!({"history": history, "read": [3]}),
+    ] {
+        let with_flag = recommend_small(&small, &line.to_string(), &flags);
+        assert_eq!(with_flag, recommend_small(&small, &line.to_string(), &everything), "{line}");
+        let mut asked = line.clone();
+        asked["exclude_history"] = json!(true);
+        let fixed = ["recommend", "--model", plain(small.path()), "--requests", "-"];
+        let refused = run_with(&fixed, asked.to_string().as_bytes());
+        assert_eq!(code(&refused), 1);
+        let error = &lines(&refused.stdout)[0]["error"];
+        assert!(
+            error["message"].as_str().is_some_and(|it| it.contains("exclude_history")),
+            "{error}"
+        );
+    }
+}
+
+/// A table as a person sees it, whatever is in titles and names.
+#[test]
+fn tables_say_what_was_held_out_what_is_shared_and_nothing_to_the_terminal() {
+    let folder = temp();
+    let items = write(
+        &folder,
+        "items.jsonl",
+        "{\"item\": \"a\", \"sid\": [1, 2, 3], \"title\": \"A \\u001b[31mred\\nkettle\\u0007\"}\n\
+         {\"item\": \"b\\u009b2J\", \"sid\": [1, 2, 4], \"title\": \"\\u202elevart\"}\n\
+         {\"item\": \"c\", \"sid\": [1, 2, 4]}\n{\"item\": \"d\", \"sid\": [1, 2, 5]}\n",
+    );
+    let fixed = ["--model", MODEL, "--catalog", plain(&items), "--requests", "-"];
+    let table = |command: &str, input: &str, more: &[&str]| {
+        let arguments = [&[command], &fixed[..], &["--format", "table"], more].concat();
+        let output = run_with(&arguments, input.as_bytes());
+        let shown = output.stdout.iter().chain(&output.stderr).copied().collect::<Vec<u8>>();
+        let text = String::from_utf8(shown).expect("UTF-8");
+        let steers =
+            |it: char| (it.is_control() && it != '\n') || ('\u{202a}'..'\u{202f}').contains(&it);
+        assert!(!text.chars().any(steers), "{text:?}");
+        text
+    };
+    let found = "{\"id\": \"\\u001b[2J\", \"history\": [\"a\"], \"target\": \"c\"}";
+    let text = table("recommend", found, &[]);
+    assert!(text.contains("[31mred kettle"), "{text}");
+    assert!(text.contains("(held out; found, rank "), "{text}");
+    assert!(text.contains("2 of them share a semantic ID"), "{text}");
+    let text = table("recommend", found, &["--exclude-history", "--per-sid", "1"]);
+    assert!(!text.contains("share a semantic ID"), "{text}");
+    let missed = "{\"history\": [\"a\"], \"target\": \"gone\\u001b\"}";
+    let text = table("recommend", missed, &["--top-k", "2"]);
+    assert!(text.contains("(held out; not among these 2)"), "{text}");
+    let unknown = "{\"history\": [\"no\\u001bne\"]}";
+    table("recommend", unknown, &[]);
+    let text = table("rank", "{\"history\": [\"a\"], \"candidates\": [\"a\", \"c\", \"d\"]}", &[]);
+    assert!(text.contains("among these") && !text.contains(" 0.00 %"), "{text}");
+}
+
+#[test]
+fn what_fails_for_every_line_is_said_once() {
+    let requests = "models/industrial/users.jsonl";
+    for (more, word) in [
+        (["--beams", "5,5"], "the model has 3 levels"),
+        (["--max-context", "0"], "--max-context"),
+        (["--beams", "0"], "--beams"),
+    ] {
+        for command in ["recommend", "evaluate"] {
+            let fixed = [command, "--model", "models/industrial", "--requests", requests];
+            let output = run(&[&fixed[..], &more].concat());
+            assert_eq!((code(&output), output.stdout.len()), (2, 0), "{command} {more:?}");
+            assert_eq!(errors(&output).matches("error").count(), 1, "{}", errors(&output));
+            assert!(errors(&output).contains(word), "{}", errors(&output));
+        }
+    }
+    let output = run(&["bench"]);
+    assert_eq!(code(&output), 2);
+    assert!(errors(&output).contains("--shape"), "{}", errors(&output));
+}
+
+#[test]
+fn fields_that_items_do_not_have_are_errors_unless_they_are_named() {
+    let folder = temp();
+    let line = "{\"item\": \"a\", \"sid\": [1, 2], \"availble\": false, \"price\": 3}\n";
+    let path = write(&folder, "items.jsonl", line);
+    let built = folder.path().join("items.sidereal");
+    let build = ["catalog", "build", "--items", plain(&path), "--output", plain(&built)];
+    let output = run(&build);
+    assert_eq!(code(&output), 2);
+    for word in ["line 1", "unknown field `availble`", "`available`", "--ignore availble"] {
+        assert!(errors(&output).contains(word), "{}", errors(&output));
+    }
+    assert_eq!(code(&run(&[&build[..], &["--ignore", "price"]].concat())), 2);
+    let output = run(&[&build[..], &["--ignore", "price,availble"]].concat());
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    let put = write(&folder, "changes.jsonl", &format!("{{\"put\": {}}}\n", line.trim()));
+    let change = ["catalog", "change", plain(&built), "--changes", plain(&put)];
+    assert_eq!(code(&run(&change)), 2);
+    let output = run(&[&change[..], &["--ignore", "price,availble"]].concat());
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+}
+
+#[test]
+fn files_of_another_kind_are_named() {
+    let folder = temp();
+    let index = b"\xef\xbb\xbf{\"1\": [\"<a_1>\", \"<b_2>\"]}";
+    let marked = folder.path().join("items.index.json");
+    std::fs::write(&marked, index).expect("a file");
+    let built = folder.path().join("items.sidereal");
+    let build =
+        |path: &Path| run(&["catalog", "build", "--items", plain(path), "--output", plain(&built)]);
+    let output = build(&marked);
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    for (name, bytes, word) in [
+        ("items.jsonl", &b"item,sid\n1,2\n"[..], "CSV"),
+        ("items.jsonl", b"item\tsid\n1\t2\n", "TSV"),
+        ("items.jsonl", b"\x1f\x8b\x08\0", "gzip"),
+        ("items.index.json", b"\x1f\x8b\x08\0", "gzip"),
+        ("items.index.json", b"\x28\xb5\x2f\xfd\0", "zstd"),
+        (
+            "items.jsonl",
+            b"{\"item\": 1, \"sid\": 7}\n",
+            "line 1: invalid type: integer `7`, expected a list",
+        ),
+    ] {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).expect("a file");
+        let output = build(&path);
+        assert_eq!(code(&output), 2);
+        let text = errors(&output);
+        assert!(text.contains(word) && !text.contains("line 1 column"), "{text}");
+    }
+}
+
+#[test]
+fn evaluation_judges_lists_segments_and_widths() {
+    let small = Folder::small();
+    let snapshot = small.catalog();
+    let name = |at: u32| format!("i{}", at % snapshot.num_items() as u32);
+    let row = |at: u32| {
+        let segment = if at % 3 == 0 { json!("new") } else { json!(7) };
+        json!({"history": [name(at), name(at + 1)], "target": name(7 * at), "segment": segment})
+    };
+    let rows: String = (0..30).map(|at| format!("{}\n", row(at))).collect();
+    let path = small.write("rows.jsonl", &rows);
+    let fixed = ["evaluate", "--model", plain(small.path()), "--requests", plain(&path)];
+    let evaluate = |more: &[&str]| {
+        let output = run(&[&fixed[..], more].concat());
+        assert_eq!(code(&output), 0, "{}", errors(&output));
+        (String::from_utf8(output.stdout.clone()).expect("UTF-8"), errors(&output))
+    };
+    let parse = |text: &str| serde_json::from_str::<Value>(text).expect("JSON");
+    let (text, said) = evaluate(&["--at", "50,1", "--beams", "20", "--json"]);
+    assert!(said.contains("lists of 50 may be shorter"), "{said}");
+    let report = parse(&text);
+    let (one, fifty) = (&report["by_item"]["recall_at_1"], &report["by_item"]["recall_at_50"]);
+    assert!(one.as_f64() <= fifty.as_f64() && report["by_item"].get("recall_at_5").is_none());
+    let segments = &report["segments"];
+    assert_eq!(
+        (&segments["new"]["requests"], &segments["7"]["requests"]),
+        (&json!(10), &json!(20))
+    );
+    let of = |name: &str| segments[name]["by_item"]["recall_at_50"].as_f64().expect("a number");
+    let mean = (10.0 * of("new") + 20.0 * of("7")) / 30.0;
+    assert!((mean - fifty.as_f64().expect("a number")).abs() < 1e-12);
+
+    // What stands in the lists, by the lists themselves.
+    let asked: String = rows
+        .lines()
+        .map(|line| {
+            let mut line = parse(line);
+            let fields = line.as_object_mut().expect("an object");
+            fields.retain(|name, _| name == "history");
+            format!("{line}\n")
+        })
+        .collect();
+    let lists = recommend_small(&small, &asked, &["--beams", "20", "--top-k", "50"]);
+    let listed: Vec<&str> =
+        lists.iter().flat_map(|line| names(line).into_iter().take(50)).collect();
+    let distinct = listed.iter().collect::<std::collections::HashSet<_>>().len();
+    let histories =
+        |item: &str| asked.lines().filter(|line| line.contains(&format!("\"{item}\""))).count();
+    let popularity =
+        listed.iter().map(|item| histories(item)).sum::<usize>() as f64 / listed.len() as f64;
+    for (field, expected) in [
+        ("coverage_at_50", distinct as f64 / snapshot.num_items() as f64),
+        ("popularity_at_50", popularity),
+    ] {
+        let found = report["spread"][field].as_f64().expect("a number");
+        assert!((found - expected).abs() < 1e-9, "{field}: {found} for {expected}");
+    }
+
+    let svg = small.path().join("recall.svg");
+    let widths = ["--widths", "1,20", "--at", "5", "--exclude-history"];
+    let (text, _) = evaluate(&[&widths[..], &["--json", "--plot", plain(&svg)]].concat());
+    let reports = parse(&text);
+    let beams: Vec<&Value> = (0..2).map(|at| &reports["widths"][at]["beams"]).collect();
+    assert_eq!(beams, [&json!(1), &json!(20)]);
+    assert!(std::fs::read_to_string(&svg).expect("a picture").contains("Recall@5"));
+    let (text, _) = evaluate(&widths);
+    assert_eq!(text.matches("by item").count(), 2, "{text}");
+    let nowhere = small.path().join("no/where.svg");
+    let output = run(&[&fixed[..], &widths, &["--plot", plain(&nowhere)]].concat());
+    assert_eq!((code(&output), output.stdout.len()), (2, 0), "it is said before anything is done");
 }

@@ -16,6 +16,7 @@ use sidereal::{
 
 use super::device::DeviceArguments;
 use super::requests::spinner;
+use super::terminal::printable_lines;
 
 /// How a command that could run ended.
 pub enum Outcome {
@@ -60,6 +61,9 @@ pub struct SearchArguments {
     /// Items of one semantic ID at most, where several share it; by default all
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub per_sid: Option<u32>,
+    /// Leave out what the user's history has; a line's exclude_history wins
+    #[arg(long)]
+    pub exclude_history: bool,
 }
 
 #[derive(Args, Clone, Copy)]
@@ -117,7 +121,23 @@ impl SearchArguments {
         };
         self.leniency.apply(&mut defaults);
         defaults.per_sid = self.per_sid.map(|most| most as usize);
+        defaults.exclude_history = self.exclude_history;
         defaults
+    }
+
+    /// Refuses once what would fail for every line.
+    pub fn check(&self, recommender: &Recommender) -> Result<()> {
+        let (given, levels) = (self.beams.len(), recommender.catalog().snapshot().num_levels());
+        match given == 1 || given == levels {
+            true => Ok(()),
+            false => Err(Error::InvalidOption {
+                option: "--beams",
+                reason: format!(
+                    "{given} widths are given, the model has {levels} levels; give one width, or one \
+                     for each level"
+                ),
+            }),
+        }
     }
 }
 
@@ -209,7 +229,7 @@ pub fn write_error(path: Option<&Path>) -> impl Fn(std::io::Error) -> Error + '_
 
 /// Tells the user something beside the output; nobody may be listening.
 pub fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    let _ = writeln!(std::io::stderr(), "{}", printable_lines(text));
 }
 
 /// Refuses to write over what is being read.

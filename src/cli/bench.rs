@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use indicatif::{ProgressBar, ProgressStyle};
 use sidereal::catalog::{Change, Item};
 use sidereal::lines::Lines;
@@ -19,28 +19,30 @@ use super::arguments::{
 };
 use super::device::DeviceArguments;
 use super::load::{self, LoadArguments, Source};
-use super::measure::{Machine, cpu_time, peak_memory_bytes};
+use super::measure::{Machine, Ticks, cpu_time, peak_memory_bytes};
 use super::report::{
-    Churn, Latency, OpenLoad, PhaseSeconds, Report, Seconds, Settings, to_json, to_text,
+    Churn, Latency, OpenLoad, PhaseSeconds, Report, Rounds, Seconds, Settings, to_json, to_text,
 };
 use super::shapes::Shape;
 use super::tally::Tally;
 
 #[derive(Args)]
+#[command(group(ArgGroup::new("what").required(true).args(["model", "shape"])))]
 #[command(after_help = "\
-With --concurrency C, C callers send a request each and the next one when they have the answer. With --batch
-B, requests are handed over B at a time, and the next group when all are answered. With --rate or --sweep,
-requests arrive by themselves, and a latency counts from when its request was due.
+With --concurrency C, C callers send a request each and the next one when they
+have the answer. With --batch B, requests are handed over B at a time, and the
+next group when all are answered. With --rate or --sweep, requests arrive by
+themselves, and a latency counts from when its request was due.
 
 Examples:
   sidereal bench --shape tiger --beams 50 --history 20 --threads 1
-  sidereal bench --model DIR --catalog items.sidereal --requests requests.jsonl --concurrency 16 --json
+  sidereal bench --model DIR --requests requests.jsonl --concurrency 16 --json
   sidereal bench --shape tiger --threads 1 --repeat 50 --churn 1
-  sidereal bench --model models/industrial --sweep --bound 20 --plot latency.svg
-  sidereal bench --shape qwen3-small --concurrency 16 --history 100 --prefix-cache --returning 90")]
+  sidereal bench --model DIR --sweep --bound 20 --plot latency.svg
+  sidereal bench --shape qwen3-small --prefix-cache --returning 90")]
 pub struct Arguments {
     /// Model folder; or else --shape
-    #[arg(long, value_name = "DIR", required_unless_present = "shape")]
+    #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Folder of an adapter's base, where adapter_config.json does not name it
     #[arg(long, value_name = "DIR", requires = "model")]
@@ -49,7 +51,7 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE", requires = "model")]
     catalog: Option<PathBuf>,
     /// A model known by its shape, with random weights and items
-    #[arg(long, conflicts_with = "model")]
+    #[arg(long)]
     shape: Option<Shape>,
     /// Items of the shape's catalog; by default as many as its models were published with
     #[arg(long, value_name = "N", requires = "shape", value_parser = clap::value_parser!(u32).range(1..=50_000_000))]
@@ -113,17 +115,23 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
             }
         }
         false => {
+            let (ticks, start, cpu_start) = (Ticks::now(), Instant::now(), cpu_time());
             let (run, churn) = match arguments.churn {
-                None => (measure(&recommender, &requests, arguments, arguments.repeat)?, None),
+                None => (measure_rounds(&recommender, &requests, arguments)?, None),
                 Some(percent) => {
                     let (run, churn) = measure_churn(&recommender, &requests, arguments, percent)?;
                     (run, Some(churn))
                 }
             };
+            let own = cpu_time().zip(cpu_start).map(|(end, start)| end - start);
+            let others_share = ticks
+                .zip(Ticks::now())
+                .zip(own)
+                .and_then(|((before, now), own)| before.others_share(now, own, start.elapsed()));
             say_unknown_items(&recommender)?;
             let settings = settings(arguments, recommender.num_threads());
             let machine = Machine::measure_alone(&arguments.device, recommender)?;
-            let report = report(settings, run, churn, machine);
+            let report = report(settings, run, churn, machine, others_share);
             match arguments.json {
                 true => to_json(&report),
                 false => to_text(&report),
@@ -222,6 +230,9 @@ struct Run {
     phases: Option<Phases>,
     matrix_flops: u64,
     cached_tokens_share: f64,
+    /// By round.
+    requests_per_second: Vec<f64>,
+    p50_ms: Vec<f64>,
 }
 
 impl Run {
@@ -239,6 +250,9 @@ impl Run {
             phases.search += other.search;
         }
         self.matrix_flops += other.matrix_flops;
+        self.cached_tokens_share = other.cached_tokens_share;
+        self.requests_per_second.extend(other.requests_per_second);
+        self.p50_ms.extend(other.p50_ms);
     }
 
     fn latency(&self) -> Option<Latency> {
@@ -343,6 +357,26 @@ fn change_items(
     Ok(count)
 }
 
+/// Rounds whose median is told, where there are enough requests for them.
+const ROUNDS: u32 = 5;
+
+fn measure_rounds(
+    recommender: &Recommender,
+    requests: &[Request],
+    arguments: &Arguments,
+) -> Result<Run> {
+    let Arguments { repeat, concurrency, batch, .. } = *arguments;
+    // A round that is short beside its beginning and end would measure those.
+    let is_enough = requests.len() >= 4 * concurrency.max(batch.unwrap_or(1)) as usize;
+    let rounds = if is_enough { repeat.min(ROUNDS) } else { 1 };
+    let mut run = Run::default();
+    for round in 0..rounds {
+        let repeat = repeat / rounds + u32::from(round < repeat % rounds);
+        run.add(measure(recommender, requests, arguments, repeat)?);
+    }
+    Ok(run)
+}
+
 fn measure(
     recommender: &Recommender,
     requests: &[Request],
@@ -402,7 +436,8 @@ fn measure(
         decode: after.decode - before.decode,
         search: after.search - before.search,
     });
-    Ok(Run {
+    let mut run = Run {
+        requests_per_second: vec![latencies_ms.len() as f64 / seconds],
         latencies_ms,
         late,
         refused,
@@ -411,13 +446,28 @@ fn measure(
         phases,
         matrix_flops: after.matrix_flops - before.matrix_flops,
         cached_tokens_share,
-    })
+        p50_ms: Vec::new(),
+    };
+    run.p50_ms.extend(run.latency().map(|latency| latency.p50));
+    Ok(run)
 }
 
-fn report(settings: Settings, run: Run, churn: Option<Churn>, machine: Machine) -> Report {
+fn report(
+    settings: Settings,
+    run: Run,
+    churn: Option<Churn>,
+    machine: Machine,
+    others_share: Option<f64>,
+) -> Report {
     let requests = run.latencies_ms.len();
     let each = requests.max(1) as f64;
-    let matrix_gflops = run.matrix_flops as f64 / run.seconds / 1e9;
+    let gflop = run.matrix_flops as f64 / 1e9;
+    let matrix_gflops = gflop / run.seconds;
+    let by_cpu = run.cpu_seconds.filter(|&seconds| seconds > 0.0).map(|seconds| gflop / seconds);
+    let matrix_share = match by_cpu.zip(machine.matrix_gflops_per_cpu) {
+        Some((own, most)) => own / most,
+        None => matrix_gflops / machine.matrix_gflops,
+    };
     Report {
         requests,
         requests_per_second: requests as f64 / run.seconds,
@@ -425,6 +475,8 @@ fn report(settings: Settings, run: Run, churn: Option<Churn>, machine: Machine) 
         late: run.late,
         refused: run.refused,
         cpu_ms_per_request: run.cpu_seconds.map(|seconds| seconds * 1e3 / each),
+        others_share,
+        rounds: Rounds::new(run.requests_per_second.clone(), run.p50_ms.clone()),
         seconds: Seconds {
             total: run.seconds,
             phases: run.phases.map(|phases| PhaseSeconds {
@@ -434,8 +486,8 @@ fn report(settings: Settings, run: Run, churn: Option<Churn>, machine: Machine) 
             }),
         },
         matrix_gflops,
-        matrix_share: matrix_gflops / machine.matrix_gflops,
-        gflop_per_request: run.matrix_flops as f64 / each / 1e9,
+        matrix_share,
+        gflop_per_request: gflop / each,
         cached_tokens_share: run.cached_tokens_share,
         peak_memory_bytes: peak_memory_bytes(),
         churn,

@@ -37,12 +37,17 @@ pub enum Command {
 
 #[derive(Args)]
 #[command(after_help = "\
-Items are JSON lines, {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\", \"tags\": [\"new\"]}, or, where the
-name ends in .json, the field's index: {\"17\": [\"<a_3>\", \"<b_250>\", \"<c_7>\"], ...}. Several items may share
-a semantic ID: they come by \"weight\", the largest first, then by name. An item with \"available\": false may stand in histories and is never recommended.
+Items are JSON lines,
+  {\"item\": \"17\", \"sid\": [3, 250, 7], \"title\": \"...\", \"tags\": [\"new\"]}
+or, where the name ends in .json, the field's index,
+  {\"17\": [\"<a_3>\", \"<b_250>\", \"<c_7>\"], ...}
+Several items may share a semantic ID: they come by \"weight\", the largest
+first, then by name. An item with \"available\": false may stand in histories
+and is never recommended.
 
-Example:
-  sidereal catalog build --items items.index.json --output items.sidereal")]
+Examples:
+  sidereal catalog build --items items.jsonl --output items.sidereal
+  sidereal catalog build --items i.jsonl --output i.sidereal --ignore price")]
 pub struct Build {
     /// File of items
     #[arg(long, value_name = "FILE")]
@@ -55,6 +60,10 @@ pub struct Build {
     /// of an existing catalog that come later are kept
     #[arg(long, value_name = "MARK")]
     watermark: Vec<Watermark>,
+    /// Fields of items that are to have no effect, as price,brand; others than the documented ones are
+    /// errors
+    #[arg(long, value_name = "FIELD,...", value_delimiter = ',')]
+    ignore: Vec<String>,
 }
 
 #[derive(Args)]
@@ -80,9 +89,11 @@ Changes are JSON lines, each one of
   {\"availability\": {\"item\": \"17\", \"available\": false}}
   {\"tag\": {\"item\": \"17\", \"add\": [\"sale\"], \"remove\": [\"new\"]}}
   {\"weight\": {\"item\": \"17\", \"weight\": 2.5}}
-A change that says what already is changes nothing. They go to a log beside the catalog, which everything that opens the catalog reads.
-Exit code 0 says that all changes are applied and logged; 1 that they are, and --compact failed; 2 that
-none is applied, or, where the message says so, that the last ones may be.
+A change that says what already is changes nothing. They go to a log beside
+the catalog, which everything that opens the catalog reads.
+Exit code 0 says that all changes are applied and logged; 1 that they are, and
+--compact failed; 2 that none is applied, or, where the message says so, that
+the last ones may be.
 
 Example:
   sidereal catalog change items.sidereal --changes today.jsonl --compact")]
@@ -99,15 +110,19 @@ pub struct Changes {
     /// are skipped
     #[arg(long, value_name = "MARK")]
     watermark: Option<Watermark>,
+    /// Fields of items that are to have no effect, as price,brand
+    #[arg(long, value_name = "FIELD,...", value_delimiter = ',')]
+    ignore: Vec<String>,
 }
 
 #[derive(Args)]
 #[command(after_help = "\
-The embeddings are a safetensors file or NumPy's .npy with one matrix, a row an item. The codebooks come out as
-codebooks.0, codebooks.1 and so on. Equal seeds give equal codebooks.
+The embeddings are a safetensors file or NumPy's .npy with one matrix, a row an
+item. The codebooks come out as codebooks.0, codebooks.1 and so on. Equal seeds
+give equal codebooks.
 
 Example:
-  sidereal catalog fit --embeddings items.safetensors --levels 3 --codes 256 --output codebooks.safetensors")]
+  sidereal catalog fit --embeddings items.npy --output codebooks.safetensors")]
 pub struct Fit {
     /// Embeddings, [items, numbers]
     #[arg(long, value_name = "FILE")]
@@ -131,12 +146,12 @@ pub struct Fit {
 
 #[derive(Args)]
 #[command(after_help = "\
-The codebooks are a safetensors file: fitted here, or an RQ-VAE as LC-Rec and MiniOneRec train it.
-Items come out as JSON lines, ready for `sidereal catalog build`.
+The codebooks are a safetensors file: fitted here, or an RQ-VAE as LC-Rec and
+MiniOneRec train it. Items come out as JSON lines, ready for `sidereal catalog
+build`.
 
 Example:
-  sidereal catalog assign --embeddings items.safetensors --names names.txt --codebooks codebooks.safetensors \\
-    --collisions append --output items.jsonl")]
+  sidereal catalog assign --embeddings E --codebooks C --output items.jsonl")]
 pub struct Assign {
     /// Embeddings, [items, numbers]
     #[arg(long, value_name = "FILE")]
@@ -200,7 +215,9 @@ fn change(arguments: &Changes) -> Result<Outcome> {
         changes.push(change);
         Ok(())
     };
-    items::read_changes(&arguments.changes, take, |read| progress.set_position(read))?;
+    items::read_changes(&arguments.changes, &arguments.ignore, take, |read| {
+        progress.set_position(read)
+    })?;
     progress.finish_and_clear();
     let without_effect = apply(&writer, &changes, mark)?;
     let mut outcome = Outcome::Done;
@@ -372,7 +389,8 @@ fn build(arguments: &Build) -> Result<()> {
     let bytes = std::fs::metadata(&arguments.items).ok().map(|metadata| metadata.len());
     let progress = progress_bar(bytes, "reading items");
     let mut builder = CatalogBuilder::default();
-    items::read(&arguments.items, |item| builder.add(item), |read| progress.set_position(read))?;
+    let add = |item| builder.add(item);
+    items::read(&arguments.items, &arguments.ignore, add, |read| progress.set_position(read))?;
     progress.set_message("laying out");
     let whole = |error| items::whole_file_error(&arguments.items, &error);
     let catalog = builder.build().map_err(whole)?;

@@ -11,10 +11,10 @@ use super::arguments::{Outcome, say, write_error};
 
 #[derive(Args)]
 #[command(after_help = "\
-Reads the whole file and its log of changes and changes neither; a writer may have the catalog
-open. Exit code 1 says that something is damaged. With --salvage, everything that can be read is
-written to a new catalog, which may then take the old one's place: move it there, and delete the
-old log.
+Reads the whole file and its log of changes and changes neither; a writer may
+have the catalog open. Exit code 1 says that something is damaged. With
+--salvage, everything that can be read is written to a new catalog, which may
+then take the old one's place: move it there, and delete the old log.
 
 Example:
   sidereal catalog check items.sidereal --salvage rescued.sidereal")]

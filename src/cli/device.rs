@@ -32,8 +32,8 @@ pub struct DeviceArguments {
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u16).range(..=1024))]
     pub threads: u16,
     /// The most input tokens of a request
-    #[arg(long, default_value_t = EngineOptions::default().max_context, value_name = "TOKENS")]
-    pub max_context: usize,
+    #[arg(long, default_value_t = EngineOptions::default().max_context as u64, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_context: u64,
     /// Tokens of all contexts together, of requests that run and of users who may return; by default what
     /// 256 MiB hold, or half of a GPU's free memory
     #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "TOKENS")]
@@ -53,7 +53,7 @@ impl DeviceArguments {
     pub fn engine_options(&self) -> EngineOptions {
         EngineOptions::for_device(self.device)
             .with_threads(self.threads.into())
-            .with_max_context(self.max_context)
+            .with_max_context(usize::try_from(self.max_context).unwrap_or(usize::MAX))
             .with_context_tokens(self.context_tokens)
     }
 

@@ -1,23 +1,35 @@
 //! `sidereal evaluate`: Recall and NDCG over requests whose next item is known.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use sidereal::wire::RequestLine;
-use sidereal::{Answer, Error, Request, Result};
+use sidereal::wire::RequestDefaults;
+use sidereal::{Error, MAX_BEAMS, Recommender, Request, Result};
 
 use super::arguments::{ModelArguments, Outcome, SearchArguments, say, write_error};
-use super::requests::{Delivery, Requests, answer_file};
+use super::evaluation::{Metrics, Spread, SpreadReport, Tally, ranks};
+use super::output::OutputFile;
+use super::plot::{Curve, plot_recall};
+use super::requests::{Answered, Delivery, Requests, answer_file};
+use super::terminal::printable;
 
 #[derive(Args)]
 #[command(after_help = "\
-Each request line has a \"target\": the item that the user took next. With one target, Recall@K is the share
-of requests that find it among the first K, and NDCG@K the mean of 1 / log2(rank + 1).
+Each request line has a \"target\": the item that the user took next. With one
+target, Recall@K is the share of requests that find it among the first K, and
+NDCG@K the mean of 1 / log2(rank + 1). Lines with a \"segment\", as \"new\" or
+\"returning\", are reported by segment as well. Coverage@K is the share of the
+catalog that stands in some list, popularity@K the number of this file's
+histories that a recommended item stands in, on average.
 
-Example:
-  sidereal evaluate --model models/industrial --requests models/industrial/test.jsonl --beams 20")]
+Examples:
+  sidereal evaluate --model DIR --requests test.jsonl --beams 20 --at 1,5,20
+  sidereal evaluate --model DIR --requests test.jsonl --exclude-history --json
+  sidereal evaluate --model DIR --requests test.jsonl --widths 5,10,20,50
+  sidereal evaluate --model DIR --requests test.jsonl --widths 5,50 --plot w.svg")]
 pub struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
@@ -26,51 +38,18 @@ pub struct Arguments {
     requests: PathBuf,
     #[command(flatten)]
     search: SearchArguments,
+    /// Lengths of lists to judge
+    #[arg(long, value_name = "K,K,...", value_delimiter = ',', default_value = "5,10,20", value_parser = clap::value_parser!(u32).range(1..))]
+    at: Vec<u32>,
+    /// Evaluate at each of these beam widths, one after the other
+    #[arg(long, value_name = "W,W,...", value_delimiter = ',', conflicts_with = "beams", value_parser = clap::value_parser!(u16).range(1..=MAX_BEAMS as i64))]
+    widths: Vec<u16>,
+    /// Draw recall against width into an SVG
+    #[arg(long, value_name = "FILE", requires = "widths")]
+    plot: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-}
-
-const CUTOFFS: [usize; 3] = [5, 10, 20];
-
-#[derive(Default)]
-struct Tally {
-    found: [u64; 3],
-    gain: [f64; 3],
-}
-
-impl Tally {
-    /// `rank` counts from one.
-    fn add(&mut self, rank: Option<usize>) {
-        for (at, cutoff) in CUTOFFS.into_iter().enumerate() {
-            if let Some(rank) = rank.filter(|&rank| rank <= cutoff) {
-                self.found[at] += 1;
-                self.gain[at] += 1.0 / (rank as f64 + 1.0).log2();
-            }
-        }
-    }
-
-    fn metrics(&self, requests: u64) -> Metrics {
-        let share = |sum: f64| sum / requests as f64;
-        Metrics {
-            recall_at_5: share(self.found[0] as f64),
-            recall_at_10: share(self.found[1] as f64),
-            recall_at_20: share(self.found[2] as f64),
-            ndcg_at_5: share(self.gain[0]),
-            ndcg_at_10: share(self.gain[1]),
-            ndcg_at_20: share(self.gain[2]),
-        }
-    }
-}
-
-#[derive(Serialize)]
-struct Metrics {
-    recall_at_5: f64,
-    recall_at_10: f64,
-    recall_at_20: f64,
-    ndcg_at_5: f64,
-    ndcg_at_10: f64,
-    ndcg_at_20: f64,
 }
 
 #[derive(Serialize)]
@@ -88,16 +67,167 @@ struct Report {
     by_sid: Metrics,
     /// The target counts as found where the item itself is, after those listed before it.
     by_item: Metrics,
+    spread: SpreadReport,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    segments: BTreeMap<String, SegmentReport>,
     seconds: f64,
 }
 
+#[derive(Serialize)]
+struct SegmentReport {
+    requests: u64,
+    by_sid: Metrics,
+    by_item: Metrics,
+}
+
+impl Report {
+    fn is_nothing_known(&self) -> bool {
+        self.unknown_targets > 0 && self.failed + self.unknown_targets == self.requests
+    }
+}
+
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
+    let path = &arguments.requests;
+    if arguments.widths.len() > 1 && path.as_os_str() == "-" {
+        let reason = "the standard input is read once; name a file, or give one width".into();
+        return Err(Error::InvalidOption { option: "--widths", reason });
+    }
+    if let Some(plot) = &arguments.plot {
+        // A path that cannot be written to is said before anything is evaluated.
+        OutputFile::create(plot).map_err(|error| Error::io(plot, error))?;
+    }
     let recommender = arguments.model.open()?;
+    arguments.search.check(&recommender)?;
+    let mut cutoffs: Vec<usize> = arguments.at.iter().map(|&at| at as usize).collect();
+    cutoffs.sort_unstable();
+    cutoffs.dedup();
+    let mut defaults = arguments.search.defaults(usize::MAX >> 1);
+    let widths = match &arguments.widths[..] {
+        [] => vec![defaults.beams],
+        widths => widths.iter().map(|&width| width.into()).collect(),
+    };
+    let mut reports = Vec::new();
+    for &width in &widths {
+        if !arguments.widths.is_empty() {
+            (defaults.beams, defaults.widths) = (width, Vec::new());
+        }
+        let last = cutoffs.last().copied().unwrap_or(0);
+        if last > width {
+            say(&format!(
+                "a search of {width} beams finds {width} semantic IDs at most, so lists of {last} may be \
+                 shorter; raise --beams to judge them"
+            ));
+        }
+        let report = evaluate(&recommender, path, &defaults, &cutoffs)?;
+        if !arguments.json {
+            write(&to_text(&report, &cutoffs))?;
+        }
+        reports.push(report);
+    }
+    if arguments.json {
+        write(&match &reports[..] {
+            [report] if arguments.widths.is_empty() => to_json(report),
+            reports => to_json(&serde_json::json!({ "widths": reports })),
+        })?;
+    }
+    if let Some(plot) = &arguments.plot {
+        let curve = |at: usize| Curve {
+            name: format!("Recall@{}", cutoffs[at]),
+            points: reports.iter().map(|it| (it.beams, it.by_item.recall[at])).collect(),
+        };
+        plot_recall(plot, &(0..cutoffs.len()).map(curve).collect::<Vec<Curve>>())?;
+    }
+    if reports.iter().any(Report::is_nothing_known) {
+        say("the catalog has none of the targets, so nothing was evaluated; \
+             are requests and catalog of one data set?");
+    }
+    let is_well = reports.iter().all(|report| report.failed == 0 && !report.is_nothing_known());
+    Ok(if is_well { Outcome::Done } else { Outcome::SomeFailed })
+}
+
+fn to_json(report: &impl Serialize) -> String {
+    serde_json::to_string_pretty(report).expect("numbers have a JSON form")
+}
+
+fn write(text: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{text}").map_err(write_error(None))
+}
+
+/// Recall by semantic ID and by item.
+struct Both {
+    by_sid: Tally,
+    by_item: Tally,
+}
+
+impl Both {
+    fn new(cutoffs: &[usize]) -> Both {
+        Both { by_sid: Tally::new(cutoffs), by_item: Tally::new(cutoffs) }
+    }
+
+    fn add(&mut self, cutoffs: &[usize], (sid_rank, item_rank): (Option<usize>, Option<usize>)) {
+        self.by_sid.add(cutoffs, sid_rank);
+        self.by_item.add(cutoffs, item_rank);
+    }
+}
+
+/// What a pass through the requests has seen.
+struct Pass<'a> {
+    cutoffs: &'a [usize],
+    all: Both,
+    segments: BTreeMap<String, Both>,
+    spread: Spread,
+    failed: u64,
+    unknown_targets: u64,
+    unknown_items: usize,
+    without_target: u64,
+}
+
+impl Pass<'_> {
+    fn add(&mut self, answered: &Answered) {
+        let Some(line) = &answered.line else {
+            return self.fail(answered, None);
+        };
+        let Some(target) = line.target() else {
+            self.without_target += 1;
+            return;
+        };
+        self.spread.add_history(line.history().iter().map(String::as_str));
+        let Ok(answer) = &answered.answer else {
+            return self.fail(answered, line.segment());
+        };
+        // What the catalog does not have cannot be found: a miss, and one to know of.
+        let number = answer.snapshot.find(target);
+        self.unknown_targets += u64::from(number.is_none());
+        self.unknown_items += answer.unknown_items.history.count;
+        self.spread.add_answer(self.cutoffs, answer, target);
+        self.count(number.map_or((None, None), |number| ranks(answer, number)), line.segment());
+    }
+
+    /// A request that failed found nothing: it counts.
+    fn fail(&mut self, answered: &Answered, segment: Option<&str>) {
+        if let Err(error) = &answered.answer {
+            say(&format!("line {}: {error}", answered.line_number));
+        }
+        self.failed += 1;
+        self.count((None, None), segment);
+    }
+
+    fn count(&mut self, ranks: (Option<usize>, Option<usize>), segment: Option<&str>) {
+        self.all.add(self.cutoffs, ranks);
+        if let Some(segment) = segment {
+            let of_segment = self.segments.entry(segment.to_string());
+            of_segment.or_insert_with(|| Both::new(self.cutoffs)).add(self.cutoffs, ranks);
+        }
+    }
+}
+
+fn evaluate(
+    recommender: &Recommender,
+    path: &Path,
+    defaults: &RequestDefaults,
+    cutoffs: &[usize],
+) -> Result<Report> {
     let start = std::time::Instant::now();
-    let (mut by_sid, mut by_item) = (Tally::default(), Tally::default());
-    let (mut requests, mut failed, mut unknown_targets, mut unknown_items) = (0, 0, 0, 0);
-    let mut without_target = 0;
-    let defaults = arguments.search.defaults(usize::MAX >> 1);
     // Their answers have no one list of items, and every target would count as not found.
     let check = |request: Request| {
         let fields = [("read", request.read.is_empty()), ("groups", request.groups.is_empty())];
@@ -109,124 +239,89 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
             }
         }
     };
-    let lines = Requests::open(&arguments.requests)?;
-    answer_file(&recommender, lines, &defaults, check, |delivery| {
-        let Delivery::Answer(answered) = delivery else { return Ok(()) };
-        let line = answered.line_number;
-        let target = answered.line.as_ref().and_then(RequestLine::target);
-        match (&answered.answer, target) {
-            (Ok(answer), Some(target)) => {
-                // What the catalog does not have cannot be found: a miss, and one to know of.
-                let number = answer.snapshot.find(target);
-                unknown_targets += u64::from(number.is_none());
-                unknown_items += answer.unknown_items.history.count;
-                let (sid_rank, item_rank) =
-                    number.map_or((None, None), |number| ranks(answer, number));
-                by_sid.add(sid_rank);
-                by_item.add(item_rank);
-            }
-            (_, None) if answered.line.is_some() => {
-                without_target += 1;
-                return Ok(());
-            }
-            (Ok(_), None) => unreachable!("what was answered has a line"),
-            (Err(error), _) => {
-                say(&format!("line {line}: {error}"));
-                failed += 1;
-            }
+    let mut pass = Pass {
+        cutoffs,
+        all: Both::new(cutoffs),
+        segments: BTreeMap::new(),
+        spread: Spread::default(),
+        failed: 0,
+        unknown_targets: 0,
+        unknown_items: 0,
+        without_target: 0,
+    };
+    answer_file(recommender, Requests::open(path)?, defaults, check, |delivery| {
+        if let Delivery::Answer(answered) = delivery {
+            pass.add(&answered);
         }
-        requests += 1;
         Ok(())
     })?;
+    let requests = pass.all.by_item.requests();
     if requests == 0 {
-        let reason = match without_target {
+        let reason = match pass.without_target {
             0 => "there are no requests".into(),
             count => format!("none of {count} requests has a \"target\", the item taken next"),
         };
-        return Err(bad_requests(&arguments.requests, reason));
+        return Err(Error::RequestsFile { path: path.to_path_buf(), reason });
     }
-    // A request that failed found nothing: it counts.
-    let report = Report {
+    let of_segment = |(name, both): (String, Both)| {
+        let Both { by_sid, by_item } = both;
+        let requests = by_item.requests();
+        let (by_sid, by_item) = (by_sid.metrics(cutoffs), by_item.metrics(cutoffs));
+        (name, SegmentReport { requests, by_sid, by_item })
+    };
+    Ok(Report {
         requests,
-        failed,
-        unknown_targets,
-        unknown_items,
-        without_target,
+        failed: pass.failed,
+        unknown_targets: pass.unknown_targets,
+        unknown_items: pass.unknown_items,
+        without_target: pass.without_target,
         beams: defaults.beams,
-        by_sid: by_sid.metrics(requests),
-        by_item: by_item.metrics(requests),
+        by_sid: pass.all.by_sid.metrics(cutoffs),
+        by_item: pass.all.by_item.metrics(cutoffs),
+        spread: pass.spread.report(cutoffs, recommender.catalog().snapshot().num_items()),
+        segments: pass.segments.into_iter().map(of_segment).collect(),
         seconds: start.elapsed().as_secs_f64(),
-    };
-    let text = match arguments.json {
-        true => serde_json::to_string_pretty(&report).expect("numbers have a JSON form"),
-        false => to_text(&report),
-    };
-    writeln!(std::io::stdout(), "{text}").map_err(write_error(None))?;
-    let is_nothing_known = failed + unknown_targets == requests;
-    if is_nothing_known && unknown_targets > 0 {
-        say("the catalog has none of the targets, so nothing was evaluated; \
-             are requests and catalog of one data set?");
+    })
+}
+
+/// How wide the names of rows are.
+const NAME: usize = 20;
+
+fn to_text(report: &Report, cutoffs: &[usize]) -> String {
+    let mut text = format!(
+        "{} requests, {} failed, beam width {}, {:.1} s\n",
+        report.requests, report.failed, report.beams, report.seconds
+    );
+    for (count, what) in [
+        (report.without_target, "lines have no \"target\" and were left out"),
+        (report.unknown_targets, "targets are not in the catalog and count as not found"),
+        (
+            report.unknown_items as u64,
+            "items of histories are not in the catalog and were left out",
+        ),
+    ] {
+        if count > 0 {
+            text += &format!("{count} {what}\n");
+        }
     }
-    Ok(if failed == 0 && !is_nothing_known { Outcome::Done } else { Outcome::SomeFailed })
-}
-
-fn bad_requests(path: &Path, reason: String) -> Error {
-    Error::RequestsFile { path: path.to_path_buf(), reason }
-}
-
-/// The target's rank, from one, by semantic ID and by item.
-fn ranks(answer: &Answer, target: u32) -> (Option<usize>, Option<usize>) {
-    let (target, target_sid) = (answer.snapshot.name(target), answer.snapshot.sid(target));
-    let mut sids: Vec<_> = answer.items.iter().map(|found| found.sid).collect();
-    sids.dedup();
-    let sid_rank = sids.iter().position(|&sid| sid == target_sid).map(|at| at + 1);
-    let item_rank = answer.items.iter().position(|found| found.item == target).map(|at| at + 1);
-    (sid_rank, item_rank)
-}
-
-fn to_text(report: &Report) -> String {
+    let columns = |name: &str| {
+        let columns = cutoffs.iter().map(|cutoff| format!("{:>12}", format!("{name}@{cutoff}")));
+        columns.collect::<String>()
+    };
+    let numbers =
+        |values: &[f64]| values.iter().map(|value| format!("{value:>12.4}")).collect::<String>();
     let row = |name: &str, metrics: &Metrics| {
-        format!(
-            "{name:<16}{:>10.4}{:>10.4}{:>10.4}{:>10.4}{:>10.4}{:>10.4}",
-            metrics.recall_at_5,
-            metrics.recall_at_10,
-            metrics.recall_at_20,
-            metrics.ndcg_at_5,
-            metrics.ndcg_at_10,
-            metrics.ndcg_at_20,
-        )
+        let name: String = printable(name).chars().take(NAME).collect();
+        format!("{name:<NAME$}{}{}\n", numbers(&metrics.recall), numbers(&metrics.ndcg))
     };
-    let mut unknown = String::new();
-    if report.without_target > 0 {
-        unknown +=
-            &format!("{} lines have no \"target\" and were left out\n", report.without_target);
+    text += &format!("{:<NAME$}{}{}\n", "", columns("Recall"), columns("NDCG"));
+    text += &row("by semantic ID", &report.by_sid);
+    text += &row("by item", &report.by_item);
+    for (name, segment) in &report.segments {
+        text += &row(&format!("  {name} ({})", segment.requests), &segment.by_item);
     }
-    if report.unknown_targets > 0 {
-        unknown += &format!(
-            "{} targets are not in the catalog and count as not found\n",
-            report.unknown_targets
-        );
-    }
-    if report.unknown_items > 0 {
-        unknown += &format!(
-            "{} items of histories are not in the catalog and were left out\n",
-            report.unknown_items
-        );
-    }
-    format!(
-        "{} requests, {} failed, beam width {}, {:.1} s\n{unknown}{:<16}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}\n{}\n{}",
-        report.requests,
-        report.failed,
-        report.beams,
-        report.seconds,
-        "",
-        "Recall@5",
-        "Recall@10",
-        "Recall@20",
-        "NDCG@5",
-        "NDCG@10",
-        "NDCG@20",
-        row("by semantic ID", &report.by_sid),
-        row("by item", &report.by_item),
-    )
+    let spread = &report.spread;
+    text += &format!("{:<NAME$}{}\n", "coverage", numbers(&spread.coverage));
+    text += &format!("{:<NAME$}{}", "popularity", numbers(&spread.popularity));
+    text + &format!("   (of the targets: {:.4})", spread.target_popularity)
 }

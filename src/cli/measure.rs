@@ -18,6 +18,15 @@ pub struct Machine {
     /// Measured now, with the engine's number type: 512 x 1024 x 3072 on the benchmark's threads,
     /// 8192 x 8192 x 8192 on a device.
     pub matrix_gflops: f64,
+    /// The same by CPU time instead of time, of one core: what others do on the machine does not
+    /// count. `None` on a device, and where the system tells no CPU time.
+    pub matrix_gflops_per_cpu: Option<f64>,
+}
+
+/// Products measured one after the other.
+struct Rates {
+    gflops: f64,
+    gflops_per_cpu: Option<f64>,
 }
 
 impl Machine {
@@ -44,11 +53,13 @@ impl WithBackend for Measure {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(self.num_threads).build();
         let pool = pool
             .map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })?;
+        let rates = pool.install(|| matrix_rates(&backend))?;
         Ok(Machine {
             cpu: cpu_name().unwrap_or_else(|| std::env::consts::ARCH.into()),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             matrix_kernel: backend.description(),
-            matrix_gflops: pool.install(|| matrix_gflops(&backend))?,
+            matrix_gflops: rates.gflops,
+            matrix_gflops_per_cpu: rates.gflops_per_cpu,
         })
     }
 }
@@ -61,6 +72,10 @@ fn cpu_name() -> Option<String> {
 
 /// The best of several products: what the machine can do at most.
 pub fn matrix_gflops<B: Backend>(backend: &B) -> Result<f64> {
+    Ok(matrix_rates(backend)?.gflops)
+}
+
+fn matrix_rates<B: Backend>(backend: &B) -> Result<Rates> {
     let (rows, columns, out) =
         if B::COMPUTES_ON_CALLERS { (512, 1024, 3072) } else { (8192, 8192, 8192) };
     let pseudo_random = |len: usize| (0..len).map(|i| ((i * 7919) % 1013) as f32 / 1013.0 - 0.5);
@@ -69,14 +84,51 @@ pub fn matrix_gflops<B: Backend>(backend: &B) -> Result<f64> {
     let x = backend.upload(&pseudo_random(rows * columns).collect::<Vec<f32>>(), columns);
     let last = backend.upload(&[0.0], 1);
     let mut product = backend.buffer();
-    let mut best = f64::INFINITY;
+    let (mut best, mut best_cpu) = (f64::INFINITY, None);
     for _ in 0..12 {
-        let start = Instant::now();
+        let (start, cpu_start) = (Instant::now(), cpu_time());
         backend.matmul(&x, &weight, None, Epilogue::Store, &mut product);
         backend.download(&last)?; // waits for the device
         best = best.min(start.elapsed().as_secs_f64());
+        let cpu = cpu_time().zip(cpu_start).map(|(end, start)| (end - start).as_secs_f64());
+        best_cpu = cpu.map(|cpu| best_cpu.map_or(cpu, |best: f64| best.min(cpu)));
     }
-    Ok(2.0 * (rows * columns * out) as f64 / best / 1e9)
+    let gflop = 2.0 * (rows * columns * out) as f64 / 1e9;
+    let on_callers = best_cpu.filter(|&cpu| B::COMPUTES_ON_CALLERS && cpu > 0.0);
+    Ok(Rates { gflops: gflop / best, gflops_per_cpu: on_callers.map(|cpu| gflop / cpu) })
+}
+
+/// Time that all cores together were busy and that there was, in ticks of the system since it began.
+#[derive(Clone, Copy)]
+pub struct Ticks {
+    busy: u64,
+    all: u64,
+}
+
+impl Ticks {
+    /// Now, where the system tells.
+    pub fn now() -> Option<Ticks> {
+        let text = std::fs::read_to_string("/proc/stat").ok()?;
+        Ticks::parse(text.lines().next()?)
+    }
+
+    /// The line `cpu  user nice system idle iowait irq softirq steal ...`.
+    fn parse(line: &str) -> Option<Ticks> {
+        let fields = line.strip_prefix("cpu ")?.split_whitespace().take(8);
+        let ticks: Vec<u64> = fields.map(str::parse).collect::<std::result::Result<_, _>>().ok()?;
+        let all = ticks.iter().sum();
+        let idle: u64 = ticks.get(3..5)?.iter().sum();
+        Some(Ticks { busy: all - idle, all })
+    }
+
+    /// The share of the machine that other processes took since `self`, of which `own` was ours.
+    pub fn others_share(self, now: Ticks, own: Duration, elapsed: Duration) -> Option<f64> {
+        let all = now.all.checked_sub(self.all).filter(|&all| all > 0)? as f64;
+        let busy = now.busy.saturating_sub(self.busy) as f64 / all;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let own = own.as_secs_f64() / (elapsed.as_secs_f64() * cores as f64);
+        Some((busy - own).clamp(0.0, 1.0))
+    }
 }
 
 /// CPU time of all threads of this process so far, where the system tells.
@@ -96,4 +148,24 @@ pub fn peak_memory_bytes() -> Option<u64> {
     let line = text.lines().find(|line| line.starts_with("VmHWM:"))?;
     let kilobytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kilobytes * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_take_is_what_is_busy_and_not_ours() {
+        let ticks = |line| Ticks::parse(line).expect("a line of /proc/stat");
+        let before = ticks("cpu  100 0 0 100 0 0 0 0 0 0");
+        let after = ticks("cpu  150 10 10 130 0 0 0 0 0 0");
+        let cores = std::thread::available_parallelism().map_or(1, usize::from) as u32;
+        let second = Duration::from_secs(1);
+        let others = |own| before.others_share(after, own, second).expect("time went by");
+        assert!((others(Duration::ZERO) - 0.7).abs() < 1e-9);
+        assert!((others(second * cores / 2) - 0.2).abs() < 1e-9);
+        assert_eq!(others(second * cores), 0.0);
+        assert!(before.others_share(before, second, second).is_none());
+        assert!(Ticks::parse("cpu0 1 2 3 4 5").is_none());
+    }
 }

@@ -14,6 +14,7 @@ mod check;
 mod device;
 mod embeddings;
 mod evaluate;
+mod evaluation;
 mod inspect;
 mod load;
 mod measure;
@@ -27,15 +28,16 @@ mod selftest;
 mod serve;
 mod shapes;
 mod tally;
+mod terminal;
 
 /// Exact recommendations from generative models: semantic IDs under a catalog's trie.
 #[derive(Parser)]
 #[command(
     version,
-    max_term_width = 100,
+    max_term_width = 80,
     after_help = "\
 Examples:
-  sidereal recommend --model models/industrial --requests models/industrial/users.jsonl --top-k 5
+  sidereal recommend --model DIR --requests users.jsonl --top-k 5
   sidereal catalog build --items items.jsonl --output items.sidereal
   sidereal bench --shape tiger --beams 50 --history 20 --threads 1
 
@@ -98,5 +100,66 @@ pub fn run() -> ExitCode {
             say(&format!("error: {error}"));
             ExitCode::from(2)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn commands(command: &clap::Command, all: &mut Vec<clap::Command>) {
+        all.push(command.clone());
+        command.get_subcommands().for_each(|below| commands(below, all));
+    }
+
+    /// The commands of a line of an example, by their arguments.
+    fn of_line(line: &str) -> Vec<Vec<String>> {
+        let of_part = |part: &str| {
+            let mut quoted = part.split('\'').enumerate();
+            let mut words: Vec<String> = Vec::new();
+            for (at, text) in &mut quoted {
+                match at % 2 {
+                    0 => words.extend(text.split_whitespace().map(str::to_string)),
+                    _ => words.push(text.to_string()),
+                }
+            }
+            words
+        };
+        line.split(" | ")
+            .map(of_part)
+            .filter(|words| words.first().is_some_and(|word| word == "sidereal"))
+            .collect()
+    }
+
+    /// At 80 columns nothing is broken in mid-command, and what is copied is understood.
+    #[test]
+    fn help_fits_80_columns_and_its_examples_are_understood() {
+        let mut all = Vec::new();
+        commands(&Cli::command(), &mut all);
+        let mut examples = 0;
+        for command in all {
+            let name = command.get_name().to_string();
+            let help = command.clone().term_width(80).render_long_help().to_string();
+            for line in help.lines() {
+                assert!(line.chars().count() <= 80, "{name}: {line}");
+            }
+            let Some(after) = command.get_after_help() else { continue };
+            for line in after.to_string().lines() {
+                assert!(help.contains(line), "{name}: broken by the terminal's width: {line}");
+                for arguments in of_line(line.trim()).into_iter().filter(|_| line.starts_with("  "))
+                {
+                    examples += 1;
+                    let parsed = Cli::try_parse_from(&arguments);
+                    assert!(
+                        parsed.is_ok(),
+                        "{line}: {}",
+                        parsed.err().map(|e| e.to_string()).unwrap_or_default()
+                    );
+                }
+            }
+        }
+        assert!(examples > 20, "only {examples} examples were found");
     }
 }

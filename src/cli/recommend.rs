@@ -7,7 +7,9 @@ use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use sidereal::catalog::Snapshot;
 use sidereal::wire::{AnswerLine, ErrorLine, RequestDefaults, RequestLine};
-use sidereal::{Answer, Error, ReadToken, Recommendation, Request, Result, UnknownByField};
+use sidereal::{
+    Answer, Error, ReadToken, Recommendation, Recommender, Request, Result, UnknownByField,
+};
 
 use super::arguments::{
     LeniencyArguments, ModelArguments, NormalizationName, Outcome, SearchArguments,
@@ -15,28 +17,43 @@ use super::arguments::{
 };
 use super::output::create_stream;
 use super::requests::{Answered, Delivery, Requests, answer_file};
+use super::terminal::printable;
 
 #[derive(Args)]
 #[command(after_help = "\
-A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"exclude\": [\"4\"], \"beams\": 50, \"top_k\": 10}
-                 or, instead of \"history\", \"tokens\": [...], the model's input as it is;
-                 \"only\": [\"9\", \"12\", ...] for these items alone,
-                 further: \"filter\": \"tag:garden & !tag:adult\", \"groups\": [\"tag:a\", ...] for the best of each,
-                 \"normalize\", \"constraint\", \"temperature\", \"shared_sid\": \"all\"|\"first\",
-                 \"per_sid\": 2, for so many items of one semantic ID at most,
-                 \"min_snapshot\": 7, for no older state of the catalog,
-                 \"beams\": [16, 64, 128] for a width by level, \"log_probs\": true,
-                 \"seed\": a number, to draw the beams by chance, \"titles\": false, \"timings\": true,
-                 \"forced\": {\"tokens\": [9], \"counted\": true}, tokens that stand before the codes,
-                 \"read\": [\"Yes\", \"No\"], for the log-probabilities of these tokens instead of items,
-                 \"user\": a name, to find the context of an earlier request again
-An answer line:  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250, 7], \"score\": -2.31}], ...}
-A bad line is answered in its place with {\"id\": ..., \"error\": {\"code\": ..., \"message\": ...}}.
+A request line, of which all but the input may be left out:
+  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"beams\": 50, \"top_k\": 10}
+The input:
+  \"history\"           items, the oldest first; or else
+  \"tokens\"            the model's input as it is; \"text\" or \"messages\" with a
+                      tokenizer
+Which items may come back:
+  \"exclude\"           not these;   \"exclude_history\": true, none of the history
+  \"only\"              these alone
+  \"filter\"            \"tag:garden & !tag:adult\"
+  \"groups\"            [\"tag:a\", \"tag:b\"], the best of each
+  \"per_sid\"           so many of one semantic ID;   \"shared_sid\": \"all\"|\"first\"
+How they are found:
+  \"beams\"             a width, or one for each level, as [16, 64, 128]
+  \"normalize\", \"constraint\", \"temperature\"
+  \"seed\"              a number, to draw the beams by chance
+  \"forced\"            {\"tokens\": [9], \"counted\": true}, tokens before the codes
+  \"read\"              [\"Yes\", \"No\"], log-probabilities of tokens, not items
+What comes with them:
+  \"log_probs\", \"titles\", \"timings\": true or false
+And:
+  \"user\"              a name, to find the context of an earlier request again
+  \"min_snapshot\"      for no older state of the catalog
+
+An answer line:
+  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250], \"score\": -2.3}], ...}
+A line that failed:
+  {\"id\": \"u1\", \"error\": {\"code\": \"...\", \"message\": \"...\"}}
 
 Examples:
-  sidereal recommend --model models/industrial --requests models/industrial/users.jsonl --top-k 5
-  sidereal recommend --model DIR --catalog items.sidereal --requests - --beams 128 --output answers.jsonl
-  echo '{\"history\": [\"17\", \"4\"]}' | sidereal recommend --model DIR --requests - --format table")]
+  sidereal recommend --model DIR --requests users.jsonl --exclude-history
+  sidereal recommend --model DIR --requests - --beams 128 --output out.jsonl
+  echo '{\"history\": [\"17\"]}' | sidereal recommend --model DIR --requests -")]
 pub struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
@@ -62,12 +79,16 @@ enum Format {
 
 #[derive(Args)]
 #[command(after_help = "\
-A request line:  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"candidates\": [\"9\", \"12\", \"30\"]}
-An answer line:  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250, 7], \"score\": -2.31}], ...}
-All candidates come back, best first; those that are not available are left out.
+A request line:
+  {\"id\": \"u1\", \"history\": [\"17\", \"4\"], \"candidates\": [\"9\", \"12\", \"30\"]}
+An answer line:
+  {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250], \"score\": -2.3}], ...}
+All candidates come back, best first; those that are not available are left
+out.
 
-Example:
-  echo '{\"history\": [\"17\", \"4\"], \"candidates\": [\"9\", \"12\"]}' | sidereal rank --model DIR --requests -")]
+Examples:
+  sidereal rank --model DIR --requests requests.jsonl
+  sidereal rank --model DIR --requests - --output answers.jsonl")]
 pub struct RankArguments {
     #[command(flatten)]
     model: ModelArguments,
@@ -96,7 +117,9 @@ struct AnswerArguments {
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let mut defaults = arguments.search.defaults(arguments.top_k as usize);
     defaults.titles = true;
-    answer(&arguments.model, &arguments.requests, &arguments.answers, &defaults, Ok)
+    let recommender = arguments.model.open()?;
+    arguments.search.check(&recommender)?;
+    answer(&recommender, &arguments.requests, &arguments.answers, &defaults, Ok)
 }
 
 pub fn run_rank(arguments: &RankArguments) -> Result<Outcome> {
@@ -111,18 +134,18 @@ pub fn run_rank(arguments: &RankArguments) -> Result<Outcome> {
         }
         false => Ok(request),
     };
-    answer(&arguments.model, &arguments.requests, &arguments.answers, &defaults, check)
+    let recommender = arguments.model.open()?;
+    answer(&recommender, &arguments.requests, &arguments.answers, &defaults, check)
 }
 
 fn answer(
-    model: &ModelArguments,
+    recommender: &Recommender,
     requests: &Path,
     arguments: &AnswerArguments,
     defaults: &RequestDefaults,
     check: impl Fn(Request) -> Result<Request>,
 ) -> Result<Outcome> {
     refuse_same_file("--output", arguments.output.as_deref(), requests)?;
-    let recommender = model.open()?;
     let requests = Requests::open(requests)?;
     let output = arguments.output.as_deref();
     let failed = write_error(output);
@@ -133,7 +156,7 @@ fn answer(
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
     let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
-    answer_file(&recommender, requests, defaults, check, |delivery| {
+    answer_file(recommender, requests, defaults, check, |delivery| {
         let Delivery::Answer(answered) = delivery else { return writer.flush().map_err(&failed) };
         if answered.answer.is_err() {
             outcome = Outcome::SomeFailed;
@@ -179,31 +202,38 @@ fn write_table(
         serde_json::Value::String(text) => text.clone(),
         other => other.to_string(),
     };
-    writeln!(writer, "{name}")?;
+    writeln!(writer, "{}", printable(&name))?;
     let line = answered.line.as_ref();
     for item in line.map(RequestLine::history).unwrap_or_default() {
         writeln!(writer, "  had  {}", label(catalog, item))?;
     }
     if let Some(target) = line.and_then(RequestLine::target) {
-        writeln!(writer, "  then {}", label(catalog, target))?;
+        let found = answered.answer.as_ref().ok().map(|answer| whether_found(answer, target));
+        writeln!(
+            writer,
+            "  then {} (held out{})",
+            label(catalog, target),
+            found.unwrap_or_default()
+        )?;
     }
     match &answered.answer {
         Ok(answer) => {
             for line in unknown_items(answer) {
-                writeln!(writer, "  {line}")?;
+                writeln!(writer, "  {}", printable(&line))?;
             }
             if !answer.read.is_empty() {
                 writeln!(writer, "{}\n", read_table(&answer.read))?;
             }
             for (filter, items) in lists(answer) {
                 if let Some(filter) = filter {
-                    writeln!(writer, "  {filter}")?;
+                    writeln!(writer, "  {}", printable(filter))?;
                 }
-                writeln!(writer, "{}\n", table(items, line))?;
+                writeln!(writer, "{}", table(items, line))?;
+                writeln!(writer, "{}", about_shared(items))?;
             }
             Ok(())
         }
-        Err(error) => writeln!(writer, "  error: {error}\n"),
+        Err(error) => writeln!(writer, "  error: {}\n", printable(&error.to_string())),
     }
 }
 
@@ -221,8 +251,44 @@ fn unknown_items(answer: &Answer) -> impl Iterator<Item = String> + '_ {
 fn label(catalog: &Snapshot, item: &str) -> String {
     let title = catalog.find(item).and_then(|item| catalog.title(item));
     match title {
-        Some(title) => format!("{item}: {title}"),
-        None => item.to_string(),
+        Some(title) => printable(&format!("{item}: {title}")).into_owned(),
+        None => printable(item).into_owned(),
+    }
+}
+
+/// Where the item that the user took next stands in an answer that has one list.
+fn whether_found(answer: &Answer, target: &str) -> String {
+    let count = answer.items.len();
+    let rank = answer.items.iter().position(|found| &*found.item == target);
+    match rank {
+        _ if !answer.groups.is_empty() || !answer.read.is_empty() => String::new(),
+        Some(rank) => format!("; found, rank {} of {count}", rank + 1),
+        None => format!("; not among these {count}"),
+    }
+}
+
+/// A line about items that look like the same one twice; empty where there are none.
+fn about_shared(items: &[Recommendation]) -> String {
+    let is_shared =
+        |item: &Recommendation| items.iter().filter(|other| other.sid == item.sid).count() > 1;
+    match items.iter().filter(|item| is_shared(item)).count() {
+        0 => String::new(),
+        count => format!(
+            "  {count} of them share a semantic ID with another: the model tells them apart by nothing, and \
+             their scores are the same (--per-sid 1 shows one of each)\n"
+        ),
+    }
+}
+
+/// A probability with two digits that say something, however small it is.
+fn percent(probability: f64) -> String {
+    match probability * 100.0 {
+        percent if percent >= 0.1 || percent == 0.0 => format!("{percent:.2} %"),
+        percent if percent >= 1e-4 => {
+            let digits = 1 - percent.log10().floor() as i32;
+            format!("{percent:.*} %", digits.max(0) as usize)
+        }
+        percent => format!("{percent:.1e} %"),
     }
 }
 
@@ -246,9 +312,9 @@ fn read_table(tokens: &[ReadToken]) -> Table {
     for ReadToken { token, text, log_prob, .. } in tokens {
         table.add_row([
             token.to_string(),
-            text.clone().unwrap_or_default(),
+            printable(text.as_deref().unwrap_or_default()).into_owned(),
             format!("{log_prob:.3}"),
-            format!("{:.2} %", log_prob.exp() * 100.0),
+            percent(f64::from(*log_prob).exp()),
         ]);
     }
     align_right(&mut table, &[0, 2, 3]);
@@ -265,20 +331,30 @@ fn align_right(table: &mut Table, columns: &[usize]) {
 
 fn table(items: &[Recommendation], line: Option<&RequestLine>) -> Table {
     let mut table = empty_table();
-    table.set_header(["", "item", "title", "semantic ID", "score", "probability"]);
+    let is_ranking = line.and_then(RequestLine::candidates).is_some_and(|items| !items.is_empty());
+    let mut header = vec!["", "item", "title", "semantic ID", "score", "probability"];
+    // Of thousands of items each has little; what is asked is how these compare.
+    header.extend(is_ranking.then_some("among these"));
+    table.set_header(header);
+    let probability = |item: &Recommendation| f64::from(item.score).exp();
+    let best = items.iter().map(|item| f64::from(item.score)).fold(f64::NEG_INFINITY, f64::max);
+    let relative = |item: &Recommendation| (f64::from(item.score) - best).exp();
+    let all: f64 = items.iter().map(relative).sum();
     let target = line.and_then(RequestLine::target);
     for (rank, found) in items.iter().enumerate() {
         let item = &*found.item;
         let mark = if target == Some(item) { " ◀ taken next" } else { "" };
-        table.add_row([
+        let mut row = vec![
             format!("{}", rank + 1),
-            item.to_string(),
-            format!("{}{mark}", found.title.as_deref().unwrap_or("")),
+            printable(item).into_owned(),
+            format!("{}{mark}", printable(found.title.as_deref().unwrap_or(""))),
             format!("{:?}", found.sid.codes()),
             format!("{:.3}", found.score),
-            format!("{:.2} %", found.score.exp() * 100.0),
-        ]);
+            percent(probability(found)),
+        ];
+        row.extend(is_ranking.then(|| percent(relative(found) / all)));
+        table.add_row(row);
     }
-    align_right(&mut table, &[0, 4, 5]);
+    align_right(&mut table, &[0, 4, 5, 6]);
     table
 }

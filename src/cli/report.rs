@@ -21,10 +21,17 @@ pub struct Report {
     pub refused: usize,
     /// CPU time of all threads.
     pub cpu_ms_per_request: Option<f64>,
+    /// What other processes took of the machine meanwhile.
+    pub others_share: Option<f64>,
+    /// The same requests in several rounds, and what lies in the middle of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rounds: Option<Rounds>,
     /// Summed over threads.
     pub seconds: Seconds,
-    /// Rate of matrix products over the whole run, and as a share of the machine's.
+    /// Rate of matrix products over the whole run.
     pub matrix_gflops: f64,
+    /// As a share of what the machine's kernel does, by CPU time where there is a figure of it:
+    /// what others take of the machine then changes nothing.
     pub matrix_share: f64,
     pub gflop_per_request: f64,
     /// Tokens of contexts that were there from earlier requests.
@@ -34,6 +41,33 @@ pub struct Report {
     pub churn: Option<Churn>,
     pub settings: Settings,
     pub machine: Machine,
+}
+
+/// Rounds of a measurement.
+#[derive(Serialize)]
+pub struct Rounds {
+    pub requests_per_second: Vec<f64>,
+    pub p50_ms: Vec<f64>,
+    pub median_requests_per_second: f64,
+    pub median_p50_ms: f64,
+}
+
+impl Rounds {
+    /// `None` of a single one.
+    pub fn new(requests_per_second: Vec<f64>, p50_ms: Vec<f64>) -> Option<Rounds> {
+        let median = |values: &[f64]| {
+            let mut sorted = values.to_vec();
+            sorted.sort_by(f64::total_cmp);
+            sorted.get(sorted.len() / 2).copied()
+        };
+        let (per_second, p50) = (median(&requests_per_second)?, median(&p50_ms)?);
+        (requests_per_second.len() > 1).then_some(Rounds {
+            requests_per_second,
+            p50_ms,
+            median_requests_per_second: per_second,
+            median_p50_ms: p50,
+        })
+    }
 }
 
 fn is_zero(count: &usize) -> bool {
@@ -131,6 +165,9 @@ fn quantiles(latency: Option<Latency>) -> String {
     format!("p50 {p50:.2} ms, p95 {p95:.2}, p99 {p99:.2}, max {max:.2}")
 }
 
+/// What others may take of a machine before a person should know.
+const BUSY: f64 = 0.1;
+
 pub fn to_text(report: &Report) -> String {
     let Report { latency_ms, seconds, machine, settings, .. } = report;
     let time = seconds.phases.as_ref().map_or(String::new(), |phases| {
@@ -148,6 +185,24 @@ pub fn to_text(report: &Report) -> String {
     };
     let cpu =
         report.cpu_ms_per_request.map_or(String::new(), |ms| format!(", {ms:.2} ms of CPU each"));
+    let others = match report.others_share {
+        Some(share) if share >= BUSY => {
+            format!("\nbusy     others took {:.0} % of the machine meanwhile", share * 100.0)
+        }
+        _ => String::new(),
+    };
+    let rounds = report.rounds.as_ref().map_or(String::new(), |rounds| {
+        let all = &rounds.requests_per_second;
+        let (least, most) = all
+            .iter()
+            .fold((f64::INFINITY, 0f64), |(least, most), &rate| (least.min(rate), most.max(rate)));
+        format!(
+            "rounds   {}, median {:.1} requests/s ({least:.1} to {most:.1}), p50 {:.2} ms\n",
+            all.len(),
+            rounds.median_requests_per_second,
+            rounds.median_p50_ms,
+        )
+    });
     let memory = report.peak_memory_bytes.map_or("unknown".into(), |bytes| {
         format!("{:.0} MiB at most", bytes as f64 / f64::from(1 << 20))
     });
@@ -167,10 +222,10 @@ pub fn to_text(report: &Report) -> String {
     format!(
         "{} on {} ({} cores, {} threads used, {})\n\
          {} requests of {} beams, {} at a time: {:.1} requests/s{cpu}\n\
-         latency  {}\n{missed}\
-         {time}matrices {:.1} GFLOP/s, {:.0} % of the {:.1} measured on this machine; {:.3} GFLOP each\n\
+         latency  {}\n{missed}{rounds}\
+         {time}matrices {:.1} GFLOP/s; by CPU time {:.0} % of what the kernel does in large products; {:.3} GFLOP each\n\
          contexts {:.0} % of the tokens were there from earlier requests\n\
-         memory   {memory}{churn}",
+         memory   {memory}{churn}{others}",
         settings.model,
         machine.cpu,
         machine.cores,
@@ -183,7 +238,6 @@ pub fn to_text(report: &Report) -> String {
         quantiles(*latency_ms),
         report.matrix_gflops,
         report.matrix_share * 100.0,
-        machine.matrix_gflops,
         report.gflop_per_request,
         report.cached_tokens_share * 100.0,
     )

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 
@@ -35,13 +35,14 @@ pub struct Answered {
 pub struct Requests {
     path: PathBuf,
     input: Box<dyn Read + Send>,
-    bytes: Option<u64>,
+    /// Where it is known, and someone looks.
+    count: Option<u64>,
 }
 
 impl Requests {
     /// Opens `path`, `-` for the standard input.
     pub fn open(path: &Path) -> Result<Requests> {
-        let (input, bytes): (Box<dyn Read + Send>, Option<u64>) = match path.as_os_str() == "-" {
+        let (input, count): (Box<dyn Read + Send>, Option<u64>) = match path.as_os_str() == "-" {
             true => (Box::new(std::io::stdin()), None),
             false => {
                 let file = File::open(path).map_err(io_error(path))?;
@@ -49,10 +50,28 @@ impl Requests {
                 if metadata.is_dir() {
                     return Err(io_error(path)(std::io::ErrorKind::IsADirectory.into()));
                 }
-                (Box::new(file), Some(metadata.len()))
+                let is_counted = metadata.is_file() && std::io::stderr().is_terminal();
+                let count = is_counted.then(|| count_lines(path)).transpose();
+                (Box::new(file), count.map_err(io_error(path))?)
             }
         };
-        Ok(Requests { path: path.to_path_buf(), input, bytes })
+        Ok(Requests { path: path.to_path_buf(), input, count })
+    }
+}
+
+/// The lines of a file, for a bar of progress.
+fn count_lines(path: &Path) -> std::io::Result<u64> {
+    let mut file = File::open(path)?;
+    let mut bytes = vec![0; 1 << 18];
+    let (mut count, mut last) = (0, b'\n');
+    loop {
+        match file.read(&mut bytes)? {
+            0 => return Ok(count + u64::from(last != b'\n')),
+            len => {
+                count += bytes[..len].iter().filter(|&&byte| byte == b'\n').count() as u64;
+                last = bytes[len - 1];
+            }
+        }
     }
 }
 
@@ -73,13 +92,15 @@ pub fn answer_file(
     check: impl Fn(Request) -> Result<Request>,
     mut deliver: impl FnMut(Delivery) -> Result<()>,
 ) -> Result<()> {
-    let progress = progress_bar(requests.bytes, "requests");
+    let progress = match requests.count {
+        Some(count) => count_bar(count, "requests"),
+        None => count_spinner("requests"),
+    };
     let (events, incoming) = mpsc::channel();
     let (credits, wanted) = mpsc::channel();
     let reader = Reader { events: events.clone(), wanted, defaults: defaults.clone() };
-    let bar = progress.clone();
     let thread = std::thread::Builder::new().name("sidereal-requests".into());
-    thread.spawn(move || reader.run(requests, &bar)).map_err(|error| Error::Device {
+    thread.spawn(move || reader.run(requests)).map_err(|error| Error::Device {
         device: "cpu".into(),
         reason: format!("a thread that reads requests could not be started: {error}"),
     })?;
@@ -105,6 +126,7 @@ pub fn answer_file(
         }
         for answered in window.answered() {
             progress.suspend(|| deliver(Delivery::Answer(Box::new(answered))))?;
+            progress.inc(1);
         }
     }
     progress.finish_and_clear();
@@ -130,14 +152,14 @@ struct Reader {
 }
 
 impl Reader {
-    fn run(self, requests: Requests, progress: &ProgressBar) {
-        let outcome = self.read(requests, progress);
+    fn run(self, requests: Requests) {
+        let outcome = self.read(requests);
         let _ = self.events.send(Event::End(outcome)); // nobody listens after an error of the output
     }
 
-    fn read(&self, requests: Requests, progress: &ProgressBar) -> Result<()> {
+    fn read(&self, requests: Requests) -> Result<()> {
         let Requests { path, input, .. } = requests;
-        let mut lines = Lines::new(progress.wrap_read(input));
+        let mut lines = Lines::new(input);
         let mut line_number = 0;
         while self.wanted.recv().is_ok() {
             let (parsed, bytes) = loop {
@@ -281,6 +303,12 @@ pub fn count_bar(count: u64, what: &'static str) -> ProgressBar {
     let template = "{msg} {wide_bar} {pos}/{len} {elapsed} (another {eta})";
     let style = ProgressStyle::with_template(template).expect("a sound template");
     ProgressBar::new(count).with_style(style).with_message(what)
+}
+
+/// Counts things whose number is unknown; on a terminal only.
+fn count_spinner(what: &'static str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {spinner} {pos} {per_sec} {elapsed}");
+    ProgressBar::new_spinner().with_style(style.expect("a sound template")).with_message(what)
 }
 
 /// Shows that something of unknown length goes on; on a terminal only.

@@ -30,10 +30,11 @@ const DEMO: [(&str, &[u8]); 4] = [
 
 #[derive(Args)]
 #[command(after_help = "\
-Every operation is run on cases drawn at random and compared with the CPU; then the demo model, which the
-binary holds, is asked the same on both; then the operations are measured at the shapes of Qwen3-1.7B, beside
-the rates of copies and of large matrix products that the device itself reaches. The exit code is 0 if all
-agrees, 1 if something differs, 2 if the device cannot be used.
+Every operation is run on cases drawn at random and compared with the CPU; then
+the demo model, which the binary holds, is asked the same on both; then the
+operations are measured at the shapes of Qwen3-1.7B, beside the rates of copies
+and of large matrix products that the device itself reaches. The exit code is 0
+if all agrees, 1 if something differs, 2 if the device cannot be used.
 
 Examples:
   sidereal selftest --device cuda:0

@@ -18,17 +18,19 @@ use super::requests::spinner;
 #[command(after_help = "\
 Examples:
   sidereal serve --model models/industrial
-  curl localhost:8080/v1/recommend -d '{\"history\": [\"168\", \"278\"], \"top_k\": 5}'
-
-  sidereal serve --model DIR --catalog items.sidereal --http 0.0.0.0:8080 --grpc 0.0.0.0:8081 \\
-      --write-token-file token --tls-cert cert.pem --tls-key key.pem
+  sidereal serve --model DIR --http 0.0.0.0:8080 --write-token-file token
+  sidereal serve --model DIR --tls-cert cert.pem --tls-key key.pem
   sidereal serve --model shop:1=OLD --model shop:2=NEW --catalog items.sidereal
+and then
+  curl localhost:8080/v1/recommend -d '{\"history\": [\"168\"], \"top_k\": 5}'
 
-Doors: /v1/recommend, /v1/rank, /v1/score (JSON), /v2 and gRPC (Open Inference Protocol), /generate (SGLang),
-/v1/completions (OpenAI). GET /openapi.json describes them, GET /metrics is for Prometheus, and / is a page for
-people. SIGTERM lets requests finish; a second signal ends at once.
+Doors: /v1/recommend, /v1/rank, /v1/score (JSON), /v2 and gRPC (Open Inference
+Protocol), /generate (SGLang), /v1/completions (OpenAI). GET /openapi.json
+describes them, GET /metrics is for Prometheus, and / is a page for people.
+SIGTERM lets requests finish; a second signal ends at once.
 
-Tokens: SIDEREAL_READ_TOKEN and SIDEREAL_WRITE_TOKEN are taken where no file is named.")]
+Tokens: SIDEREAL_READ_TOKEN and SIDEREAL_WRITE_TOKEN are taken where no file is
+named.")]
 pub struct Arguments {
     /// Model folder; several as NAME=DIR, or NAME:VERSION=DIR for versions of one model
     #[arg(long, value_name = "[NAME[:VERSION]=]DIR", required = true)]
