@@ -567,6 +567,25 @@ fn a_file_and_the_standard_input_are_answered_alike_wherever_the_answers_go() {
 }
 
 #[test]
+fn a_dash_is_the_standard_input_and_output() {
+    let folder = temp();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/industrial");
+    let arguments = ["recommend", "--model", plain(&model), "--requests", "-", "--output", "-"];
+    for _ in 0..2 {
+        let mut command = sidereal(&arguments);
+        let mut child =
+            command.current_dir(folder.path()).spawn().expect("the binary of this build");
+        let mut stdin = child.stdin.take().expect("piped");
+        stdin.write_all(b"{\"history\": [\"168\"]}\n").expect("the child reads");
+        drop(stdin);
+        let output = child.wait_with_output().expect("the child ends");
+        assert_eq!((code(&output), lines(&output.stdout).len()), (0, 1), "{}", errors(&output));
+    }
+    let mut left = std::fs::read_dir(folder.path()).expect("a folder");
+    assert!(left.next().is_none(), "no file is named -");
+}
+
+#[test]
 fn requests_are_not_overwritten_by_their_answers() {
     let folder = temp();
     let requests = request_lines(3);

@@ -234,7 +234,8 @@ pub fn say(text: &str) {
 
 /// Refuses to write over what is being read.
 pub fn refuse_same_file(option: &'static str, output: Option<&Path>, input: &Path) -> Result<()> {
-    let is_input = |output| same_file::is_same_file(output, input).unwrap_or(false);
+    let is_stdin = input.as_os_str() == "-"; // and no file of that name
+    let is_input = |output| !is_stdin && same_file::is_same_file(output, input).unwrap_or(false);
     match output.is_some_and(is_input) {
         true => Err(Error::InvalidOption {
             option,

@@ -106,7 +106,7 @@ pub struct RankArguments {
 
 #[derive(Args)]
 struct AnswerArguments {
-    /// Where answers go; by default the standard output
+    /// Where answers go; by default, and as -, the standard output
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// How answers look; by default a table on a terminal and JSON lines elsewhere
@@ -145,9 +145,9 @@ fn answer(
     defaults: &RequestDefaults,
     check: impl Fn(Request) -> Result<Request>,
 ) -> Result<Outcome> {
-    refuse_same_file("--output", arguments.output.as_deref(), requests)?;
+    let output = arguments.output.as_deref().filter(|path| path.as_os_str() != "-");
+    refuse_same_file("--output", output, requests)?;
     let requests = Requests::open(requests)?;
-    let output = arguments.output.as_deref();
     let failed = write_error(output);
     let mut writer: Box<dyn Write> = match output {
         Some(path) => Box::new(BufWriter::new(create_stream(path).map_err(&failed)?)),
