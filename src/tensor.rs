@@ -18,6 +18,8 @@ pub enum Dtype {
     F16,
     /// The upper half of single precision.
     Bf16,
+    /// Whole numbers of 8 bits times a scale. Products alone are in it: no file's weights are.
+    Int8,
 }
 
 impl Dtype {
@@ -27,6 +29,7 @@ impl Dtype {
             Dtype::F32 => "f32",
             Dtype::F16 => "f16",
             Dtype::Bf16 => "bf16",
+            Dtype::Int8 => "int8",
         }
     }
 
@@ -35,6 +38,7 @@ impl Dtype {
         match self {
             Dtype::F32 => 4,
             Dtype::F16 | Dtype::Bf16 => 2,
+            Dtype::Int8 => 1,
         }
     }
 }

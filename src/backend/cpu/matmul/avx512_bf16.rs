@@ -12,7 +12,7 @@ use std::mem::transmute;
 
 use super::f32::finish;
 use super::panel::{PANEL, Pair, ROWS_PER_BLOCK};
-use super::rounded::RoundedProduct;
+use super::packed_rows::PackedProduct;
 
 /// Rows whose sums the registers hold, beside a row of the panel.
 const ROWS: usize = 12;
@@ -31,12 +31,12 @@ pub fn are_fast() -> bool {
 }
 
 /// Multiplies rows by panels.
-pub fn product(product: RoundedProduct<'_, '_>) {
-    let RoundedProduct { x, panels, bias, adds, out } = product;
+pub fn product(product: PackedProduct<'_, '_, Pair>) {
+    let PackedProduct { x, panels, bias, adds, out } = product;
     let columns = out.first().map_or(0, |row| row.len());
-    let pairs_of_row = x.inputs() / 2;
+    let pairs_of_row = x.words_of_row();
     let mut sums = [[0.0; PANEL]; ROWS];
-    let blocks = x.pairs().chunks(ROWS_PER_BLOCK * pairs_of_row);
+    let blocks = x.words().chunks(ROWS_PER_BLOCK * pairs_of_row);
     for (x, out) in blocks.zip(out.chunks_mut(ROWS_PER_BLOCK)) {
         // Tiles of like height: a low one would leave the multipliers waiting.
         let num_tiles = out.len().div_ceil(ROWS);

@@ -7,7 +7,8 @@ use bytemuck::Pod;
 use half::f16;
 use rayon::prelude::*;
 
-use super::panel::{PANEL, Pair, Weight};
+use super::packed_rows::{MOST, inverse, largest, quantize};
+use super::panel::{Element, PANEL, Pair, Quad, words_of_row};
 use crate::mapping::MappedMemory;
 use crate::tensor::{Dtype, Tensor};
 
@@ -23,12 +24,13 @@ pub struct Matrix {
     pub(in crate::backend::cpu) num_out: usize,
 }
 
-/// `[out / 32][in][32]`, or `[out / 32][in / 2][32]` of pairs. The last panel is filled up with
-/// zeros.
+/// `[out / 32][in][32]`, `[out / 32][in / 2][32]` of pairs, or `[out / 32][in / 4 + 2][32]` of quads. The
+/// last panel is filled up with zeros.
 pub(super) enum Panels {
     F32(Aligned<f32>),
     F16(Aligned<f16>),
     Bf16(Aligned<Pair>),
+    Int8(Aligned<Quad>),
 }
 
 /// Numbers that begin with a cache line, so that no load of a whole register takes two.
@@ -76,6 +78,7 @@ impl Matrix {
             }
             Dtype::F16 => Panels::F16(rows.pack(num_out, Tensor::read, pack_singly(f16::from_f32))),
             Dtype::Bf16 => Panels::Bf16(rows.pack(num_out, Tensor::read_bf16, pack_pairs)),
+            Dtype::Int8 => Panels::Int8(rows.pack(num_out, Tensor::read, pack_quads)),
         };
         Matrix { panels, num_in, num_out }
     }
@@ -94,6 +97,16 @@ impl Matrix {
                 let panel = panels[row / PANEL * f16::panel_len(self.num_in)..].chunks_exact(PANEL);
                 out.iter_mut().zip(panel).for_each(|(out, row)| *out = row[column].to_f32());
             }
+            Panels::Int8(panels) => {
+                let words = words_of_row::<Quad>(self.num_in);
+                let panel = &panels[row / PANEL * Quad::panel_len(self.num_in)..];
+                let Quad(scale) = panel[words * PANEL + column];
+                for (out, row) in out.chunks_mut(4).zip(panel.chunks_exact(PANEL)) {
+                    for (out, byte) in out.iter_mut().zip(row[column].0.to_le_bytes()) {
+                        *out = f32::from(byte.cast_signed()) * f32::from_bits(scale);
+                    }
+                }
+            }
             Panels::Bf16(panels) => {
                 let panel =
                     panels[row / PANEL * Pair::panel_len(self.num_in)..].chunks_exact(PANEL);
@@ -110,7 +123,7 @@ impl Matrix {
 impl Rows<'_> {
     /// Packs all rows, panel by panel; `read` reads numbers of a tensor, and `pack` fills a panel from
     /// rows of `num_in` of them.
-    fn pack<T: Copy + Default, W: Weight + Pod>(
+    fn pack<T: Copy + Default, W: Element + Pod>(
         &self,
         num_out: usize,
         read: impl Fn(&Tensor, Range<usize>, &mut [T]) + Sync,
@@ -193,5 +206,25 @@ fn pack_pairs(rows: &[u16], num_in: usize, panel: &mut [Pair]) {
                 panel_row[column] = Pair(u32::from(low) | u32::from(high) << 16);
             }
         }
+    }
+}
+
+/// Packs rows as whole numbers, four inputs' weights in a word, and their scales and sums behind them.
+fn pack_quads(rows: &[f32], num_in: usize, panel: &mut [Quad]) {
+    let (panel, ends) = panel.split_at_mut(words_of_row::<Quad>(num_in) * PANEL);
+    for (column, row) in rows.chunks_exact(num_in).enumerate() {
+        let scale = largest(row) / MOST;
+        let inverse = inverse(scale);
+        let mut sum = 0;
+        for (word, values) in row.chunks(4).enumerate() {
+            let mut bytes = [0; 4];
+            for (byte, value) in bytes.iter_mut().zip(values) {
+                *byte = quantize(*value, inverse);
+                sum += i32::from(byte.cast_signed());
+            }
+            panel[word * PANEL + column] = Quad(u32::from_le_bytes(bytes));
+        }
+        ends[column] = Quad(scale.to_bits());
+        ends[PANEL + column] = Quad(sum.cast_unsigned());
     }
 }

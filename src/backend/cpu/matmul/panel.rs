@@ -1,4 +1,7 @@
 //! The numbers of panels: 32 output columns of a weight matrix.
+//!
+//! Panels in 8 bits have two more rows, of 32 words each: the columns' scales, and the sums of their
+//! numbers.
 
 use half::f16;
 use rten_simd::ops::{BitOps, Extend, IntOps};
@@ -16,8 +19,14 @@ pub const ROWS_PER_BLOCK: usize = 240;
 #[repr(transparent)]
 pub struct Pair(pub u32);
 
+/// Four inputs' weights of one column in 8 bits, the first in the lowest: what instructions for products
+/// in 8 bits multiply at once.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub struct Quad(pub u32);
+
 /// The type of the elements of panels, which lie row after row, each of 32 columns.
-pub trait Weight: Copy + Send + Sync {
+pub trait Element: Copy + Send + Sync {
     /// Inputs of a row.
     const INPUTS: usize;
 
@@ -25,7 +34,10 @@ pub trait Weight: Copy + Send + Sync {
     fn panel_len(num_in: usize) -> usize {
         num_in.div_ceil(Self::INPUTS) * PANEL
     }
+}
 
+/// What products in f32 widen.
+pub trait Weight: Element {
     /// Widens the weights of one input of a row.
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
@@ -34,9 +46,11 @@ pub trait Weight: Copy + Send + Sync {
     ) -> [I::F32; REGISTERS];
 }
 
-impl Weight for f32 {
+impl Element for f32 {
     const INPUTS: usize = 1;
+}
 
+impl Weight for f32 {
     #[inline(always)]
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
@@ -49,9 +63,11 @@ impl Weight for f32 {
     }
 }
 
-impl Weight for f16 {
+impl Element for f16 {
     const INPUTS: usize = 1;
+}
 
+impl Weight for f16 {
     #[inline(always)]
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
@@ -72,16 +88,32 @@ impl Weight for f16 {
     }
 }
 
-/// Inputs that panels in bf16 are filled up to with zeros: the depth of a tile of AMX.
-pub const PAIRED_INPUTS: usize = 32;
+/// Words of a row that panels in bf16 and in 8 bits are filled up to with zeros: the depth of a tile of
+/// AMX, which is a cache line.
+pub const WORDS_OF_TILE: usize = 16;
 
-impl Weight for Pair {
+impl Element for Pair {
     const INPUTS: usize = 2;
 
     fn panel_len(num_in: usize) -> usize {
-        num_in.next_multiple_of(PAIRED_INPUTS) / 2 * PANEL
+        words_of_row::<Pair>(num_in) * PANEL
     }
+}
 
+impl Element for Quad {
+    const INPUTS: usize = 4;
+
+    fn panel_len(num_in: usize) -> usize {
+        (words_of_row::<Quad>(num_in) + 2) * PANEL
+    }
+}
+
+/// Words of a row of so many inputs, those that fill it up among them.
+pub fn words_of_row<E: Element>(num_in: usize) -> usize {
+    num_in.div_ceil(E::INPUTS).next_multiple_of(WORDS_OF_TILE)
+}
+
+impl Weight for Pair {
     #[inline(always)]
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
