@@ -20,7 +20,7 @@ fn main() {
     }
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    println!("cargo:rustc-check-cfg=cfg(cpp_compiler, has_kernels, has_amx, has_avx512_bf16)");
+    println!("cargo:rustc-check-cfg=cfg(cpp_compiler, has_kernels, has_amx, has_avx512_bf16, has_avx512_vnni)");
     // The emulator switches stacks of x86-64, reads ELF headers, and has GCC call its checks.
     let compiler = env::var("CXX").unwrap_or_else(|_| "g++".into());
     let is_gcc = version(Path::new(&compiler))
@@ -34,6 +34,9 @@ fn main() {
     }
     if has_processor_flag("avx512_bf16") {
         println!("cargo:rustc-cfg=has_avx512_bf16");
+    }
+    if has_processor_flag("avx512_vnni") {
+        println!("cargo:rustc-cfg=has_avx512_vnni");
     }
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         compile_kernels();

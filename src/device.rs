@@ -66,7 +66,10 @@ impl Device {
     pub fn default_dtype(self, stored: Dtype) -> Dtype {
         match self {
             Device::Cuda(_) => Dtype::Bf16,
-            Device::Cpu if stored == Dtype::Bf16 && Instructions::best().are_fast() => Dtype::Bf16,
+            Device::Cpu if stored == Dtype::Bf16 => match Instructions::best(Dtype::Bf16).are_fast() {
+                true => Dtype::Bf16,
+                false => Dtype::F32,
+            },
             Device::Cpu => Dtype::F32,
         }
     }
@@ -82,8 +85,14 @@ impl Device {
             Device::Cpu => work.run(CpuBackend::new(dtype.unwrap_or(Dtype::F32))?),
             #[cfg(feature = "cuda")]
             Device::Cuda(number) => {
-                let device = crate::backend::cuda::CudaDevice::open(number)?;
                 let dtype = dtype.unwrap_or(Dtype::Bf16);
+                if !matches!(dtype, Dtype::F32 | Dtype::Bf16) {
+                    return Err(crate::Error::Unsupported {
+                        what: format!("computing in {} on a GPU", dtype.name()),
+                        way_out: "bf16 and f32 are there".into(),
+                    });
+                }
+                let device = crate::backend::cuda::CudaDevice::open(number)?;
                 work.run(crate::backend::cuda::CudaBackend::new(device, dtype))
             }
             #[cfg(not(feature = "cuda"))]

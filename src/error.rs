@@ -44,9 +44,11 @@ pub enum Error {
     /// A request names an item that the catalog does not have, and wants an error for it; or it names
     /// items in its history or as candidates, and none of them is known.
     #[error(
-        "item {item:?} is not in the catalog; leave it out of the history or the candidates, or put it into the catalog; with \"unknown_items\": \"skip\" a request goes without unknown items as long as one is known"
+        "item {item:?} of \"{field}\" is not in the catalog; leave it out, or put it into the catalog; with \"unknown_items\": \"skip\" a request goes without unknown items as long as one is known"
     )]
     UnknownItem {
+        /// The field that names it: `history` or `candidates`.
+        field: &'static str,
         /// The first such item as the request names it; of a name over 128 bytes its beginning.
         item: String,
     },
@@ -516,7 +518,7 @@ mod tests {
         let (path, reason) = (PathBuf::from("file"), String::from("why"));
         let (name, device) = (String::from("w"), String::from("cuda:0"));
         vec![
-            Error::UnknownItem { item: "x".into() },
+            Error::UnknownItem { field: "history", item: "x".into() },
             Error::EmptyInput,
             Error::TokenOutOfRange { token: 9, position: 1, vocab_size: 8 },
             Error::HistoryTooLong { len: 9, max: 8 },

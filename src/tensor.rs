@@ -169,6 +169,7 @@ impl Tensor {
                     Dtype::F32 => convert(bytes, out, f32::from_le_bytes),
                     Dtype::F16 => convert(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
                     Dtype::Bf16 => convert(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+                    Dtype::Int8 => unreachable!("no file's weights are in 8 bits"),
                 }
             }
         }
@@ -258,6 +259,7 @@ impl Tensor {
                         }),
                         Dtype::F16 => position(bytes.as_chunks().0, is_full(0x7c00)),
                         Dtype::Bf16 => position(bytes.as_chunks().0, is_full(0x7f80)),
+                        Dtype::Int8 => unreachable!("no file's weights are in 8 bits"),
                     }
                 }
             };

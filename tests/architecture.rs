@@ -322,7 +322,9 @@ fn unsafe_code_lives_where_memory_is_mapped_and_where_hardware_is_called() {
     let homes: Vec<String> = homes.into_iter().collect();
     let expected = [
         "src/backend/cpu/matmul/amx.rs",
+        "src/backend/cpu/matmul/avx2_int8.rs",
         "src/backend/cpu/matmul/avx512_bf16.rs",
+        "src/backend/cpu/matmul/avx512_vnni.rs",
         "src/backend/cuda/blas.rs",
         "src/backend/cuda/nvidia.rs",
         "src/mapping.rs",

@@ -1022,7 +1022,7 @@ fn what_a_line_says_of_load_and_scoring_must_be_possible() {
         "deadline of 0 ms"
     );
     let unknown = answer(r#""candidates": ["x"]"#);
-    assert_error!(unknown, Error::UnknownItem { .. }, "\"x\"");
+    assert_error!(unknown, Error::UnknownItem { .. }, "\"x\" of \"candidates\"");
     let free = answer(r#""constraint": "level", "log_probs": true"#);
     assert_error!(free, Error::InvalidField { .. }, "constraint", "trie");
     let many = answer(&format!(r#""candidates": [{}]"#, vec!["17"; 4097].join(",")));

@@ -194,13 +194,20 @@ fn an_answer_is_the_same_alone_in_any_crowd_and_on_any_number_of_threads() {
 
 /// Every set of instructions sums in an order of its own, which is the same in any company.
 #[test]
-fn an_answer_in_bf16_is_the_same_alone_in_any_crowd_and_on_any_number_of_threads() {
-    let sets = [Instructions::Amx, Instructions::Avx512Bf16, Instructions::Widened];
-    for instructions in sets.into_iter().filter(|set| set.is_available()) {
-        for seed in 0..12 {
+fn an_answer_in_bf16_and_int8_is_the_same_alone_in_any_crowd_and_on_any_number_of_threads() {
+    let sets = [
+        (Dtype::Bf16, Instructions::Amx),
+        (Dtype::Bf16, Instructions::Avx512Bf16),
+        (Dtype::Bf16, Instructions::Widened),
+        (Dtype::Int8, Instructions::Amx),
+        (Dtype::Int8, Instructions::Avx512Vnni),
+        (Dtype::Int8, Instructions::Widened),
+    ];
+    for (dtype, instructions) in sets.into_iter().filter(|(_, set)| set.is_available()) {
+        for seed in 0..8 {
             let tiny = Tiny::new(seed);
             let open = |threads| {
-                let backend = CpuBackend::with_instructions(instructions);
+                let backend = CpuBackend::with_instructions(dtype, instructions);
                 let options = EngineOptions::default().with_threads(threads);
                 tiny.open_on(backend, Arc::clone(&tiny.catalog), &options)
             };
@@ -211,7 +218,7 @@ fn an_answer_in_bf16_is_the_same_alone_in_any_crowd_and_on_any_number_of_threads
             for threads in [1, 3] {
                 open(threads).recommend_all(&requests, |index, answer| {
                     let expected = alone.recommend(&requests[index]);
-                    let what = format!("{instructions}, seed {seed}, request {index}");
+                    let what = format!("{dtype:?} {instructions}, seed {seed}, request {index}");
                     assert_eq!(answer.expect("sound"), expected.expect("sound"), "{what}");
                 });
             }

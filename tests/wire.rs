@@ -286,7 +286,7 @@ fn fields_that_items_do_not_have_are_refused() {
 
 #[test]
 fn errors_are_written_with_code_and_message_and_for_servers_with_their_kind() {
-    let error = Error::UnknownItem { item: "x".into() };
+    let error = Error::UnknownItem { field: "history", item: "x".into() };
     let message = error.to_string();
     let written = serde_json::to_string(&ErrorBody::new(&error)).expect("a JSON form");
     let expected = format!(r#"{{"code":"unknown_item","message":{}}}"#, json!(message));

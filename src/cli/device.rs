@@ -17,6 +17,8 @@ pub enum DtypeName {
     F32,
     /// The upper half of it: half the memory, and tensor cores or tiles
     Bf16,
+    /// Whole numbers of 8 bits with a scale for each row and output, the output head in bf16: on CPUs
+    Int8,
 }
 
 #[derive(Args, Clone)]
@@ -46,6 +48,7 @@ impl DeviceArguments {
         self.dtype.map(|dtype| match dtype {
             DtypeName::F32 => Dtype::F32,
             DtypeName::Bf16 => Dtype::Bf16,
+            DtypeName::Int8 => Dtype::Int8,
         })
     }
 

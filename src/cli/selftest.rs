@@ -95,10 +95,11 @@ fn say(line: &str) -> Result<()> {
 fn run_on<B: Backend>(arguments: &Arguments, backend: B) -> Result<Outcome> {
     say(&format!("selftest of {}", backend.description()))?;
     if B::COMPUTES_ON_CALLERS && backend.dtype() == Dtype::F32 {
-        say("the CPU is compared with itself; name a GPU with --device cuda:0, or --dtype bf16")?;
+        say("the CPU is compared with itself; name a GPU with --device cuda:0, or --dtype bf16 or int8")?;
     }
     let bounds = match backend.dtype() {
         Dtype::F32 => Bounds { operation: 1e-5, score: 1e-3, share: 0.99 },
+        Dtype::Int8 => Bounds { operation: 3e-2, score: 0.3, share: 0.8 },
         _ => Bounds { operation: 2e-2, score: 0.1, share: 0.9 },
     };
     let mut cpu = open_model(arguments, CpuBackend::default())?;

@@ -33,12 +33,13 @@ impl Known {
         Known { items, unknown }
     }
 
-    /// Looks names up as a request wants it.
+    /// Looks the names of a field up as a request wants it.
     ///
     /// # Errors
     /// [`Error::UnknownItem`] with the first unknown name where the request wants an error for it, or
     /// where it names items and none of them is known.
     pub fn required(
+        field: &'static str,
         names: &[String],
         snapshot: &Snapshot,
         unknown_items: UnknownItems,
@@ -49,7 +50,7 @@ impl Known {
             UnknownItems::Error => false,
         };
         match known.unknown.names.first() {
-            Some(item) if !is_enough => Err(Error::UnknownItem { item: item.clone() }),
+            Some(item) if !is_enough => Err(Error::UnknownItem { field, item: item.clone() }),
             _ => Ok(known),
         }
     }

@@ -389,7 +389,8 @@ impl Preparer {
         if len > MAX_BEAMS {
             return Err(Error::LimitExceeded { what: "candidates", len, max: MAX_BEAMS });
         }
-        let known = Known::required(&request.candidates, snapshot, request.unknown_items)?;
+        let names = &request.candidates;
+        let known = Known::required("candidates", names, snapshot, request.unknown_items)?;
         unknown_items.candidates = known.unknown;
         Ok(Some(Candidates::new(snapshot, &known.items)))
     }
@@ -503,7 +504,7 @@ impl Preparer {
         let prompt = &self.layout.prompt;
         let num_cut = names.len().saturating_sub(prompt.max_items.unwrap_or(usize::MAX));
         let Known { items, unknown } =
-            Known::required(&names[num_cut..], snapshot, request.unknown_items)?;
+            Known::required("history", &names[num_cut..], snapshot, request.unknown_items)?;
         // A user without a history is asked for with what stands around every history.
         let source = Source { items: &items, snapshot, levels: &self.layout.levels, request };
         let Rendered { tokens, num_items } = prompt.render(&source, room)?;

@@ -111,7 +111,8 @@ fn dtype(name: &str) -> Result<Dtype> {
     match name {
         "f32" => Ok(Dtype::F32),
         "bf16" => Ok(Dtype::Bf16),
-        other => Err(invalid("dtype", format!("{other:?} is neither \"f32\" nor \"bf16\""))),
+        "int8" => Ok(Dtype::Int8),
+        other => Err(invalid("dtype", format!("{other:?} is none of \"f32\", \"bf16\", \"int8\""))),
     }
 }
 

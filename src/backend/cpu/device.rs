@@ -41,16 +41,18 @@ impl DeviceOps for CpuBackend {
 
     fn description(&self) -> String {
         let lanes = format!("{} f32x{}", std::env::consts::ARCH, Lanes.dispatch());
-        match self.bf16_products {
-            None => lanes,
-            Some(instructions) => format!("{lanes}, products in bf16 by {instructions}"),
+        match self.numbers {
+            Numbers::F32 => lanes,
+            Numbers::Bf16(instructions) => format!("{lanes}, products in bf16 by {instructions}"),
+            Numbers::Int8(instructions) => format!("{lanes}, products in int8 by {instructions}"),
         }
     }
 
     fn dtype(&self) -> Dtype {
-        match self.bf16_products {
-            None => Dtype::F32,
-            Some(_) => Dtype::Bf16,
+        match self.numbers {
+            Numbers::F32 => Dtype::F32,
+            Numbers::Bf16(_) => Dtype::Bf16,
+            Numbers::Int8(_) => Dtype::Int8,
         }
     }
 
@@ -79,7 +81,7 @@ impl DeviceOps for CpuBackend {
     }
 
     fn head(&self, weight: Tensor, levels: &[Vec<u32>], known_tokens: &[u32]) -> Result<Head> {
-        let dtype = self.kept(slice::from_ref(&weight));
+        let dtype = self.kept_of_head(&weight);
         Ok(Head::new(&weight, dtype, levels, known_tokens))
     }
 

@@ -9,7 +9,9 @@
 //!
 //! Weights that a checkpoint stores in 16 bits stay so in memory. Products in f32 widen them in
 //! registers, which is exact. Products in bf16 round the rows that they are given and sum in f32,
-//! by the best instructions that the machine has: one file for each set of them.
+//! by the best instructions that the machine has: one file for each set of them. Products in 8 bits
+//! round each row to multiples of its largest number over 127, as the weights of each output are, and
+//! sum whole numbers, which is exact: they are the same on every machine.
 //!
 //! Every element is summed over `in` in an order that depends on the instructions alone, whatever
 //! the other rows, the tile or the number of threads: that is why answers do not depend on their
@@ -19,13 +21,17 @@ mod activate;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(target_arch = "x86_64")]
+mod avx2_int8;
+#[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+#[cfg(target_arch = "x86_64")]
+mod avx512_vnni;
 mod f32;
 mod instructions;
+mod int8;
 mod matrix;
+mod packed_rows;
 mod panel;
-#[cfg(target_arch = "x86_64")]
-mod rounded;
 #[cfg(test)]
 mod tests;
 
@@ -37,12 +43,12 @@ use crate::backend::{Epilogue, Matmul};
 pub(super) use activate::activate;
 pub(super) use f32::Product;
 pub use instructions::Instructions;
+pub(super) use int8::MAX_INPUTS;
 pub use matrix::Matrix;
 use matrix::Panels;
+use packed_rows::{PackedProduct, PackedRows};
 pub(super) use panel::PANEL;
-use panel::{ROWS_PER_BLOCK, Weight};
-#[cfg(target_arch = "x86_64")]
-use rounded::{Rounded, RoundedProduct};
+use panel::{Element, ROWS_PER_BLOCK, Weight};
 
 impl Matmul for CpuBackend {
     fn matmul(
@@ -62,20 +68,33 @@ impl Matmul for CpuBackend {
         }
         self.count_flops(num_rows, num_in, num_out);
         let product = Stretches { bias, epilogue, num_in, out };
-        match (&weight.panels, self.bf16_products) {
+        match (&weight.panels, self.numbers.of_bf16()) {
             (Panels::F32(panels), _) => product.in_f32(&x.values, panels),
             (Panels::F16(panels), _) => product.in_f32(&x.values, panels),
             (Panels::Bf16(panels), None) => product.in_f32(&x.values, panels),
             (Panels::Bf16(panels), Some(instructions)) => match instructions {
                 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
                 Instructions::Amx => {
-                    product.of_rounded(&Rounded::new(x, amx::ROWS), panels, amx::product);
+                    let x = PackedRows::rounded(x, amx::ROWS);
+                    product.of_packed(&x, panels, amx::product);
                 }
                 #[cfg(target_arch = "x86_64")]
                 Instructions::Avx512Bf16 => {
-                    product.of_rounded(&Rounded::new(x, 1), panels, avx512_bf16::product);
+                    product.of_packed(&PackedRows::rounded(x, 1), panels, avx512_bf16::product);
                 }
                 _ => product.in_f32(&f32::rounded(x), panels),
+            },
+            (Panels::Int8(panels), _) => match self.numbers.of_int8() {
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                Instructions::Amx => {
+                    let x = PackedRows::quantized(x, amx::ROWS);
+                    product.of_packed(&x, panels, amx::product);
+                }
+                #[cfg(target_arch = "x86_64")]
+                Instructions::Avx512Vnni => {
+                    product.of_packed(&PackedRows::quantized(x, 1), panels, avx512_vnni::product);
+                }
+                _ => product.of_packed(&PackedRows::quantized(x, 1), panels, int8::product),
             },
         }
     }
@@ -99,21 +118,20 @@ impl Stretches<'_> {
         });
     }
 
-    #[cfg(target_arch = "x86_64")]
-    fn of_rounded(
+    fn of_packed<E: Element>(
         self,
-        x: &Rounded,
-        panels: &[panel::Pair],
-        product: impl Fn(RoundedProduct<'_, '_>) + Sync,
+        x: &PackedRows,
+        panels: &[E],
+        product: impl Fn(PackedProduct<'_, '_, E>) + Sync,
     ) {
         self.run(panels, |panels, bias, adds, out| {
-            product(RoundedProduct { x, panels, bias, adds, out });
+            product(PackedProduct { x, panels, bias, adds, out });
         });
     }
 
     /// Calls `product` with the panels of each stretch, its bias, whether it adds, and its part of
     /// every row of the output.
-    fn run<W: Weight>(
+    fn run<W: Element>(
         self,
         panels: &[W],
         product: impl Fn(&[&[W]], Option<&[f32]>, bool, &mut [&mut [f32]]) + Sync,

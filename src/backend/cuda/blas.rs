@@ -288,6 +288,7 @@ fn data_type(dtype: Dtype) -> sys::cudaDataType_t {
         Dtype::F32 => sys::cudaDataType_t::CUDA_R_32F,
         Dtype::F16 => sys::cudaDataType_t::CUDA_R_16F,
         Dtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+        Dtype::Int8 => sys::cudaDataType_t::CUDA_R_8I,
     }
 }
 

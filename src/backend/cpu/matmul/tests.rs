@@ -88,6 +88,7 @@ fn reference(instructions: Instructions) -> fn(&[f32], &[f32]) -> f32 {
     match instructions {
         Instructions::Amx => by_tiles,
         Instructions::Avx512Bf16 => by_pairs,
+        Instructions::Avx512Vnni => unreachable!("bf16 has other ones"),
         Instructions::Widened => |x, weight| {
             let round = |values: &[f32]| values.iter().copied().map(bf16_of).collect::<Vec<_>>();
             in_one_chain(&round(x), &round(weight))
@@ -97,7 +98,7 @@ fn reference(instructions: Instructions) -> fn(&[f32], &[f32]) -> f32 {
 
 fn check_bf16(instructions: Instructions) {
     assert!(instructions.is_available(), "this machine has no {instructions}");
-    let backend = CpuBackend::with_instructions(instructions);
+    let backend = CpuBackend::with_instructions(Dtype::Bf16, instructions);
     for (seed, shape) in SHAPES.into_iter().enumerate() {
         let (x, weight) = operands(shape, seed as u64);
         let matrix = Tensor::new(&[shape[2], shape[1]], weight.clone());
@@ -127,6 +128,73 @@ fn pairs_sum_as_their_manual_says() {
     check_bf16(Instructions::Avx512Bf16);
 }
 
+/// A row's numbers as multiples of its largest over 127, and that.
+fn quantized(row: &[f32]) -> (Vec<i32>, f32) {
+    let scale = row.iter().fold(0f32, |most, value| most.max(value.abs())) / 127.0;
+    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    (row.iter().map(|value| (value * inverse).round_ties_even() as i32).collect(), scale)
+}
+
+/// Whole numbers, exact; then the scales.
+fn in_8_bits(x: &[f32], weight: &[f32]) -> f32 {
+    let ((x, x_scale), (weight, weight_scale)) = (quantized(x), quantized(weight));
+    let sum: i64 = x.iter().zip(weight).map(|(x, weight)| i64::from(x * weight)).sum();
+    sum as f32 * (x_scale * weight_scale)
+}
+
+fn check_int8(instructions: Instructions) {
+    assert!(instructions.is_available(), "this machine has no {instructions}");
+    let backend = CpuBackend::with_instructions(Dtype::Int8, instructions);
+    for (seed, shape) in SHAPES.into_iter().enumerate() {
+        let (mut x, mut weight) = operands(shape, seed as u64);
+        // Rows of zeros, and of large and of tiny numbers.
+        x[..shape[1]].fill(0.0);
+        weight[..shape[1]].iter_mut().for_each(|value| *value *= 1e-30);
+        x.iter_mut().rev().take(shape[1]).for_each(|value| *value *= 1e20);
+        let matrix = Tensor::new(&[shape[2], shape[1]], weight.clone());
+        let matrix = backend.matrix(&[matrix]).expect("memory");
+        for (epilogue, adds) in [(Epilogue::Store, false), (Epilogue::Add, true)] {
+            let found = product(&backend, shape, &x, &matrix, epilogue);
+            let expected = expected(shape, &x, &weight, adds, in_8_bits);
+            assert_eq!(found, expected, "{instructions}, {shape:?}, {epilogue:?}");
+        }
+        let mut row = vec![0.0; shape[1]];
+        matrix.read_row(shape[2] - 1, &mut row);
+        let (numbers, scale) = quantized(&weight[(shape[2] - 1) * shape[1]..]);
+        let numbers: Vec<f32> = numbers.into_iter().map(|number| number as f32 * scale).collect();
+        assert_eq!(row, numbers);
+    }
+    // What is not finite is not made finite.
+    for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let shape = [2, 70, 40];
+        let (mut x, weight) = operands(shape, 1);
+        x[65] = wrong;
+        let matrix = Tensor::new(&[shape[2], shape[1]], weight);
+        let matrix = backend.matrix(&[matrix]).expect("memory");
+        let found = product(&backend, shape, &x, &matrix, Epilogue::Store);
+        let (first, second) = found.split_at(shape[2]);
+        assert!(first.iter().all(|value| !value.is_finite()), "{wrong}: {first:?}");
+        assert!(second.iter().all(|value| value.is_finite()), "the other row is not touched");
+    }
+}
+
+#[test]
+fn products_in_8_bits_are_exact_on_any_machine() {
+    check_int8(Instructions::Widened);
+}
+
+#[test]
+#[cfg_attr(not(has_amx), ignore = "needs a processor with AMX-INT8")]
+fn tiles_in_8_bits_are_exact() {
+    check_int8(Instructions::Amx);
+}
+
+#[test]
+#[cfg_attr(not(has_avx512_vnni), ignore = "needs a processor with AVX512-VNNI")]
+fn quads_are_exact() {
+    check_int8(Instructions::Avx512Vnni);
+}
+
 #[test]
 fn weights_in_16_bits_are_widened_exactly() {
     let backend = CpuBackend::default();
@@ -137,6 +205,7 @@ fn weights_in_16_bits_are_widened_exactly() {
                 Dtype::F32 => *value,
                 Dtype::F16 => f16::from_f32(*value).to_f32(),
                 Dtype::Bf16 => bf16_of(*value),
+                Dtype::Int8 => unreachable!("8 bits have a scale"),
             };
             let rounded: Vec<f32> = weight.iter().map(round).collect();
             let matrix = Tensor::new(&[shape[2], shape[1]], weight.clone());
