@@ -20,7 +20,9 @@ fn main() {
     }
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    println!("cargo:rustc-check-cfg=cfg(cpp_compiler, has_kernels, has_amx, has_avx512_bf16, has_avx512_vnni)");
+    println!(
+        "cargo:rustc-check-cfg=cfg(cpp_compiler, has_kernels, has_amx, has_avx512_bf16, has_avx512_vnni)"
+    );
     // The emulator switches stacks of x86-64, reads ELF headers, and has GCC call its checks.
     let compiler = env::var("CXX").unwrap_or_else(|_| "g++".into());
     let is_gcc = version(Path::new(&compiler))

@@ -66,10 +66,12 @@ impl Device {
     pub fn default_dtype(self, stored: Dtype) -> Dtype {
         match self {
             Device::Cuda(_) => Dtype::Bf16,
-            Device::Cpu if stored == Dtype::Bf16 => match Instructions::best(Dtype::Bf16).are_fast() {
-                true => Dtype::Bf16,
-                false => Dtype::F32,
-            },
+            Device::Cpu if stored == Dtype::Bf16 => {
+                match Instructions::best(Dtype::Bf16).are_fast() {
+                    true => Dtype::Bf16,
+                    false => Dtype::F32,
+                }
+            }
             Device::Cpu => Dtype::F32,
         }
     }

@@ -11,7 +11,7 @@ use sidereal::backend::cpu::{CpuBackend, Instructions};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Change, Snapshot};
 use sidereal::{
-    Answer, CatalogWriter, Constraint, Engine, EngineOptions, Input, Normalization, Request,
+    Answer, CatalogWriter, Constraint, Dtype, Engine, EngineOptions, Input, Normalization, Request,
     SharedSid, WriterOptions,
 };
 

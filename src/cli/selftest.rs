@@ -95,7 +95,9 @@ fn say(line: &str) -> Result<()> {
 fn run_on<B: Backend>(arguments: &Arguments, backend: B) -> Result<Outcome> {
     say(&format!("selftest of {}", backend.description()))?;
     if B::COMPUTES_ON_CALLERS && backend.dtype() == Dtype::F32 {
-        say("the CPU is compared with itself; name a GPU with --device cuda:0, or --dtype bf16 or int8")?;
+        say(
+            "the CPU is compared with itself; name a GPU with --device cuda:0, or --dtype bf16 or int8",
+        )?;
     }
     let bounds = match backend.dtype() {
         Dtype::F32 => Bounds { operation: 1e-5, score: 1e-3, share: 0.99 },

@@ -1,11 +1,11 @@
 //! The CPU as a device: weights, buffers, memory and slots.
 
-use std::slice;
 use std::sync::atomic::Ordering;
 
 use rten_simd::ops::BitOps;
 use rten_simd::{Isa, SimdOp};
 
+use super::backend::Numbers;
 use super::{Buffer, CpuBackend, Head, Logits, Matrix, Memory, Slot, Table};
 use crate::backend::{DeviceOps, MemorySpec, SlotSpec};
 use crate::error::Result;

@@ -72,7 +72,7 @@ static WHOLE_TILES: Configuration = {
 
 /// The sums of some tiles of rows with a panel, as their instructions leave them.
 #[repr(C, align(64))]
-struct Sums([[u32; PANEL]; TILES * ROWS]);
+pub struct Sums([[u32; PANEL]; TILES * ROWS]);
 
 /// One or two tiles of rows, `x`, times a panel, by an instruction for the products of two tiles. Asks for
 /// the lines of `ahead` meanwhile.

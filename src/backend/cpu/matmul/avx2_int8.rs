@@ -44,7 +44,8 @@ fn tile<const N: usize>(x: &[u32], words: usize, panel: &[Quad], out: &mut [Sums
         let mut sums: [[__m256i; REGISTERS]; N] = [[_mm256_setzero_si256(); REGISTERS]; N];
         for (word, weights) in panel.as_chunks::<PANEL>().0.iter().take(words).enumerate() {
             // The second and fourth, and the first and third of four inputs, as 16 bits each.
-            let mut weights_of: [[__m256i; 2]; REGISTERS] = [[_mm256_setzero_si256(); 2]; REGISTERS];
+            let mut weights_of: [[__m256i; 2]; REGISTERS] =
+                [[_mm256_setzero_si256(); 2]; REGISTERS];
             for register in 0..REGISTERS {
                 let lanes = &weights[first + register * LANES..][..LANES];
                 // SAFETY: 8 words of 4 bytes are what a register holds.

@@ -11,8 +11,8 @@ use std::arch::x86_64::{
 use std::mem::transmute;
 
 use super::f32::finish;
-use super::panel::{PANEL, Pair, ROWS_PER_BLOCK};
 use super::packed_rows::PackedProduct;
+use super::panel::{PANEL, Pair, ROWS_PER_BLOCK};
 
 /// Rows whose sums the registers hold, beside a row of the panel.
 const ROWS: usize = 12;

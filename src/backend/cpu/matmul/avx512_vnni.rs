@@ -53,13 +53,7 @@ fn multiply(x: &[u32], words: usize, panel: &[Quad], ahead: &[Quad], sums: &mut 
 #[expect(clippy::needless_range_loop, reason = "counted loops keep the sums in registers")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn tile<const N: usize>(
-    x: &[u32],
-    words: usize,
-    panel: &[Quad],
-    ahead: &[Quad],
-    out: &mut [Sums],
-) {
+fn tile<const N: usize>(x: &[u32], words: usize, panel: &[Quad], ahead: &[Quad], out: &mut [Sums]) {
     const SIGNS: u32 = 0x8080_8080; // added to each byte modulo 256, they add 128
     let rows: [&[u32]; N] = std::array::from_fn(|row| &x[row * words..][..words]);
     let mut sums: [[__m512i; 2]; N] = [[_mm512_setzero_si512(); 2]; N];
@@ -79,7 +73,7 @@ fn tile<const N: usize>(
             }
         }
     }
-    let column_sums = ends.as_chunks::<PANEL>().0.get(1).map_or([_mm512_setzero_si512(); 2], load);
+    let column_sums = load(&ends.as_chunks::<PANEL>().0[1]);
     for row in 0..N {
         if let Some(out) = out.get_mut(row) {
             for half in 0..2 {
@@ -98,7 +92,5 @@ fn tile<const N: usize>(
 fn load(row: &[Quad; PANEL]) -> [__m512i; 2] {
     let (low, high) = row.split_at(LANES);
     // SAFETY: both halves are 16 words of 4 bytes, which is what a register holds.
-    unsafe {
-        [_mm512_loadu_si512(low.as_ptr().cast()), _mm512_loadu_si512(high.as_ptr().cast())]
-    }
+    unsafe { [_mm512_loadu_si512(low.as_ptr().cast()), _mm512_loadu_si512(high.as_ptr().cast())] }
 }

@@ -61,7 +61,9 @@ impl Instructions {
         let names = all.map(|set| set.to_string()).join(", ");
         let Some(set) = all.into_iter().find(|set| set.to_string() == name) else {
             let dtype = dtype.name();
-            return Err(refused(format!("{VARIABLE} is {name:?}; its values for {dtype} are {names}")));
+            return Err(refused(format!(
+                "{VARIABLE} is {name:?}; its values for {dtype} are {names}"
+            )));
         };
         match set.is_available() {
             true => Ok(set),

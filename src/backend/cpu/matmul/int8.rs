@@ -66,3 +66,39 @@ fn multiply(x: &[u32], words: usize, panel: &[Quad], sums: &mut [Sums]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_loops_sum_what_instructions_do() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let words = 48;
+        let panel: Vec<Quad> = (0..(words + 2) * PANEL).map(|_| Quad(rng.u32(..))).collect();
+        for rows in 1..=4 {
+            let x: Vec<u32> = (0..rows * words).map(|_| rng.u32(..)).collect();
+            let mut sums = vec![[1; PANEL]; rows];
+            multiply(&x, words, &panel, &mut sums);
+            let of = |word: u32| word.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
+            for (row, sums) in sums.iter().enumerate() {
+                for (column, &sum) in sums.iter().enumerate() {
+                    let word = |word: usize| {
+                        (of(x[row * words + word]), of(panel[word * PANEL + column].0))
+                    };
+                    let expected: i32 = (0..words)
+                        .map(word)
+                        .map(|(x, weight)| (0..4).map(|at| x[at] * weight[at]).sum::<i32>())
+                        .sum();
+                    assert_eq!(sum, expected);
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            if crate::backend::cpu::matmul::avx2_int8::is_available() {
+                let mut by_avx2 = vec![[1; PANEL]; rows];
+                crate::backend::cpu::matmul::avx2_int8::multiply(&x, words, &panel, &mut by_avx2);
+                assert_eq!(by_avx2, sums);
+            }
+        }
+    }
+}
