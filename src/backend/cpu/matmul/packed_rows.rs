@@ -41,17 +41,16 @@ impl PackedRows {
     /// Rounds rows to bf16, to the nearest, ties to even, and fills them up to whole tiles of so many
     /// rows.
     pub fn rounded(x: &Buffer, rows_per_tile: usize) -> PackedRows {
-        PackedRows::pack::<Pair>(x, rows_per_tile, Vec::new())
+        PackedRows::pack::<Pair>(x, rows_per_tile, 0)
     }
 
     /// Rounds rows to multiples of their largest number over 127, to the nearest, ties to even. A row
     /// with a number that is not finite has no finite scale, and so no finite product.
     pub fn quantized(x: &Buffer, rows_per_tile: usize) -> PackedRows {
-        let scales = x.values.chunks_exact(x.columns.max(1)).map(|row| largest(row) / MOST);
-        PackedRows::pack::<Quad>(x, rows_per_tile, scales.collect())
+        PackedRows::pack::<Quad>(x, rows_per_tile, x.num_rows())
     }
 
-    fn pack<E: Element>(x: &Buffer, rows_per_tile: usize, scales: Vec<f32>) -> PackedRows {
+    fn pack<E: Element>(x: &Buffer, rows_per_tile: usize, num_scales: usize) -> PackedRows {
         let words_of_row = words_of_row::<E>(x.columns);
         let len = x.num_rows().next_multiple_of(rows_per_tile) * words_of_row;
         let mut words = Scratch::new(len + WORDS_PER_LINE);
@@ -60,17 +59,23 @@ impl PackedRows {
         // Whole tiles.
         let rows_per_task =
             (VALUES_PER_TASK / x.columns.max(1)).max(1).next_multiple_of(rows_per_tile);
-        let pack = |first: usize, words: &mut [u32], values: &[f32]| {
-            let scales = scales.get(first..).unwrap_or_default();
+        let mut scales = vec![0.0; num_scales];
+        let pack = |words: &mut [u32], values: &[f32], scales: &mut [f32]| {
             let columns = x.columns;
             PackRows { values, columns, rows_per_tile, words_of_row, scales, words }.dispatch();
         };
         if x.values.len() <= VALUES_PER_TASK {
-            pack(0, packed, &x.values[..]);
+            pack(packed, &x.values[..], &mut scales);
         } else {
-            let tasks = packed.par_chunks_mut(rows_per_task * words_of_row);
-            let tasks = tasks.zip(x.values.par_chunks(rows_per_task * x.columns)).enumerate();
-            tasks.for_each(|(task, (words, values))| pack(task * rows_per_task, words, values));
+            let tasks = packed
+                .par_chunks_mut(rows_per_task * words_of_row)
+                .zip(x.values.par_chunks(rows_per_task * x.columns));
+            match num_scales {
+                0 => tasks.for_each(|(words, values)| pack(words, values, &mut [])),
+                _ => tasks
+                    .zip(scales.par_chunks_mut(rows_per_task))
+                    .for_each(|((words, values), scales)| pack(words, values, scales)),
+            }
         }
         PackedRows { words, start, len, words_of_row, scales }
     }
@@ -92,20 +97,25 @@ impl PackedRows {
 }
 
 /// The largest number of either sign; one that is not finite is larger than all that are.
+#[inline(always)]
 pub fn largest(values: &[f32]) -> f32 {
     let largest = values.iter().fold(0, |largest: u32, value| largest.max(value.abs().to_bits()));
     f32::from_bits(largest)
 }
 
-/// `value` as a whole number, where its row's largest number is 127.
+/// `value` as a whole number of 8 bits, where its row's largest number is 127; anything where the row has
+/// no finite one.
 #[inline(always)]
 pub fn quantize(value: f32, inverse: f32) -> u8 {
-    ((value * inverse).round_ties_even() as i8).cast_unsigned()
+    // Where the last bit of a float counts ones, its sum is rounded to the nearest, ties to even.
+    const ONES: f32 = 12_582_912.0;
+    (value * inverse + ONES).to_bits() as u8
 }
 
 /// What numbers are multiplied by to become whole ones; nothing of a row of zeros.
+#[inline(always)]
 pub fn inverse(scale: f32) -> f32 {
-    if scale == 0.0 { 0.0 } else { 1.0 / scale }
+    if scale < f32::MIN_POSITIVE { 0.0 } else { 1.0 / scale }
 }
 
 /// The sums of a row and a panel in whole numbers, scaled.
@@ -123,8 +133,8 @@ struct PackRows<'a> {
     columns: usize,
     rows_per_tile: usize,
     words_of_row: usize,
-    /// By row, in 8 bits.
-    scales: &'a [f32],
+    /// By row, to be found, in 8 bits.
+    scales: &'a mut [f32],
     words: &'a mut [u32],
 }
 
@@ -135,8 +145,8 @@ impl SimdOp for PackRows<'_> {
     fn eval<I: Isa>(self, _isa: I) {
         let PackRows { values, columns, rows_per_tile, words_of_row, scales, words } = self;
         let mut rows = values.chunks_exact(columns);
-        let mut scales = scales.iter();
-        let is_rounded = scales.len() == 0;
+        let is_rounded = scales.is_empty();
+        let mut scales = scales.iter_mut();
         for tile in words.chunks_exact_mut(rows_per_tile * words_of_row) {
             let lines = tile.as_chunks_mut::<WORDS_OF_TILE>().0;
             for row_of_tile in 0..rows_per_tile {
@@ -145,7 +155,11 @@ impl SimdOp for PackRows<'_> {
                 match is_rounded {
                     true => fill(lines, row, round_to_bf16),
                     false => {
-                        let inverse = scales.next().map_or(0.0, |&scale| inverse(scale));
+                        let scale = largest(row) / MOST;
+                        if let Some(found) = scales.next() {
+                            *found = scale;
+                        }
+                        let inverse = inverse(scale);
                         fill(lines, row, |value| quantize(value, inverse));
                     }
                 }

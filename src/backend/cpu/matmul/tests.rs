@@ -131,7 +131,7 @@ fn pairs_sum_as_their_manual_says() {
 /// A row's numbers as multiples of its largest over 127, and that.
 fn quantized(row: &[f32]) -> (Vec<i32>, f32) {
     let scale = row.iter().fold(0f32, |most, value| most.max(value.abs())) / 127.0;
-    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    let inverse = if scale < f32::MIN_POSITIVE { 0.0 } else { 1.0 / scale };
     (row.iter().map(|value| (value * inverse).round_ties_even() as i32).collect(), scale)
 }
 
@@ -151,6 +151,9 @@ fn check_int8(instructions: Instructions) {
         x[..shape[1]].fill(0.0);
         weight[..shape[1]].iter_mut().for_each(|value| *value *= 1e-30);
         x.iter_mut().rev().take(shape[1]).for_each(|value| *value *= 1e20);
+        if shape[0] > 3 {
+            x[shape[1]..2 * shape[1]].iter_mut().for_each(|value| *value *= 1e-37); // no inverse
+        }
         let matrix = Tensor::new(&[shape[2], shape[1]], weight.clone());
         let matrix = backend.matrix(&[matrix]).expect("memory");
         for (epilogue, adds) in [(Epilogue::Store, false), (Epilogue::Add, true)] {
