@@ -1,6 +1,7 @@
 //! The operations of the CUDA backend, its kernels executed by the emulator, in f32 and bf16.
 //!
-//! Without g++ on x86-64 Linux these tests are ignored.
+//! Without g++ on x86-64 Linux these tests are ignored. So are the sweeps, which try more cases of the
+//! same: `cargo test --test emulated -- --ignored` runs them.
 
 mod common;
 
@@ -21,9 +22,9 @@ use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, CatalogBuilder, Item, Snapshot};
 use sidereal::{Dtype, Tensor};
 
-struct EmulatedF32;
+struct EmulatedF32<const SHARE: u64>;
 
-impl Subject for EmulatedF32 {
+impl<const SHARE: u64> Subject for EmulatedF32<SHARE> {
     type B = CudaBackend<Emulator>;
     const TOLERANCE: f64 = 1e-5;
     const SCORE_TOLERANCE: f64 = 1e-4;
@@ -33,13 +34,13 @@ impl Subject for EmulatedF32 {
     }
 
     fn seeds(most: u64) -> Range<u64> {
-        0..most / 5
+        0..(most / SHARE).max(2)
     }
 }
 
-struct EmulatedBf16;
+struct EmulatedBf16<const SHARE: u64>;
 
-impl Subject for EmulatedBf16 {
+impl<const SHARE: u64> Subject for EmulatedBf16<SHARE> {
     type B = CudaBackend<Emulator>;
     const TOLERANCE: f64 = 2e-2;
     const SCORE_TOLERANCE: f64 = 0.1;
@@ -49,14 +50,14 @@ impl Subject for EmulatedBf16 {
     }
 
     fn seeds(most: u64) -> Range<u64> {
-        0..most / 5
+        0..(most / SHARE).max(2)
     }
 }
 
 /// Bf16 on a device that multiplies by warpgroups: attention has kernels of its own there.
-struct EmulatedWarpgroups;
+struct EmulatedWarpgroups<const SHARE: u64>;
 
-impl Subject for EmulatedWarpgroups {
+impl<const SHARE: u64> Subject for EmulatedWarpgroups<SHARE> {
     type B = CudaBackend<Emulator>;
     const TOLERANCE: f64 = 2e-2;
     const SCORE_TOLERANCE: f64 = 0.1;
@@ -67,21 +68,39 @@ impl Subject for EmulatedWarpgroups {
     }
 
     fn seeds(most: u64) -> Range<u64> {
-        0..most / 10
+        0..(most / SHARE).max(2)
     }
 }
 
+/// Of the cases that the CPU is tried on, one in so many.
+const FEW: u64 = 24;
+const MANY: u64 = 5;
+
 mod f32 {
     crate::operation_tests!(
-        super::EmulatedF32,
+        super::EmulatedF32<{ super::FEW }>,
         cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")
     );
 }
 
 mod bf16 {
     crate::operation_tests!(
-        super::EmulatedBf16,
+        super::EmulatedBf16<{ super::FEW }>,
         cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")
+    );
+}
+
+mod f32_sweep {
+    crate::operation_tests!(
+        super::EmulatedF32<{ super::MANY }>,
+        ignore = "a sweep; run it by name"
+    );
+}
+
+mod bf16_sweep {
+    crate::operation_tests!(
+        super::EmulatedBf16<{ super::MANY }>,
+        ignore = "a sweep; run it by name"
     );
 }
 
@@ -89,11 +108,21 @@ mod bf16 {
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn every_operation_agrees_with_the_cpu_on_the_cases_of_the_selftest() {
+    check_selftest(0..1);
+}
+
+#[test]
+#[ignore = "a sweep; run it by name"]
+fn sweep_of_the_cases_of_the_selftest() {
+    check_selftest(1..6);
+}
+
+fn check_selftest(seeds: Range<u64>) {
     let cpu = CpuBackend::default();
     for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::Bf16, 2e-2)] {
         let backend = Emulator::backend(Build::Checked, dtype);
         for operation in OPERATIONS {
-            for seed in 0..6 {
+            for seed in seeds.clone() {
                 let expected = testing::run(&cpu, operation, seed).expect("the CPU works");
                 let found = testing::run(&backend, operation, seed).expect("the device works");
                 let expected: Vec<f64> = expected.iter().map(|&x| f64::from(x)).collect();
@@ -280,14 +309,26 @@ fn attention_holds_for_contexts_of_one_and_of_5000_and_widths_of_one_and_of_512(
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn attention_by_warpgroups_holds_for_prompts_and_beams() {
-    common::operations::attend_prefill_is_the_formula_however_prompts_are_cut::<EmulatedWarpgroups>(
+    check_warpgroups::<FEW>();
+}
+
+#[test]
+#[ignore = "a sweep; run it by name"]
+fn sweep_of_attention_by_warpgroups() {
+    check_warpgroups::<10>();
+}
+
+fn check_warpgroups<const SHARE: u64>() {
+    use common::operations;
+
+    operations::attend_prefill_is_the_formula_however_prompts_are_cut::<EmulatedWarpgroups<SHARE>>(
     );
-    common::operations::attention_is_the_formula_for_every_row_at_the_edges_of_pages::<
-        EmulatedWarpgroups,
+    operations::attention_is_the_formula_for_every_row_at_the_edges_of_pages::<
+        EmulatedWarpgroups<SHARE>,
     >();
     for (context_len, width) in [(1, 1), (600, 3), (64, 40), (130, 200)] {
         for head_dim in [64, 128] {
-            let backend = EmulatedWarpgroups::open();
+            let backend = EmulatedWarpgroups::<FEW>::open();
             let error = attend_on(&backend, Heads::new(2, 1, head_dim), context_len, width);
             assert!(error < 2e-2, "{head_dim} {context_len} {width}: {error:.1e}");
         }
@@ -358,14 +399,23 @@ fn attend_in_tiles(heads: Heads, device: Emulator) -> Vec<f32> {
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn tiles_of_64_and_of_128_rows_give_the_same_bits() {
-    let by_warps: fn(Emulator) -> Emulator = |device| device;
-    for (by, num_heads, num_kv_heads, head_dim) in [
-        (by_warps, 4, 2, 64),
-        (by_warps, 6, 2, 64),
-        (by_warps, 4, 2, 128),
-        (Emulator::with_warpgroups, 6, 2, 64),
-        (Emulator::with_warpgroups, 4, 2, 128),
-    ] {
+    check_tiles(&[(BY_WARPS, 6, 2, 64), (Emulator::with_warpgroups, 6, 2, 64)]);
+}
+
+#[test]
+#[ignore = "a sweep; run it by name"]
+fn sweep_of_tiles_of_64_and_of_128_rows() {
+    let by_warpgroups = Emulator::with_warpgroups;
+    check_tiles(&[(BY_WARPS, 4, 2, 64), (BY_WARPS, 4, 2, 128), (by_warpgroups, 4, 2, 128)]);
+}
+
+const BY_WARPS: fn(Emulator) -> Emulator = |device| device;
+
+/// Heads by what multiplies them.
+type Tiled = (fn(Emulator) -> Emulator, usize, usize, usize);
+
+fn check_tiles(cases: &[Tiled]) {
+    for &(by, num_heads, num_kv_heads, head_dim) in cases {
         let heads = Heads::new(num_heads, num_kv_heads, head_dim);
         let attend = |num_processors| {
             let device = Emulator::new(Kernels::load(Build::Checked));
