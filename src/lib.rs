@@ -97,7 +97,7 @@ pub use recommender_options::RecommenderOptions;
 pub use request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
 };
-pub use search::{Constraint, Normalization};
+pub use search::{Constraint, EarlyStopping, Normalization, PhraseRule, PhraseSearch};
 pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
 pub use writer::{Applied, CatalogWriter, Durability, Replaced, WriterOptions};

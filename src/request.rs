@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
-use crate::search::{Constraint, Normalization};
+use crate::search::{Constraint, Normalization, PhraseRule};
 
 /// The largest beam width that a request may ask for.
 pub const MAX_BEAMS: usize = 4096;
@@ -184,6 +184,9 @@ pub struct Request {
     pub normalization: Option<Normalization>,
     /// What may follow a prefix.
     pub constraint: Constraint,
+    /// How phrases are searched, by a model that writes phrases instead of semantic IDs. `None` takes
+    /// the model's own (`phrases` in its `sidereal.json`).
+    pub phrase_rule: Option<PhraseRule>,
     /// Divides the logits before normalisation; above 0, 1 by default.
     pub temperature: f32,
     /// Which items of a shared semantic ID come back.
@@ -237,6 +240,7 @@ impl Request {
             top_k: 10,
             normalization: None,
             constraint: Constraint::Trie,
+            phrase_rule: None,
             temperature: 1.0,
             shared_sid: SharedSid::All,
             per_sid: None,
@@ -399,6 +403,13 @@ impl Request {
     #[must_use]
     pub fn with_constraint(mut self, constraint: Constraint) -> Request {
         self.constraint = constraint;
+        self
+    }
+
+    /// Sets [`phrase_rule`](Request::phrase_rule).
+    #[must_use]
+    pub fn with_phrase_rule(mut self, rule: PhraseRule) -> Request {
+        self.phrase_rule = Some(rule);
         self
     }
 

@@ -97,6 +97,11 @@ pub trait DeviceOps: Send + Sync + Sized + 'static {
     /// and values.
     fn memory(&self, spec: &MemorySpec) -> Result<Self::Memory>;
 
+    /// Checks that the device searches phrases.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::Error::Unsupported).
+    fn check_phrases(&self) -> Result<()>;
     /// The most steps that a search may take.
     fn max_steps(&self) -> usize;
     /// A search, with the one beam that it starts with.

@@ -18,6 +18,7 @@ mod batch;
 pub mod cpu;
 pub mod cuda;
 mod device;
+mod ended_phrases;
 mod kv_layout;
 mod level_columns;
 mod network;
@@ -38,8 +39,8 @@ pub use network::{
 pub use pass_plan::PassPlan;
 use search::Continuations;
 pub use search::{
-    AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, ReadBeams, SearchOps, SearchRule,
-    Step, StepChoice,
+    AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, PhraseStep, ReadBeams, SearchOps,
+    SearchRule, Step, StepChoice,
 };
 
 /// All operations of a device.

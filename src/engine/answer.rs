@@ -125,15 +125,25 @@ impl Codes {
         let of_beam = |beam: &Beam| {
             let log_probs = beam.log_probs.get(uncounted..).unwrap_or_default().to_vec();
             let score = beam.score;
-            let cursor =
-                beam.cursor.or_else(|| self.cursor(snapshot, &beam.tokens[before_codes..]));
-            let items =
-                cursor.into_iter().flat_map(|cursor| snapshot.items(cursor, snapshot.num_levels()));
+            let items: Vec<u32> = match (beam.phrase, &prepared.phrases) {
+                (Some(phrase), Some(phrases)) => {
+                    let mut items: Vec<u32> = phrases.set.items(phrase).collect();
+                    snapshot.sort_shared(&mut items);
+                    items
+                }
+                _ => {
+                    let cursor = beam.cursor;
+                    let cursor =
+                        cursor.or_else(|| self.cursor(snapshot, beam.tokens.get(before_codes..)?));
+                    let num_levels = snapshot.num_levels();
+                    cursor.iter().flat_map(|&cursor| snapshot.items(cursor, num_levels)).collect()
+                }
+            };
             let is_wanted = move |&item: &u32| match &prepared.candidates {
                 Some(candidates) => candidates.contains(item),
                 None => allowed_set.allows(snapshot, item),
             };
-            items.filter(is_wanted).take(most).map(move |item| Recommendation {
+            items.into_iter().filter(is_wanted).take(most).map(move |item| Recommendation {
                 log_probs: log_probs.clone(),
                 ..Recommendation::new(snapshot, item, score, prepared.request.titles)
             })

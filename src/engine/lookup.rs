@@ -63,52 +63,72 @@ impl Known {
     }
 }
 
-/// By slot, what may come back. Named tokens are read whatever the catalog has.
+/// What a request wants its searches to find, by the catalog's numbers.
+pub(super) struct Wishes {
+    /// Ascending, each once.
+    pub excluded: Vec<u32>,
+    /// Ascending, each once; `None` for all.
+    pub only: Option<Vec<u32>>,
+    /// By search.
+    pub filters: Vec<Option<String>>,
+}
+
+impl Wishes {
+    /// The wishes of a request.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] for a filter that says nothing or that cannot be read.
+    pub fn of(
+        request: &Request,
+        snapshot: &Snapshot,
+        unknown_items: &mut UnknownByField,
+    ) -> Result<Wishes> {
+        check_filters(request)?;
+        let excluded = Known::of(&request.exclude, snapshot).into_sorted();
+        let only = request.only.as_ref().map(|names| {
+            let mut known = Known::of(names, snapshot);
+            unknown_items.only = std::mem::take(&mut known.unknown);
+            known.into_sorted()
+        });
+        let of_group = |group: &String| match &request.filter {
+            Some(filter) => Ok(Some(Filter::both(filter, group)?)),
+            None => Ok(Some(group.clone())),
+        };
+        let filters = match request.groups.is_empty() {
+            true => vec![request.filter.clone()],
+            false => request.groups.iter().map(of_group).collect::<Result<_>>()?,
+        };
+        Ok(Wishes { excluded, only, filters })
+    }
+
+    /// What may come back, search by search.
+    fn allowed_sets(&self, snapshot: &Snapshot) -> Result<Vec<AllowedSet>> {
+        let allowed_set = |filter: &Option<String>| {
+            let allowed_set = snapshot.allowed_set(&self.excluded, filter.as_deref())?;
+            Ok(match &self.only {
+                Some(only) => allowed_set.restricted_to(snapshot, only),
+                None => allowed_set,
+            })
+        };
+        self.filters.iter().map(allowed_set).collect()
+    }
+}
+
+/// By slot, what may come back. Named tokens are read whatever the catalog has. `wishes`: where the
+/// request searches.
 pub(super) fn allowed_sets(
     request: &Request,
     snapshot: &Snapshot,
-    has_search: bool,
-    unknown_items: &mut UnknownByField,
+    wishes: Option<&Wishes>,
 ) -> Result<Vec<AllowedSet>> {
     let mut all = Vec::new();
     if !request.read.is_empty() {
         all.push(snapshot.allowed_set(&[], None)?);
     }
-    if has_search {
-        all.extend(searches(request, snapshot, unknown_items)?);
+    if let Some(wishes) = wishes {
+        all.extend(wishes.allowed_sets(snapshot)?);
     }
     Ok(all)
-}
-
-/// What may come back, search by search.
-fn searches(
-    request: &Request,
-    snapshot: &Snapshot,
-    unknown_items: &mut UnknownByField,
-) -> Result<Vec<AllowedSet>> {
-    check_filters(request)?;
-    let excluded = Known::of(&request.exclude, snapshot).into_sorted();
-    let only = request.only.as_ref().map(|names| {
-        let mut known = Known::of(names, snapshot);
-        unknown_items.only = std::mem::take(&mut known.unknown);
-        known.into_sorted()
-    });
-    let allowed_set = |filter: Option<&str>| {
-        let allowed_set = snapshot.allowed_set(&excluded, filter)?;
-        Ok(match &only {
-            Some(only) => allowed_set.restricted_to(snapshot, only),
-            None => allowed_set,
-        })
-    };
-    let filter = request.filter.as_deref();
-    if request.groups.is_empty() {
-        return Ok(vec![allowed_set(filter)?]);
-    }
-    let of_group = |group: &String| match filter {
-        Some(filter) => allowed_set(Some(&Filter::both(filter, group)?)),
-        None => allowed_set(Some(group)),
-    };
-    request.groups.iter().map(of_group).collect()
 }
 
 /// Refuses filters that say nothing. They may be templates that were filled in wrongly, and what they

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use tracing::Span;
 
-use super::lookup::{Known, allowed_sets};
+use super::fields::{check_fields, check_snapshot};
+use super::lookup::{Known, Wishes, allowed_sets};
+use super::phrases::{self, PhraseIndex, PhraseSearch};
 use super::program::{Output, Program, Search, Stage};
 use crate::answer::{UnknownByField, UnknownNames};
 use crate::backend::SearchRule;
@@ -26,9 +28,7 @@ use crate::models::PromptKind;
 use crate::models::config::SidLayout;
 use crate::pages;
 use crate::prompt::{Rendered, Source};
-use crate::request::{
-    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid, per_sid_below_one,
-};
+use crate::request::{Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid};
 use crate::schedule::{Demand, Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
 
@@ -50,6 +50,8 @@ pub struct Prepared {
     pub(super) allowed_sets: Vec<AllowedSet>,
     /// Items to score instead of searching.
     pub(super) candidates: Option<Candidates>,
+    /// The phrases that it searches, where the model writes some.
+    pub(super) phrases: Option<PhraseSearch>,
     /// Tokens whose log-probabilities are asked for, in the request's order.
     pub(super) read: Vec<u32>,
     pub(super) needs: Needs,
@@ -125,6 +127,7 @@ impl Prepared {
             candidates: self.candidates.as_ref().filter(|_| is_search),
             seed: self.request.seed.filter(|_| is_search),
             log_probs: self.request.log_probs && is_search,
+            phrases: self.phrases.as_ref().and_then(|phrases| phrases.step(slot)),
         }
     }
 }
@@ -141,6 +144,8 @@ pub(crate) struct Arrival {
 pub struct Preparer {
     pub(super) catalog: Arc<Catalog>,
     pub(super) layout: SidLayout,
+    /// Where the layout has some.
+    pub(super) phrases: Option<PhraseIndex>,
     pub(super) vocab_size: usize,
     pub(super) prompt: PromptKind,
     /// Of input and output together, where the network has a limit.
@@ -211,7 +216,10 @@ impl Preparer {
         let mut unknown_items = UnknownByField::default();
         let candidates = self.candidates(&request, &snapshot, &mut unknown_items)?;
         let read = self.read_tokens(&request)?;
-        let search = self.search(&request, candidates.as_ref())?;
+        phrases::check_fields(&request, self.phrases.is_some())?;
+        let set = self.phrases.as_ref().map(|index| index.of(&snapshot)).transpose()?;
+        let num_phrase_steps = set.as_ref().map(|set| set.max_len() + 1);
+        let search = self.search(&request, candidates.as_ref(), num_phrase_steps)?;
         let has_search = search.is_some();
         check_fields(&request, has_search)?;
         let mut stages = self.stages(&request, &read, search)?;
@@ -221,7 +229,16 @@ impl Preparer {
         };
         let input = self.read_input(&request, &snapshot, room)?;
         unknown_items.history = input.unknown;
-        let allowed_sets = allowed_sets(&request, &snapshot, has_search, &mut unknown_items)?;
+        let wishes = has_search.then(|| Wishes::of(&request, &snapshot, &mut unknown_items));
+        let wishes = wishes.transpose()?;
+        let allowed_sets = allowed_sets(&request, &snapshot, wishes.as_ref())?;
+        let phrases = match (&self.phrases, set, &wishes) {
+            (Some(index), Some(set), Some(wishes)) => {
+                let candidates = candidates.as_ref().map(Candidates::items);
+                Some(index.search(&request, &snapshot, set, wishes, candidates)?)
+            }
+            _ => None,
+        };
         stages.insert(0, Stage::Read(input.tokens));
         let program = Program::new(stages, self.prompt);
         let needs = self.needs(&program)?;
@@ -238,6 +255,7 @@ impl Preparer {
             program,
             allowed_sets,
             candidates,
+            phrases,
             read,
             needs,
             arrived_us: arrival.arrived_us,
@@ -280,19 +298,31 @@ impl Preparer {
 
     /// The searches of a request. A request that reads named tokens has some only where it names
     /// groups or candidates.
-    fn search(&self, request: &Request, candidates: Option<&Candidates>) -> Result<Option<Search>> {
+    fn search(
+        &self,
+        request: &Request,
+        candidates: Option<&Candidates>,
+        num_phrase_steps: Option<usize>,
+    ) -> Result<Option<Search>> {
         let Request { constraint, .. } = *request;
         if !request.read.is_empty() && request.groups.is_empty() && candidates.is_none() {
             return Ok(None);
         }
-        let widths = self.widths(request, candidates)?;
+        let widths = match num_phrase_steps {
+            Some(num_steps) => phrase_widths(request, candidates, num_steps)?,
+            None => self.widths(request, candidates)?,
+        };
         let most = widths.iter().copied().max().unwrap_or(0);
         let normalization = request.normalization.unwrap_or(self.layout.normalization);
         let count = request.groups.len().max(1);
-        if constraint == Constraint::None {
+        let is_of_phrases = num_phrase_steps.is_some();
+        if constraint == Constraint::None || is_of_phrases {
             if normalization == Normalization::Level {
-                let reason = "\"level\" needs a constraint to the level or the trie".into();
-                return Err(Error::InvalidField { field: "normalize", reason });
+                let reason = match is_of_phrases {
+                    true => "phrases have no levels; \"vocabulary\" and \"children\" are possible",
+                    false => "\"level\" needs a constraint to the level or the trie",
+                };
+                return Err(Error::InvalidField { field: "normalize", reason: reason.into() });
             }
             let vocab_size = self.vocab_size;
             if most * count * vocab_size > MAX_UNCONSTRAINED_LOGITS {
@@ -304,7 +334,7 @@ impl Preparer {
         if len > MAX_GROUPS {
             return Err(Error::LimitExceeded { what: "groups", len, max: MAX_GROUPS });
         }
-        Ok(Some(Search { widths, count, normalization, constraint }))
+        Ok(Some(Search { widths, is_of_phrases, count, normalization, constraint }))
     }
 
     /// The tokens that the request reads, by number.
@@ -465,6 +495,7 @@ impl Preparer {
     /// Whether a request's text takes time on the thread that prepares it.
     pub fn reads_text(&self, request: &Request) -> bool {
         match &request.input {
+            _ if self.phrases.is_some() => true, // titles that are new
             Input::Text(_) | Input::Messages(_) => true,
             Input::History(_) => self.layout.prompt.reads_text(),
             Input::Tokens(_) => false,
@@ -537,51 +568,20 @@ struct ReadInput {
     unknown: UnknownNames,
 }
 
-/// Refuses a catalog that is behind the state that the request asks for: it may not know the
-/// request's items yet, so this comes before all that looks them up.
-fn check_snapshot(request: &Request, snapshot: &Snapshot) -> Result<()> {
-    let snapshot = snapshot.number();
-    match request.min_snapshot {
-        Some(min_snapshot) if snapshot < min_snapshot => {
-            Err(Error::CatalogBehind { snapshot, min_snapshot })
-        }
-        _ => Ok(()),
+/// The beam width of a search for phrases, step by step.
+fn phrase_widths(
+    request: &Request,
+    candidates: Option<&Candidates>,
+    num_steps: usize,
+) -> Result<Vec<usize>> {
+    let width = match candidates {
+        Some(candidates) => candidates.items().len().max(1),
+        None => request.beams,
+    };
+    if width == 0 || width > MAX_BEAMS {
+        return Err(Error::BeamWidth { width: width as i64, max: MAX_BEAMS });
     }
-}
-
-/// Refuses values that no request may have, and fields that the request's program has no use for.
-fn check_fields(request: &Request, has_search: bool) -> Result<()> {
-    let Request { top_k, temperature, constraint, .. } = *request;
-    if top_k == 0 {
-        return Err(Error::TopK { top_k: 0 });
-    }
-    if request.per_sid == Some(0) {
-        return Err(per_sid_below_one(0));
-    }
-    if !(temperature.is_finite() && temperature > 0.0 && (1.0 / temperature).is_finite()) {
-        let reason = format!("{temperature} is not a number above zero");
-        return Err(Error::InvalidField { field: "temperature", reason });
-    }
-    if constraint != Constraint::Trie && (request.seed.is_some() || request.log_probs) {
-        let reason = "samples and log-probabilities need the trie".into();
-        return Err(Error::InvalidField { field: "constraint", reason });
-    }
-    let of_searches = [
-        ("filter", request.filter.is_some()),
-        ("exclude", !request.exclude.is_empty()),
-        ("only", request.only.is_some()),
-        ("seed", request.seed.is_some()),
-        ("log_probs", request.log_probs),
-    ];
-    match of_searches.into_iter().find(|(_, is_given)| *is_given && !has_search) {
-        Some((field, _)) => {
-            let reason = "goes with a search, which \"read\" replaces; leave it out, or ask for \
-                          items as well by \"groups\" or \"candidates\""
-                .into();
-            Err(Error::InvalidField { field, reason })
-        }
-        None => Ok(()),
-    }
+    Ok(vec![width; num_steps])
 }
 
 /// A search takes more steps than a device can.

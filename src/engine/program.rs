@@ -9,7 +9,7 @@
 //! | [`Stage::Read`] | extends the context by prompt tokens |
 //! | [`Stage::Forced`] | extends the context where that is possible, else every beam, a step a token |
 //! | [`Stage::ReadNamed`] | branches off: a slot of its own ends with the named tokens; the trunk stays |
-//! | [`Stage::Search`] | extends the beams by the levels of a semantic ID |
+//! | [`Stage::Search`] | extends the beams by the levels of a semantic ID, or by the tokens of a phrase |
 //!
 //! The trunk ends as one slot for each search. The scheduler sees leases and steps alone: a further
 //! stage is a variant here, with what it leases and what each of its steps chooses from.
@@ -40,15 +40,17 @@ pub(super) enum Stage {
     },
     /// The log-probabilities of these tokens, all different, right after the stages before.
     ReadNamed(Vec<u32>),
-    /// Searches the catalog's trie.
+    /// Searches the catalog's trie, or its phrases.
     Search(Search),
 }
 
 /// The searches of a request, all along one trunk.
 #[derive(Clone)]
 pub(super) struct Search {
-    /// The beam width by level.
+    /// The beam width by level, or by the tokens of the longest phrase and its end.
     pub widths: Vec<usize>,
+    /// Whether phrases are searched.
+    pub is_of_phrases: bool,
     /// How many there are, each under an allowed set of its own.
     pub count: usize,
     /// What scores are normalised over.
@@ -100,6 +102,7 @@ enum Choice {
     Level(usize),
     Forced { token: u32, is_counted: bool },
     Tokens(Vec<u32>),
+    Phrase,
 }
 
 impl Program {
@@ -123,7 +126,10 @@ impl Program {
                 Stage::Search(found) => {
                     let levels = found.widths.iter().enumerate();
                     trunk.extend(levels.map(|(level, &width)| Step {
-                        choice: Choice::Level(level),
+                        choice: match found.is_of_phrases {
+                            true => Choice::Phrase,
+                            false => Choice::Level(level),
+                        },
                         depth: level,
                         width,
                     }));
@@ -145,15 +151,21 @@ impl Program {
     }
 
     /// The program of a search that says nothing of its own, with an empty prompt: what every
-    /// engine must be able to run.
-    pub fn of_layout(layout: &SidLayout, prompt: PromptKind) -> Program {
+    /// engine must be able to run. `num_phrase_steps`: those of the longest phrase, where it writes
+    /// phrases.
+    pub fn of_layout(
+        layout: &SidLayout,
+        num_phrase_steps: Option<usize>,
+        prompt: PromptKind,
+    ) -> Program {
         let mut stages = Vec::new();
         if let Some(forced) = &layout.forced {
             let (tokens, is_counted) = (forced.tokens.clone(), forced.is_counted);
             stages.push(Stage::Forced { tokens, is_counted });
         }
         stages.push(Stage::Search(Search {
-            widths: vec![1; layout.levels.len()],
+            widths: vec![1; num_phrase_steps.unwrap_or(layout.levels.len())],
+            is_of_phrases: num_phrase_steps.is_some(),
             count: 1,
             normalization: layout.normalization,
             constraint: Constraint::Trie,
@@ -235,6 +247,7 @@ impl SlotProgram {
             Choice::Level(level) => StepChoice::Level(*level),
             &Choice::Forced { token, is_counted } => StepChoice::Forced { token, is_counted },
             Choice::Tokens(tokens) => StepChoice::Tokens(tokens),
+            Choice::Phrase => StepChoice::Phrase,
         };
         (choice, *depth, *width)
     }
@@ -280,7 +293,8 @@ mod tests {
 
     fn search(widths: &[usize], count: usize) -> Stage {
         let (normalization, constraint) = (Normalization::Vocabulary, Constraint::Trie);
-        Stage::Search(Search { widths: widths.to_vec(), count, normalization, constraint })
+        let (widths, is_of_phrases) = (widths.to_vec(), false);
+        Stage::Search(Search { widths, is_of_phrases, count, normalization, constraint })
     }
 
     /// The steps of a slot: what it chooses from, the depth, the width.

@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::request::{Input, Request};
 
+mod phrases;
 mod pieces;
 pub mod projects;
 mod source;
@@ -22,6 +23,7 @@ mod without_text;
 #[cfg(not(feature = "text"))]
 use without_text as text;
 
+pub use phrases::{PhraseLayout, PhrasesEntry};
 use pieces::PieceEntry;
 pub use pieces::{Cut, ItemPart, Limit, Piece};
 pub use source::Source;

@@ -13,7 +13,7 @@ use crate::request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
     per_sid_below_one,
 };
-use crate::search::{Constraint, Normalization};
+use crate::search::{Constraint, Normalization, PhraseRule};
 
 /// Fields that are looked for under other names, and their own.
 const OTHER_NAMES: [(&str, &str); 6] = [
@@ -88,6 +88,8 @@ pub struct RequestLine {
     normalize: Option<Normalization>,
     #[serde(default)]
     constraint: Option<Constraint>,
+    #[serde(default)]
+    phrase_rule: Option<PhraseRule>,
     #[serde(default)]
     temperature: Option<Real>,
     #[serde(default)]
@@ -327,6 +329,7 @@ impl RequestLine {
             top_k,
             normalization: self.normalize.or(defaults.normalization),
             constraint: self.constraint.unwrap_or(defaults.constraint),
+            phrase_rule: self.phrase_rule,
             temperature: self.temperature.map_or(1.0, |Real(temperature)| temperature as f32),
             shared_sid: self.shared_sid.unwrap_or_default(),
             per_sid: self.per_sid(defaults)?,
@@ -398,7 +401,7 @@ fn in_range(field: &'static str, position: usize, Whole(token): Whole) -> Result
 /// The line that says the whole request, whatever a reader's defaults are.
 impl Serialize for Request {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut line = serializer.serialize_struct("Request", 23)?;
+        let mut line = serializer.serialize_struct("Request", 24)?;
         match &self.input {
             Input::History(items) => line.serialize_field("history", items)?,
             Input::Tokens(tokens) => line.serialize_field("tokens", tokens)?,
@@ -449,6 +452,9 @@ impl Serialize for Request {
             line.serialize_field("normalize", &normalization)?;
         }
         line.serialize_field("constraint", &self.constraint)?;
+        if let Some(rule) = &self.phrase_rule {
+            line.serialize_field("phrase_rule", rule)?;
+        }
         line.serialize_field("temperature", &self.temperature)?;
         line.serialize_field("shared_sid", &self.shared_sid)?;
         if let Some(per_sid) = self.per_sid {

@@ -108,6 +108,10 @@ impl DeviceOps for CpuBackend {
         Ok(Memory::new(spec))
     }
 
+    fn check_phrases(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn max_steps(&self) -> usize {
         usize::MAX
     }

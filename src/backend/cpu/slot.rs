@@ -1,7 +1,9 @@
 //! A search on the CPU: its lease, its tails and its beams.
 
+use crate::backend::ended_phrases::{EndedPhrase, EndedPhrases};
 use crate::backend::{Beam, LogProb, SlotSpec};
 use crate::catalog::cursor::Cursor;
+use crate::catalog::phrases::PhraseNode;
 use crate::error::{Error, Result};
 use crate::pages::TAIL_PAGE_LEN;
 
@@ -39,6 +41,10 @@ pub(super) struct Beams {
     /// By beam, where a sample is drawn: the log-probability over legal continuations, and the same
     /// with its noise, by which beams are in order.
     pub samples: Vec<Sample>,
+    /// By beam: its prefix among phrases, in a search for phrases.
+    pub phrases: Vec<PhraseNode>,
+    /// Of a search for phrases that has begun.
+    pub ended: Option<EndedPhrases>,
     pub failed_step: Option<usize>,
 }
 
@@ -64,6 +70,8 @@ impl Beams {
             start_token,
             log_probs: Vec::new(),
             samples: vec![Sample { log_prob: 0.0, noisy: 0.0 }],
+            phrases: Vec::new(),
+            ended: None,
             failed_step: None,
         }
     }
@@ -84,13 +92,29 @@ impl Beams {
         &self.ancestors[beam * self.num_ancestors..(beam + 1) * self.num_ancestors]
     }
 
+    /// The tokens that a beam has chosen.
+    pub fn tokens_of(&self, beam: usize) -> &[u32] {
+        &self.tokens[beam * self.num_steps..(beam + 1) * self.num_steps]
+    }
+
     pub fn read(&self) -> Result<Vec<Beam>> {
         if let Some(step) = self.failed_step {
             return Err(Error::NonFiniteScores { step });
         }
+        if let Some(ended) = &self.ended {
+            let beam = |EndedPhrase { score, tokens, node }: &EndedPhrase| Beam {
+                tokens: tokens.clone(),
+                cursor: None,
+                phrase: Some(*node),
+                score: *score,
+                log_probs: Vec::new(),
+            };
+            return Ok(ended.phrases().iter().map(beam).collect());
+        }
         let beam = |at: usize| Beam {
-            tokens: self.tokens[at * self.num_steps..(at + 1) * self.num_steps].to_vec(),
+            tokens: self.tokens_of(at).to_vec(),
             cursor: self.are_leaves.then(|| self.cursors[at]),
+            phrase: None,
             score: self.scores[at],
             log_probs: match self.log_probs.is_empty() {
                 true => Vec::new(),
@@ -98,6 +122,14 @@ impl Beams {
             },
         };
         Ok((0..self.len()).map(beam).collect())
+    }
+
+    /// Ends the search: the beams are gone, and reading them tells why.
+    pub fn fail(&mut self, step: usize) {
+        let start_token = self.start_token;
+        *self = Beams { failed_step: Some(step), ..Beams::start(start_token) };
+        self.scores.clear();
+        self.ranks.clear();
     }
 }
 

@@ -65,6 +65,7 @@ impl<D: Driver> Head<D> {
         match rule.choice {
             StepChoice::Forced { token, .. } => token as usize..token as usize + 1,
             StepChoice::Tokens(_) => 0..0,
+            StepChoice::Phrase => unreachable!("an engine on a GPU refuses phrases"),
             StepChoice::Level(_) if rule.continuations() == Continuations::Vocabulary => {
                 0..self.vocab_size()
             }
@@ -77,6 +78,7 @@ impl<D: Driver> Head<D> {
         match rule.choice {
             StepChoice::Forced { .. } => 1,
             StepChoice::Tokens(tokens) => tokens.len(),
+            StepChoice::Phrase => unreachable!("an engine on a GPU refuses phrases"),
             StepChoice::Level(_) if rule.continuations() == Continuations::Vocabulary => {
                 self.vocab_size()
             }

@@ -184,6 +184,7 @@ pub(super) fn write<D: Driver>(
             Continuations::Vocabulary => (OF_VOCABULARY, entry.num_codes),
             Continuations::Forced => (FORCED, 1),
             Continuations::Tokens => (NAMED, entry.num_codes),
+            Continuations::Phrases => unreachable!("an engine on a GPU refuses phrases"),
         };
         entry.depth = rule.depth as u32;
         entry.inverse_temperature = 1.0 / rule.temperature;
