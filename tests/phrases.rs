@@ -18,8 +18,8 @@ use serde_json::{Value, json};
 use sidereal::catalog::sid::Sid;
 use sidereal::catalog::{Catalog, Change, Item};
 use sidereal::{
-    Answer, CatalogWriter, Constraint, EarlyStopping, Engine, EngineOptions, Forced, NamedToken,
-    Normalization, PhraseRule, PhraseSearch, Request, WriterOptions,
+    Answer, CatalogWriter, Constraint, EarlyStopping, Engine, EngineOptions, Error, Forced, Input,
+    NamedToken, Normalization, PhraseRule, PhraseSearch, Request, WriterOptions,
 };
 use tempfile::TempDir;
 
@@ -405,4 +405,77 @@ fn items_without_codes_are_found_by_their_names() {
     for item in &answer.items {
         assert!((scores(&scored)[&item.item] - item.score).abs() < 1e-4, "{}", item.item);
     }
+}
+
+#[derive(Deserialize)]
+struct P5Golden {
+    cases: Vec<P5Case>,
+}
+
+#[derive(Deserialize)]
+struct P5Case {
+    user: String,
+    history: Vec<String>,
+    input_ids: Vec<u32>,
+    /// By item, in f64.
+    scores: HashMap<String, f64>,
+}
+
+/// P5's folder, with a catalog of its items, and its golden answers (`models/p5.py`).
+fn p5(folder: &TempDir) -> (Engine, P5Golden) {
+    let from = models().join("phrases/p5");
+    for name in ["config.json", "beauty-small.pth", "sidereal.json", "tokenizer.json"] {
+        std::fs::copy(from.join(name), folder.path().join(name)).expect("a checkpoint");
+    }
+    let golden = std::fs::read(from.join("golden.json")).expect("golden answers");
+    let golden: P5Golden = serde_json::from_slice(&golden).expect("their form");
+    let items = golden.cases[0].scores.keys();
+    let lines: String =
+        items.map(|item| format!("{{\"item\": \"{item}\", \"title\": \"\"}}\n")).collect();
+    let path = write(folder, "items.jsonl", lines);
+    let catalog = Arc::new(Catalog::open(&path).expect("items without codes"));
+    let options = EngineOptions::default().with_threads(2);
+    (Engine::open(folder.path(), catalog, &options).expect("a checkpoint"), golden)
+}
+
+#[test]
+fn p5_scores_each_item_as_its_network_in_f64() {
+    let folder = temp();
+    let (mut engine, golden) = p5(&folder);
+    let mut requests = Vec::new();
+    for case in &golden.cases {
+        let request = Request::from_history(case.history.clone())
+            .with_user(&case.user)
+            .with_top_k(usize::MAX)
+            .with_beams(600);
+        let mut as_tokens = request.clone();
+        as_tokens.input = Input::Tokens(case.input_ids.clone());
+        let ranked = request.clone().with_candidates(case.scores.keys().cloned());
+        requests.extend([request, as_tokens, ranked]);
+    }
+    // All at once, so that several prompts share a pass.
+    let mut answers: Vec<Option<Answer>> = requests.iter().map(|_| None).collect();
+    engine.recommend_all(&requests, |index, answer| {
+        answers[index] = Some(answer.expect("a sound request"));
+    });
+    let mut worst: f64 = 0.0;
+    for (index, answer) in answers.iter().enumerate() {
+        let (case, answer) = (&golden.cases[index / 3], answer.as_ref().expect("answered"));
+        assert_eq!(answer.tokens, case.input_ids.len());
+        assert_eq!(answer.items.len(), case.scores.len(), "user {}", case.user);
+        for item in &answer.items {
+            worst = worst.max((f64::from(item.score) - case.scores[&item.item]).abs());
+        }
+    }
+    assert!(worst < 1e-4, "a score is off by {worst}");
+}
+
+#[test]
+fn a_prompt_of_more_words_than_p5_has_embeddings_for_is_refused() {
+    let folder = temp();
+    let (mut engine, golden) = p5(&folder);
+    let items: Vec<String> = golden.cases[0].scores.keys().take(60).cloned().collect();
+    let request = Request::from_history(items).with_user("7");
+    let error = engine.recommend(&request).expect_err("too many words");
+    assert!(matches!(error, Error::LimitExceeded { max: 63, .. }), "{error}");
 }

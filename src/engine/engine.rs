@@ -142,6 +142,7 @@ impl<B: Backend> Engine<B> {
                 layout,
                 phrases,
                 vocab_size: spec.vocab_size,
+                words: model.word_rule(),
                 prompt: spec.prompt,
                 max_positions: spec.max_positions,
                 max_steps,

@@ -13,13 +13,14 @@ use rayon::prelude::*;
 
 use super::lookup::Wishes;
 use crate::backend::{Backend, PhraseStep};
+use crate::catalog::candidates::Candidates;
 use crate::catalog::phrases::{AllowedPhrases, PassingPhrases, PhraseSet};
 use crate::catalog::token_trie::Phrases;
 use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
 use crate::models::config::SidLayout;
 use crate::prompt::PhraseLayout;
-use crate::request::Request;
+use crate::request::{MAX_BEAMS, Request};
 use crate::search::{Constraint, PhraseRule};
 
 /// Filters whose phrases are kept.
@@ -210,4 +211,20 @@ pub(super) fn check_fields(request: &Request, has_phrases: bool) -> Result<()> {
         Some((field, _, reason)) => invalid(field, reason),
         None => Ok(()),
     }
+}
+
+/// The beam width of a search for phrases, step by step.
+pub(super) fn widths(
+    request: &Request,
+    candidates: Option<&Candidates>,
+    num_steps: usize,
+) -> Result<Vec<usize>> {
+    let width = match candidates {
+        Some(candidates) => candidates.items().len().max(1),
+        None => request.beams,
+    };
+    if width == 0 || width > MAX_BEAMS {
+        return Err(Error::BeamWidth { width: width as i64, max: MAX_BEAMS });
+    }
+    Ok(vec![width; num_steps])
 }

@@ -24,8 +24,8 @@ use crate::catalog::sid::Sid;
 use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
-use crate::models::PromptKind;
 use crate::models::config::SidLayout;
+use crate::models::{PromptKind, WordRule};
 use crate::pages;
 use crate::prompt::{Rendered, Source};
 use crate::request::{Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid};
@@ -147,6 +147,8 @@ pub struct Preparer {
     /// Where the layout has some.
     pub(super) phrases: Option<PhraseIndex>,
     pub(super) vocab_size: usize,
+    /// Where the network counts the words of its prompts.
+    pub(super) words: Option<Arc<WordRule>>,
     pub(super) prompt: PromptKind,
     /// Of input and output together, where the network has a limit.
     pub(super) max_positions: Option<usize>,
@@ -309,7 +311,7 @@ impl Preparer {
             return Ok(None);
         }
         let widths = match num_phrase_steps {
-            Some(num_steps) => phrase_widths(request, candidates, num_steps)?,
+            Some(num_steps) => phrases::widths(request, candidates, num_steps)?,
             None => self.widths(request, candidates)?,
         };
         let most = widths.iter().copied().max().unwrap_or(0);
@@ -549,13 +551,11 @@ impl Preparer {
             return Err(Error::HistoryTooLong { len, max });
         }
         let vocab_size = self.vocab_size;
-        match tokens.iter().position(|&token| token as usize >= vocab_size) {
-            Some(position) => {
-                let token = u64::from(tokens[position]);
-                Err(Error::TokenOutOfRange { token, position, vocab_size })
-            }
-            None => Ok(()),
+        if let Some(position) = tokens.iter().position(|&token| token as usize >= vocab_size) {
+            let token = u64::from(tokens[position]);
+            return Err(Error::TokenOutOfRange { token, position, vocab_size });
         }
+        self.words.as_ref().map_or(Ok(()), |words| words.check(tokens))
     }
 }
 
@@ -566,22 +566,6 @@ struct ReadInput {
     num_cut: usize,
     /// Names of the history that the catalog does not have.
     unknown: UnknownNames,
-}
-
-/// The beam width of a search for phrases, step by step.
-fn phrase_widths(
-    request: &Request,
-    candidates: Option<&Candidates>,
-    num_steps: usize,
-) -> Result<Vec<usize>> {
-    let width = match candidates {
-        Some(candidates) => candidates.items().len().max(1),
-        None => request.beams,
-    };
-    if width == 0 || width > MAX_BEAMS {
-        return Err(Error::BeamWidth { width: width as i64, max: MAX_BEAMS });
-    }
-    Ok(vec![width; num_steps])
 }
 
 /// A search takes more steps than a device can.

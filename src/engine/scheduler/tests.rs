@@ -27,6 +27,7 @@ pub(super) fn preparer() -> Preparer {
     Preparer {
         catalog: Arc::new(builder.build().expect("a catalog")),
         phrases: None,
+        words: None,
         layout: SidLayout {
             phrases: None,
             levels: vec![vec![1, 2], vec![3, 4]],
