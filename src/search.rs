@@ -34,6 +34,65 @@ pub enum Constraint {
     None,
 }
 
+/// How a token is drawn from what the model says may come next.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Sampling {
+    /// Divides the logits; zero takes the likeliest token.
+    pub temperature: f32,
+    /// Only the likeliest are drawn from; zero for all.
+    pub top_k: usize,
+    /// Only the likeliest whose probabilities sum to this are drawn from; 1 for all.
+    pub top_p: f32,
+    /// Only tokens are drawn whose probability is at least this much of the likeliest's.
+    pub min_p: f32,
+    /// Divides the logits above zero of tokens that were read or written before, and multiplies those
+    /// below; 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// Equal seeds draw equal tokens after equal inputs.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    /// The model's own distribution.
+    fn default() -> Sampling {
+        Sampling {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
+    }
+}
+
+impl Sampling {
+    /// Why nothing can be drawn so.
+    pub(crate) fn fault(&self) -> Option<String> {
+        let Sampling { temperature, top_p, min_p, repetition_penalty, .. } = *self;
+        let is_cold = temperature == 0.0;
+        let ranges = [
+            (
+                "temperature",
+                temperature,
+                is_cold || (0.01..=100.0).contains(&temperature),
+                "0, or between 0.01 and 100",
+            ),
+            ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1"),
+            ("min_p", min_p, (0.0..=1.0).contains(&min_p), "between 0 and 1"),
+            (
+                "repetition_penalty",
+                repetition_penalty,
+                (0.01..=100.0).contains(&repetition_penalty),
+                "between 0.01 and 100",
+            ),
+        ];
+        let wrong = ranges.into_iter().find(|(_, _, is_sound, _)| !is_sound);
+        wrong.map(|(name, value, _, range)| format!("\"{name}\" is {value}; it must be {range}"))
+    }
+}
+
 /// How a search of phrases keeps and ranks those that have ended. A phrase's score is the sum of its
 /// log-probabilities, that of the end with them, divided by its length to the power of a penalty;
 /// the length is its tokens and the end.

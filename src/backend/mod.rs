@@ -24,6 +24,7 @@ mod level_columns;
 mod network;
 mod noise;
 mod pass_plan;
+mod sampling;
 mod search;
 #[doc(hidden)]
 pub mod testing;
@@ -39,8 +40,8 @@ pub use network::{
 pub use pass_plan::PassPlan;
 use search::Continuations;
 pub use search::{
-    AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, PhraseStep, ReadBeams, SearchOps,
-    SearchRule, Step, StepChoice,
+    AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, PhraseStep, ReadBeams, SampleStep,
+    SearchOps, SearchRule, Step, StepChoice,
 };
 
 /// All operations of a device.

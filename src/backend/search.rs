@@ -11,7 +11,7 @@ use crate::catalog::candidates::Candidates;
 use crate::catalog::cursor::Cursor;
 use crate::catalog::phrases::{AllowedPhrases, PhraseNode, PhraseSet};
 use crate::error::Result;
-use crate::search::{Constraint, Normalization, PhraseRule};
+use crate::search::{Constraint, Normalization, PhraseRule, Sampling};
 
 /// Stands for "this code has no token" in a level.
 pub const NO_TOKEN: u32 = u32::MAX;
@@ -35,6 +35,22 @@ pub enum StepChoice<'a> {
     Tokens(&'a [u32]),
     /// A token of a phrase, or its end: the rule's `phrases` says which may follow.
     Phrase,
+    /// A token that is drawn, of the rule's `thought`, which has one beam.
+    Sample {
+        /// Steps of the thought after this one. Without any the thought ends.
+        num_left: usize,
+    },
+}
+
+/// How a thought takes its steps.
+#[derive(Clone, Copy)]
+pub struct SampleStep<'a> {
+    /// How a token is drawn.
+    pub sampling: &'a Sampling,
+    /// The tokens that end it, at least one; the first is what it ends with, whichever was drawn.
+    pub stop: &'a [u32],
+    /// The tokens before the slot's own that a repetition penalty is for.
+    pub seen: &'a [u32],
 }
 
 /// How a search takes its steps among phrases.
@@ -83,6 +99,8 @@ pub struct SearchRule<'a> {
     pub log_probs: bool,
     /// For steps of phrases.
     pub phrases: Option<PhraseStep<'a>>,
+    /// For steps of a thought.
+    pub thought: Option<SampleStep<'a>>,
 }
 
 /// The log-probability of one chosen token.
@@ -124,6 +142,8 @@ pub(super) enum Continuations {
     Tokens,
     /// The children of the beam's prefix among phrases, and the end.
     Phrases,
+    /// One token that is drawn from all.
+    Sampled,
 }
 
 impl<'a> SearchRule<'a> {
@@ -148,6 +168,7 @@ impl<'a> SearchRule<'a> {
             seed: None,
             log_probs: false,
             phrases: None,
+            thought: None,
         }
     }
 
@@ -155,7 +176,9 @@ impl<'a> SearchRule<'a> {
     /// are the vocabulary; where any code is, they are the level; a forced token is alone.
     pub fn normalizer(&self) -> Normalizer {
         match (self.choice, self.normalization, self.constraint) {
-            (StepChoice::Forced { is_counted: false, .. }, ..) => Normalizer::Certain,
+            (StepChoice::Forced { is_counted: false, .. } | StepChoice::Sample { .. }, ..) => {
+                Normalizer::Certain
+            }
             (_, Normalization::Vocabulary, _) => Normalizer::Vocabulary,
             (StepChoice::Forced { .. }, ..) => Normalizer::Certain,
             (StepChoice::Tokens(_), ..) => Normalizer::Level,
@@ -173,6 +196,7 @@ impl<'a> SearchRule<'a> {
             (StepChoice::Forced { .. }, _) => Continuations::Forced,
             (StepChoice::Tokens(_), _) => Continuations::Tokens,
             (StepChoice::Phrase, _) => Continuations::Phrases,
+            (StepChoice::Sample { .. }, _) => Continuations::Sampled,
             (_, Constraint::Trie) => Continuations::Children,
             (_, Constraint::Occurring) => Continuations::Occurring,
             (_, Constraint::Level) => Continuations::Level,
@@ -208,6 +232,8 @@ pub struct Beam {
     pub cursor: Option<Cursor>,
     /// The phrase, where the search was for phrases; the end is the last of its tokens.
     pub phrase: Option<PhraseNode>,
+    /// Steps of a thought that it did not need.
+    pub num_skipped: usize,
     /// Natural log of the probability; of a phrase, as its rule says.
     pub score: f32,
     /// By step, where the rule asked for them.

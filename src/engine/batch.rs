@@ -114,6 +114,7 @@ impl<B: Backend> SubBatch<B> {
                 StepChoice::Forced { token, .. } => (1, token),
                 StepChoice::Tokens(tokens) => (2, tokens.len() as u32),
                 StepChoice::Phrase => (3, 0),
+                StepChoice::Sample { .. } => (4, 0),
             }
         });
         owners.extend(beams);

@@ -141,6 +141,7 @@ impl<B: Backend> Engine<B> {
                 catalog,
                 layout,
                 phrases,
+                thoughts: backend.check_thoughts(),
                 vocab_size: spec.vocab_size,
                 words: model.word_rule(),
                 prompt: spec.prompt,

@@ -3,12 +3,15 @@
 //! Names come from logs, feature stores and other replicas, which know items that the catalog has no
 //! longer or not yet. Such names are left out and told, unless the request wants an error for them.
 
+use std::io::ErrorKind;
+
 use crate::answer::{UnknownByField, UnknownNames};
 use crate::catalog::Snapshot;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::filter::Filter;
 use crate::error::{Error, Result};
-use crate::request::{Request, UnknownItems};
+use crate::models::vocabulary::Vocabulary;
+use crate::request::{NamedToken, Request, UnknownItems};
 
 /// The items of some names.
 pub(super) struct Known {
@@ -111,6 +114,57 @@ impl Wishes {
             })
         };
         self.filters.iter().map(allowed_set).collect()
+    }
+}
+
+/// The number of a token that a field names.
+///
+/// # Errors
+/// [`Error::InvalidField`] where no token has its text; those of the tokenizer's files.
+pub(super) fn named_token(
+    vocabulary: &Vocabulary,
+    field: &'static str,
+    token: &NamedToken,
+) -> Result<u32> {
+    match token {
+        NamedToken::Id(token) => Ok(*token),
+        NamedToken::Text(text) => token_of(vocabulary, field, text),
+    }
+}
+
+/// The one token of a text.
+fn token_of(vocabulary: &Vocabulary, field: &'static str, text: &str) -> Result<u32> {
+    let invalid = |reason: String| Err(Error::InvalidField { field, reason });
+    match vocabulary.token(text) {
+        Ok(Some(token)) => Ok(token),
+        Ok(None) => invalid(format!(
+            "{text:?} is not one token of the model's tokenizer.json; give a text as its \
+             vocabulary writes it (a leading space may be \"Ġ\" or \"▁\"), or the token's number"
+        )),
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => invalid(format!(
+            "{text:?} cannot be looked up, as the model folder has no tokenizer.json; \
+             give the token's number, or add the file"
+        )),
+        Err(error) => Err(error),
+    }
+}
+
+/// Checks that the tokens of a field are among those of the model.
+///
+/// # Errors
+/// [`Error::InvalidField`].
+pub(super) fn check_vocabulary(
+    field: &'static str,
+    tokens: &[u32],
+    vocab_size: usize,
+) -> Result<()> {
+    match tokens.iter().find(|&&token| token as usize >= vocab_size) {
+        None => Ok(()),
+        Some(token) => {
+            let reason =
+                format!("token {token} is outside the model's vocabulary of {vocab_size} tokens");
+            Err(Error::InvalidField { field, reason })
+        }
     }
 }
 

@@ -19,6 +19,7 @@
 //! | `prepare` | a request is checked and becomes work, on any thread |
 //! | `fields` | values and combinations of fields that no request may have |
 //! | `phrases` | the phrases of the catalog, and those that a request searches |
+//! | `thoughts` | what a request thinks before it searches |
 //! | `lookup` | names in a request become items; unknown ones are left out |
 //! | `program` | the stages of a request, and what they lease |
 //! | `scheduler` | requests that wait and run, their pages: host state alone |
@@ -45,6 +46,7 @@ mod run;
 mod scheduler;
 mod status;
 mod step;
+mod thoughts;
 mod weights;
 
 pub use answer::Reply;

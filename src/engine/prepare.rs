@@ -5,7 +5,6 @@
 //! steps.
 
 use std::collections::HashSet;
-use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -13,9 +12,10 @@ use std::time::{Duration, Instant};
 use tracing::Span;
 
 use super::fields::{check_fields, check_snapshot};
-use super::lookup::{Known, Wishes, allowed_sets};
+use super::lookup::{Known, Wishes, allowed_sets, check_vocabulary, named_token};
 use super::phrases::{self, PhraseIndex, PhraseSearch};
 use super::program::{Output, Program, Search, Stage};
+use super::thoughts::Thinking;
 use crate::answer::{UnknownByField, UnknownNames};
 use crate::backend::SearchRule;
 use crate::catalog::allowed::AllowedSet;
@@ -28,7 +28,7 @@ use crate::models::config::SidLayout;
 use crate::models::{PromptKind, WordRule};
 use crate::pages;
 use crate::prompt::{Rendered, Source};
-use crate::request::{Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid};
+use crate::request::{Forced, Input, LongHistory, MAX_BEAMS, Request, SharedSid};
 use crate::schedule::{Demand, Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
 
@@ -52,6 +52,8 @@ pub struct Prepared {
     pub(super) candidates: Option<Candidates>,
     /// The phrases that it searches, where the model writes some.
     pub(super) phrases: Option<PhraseSearch>,
+    /// What it thinks before, where it does.
+    pub(super) thinking: Option<Thinking>,
     /// Tokens whose log-probabilities are asked for, in the request's order.
     pub(super) read: Vec<u32>,
     pub(super) needs: Needs,
@@ -128,6 +130,7 @@ impl Prepared {
             seed: self.request.seed.filter(|_| is_search),
             log_probs: self.request.log_probs && is_search,
             phrases: self.phrases.as_ref().and_then(|phrases| phrases.step(slot)),
+            thought: self.thinking.as_ref().map(|thinking| thinking.step(self.tokens())),
         }
     }
 }
@@ -146,6 +149,8 @@ pub struct Preparer {
     pub(super) layout: SidLayout,
     /// Where the layout has some.
     pub(super) phrases: Option<PhraseIndex>,
+    /// Why there are no thoughts, where the device samples none.
+    pub(super) thoughts: Result<()>,
     pub(super) vocab_size: usize,
     /// Where the network counts the words of its prompts.
     pub(super) words: Option<Arc<WordRule>>,
@@ -224,7 +229,12 @@ impl Preparer {
         let search = self.search(&request, candidates.as_ref(), num_phrase_steps)?;
         let has_search = search.is_some();
         check_fields(&request, has_search)?;
+        let device = &self.thoughts;
+        let vocabulary = (&self.layout.vocabulary, self.vocab_size);
+        let thinking = Thinking::of(&request, device, vocabulary, self.prompt)?;
         let mut stages = self.stages(&request, &read, search)?;
+        let think = thinking.as_ref().map(|thinking| thinking.max_tokens);
+        stages.splice(0..0, think.map(|max_tokens| Stage::Think { max_tokens }));
         let room = match request.long_history {
             LongHistory::Error => usize::MAX,
             LongHistory::Cut => self.room_for_input(&stages),
@@ -258,6 +268,7 @@ impl Preparer {
             allowed_sets,
             candidates,
             phrases,
+            thinking,
             read,
             needs,
             arrived_us: arrival.arrived_us,
@@ -345,32 +356,11 @@ impl Preparer {
         if len > MAX_BEAMS {
             return Err(Error::LimitExceeded { what: "tokens to read", len, max: MAX_BEAMS });
         }
-        let tokens = request.read.iter().map(|token| match token {
-            NamedToken::Id(token) => Ok(*token),
-            NamedToken::Text(text) => self.token(text),
-        });
+        let tokens =
+            request.read.iter().map(|token| named_token(&self.layout.vocabulary, "read", token));
         let tokens = tokens.collect::<Result<Vec<u32>>>()?;
-        self.check_vocabulary("read", &tokens)?;
+        check_vocabulary("read", &tokens, self.vocab_size)?;
         Ok(tokens)
-    }
-
-    /// The one token of a text.
-    fn token(&self, text: &str) -> Result<u32> {
-        let invalid = |reason: String| Err(Error::InvalidField { field: "read", reason });
-        match self.layout.vocabulary.token(text) {
-            Ok(Some(token)) => Ok(token),
-            Ok(None) => invalid(format!(
-                "{text:?} is not one token of the model's tokenizer.json; give a text as its \
-                 vocabulary writes it (a leading space may be \"Ġ\" or \"▁\"), or the token's number"
-            )),
-            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
-                invalid(format!(
-                    "{text:?} cannot be looked up, as the model folder has no tokenizer.json; \
-                     give the token's number, or add the file"
-                ))
-            }
-            Err(error) => Err(error),
-        }
     }
 
     fn check_forced(&self, tokens: &[u32]) -> Result<()> {
@@ -378,20 +368,7 @@ impl Preparer {
             let reason = "has no tokens; give at least one, or leave the field out".into();
             return Err(Error::InvalidField { field: "forced", reason });
         }
-        self.check_vocabulary("forced", tokens)
-    }
-
-    fn check_vocabulary(&self, field: &'static str, tokens: &[u32]) -> Result<()> {
-        let vocab_size = self.vocab_size;
-        match tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            None => Ok(()),
-            Some(token) => {
-                let reason = format!(
-                    "token {token} is outside the model's vocabulary of {vocab_size} tokens"
-                );
-                Err(Error::InvalidField { field, reason })
-            }
-        }
+        check_vocabulary("forced", tokens, self.vocab_size)
     }
 
     /// The items to score, if the request names some.

@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | [`Stage::Read`] | extends the context by prompt tokens |
 //! | [`Stage::Forced`] | extends the context where that is possible, else every beam, a step a token |
+//! | [`Stage::Think`] | extends the one beam by drawn tokens and a stop token |
 //! | [`Stage::ReadNamed`] | branches off: a slot of its own ends with the named tokens; the trunk stays |
 //! | [`Stage::Search`] | extends the beams by the levels of a semantic ID, or by the tokens of a phrase |
 //!
@@ -38,6 +39,9 @@ pub(super) enum Stage {
         /// Whether their log-probabilities are part of the scores.
         is_counted: bool,
     },
+    /// Draws so many tokens at most, and a stop token. It stands before everything that has several
+    /// beams.
+    Think { max_tokens: usize },
     /// The log-probabilities of these tokens, all different, right after the stages before.
     ReadNamed(Vec<u32>),
     /// Searches the catalog's trie, or its phrases.
@@ -103,6 +107,7 @@ enum Choice {
     Forced { token: u32, is_counted: bool },
     Tokens(Vec<u32>),
     Phrase,
+    Sample { num_left: usize },
 }
 
 impl Program {
@@ -121,6 +126,11 @@ impl Program {
                     } else {
                         program.tokens.extend(tokens);
                     }
+                }
+                Stage::Think { max_tokens } => {
+                    let step =
+                        |num_left| Step { choice: Choice::Sample { num_left }, depth: 0, width: 1 };
+                    trunk.extend((0..=max_tokens).rev().map(step));
                 }
                 Stage::ReadNamed(tokens) => program.slots.push(read_named(&trunk, tokens)),
                 Stage::Search(found) => {
@@ -248,15 +258,23 @@ impl SlotProgram {
             &Choice::Forced { token, is_counted } => StepChoice::Forced { token, is_counted },
             Choice::Tokens(tokens) => StepChoice::Tokens(tokens),
             Choice::Phrase => StepChoice::Phrase,
+            &Choice::Sample { num_left } => StepChoice::Sample { num_left },
         };
         (choice, *depth, *width)
     }
 
     /// Pages of tails. Each position has its own: the start and each step, whether anything reads it
-    /// again or not, because a device may keep the beams themselves there.
+    /// again or not, because a device may keep the beams themselves there. Those of drawn tokens share
+    /// pages.
     pub fn tail_pages(&self) -> usize {
-        let widths = self.steps.iter().map(|step| step.width);
-        pages::tail_pages(std::iter::once(1).chain(widths))
+        let is_drawn = |step: &&Step| matches!(step.choice, Choice::Sample { .. });
+        let widths = self.steps.iter().filter(|step| !is_drawn(step)).map(|step| step.width);
+        let drawn = match self.steps.iter().filter(is_drawn).count() {
+            0 => 0,
+            // One row behind the other, in pages of their own.
+            num_rows => 1 + pages::tail_pages([num_rows]),
+        };
+        pages::tail_pages(std::iter::once(1).chain(widths)) + drawn
     }
 
     /// Beams of the widest step.

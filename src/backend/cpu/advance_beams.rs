@@ -23,7 +23,7 @@ use super::head::Head;
 use super::keys::{key, ranks, score_of};
 use super::lm_head::{LogSumExp, Logits, SlotLogits, over_level};
 use super::slot::{Beams, Sample};
-use super::{CpuBackend, Slot, phrases};
+use super::{CpuBackend, Slot, phrases, thoughts};
 use crate::backend::level_columns::LevelColumns;
 use crate::backend::{
     AdvanceBeams, Batch, Continuations, LogProb, Normalizer, SearchRule, StepChoice, noise,
@@ -65,6 +65,7 @@ fn advance(logits: &Logits, head: &Head, rule: &SearchRule<'_>, index: usize, sl
         StepChoice::Phrase => {
             return phrases::advance(logits, head.vocab_size, rule, index, slot);
         }
+        StepChoice::Sample { .. } => return thoughts::advance(logits, rule, index, slot),
     };
     let slot_logits = &logits.searches[index];
     let SlotLogits { rows, .. } = slot_logits;
@@ -90,6 +91,9 @@ fn advance(logits: &Logits, head: &Head, rule: &SearchRule<'_>, index: usize, sl
         beams.fail(step);
     }
 }
+
+/// Why no step here is of a phrase or a thought.
+const ELSEWHERE: &str = "steps of phrases and thoughts are taken elsewhere";
 
 /// One step of one slot.
 struct Search<'a> {
@@ -173,7 +177,7 @@ impl Search<'_> {
                     self.offer_codes(beams, beam, 0..num_codes, &mut best)?;
                 }
                 Continuations::Vocabulary => self.offer_vocabulary(beams, beam, &mut best)?,
-                Continuations::Phrases => unreachable!("steps of phrases are taken elsewhere"),
+                Continuations::Phrases | Continuations::Sampled => unreachable!("{ELSEWHERE}"),
             }
         }
         let best = best.into_sorted();
@@ -190,7 +194,7 @@ impl Search<'_> {
             }
             Continuations::Vocabulary => self.vocab_size,
             Continuations::Tokens => self.tokens.len() as u32,
-            Continuations::Phrases => unreachable!("steps of phrases are taken elsewhere"),
+            Continuations::Phrases | Continuations::Sampled => unreachable!("{ELSEWHERE}"),
         }
     }
 
@@ -515,7 +519,7 @@ impl Search<'_> {
             Continuations::Children | Continuations::Forced => {
                 self.over_children(beams, beam).expect("a chosen beam has continuations")
             }
-            Continuations::Vocabulary | Continuations::Phrases => {
+            Continuations::Vocabulary | Continuations::Phrases | Continuations::Sampled => {
                 self.logits.vocabulary[self.first_row + beam].value()
             }
             Continuations::Occurring => self.over_occurring(beam).value(),
@@ -541,7 +545,7 @@ impl Search<'_> {
     fn token(&self, choice: u32) -> u32 {
         match self.continuations {
             Continuations::Forced | Continuations::Tokens => self.tokens[choice as usize],
-            Continuations::Vocabulary | Continuations::Phrases => choice,
+            Continuations::Vocabulary | Continuations::Phrases | Continuations::Sampled => choice,
             Continuations::Children | Continuations::Occurring | Continuations::Level => {
                 let column = self.columns.column(choice as usize);
                 self.columns.span.start

@@ -112,6 +112,10 @@ impl DeviceOps for CpuBackend {
         Ok(())
     }
 
+    fn check_thoughts(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn max_steps(&self) -> usize {
         usize::MAX
     }
@@ -125,7 +129,7 @@ impl DeviceOps for CpuBackend {
     }
 
     fn num_steps(&self, slot: &Slot) -> usize {
-        slot.beams.num_steps
+        slot.beams.num_steps + slot.beams.num_skipped
     }
 
     fn context_len(&self, slot: &Slot) -> usize {

@@ -31,6 +31,7 @@ mod softmax;
 mod step;
 mod store_context;
 mod table;
+mod thoughts;
 
 pub use backend::CpuBackend;
 pub use buffer::Buffer;

@@ -10,13 +10,23 @@ use crate::pages::TAIL_PAGE_LEN;
 /// One search.
 pub struct Slot {
     pub(super) spec: SlotSpec,
-    /// By position of the tails: which of the slot's tail pages is its first. A row is written
+    /// By position of the tails: where its rows begin. A row is written
     /// once, by the beam that chose the token, and stays where it is: the beams that descend from
     /// it find it through their ancestors.
-    pub(super) positions: Vec<usize>,
+    pub(super) positions: Vec<TailPosition>,
     /// Tail pages that have been begun.
     num_tail_pages: usize,
     pub(super) beams: Beams,
+}
+
+/// Where the rows of one position of the tails begin.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TailPosition {
+    /// Which of the slot's tail pages.
+    pub page: usize,
+    /// Above zero for positions of one beam alone, which share pages.
+    pub row: usize,
+    num_rows: usize,
 }
 
 /// The beams of a search, best first once a step was taken.
@@ -45,6 +55,8 @@ pub(super) struct Beams {
     pub phrases: Vec<PhraseNode>,
     /// Of a search for phrases that has begun.
     pub ended: Option<EndedPhrases>,
+    /// Steps of a thought that it had no need of.
+    pub num_skipped: usize,
     pub failed_step: Option<usize>,
 }
 
@@ -72,6 +84,7 @@ impl Beams {
             samples: vec![Sample { log_prob: 0.0, noisy: 0.0 }],
             phrases: Vec::new(),
             ended: None,
+            num_skipped: 0,
             failed_step: None,
         }
     }
@@ -106,6 +119,7 @@ impl Beams {
                 tokens: tokens.clone(),
                 cursor: None,
                 phrase: Some(*node),
+                num_skipped: self.num_skipped,
                 score: *score,
                 log_probs: Vec::new(),
             };
@@ -115,6 +129,7 @@ impl Beams {
             tokens: self.tokens_of(at).to_vec(),
             cursor: self.are_leaves.then(|| self.cursors[at]),
             phrase: None,
+            num_skipped: self.num_skipped,
             score: self.scores[at],
             log_probs: match self.log_probs.is_empty() {
                 true => Vec::new(),
@@ -144,12 +159,26 @@ impl Slot {
         &self.spec.tail_pages[..self.num_tail_pages]
     }
 
-    /// The pages of the beams' newest position, which is begun if it has not been.
-    pub(super) fn append_position(&mut self) -> &[u32] {
+    /// The pages of the beams' newest position, which is begun if it has not been, and the row of the
+    /// first page where it begins. Positions of one beam each share a page.
+    pub(super) fn append_position(&mut self) -> (&[u32], usize) {
         if self.positions.len() == self.beams.num_ancestors {
-            self.positions.push(self.num_tail_pages);
-            self.num_tail_pages += self.beams.len().div_ceil(TAIL_PAGE_LEN);
+            let num_rows = self.beams.len();
+            let shared = self
+                .positions
+                .last()
+                .filter(|last| num_rows == 1 && last.num_rows == 1 && last.row + 1 < TAIL_PAGE_LEN);
+            let position = match shared {
+                Some(last) => TailPosition { row: last.row + 1, ..*last },
+                None => {
+                    let page = self.num_tail_pages;
+                    self.num_tail_pages += num_rows.div_ceil(TAIL_PAGE_LEN);
+                    TailPosition { page, row: 0, num_rows }
+                }
+            };
+            self.positions.push(position);
         }
-        &self.spec.tail_pages[self.positions[self.positions.len() - 1]..self.num_tail_pages]
+        let TailPosition { page, row, .. } = self.positions[self.positions.len() - 1];
+        (&self.spec.tail_pages[page..self.num_tail_pages], row)
     }
 }

@@ -122,6 +122,13 @@ impl<D: Driver> DeviceOps for CudaBackend<D> {
         })
     }
 
+    fn check_thoughts(&self) -> Result<()> {
+        Err(Error::Unsupported {
+            what: "a sampled thought on a GPU".into(),
+            way_out: "use the CPU (--device cpu), or leave \"think\" out".into(),
+        })
+    }
+
     fn max_steps(&self) -> usize {
         MAX_POSITIONS - 1
     }

@@ -101,6 +101,7 @@ fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32]) -> Result<Vec<Beam>> {
             tokens: Vec::new(),
             cursor: None,
             phrase: None,
+            num_skipped: 0,
             score: 0.0,
             log_probs: Vec::new(),
         }]);
@@ -111,6 +112,7 @@ fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32]) -> Result<Vec<Beam>> {
             .reached_leaves
             .then(|| Cursor { base: Node::new(words[1]), delta: Node::new(words[2]) }),
         phrase: None,
+        num_skipped: 0,
         tokens: words[3..3 + steps].to_vec(),
         log_probs: match slot.keeps_log_probs {
             false => Vec::new(),

@@ -27,6 +27,7 @@ pub(super) fn preparer() -> Preparer {
     Preparer {
         catalog: Arc::new(builder.build().expect("a catalog")),
         phrases: None,
+        thoughts: Ok(()),
         words: None,
         layout: SidLayout {
             phrases: None,
