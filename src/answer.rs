@@ -64,6 +64,19 @@ pub struct ReadToken {
     pub log_prob: f32,
 }
 
+/// What a model wrote before it recommended.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct Thought {
+    /// Without the stop token.
+    pub tokens: Vec<u32>,
+    /// What they say, where the model folder has a tokenizer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// Whether the model ended it; otherwise it had as many tokens as it may have.
+    pub is_complete: bool,
+}
+
 /// How long the phases of a request took, in microseconds of wall-clock time. Requests share
 /// steps, so that a phase holds the work for others as well.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -149,6 +162,9 @@ pub struct Answer {
     pub groups: Vec<Group>,
     /// The log-probabilities of the request's `read` tokens, in their order.
     pub read: Vec<ReadToken>,
+    /// What the model wrote before, where the request asks it to [`think`](crate::Request::think) and
+    /// something follows.
+    pub thought: Option<Box<Thought>>,
     /// The state of the catalog that was searched.
     pub snapshot: Arc<Snapshot>,
     /// Tokens of the request's context, those included that are forced into it.
@@ -168,12 +184,13 @@ pub struct Answer {
     pub timings: Option<Timings>,
 }
 
-/// Equal items, groups and read tokens of snapshots with equal numbers.
+/// Equal items, groups, read tokens and thoughts of snapshots with equal numbers.
 impl PartialEq for Answer {
     fn eq(&self, other: &Answer) -> bool {
         self.items == other.items
             && self.groups == other.groups
             && self.read == other.read
+            && self.thought == other.thought
             && self.snapshot.number() == other.snapshot.number()
     }
 }
@@ -185,6 +202,7 @@ impl std::fmt::Debug for Answer {
             .field("items", &self.items)
             .field("groups", &self.groups)
             .field("read", &self.read)
+            .field("thought", &self.thought)
             .field("snapshot", &self.snapshot.number())
             .finish()
     }

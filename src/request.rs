@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
-use crate::search::{Constraint, Normalization};
+use crate::search::{Constraint, Normalization, PhraseRule, Sampling};
 
 /// The largest beam width that a request may ask for.
 pub const MAX_BEAMS: usize = 4096;
@@ -107,6 +107,34 @@ impl Forced {
     }
 }
 
+/// What a model is to write before it recommends, token by token, as it likes.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Think {
+    /// Tokens of the thought at most, without the stop token.
+    pub max_tokens: usize,
+    /// The tokens that end it, at least one. The model then goes on behind the first of them, whichever
+    /// it was, and also where the thought has as many tokens as it may have.
+    pub stop: Vec<NamedToken>,
+    /// How each token is drawn.
+    pub sampling: Sampling,
+}
+
+impl Think {
+    /// A thought that is drawn from the model's own distribution.
+    pub fn new(max_tokens: usize, stop: impl IntoIterator<Item = NamedToken>) -> Think {
+        let stop = stop.into_iter().collect();
+        Think { max_tokens, stop, sampling: Sampling::default() }
+    }
+
+    /// Sets [`sampling`](Think::sampling).
+    #[must_use]
+    pub fn with_sampling(mut self, sampling: Sampling) -> Think {
+        self.sampling = sampling;
+        self
+    }
+}
+
 /// One request for recommendations.
 ///
 /// ```
@@ -166,6 +194,10 @@ pub struct Request {
     /// answered from one context. Fields that belong to a search (`filter`, `exclude`, `exclude_history`, `only`,
     /// `seed`, `log_probs`) are refused without one; `beams` and `top_k` have no effect then.
     pub read: Vec<NamedToken>,
+    /// What the model writes first: a thought, until a stop token. `forced`, `read` and the search follow
+    /// it; its tokens are part of no score. The answer has its text. `groups`, `seed` and `log_probs`
+    /// are refused beside it.
+    pub think: Option<Think>,
     /// Draws the beams instead of keeping the best, without replacement and with the probabilities
     /// of the legal continuations (Kool et al. 2019); equal seeds draw equal beams. Items come in
     /// the order drawn; their scores are those of a search without a seed.
@@ -186,6 +218,9 @@ pub struct Request {
     pub normalization: Option<Normalization>,
     /// What may follow a prefix.
     pub constraint: Constraint,
+    /// How phrases are searched, by a model that writes phrases instead of semantic IDs. `None` takes
+    /// the model's own (`phrases` in its `sidereal.json`).
+    pub phrase_rule: Option<PhraseRule>,
     /// Divides the logits before normalisation; above 0, 1 by default.
     pub temperature: f32,
     /// Which items of a shared semantic ID come back.
@@ -231,6 +266,7 @@ impl Request {
             candidates: Vec::new(),
             forced: None,
             read: Vec::new(),
+            think: None,
             seed: None,
             log_probs: false,
             titles: false,
@@ -240,6 +276,7 @@ impl Request {
             top_k: 10,
             normalization: None,
             constraint: Constraint::Trie,
+            phrase_rule: None,
             temperature: 1.0,
             shared_sid: SharedSid::All,
             per_sid: None,
@@ -348,6 +385,13 @@ impl Request {
         self
     }
 
+    /// Sets [`think`](Request::think).
+    #[must_use]
+    pub fn with_think(mut self, think: Think) -> Request {
+        self.think = Some(think);
+        self
+    }
+
     /// Sets [`seed`](Request::seed).
     #[must_use]
     pub fn with_seed(mut self, seed: u64) -> Request {
@@ -409,6 +453,13 @@ impl Request {
     #[must_use]
     pub fn with_constraint(mut self, constraint: Constraint) -> Request {
         self.constraint = constraint;
+        self
+    }
+
+    /// Sets [`phrase_rule`](Request::phrase_rule).
+    #[must_use]
+    pub fn with_phrase_rule(mut self, rule: PhraseRule) -> Request {
+        self.phrase_rule = Some(rule);
         self
     }
 

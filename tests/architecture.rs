@@ -296,6 +296,7 @@ fn a_family_has_one_name_everywhere() {
         "rope",
         "vocabulary",
         "weights",
+        "whole_words",
     ];
     let golden = std::fs::read_to_string(root().join("tests/golden.rs")).expect("the tests");
     for (file, _) in sources("src/models") {

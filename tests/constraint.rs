@@ -3,13 +3,13 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use common::tiny::{random_catalog, random_change};
 use sidereal::catalog::Change;
 use sidereal::catalog::constraint::{Children, PrefixConstraint, RankConstraint};
-use sidereal::catalog::token_trie::TokenTrie;
+use sidereal::catalog::token_trie::{Phrases, TokenTrie};
 use sidereal::{CatalogWriter, WriterOptions};
 
 /// All paths from the root to a final state that are at most `max_depth` long.
@@ -48,42 +48,57 @@ fn random_phrases(rng: &mut fastrand::Rng) -> Vec<Vec<u32>> {
     (0..rng.usize(0..200)).map(|_| phrase(rng)).collect()
 }
 
+fn trie_of(phrases: &[Vec<u32>]) -> TokenTrie {
+    let mut all = Phrases::default();
+    (0..).zip(phrases).for_each(|(item, phrase)| all.push(item, phrase));
+    TokenTrie::new(&all, phrases.len() as u32).expect("no phrase is empty")
+}
+
+/// The items that a range of places names.
+fn items(trie: &TokenTrie, places: std::ops::Range<u32>) -> Vec<u32> {
+    let mut items: Vec<u32> = places.map(|place| trie.item(place)).collect();
+    items.sort_unstable();
+    items
+}
+
 #[test]
 fn a_token_trie_agrees_with_brute_force() {
     let (mut prefixes, mut repetitions) = (0, 0);
     for seed in 0..300 {
         let mut rng = fastrand::Rng::with_seed(seed);
         let phrases = random_phrases(&mut rng);
-        let trie = TokenTrie::new(&phrases).expect("no phrase is empty");
-        let mut numbers: BTreeMap<Vec<u32>, Vec<u32>> = BTreeMap::new();
-        for (number, phrase) in (0..).zip(&phrases) {
-            numbers.entry(phrase.clone()).or_default().push(number);
-        }
-        let distinct: BTreeSet<Vec<u32>> = numbers.keys().cloned().collect();
-        assert_eq!(paths(&trie, 12), distinct, "seed {seed}");
+        let trie = trie_of(&phrases);
+        let distinct: BTreeSet<&Vec<u32>> = phrases.iter().collect();
         assert_eq!(trie.num_phrases(), phrases.len(), "seed {seed}");
+        assert_eq!(trie.max_len(), phrases.iter().map(Vec::len).max().unwrap_or(0));
         repetitions += phrases.len() - distinct.len();
-
-        let mut all_prefixes: BTreeSet<Vec<u32>> = BTreeSet::from([Vec::new()]);
-        for phrase in &distinct {
-            all_prefixes.extend((1..=phrase.len()).map(|len| phrase[..len].to_vec()));
+        for item in 0..phrases.len() as u32 {
+            let place = trie.place(item).expect("each item has a phrase");
+            assert_eq!(trie.item(place), item, "seed {seed}");
         }
-        assert_eq!(trie.num_nodes(), all_prefixes.len(), "seed {seed}");
-        let mut nodes = BTreeSet::new();
+
+        let mut all_prefixes: BTreeSet<Vec<u32>> = BTreeSet::new();
+        for phrase in &distinct {
+            all_prefixes.extend((0..=phrase.len()).map(|len| phrase[..len].to_vec()));
+        }
         for prefix in &all_prefixes {
-            let node = prefix.iter().try_fold(TokenTrie::ROOT, |node, &t| trie.child(node, t));
+            let node = prefix.iter().try_fold(trie.root(), |node, &t| trie.child(node, t));
             let node = node.unwrap_or_else(|| panic!("seed {seed}: {prefix:?} is missing"));
-            assert!(nodes.insert(node), "seed {seed}: two prefixes share a node");
-            assert_eq!(trie.tokens(node), *prefix, "seed {seed}");
-            let expected = numbers.get(prefix).map_or(&[][..], Vec::as_slice);
-            assert_eq!(trie.phrases(node), expected, "seed {seed}: {prefix:?}");
-            assert_eq!(trie.is_end(node), distinct.contains(prefix), "seed {seed}: {prefix:?}");
-            prefixes += usize::from(trie.is_end(node) && !trie.children(node).1.is_empty());
-            for token in [0, 1, 1_000_003, 70_000, u32::MAX] {
-                let longer = [&prefix[..], &[token]].concat();
-                let has_child = trie.child(node, token).is_some();
-                assert_eq!(has_child, all_prefixes.contains(&longer), "seed {seed}: {longer:?}");
-            }
+            let with = |wanted: &dyn Fn(&Vec<u32>) -> bool| -> Vec<u32> {
+                (0..).zip(&phrases).filter(|(_, phrase)| wanted(phrase)).map(|(at, _)| at).collect()
+            };
+            let below = with(&|phrase| phrase.starts_with(prefix));
+            assert_eq!(items(&trie, node.places()), below, "seed {seed}: below {prefix:?}");
+            let ended = with(&|phrase| phrase == prefix);
+            assert_eq!(items(&trie, trie.ended(node)), ended, "seed {seed}: {prefix:?}");
+            let tokens: Vec<u32> = trie.children(node).map(|(token, _)| token).collect();
+            let is_child = |token: &u32| all_prefixes.contains(&[&prefix[..], &[*token]].concat());
+            let mut expected: Vec<u32> =
+                (0..6).map(|n| n * 1_000_003).chain([u32::MAX]).filter(is_child).collect();
+            expected.sort_unstable();
+            assert_eq!(tokens, expected, "seed {seed}: children of {prefix:?}");
+            prefixes += usize::from(!ended.is_empty() && !tokens.is_empty());
+            assert_eq!(trie.child(node, 70_000), None, "seed {seed}");
         }
     }
     assert!(prefixes > 100, "only {prefixes} phrases were the prefix of another one");
@@ -93,21 +108,54 @@ fn a_token_trie_agrees_with_brute_force() {
 #[test]
 fn a_phrase_may_be_far_longer_than_a_semantic_id() {
     let long: Vec<u32> = (0..100_000).rev().collect();
-    let trie = TokenTrie::new(&[&long[..], &long[..50_000]]).expect("two phrases");
-    let walk = |phrase: &[u32]| phrase.iter().try_fold(0, |node, &token| trie.child(node, token));
+    let trie = trie_of(&[long.clone(), long[..50_000].to_vec()]);
+    let walk = |phrase: &[u32]| {
+        phrase.iter().try_fold(trie.root(), |node, &token| trie.child(node, token))
+    };
     let (end, middle) = (walk(&long).expect("a phrase"), walk(&long[..50_000]).expect("another"));
-    assert_eq!((trie.phrases(end), trie.phrases(middle)), (&[0][..], &[1][..]));
-    assert!(!trie.children(middle).1.is_empty() && trie.children(end).1.is_empty());
-    assert_eq!(trie.num_nodes(), 100_001);
+    assert_eq!(
+        (items(&trie, trie.ended(end)), items(&trie, trie.ended(middle))),
+        (vec![0], vec![1])
+    );
+    assert!(trie.children(middle).next().is_some() && trie.children(end).next().is_none());
 }
 
 #[test]
-fn a_phrase_without_tokens_is_an_error_and_no_phrases_are_a_root_alone() {
-    let error = TokenTrie::new(&[vec![1], vec![]]).expect_err("an empty phrase").to_string();
-    assert!(error.contains("phrase 1 has no tokens"), "{error}");
-    let empty = TokenTrie::new::<Vec<u32>>(&[]).expect("no phrases");
-    assert_eq!((empty.num_nodes(), empty.num_phrases(), empty.phrases(0)), (1, 0, &[][..]));
-    assert_eq!(paths(&empty, 1), BTreeSet::new());
+fn phrases_that_cannot_be_are_errors_and_no_phrases_are_no_root() {
+    let of = |phrases: &[(u32, &[u32])]| {
+        let mut all = Phrases::default();
+        phrases.iter().for_each(|(item, phrase)| all.push(*item, phrase));
+        TokenTrie::new(&all, 2).map_err(|error| error.to_string())
+    };
+    let error = of(&[(0, &[1]), (1, &[])]).expect_err("an empty phrase");
+    assert!(error.contains("has no tokens"), "{error}");
+    let error = of(&[(0, &[1]), (0, &[2])]).expect_err("two phrases of an item");
+    assert!(error.contains("item number 0 has two phrases"), "{error}");
+    let empty = of(&[]).expect("no phrases");
+    assert!(empty.root().is_none() && empty.children(empty.root()).next().is_none());
+    assert_eq!((empty.num_phrases(), empty.ended(empty.root()), empty.place(1)), (0, 0..0, None));
+}
+
+/// One million titles, measured: `cargo test --release --test constraint -- --ignored --nocapture`.
+#[test]
+#[ignore = "takes a minute"]
+fn a_million_titles_take_at_most_40_bytes_each() {
+    // Titles of a shop: words of a Zipfian vocabulary behind brands, as many tokens as real ones.
+    let mut rng = fastrand::Rng::with_seed(7);
+    let zipf = |rng: &mut fastrand::Rng, most: f64| (most.powf(rng.f64()) - 1.0) as u32;
+    let mut phrases = Phrases::default();
+    let mut num_tokens = 0;
+    for item in 0..1_000_000 {
+        let len = 8 + rng.usize(0..20);
+        let mut phrase = vec![zipf(&mut rng, 20_000.0), zipf(&mut rng, 300.0)];
+        phrase.extend((2..len).map(|_| zipf(&mut rng, 50_000.0)));
+        num_tokens += phrase.len();
+        phrases.push(item, &phrase);
+    }
+    let trie = TokenTrie::new(&phrases, 1_000_000).expect("sound phrases");
+    let bytes = trie.size_bytes() as f64 / 1e6;
+    println!("{} tokens a title, {bytes} bytes a title", num_tokens as f64 / 1e6);
+    assert!(bytes <= 40.0, "{bytes} bytes a title");
 }
 
 #[test]
@@ -146,11 +194,6 @@ fn the_paths_of_a_rank_constraint_are_the_semantic_ids_of_allowed_items() {
             let constraint = RankConstraint { snapshot: &snapshot, allowed_set: &allowed_set };
             assert_eq!(paths(&constraint, num_levels), expected, "seed {seed}: {filter:?}");
             some_forbidden += usize::from(expected.len() < sids(&|_| true).len());
-
-            // The allowed semantic IDs as phrases make a token trie with the same paths.
-            let phrases: Vec<Vec<u32>> = expected.iter().cloned().collect();
-            let trie = TokenTrie::new(&phrases).expect("no phrase is empty");
-            assert_eq!(paths(&trie, num_levels), expected, "seed {seed}: {filter:?}");
         }
     }
     assert!(some_forbidden > 300, "only {some_forbidden} allowed sets forbade a semantic ID");

@@ -19,7 +19,7 @@ use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::weights::Weights;
 use sidereal::{
     Answer, CatalogWriter, Constraint, Dtype, Engine, EngineOptions, Error, Forced, NamedToken,
-    Recommendation, Recommender, RecommenderOptions, Request, Result, Tensor, WriterOptions,
+    Recommendation, Recommender, RecommenderOptions, Request, Result, Tensor, Think, WriterOptions,
 };
 
 /// Little memory: the emulator's is that of the machine.
@@ -271,6 +271,32 @@ fn a_program_of_more_steps_than_a_device_takes_is_refused() {
     let error = emulated.recommend(&request).expect_err("too many steps");
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     assert!(error.to_string().contains("force fewer tokens"), "{error}");
+}
+
+#[test]
+#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
+fn what_no_kernel_does_yet_is_refused() {
+    let tiny = Tiny::new(1);
+    let backend = || Emulator::backend(Build::Plain, Dtype::F32);
+    let mut emulated = tiny.open_on(backend(), Arc::clone(&tiny.catalog), &options());
+    let think = Think::new(4, [NamedToken::Id(1)]);
+    let error = emulated.recommend(&Request::from_tokens([1]).with_think(think));
+    let error = error.expect_err("a thought");
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("leave \"think\" out"), "{error}");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    for name in ["phrases/qwen3/config.json", "phrases/qwen3/model.safetensors"] {
+        let to = folder.path().join(name.rsplit('/').next().expect("a name"));
+        std::fs::copy(models.join(name), to).expect("a checkpoint");
+    }
+    std::fs::write(folder.path().join("sidereal.json"), "{\"phrases\": \"titles\"}")
+        .expect("a writable folder");
+    let catalog = Catalog::open(&models.join("industrial/items.jsonl")).expect("real items");
+    let opened = Engine::open_on(backend(), folder.path(), None, Arc::new(catalog), &options());
+    let error = opened.err().expect("phrases");
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("--device cpu"), "{error}");
 }
 
 #[test]

@@ -97,6 +97,16 @@ pub trait DeviceOps: Send + Sync + Sized + 'static {
     /// and values.
     fn memory(&self, spec: &MemorySpec) -> Result<Self::Memory>;
 
+    /// Checks that the device searches phrases.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::Error::Unsupported).
+    fn check_phrases(&self) -> Result<()>;
+    /// Checks that the device samples thoughts.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::Error::Unsupported).
+    fn check_thoughts(&self) -> Result<()>;
     /// The most steps that a search may take.
     fn max_steps(&self) -> usize;
     /// A search, with the one beam that it starts with.
@@ -107,7 +117,7 @@ pub trait DeviceOps: Send + Sync + Sized + 'static {
     fn open_slot(&self, spec: SlotSpec) -> Result<Self::Slot>;
     /// Rows that a slot takes in decode: as many as there can be beams, which come first.
     fn num_beams(&self, slot: &Self::Slot) -> usize;
-    /// Steps that a slot's beams have taken.
+    /// Steps that a slot's beams have taken, or that a thought had no need of.
     fn num_steps(&self, slot: &Self::Slot) -> usize;
     /// Tokens of a slot's context.
     fn context_len(&self, slot: &Self::Slot) -> usize;

@@ -18,11 +18,13 @@ mod batch;
 pub mod cpu;
 pub mod cuda;
 mod device;
+mod ended_phrases;
 mod kv_layout;
 mod level_columns;
 mod network;
 mod noise;
 mod pass_plan;
+mod sampling;
 mod search;
 #[doc(hidden)]
 pub mod testing;
@@ -38,8 +40,8 @@ pub use network::{
 pub use pass_plan::PassPlan;
 use search::Continuations;
 pub use search::{
-    AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, ReadBeams, SearchOps, SearchRule,
-    Step, StepChoice,
+    AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, PhraseStep, ReadBeams, SampleStep,
+    SearchOps, SearchRule, Step, StepChoice,
 };
 
 /// All operations of a device.

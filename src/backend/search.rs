@@ -9,8 +9,9 @@ use crate::catalog::Snapshot;
 use crate::catalog::allowed::AllowedSet;
 use crate::catalog::candidates::Candidates;
 use crate::catalog::cursor::Cursor;
+use crate::catalog::phrases::{AllowedPhrases, PhraseNode, PhraseSet};
 use crate::error::Result;
-use crate::search::{Constraint, Normalization};
+use crate::search::{Constraint, Normalization, PhraseRule, Sampling};
 
 /// Stands for "this code has no token" in a level.
 pub const NO_TOKEN: u32 = u32::MAX;
@@ -32,6 +33,42 @@ pub enum StepChoice<'a> {
     /// Named tokens, an ad hoc level: code `c` is token `tokens[c]`. Any of them may follow, whatever
     /// the constraint; children and level are these tokens. A seed has no effect.
     Tokens(&'a [u32]),
+    /// A token of a phrase, or its end: the rule's `phrases` says which may follow.
+    Phrase,
+    /// A token that is drawn, of the rule's `thought`, which has one beam.
+    Sample {
+        /// Steps of the thought after this one. Without any the thought ends.
+        num_left: usize,
+    },
+}
+
+/// How a thought takes its steps.
+#[derive(Clone, Copy)]
+pub struct SampleStep<'a> {
+    /// How a token is drawn.
+    pub sampling: &'a Sampling,
+    /// The tokens that end it, at least one; the first is what it ends with, whichever was drawn.
+    pub stop: &'a [u32],
+    /// The tokens before the slot's own that a repetition penalty is for.
+    pub seen: &'a [u32],
+}
+
+/// How a search takes its steps among phrases.
+#[derive(Clone, Copy)]
+pub struct PhraseStep<'a> {
+    /// All phrases of the snapshot.
+    pub set: &'a PhraseSet,
+    /// Those that may answer the request.
+    pub allowed: &'a AllowedPhrases,
+    /// Follow these phrases and no others, to their ends; what is allowed still says what scores are
+    /// normalised over.
+    pub candidates: Option<&'a AllowedPhrases>,
+    /// The token that ends a phrase.
+    pub end: u32,
+    /// Which phrases count, and when the search is over.
+    pub rule: PhraseRule,
+    /// The longest that a phrase can be, with its end.
+    pub max_len: usize,
 }
 
 /// How one search takes one step.
@@ -43,7 +80,8 @@ pub struct SearchRule<'a> {
     pub allowed_set: &'a AllowedSet,
     /// The tokens that the step may choose from.
     pub choice: StepChoice<'a>,
-    /// Levels of the semantic ID that were chosen before this step: the trie's depth.
+    /// Levels of the semantic ID that were chosen before this step, or tokens of the phrase: the
+    /// trie's depth.
     pub depth: usize,
     /// Beams kept at this step.
     pub beams: usize,
@@ -59,6 +97,10 @@ pub struct SearchRule<'a> {
     pub seed: Option<u64>,
     /// Keep the log-probabilities of each step, of both kinds.
     pub log_probs: bool,
+    /// For steps of phrases.
+    pub phrases: Option<PhraseStep<'a>>,
+    /// For steps of a thought.
+    pub thought: Option<SampleStep<'a>>,
 }
 
 /// The log-probability of one chosen token.
@@ -98,6 +140,10 @@ pub(super) enum Continuations {
     Forced,
     /// Named tokens.
     Tokens,
+    /// The children of the beam's prefix among phrases, and the end.
+    Phrases,
+    /// One token that is drawn from all.
+    Sampled,
 }
 
 impl<'a> SearchRule<'a> {
@@ -121,6 +167,8 @@ impl<'a> SearchRule<'a> {
             candidates: None,
             seed: None,
             log_probs: false,
+            phrases: None,
+            thought: None,
         }
     }
 
@@ -128,10 +176,13 @@ impl<'a> SearchRule<'a> {
     /// are the vocabulary; where any code is, they are the level; a forced token is alone.
     pub fn normalizer(&self) -> Normalizer {
         match (self.choice, self.normalization, self.constraint) {
-            (StepChoice::Forced { is_counted: false, .. }, ..) => Normalizer::Certain,
+            (StepChoice::Forced { is_counted: false, .. } | StepChoice::Sample { .. }, ..) => {
+                Normalizer::Certain
+            }
             (_, Normalization::Vocabulary, _) => Normalizer::Vocabulary,
             (StepChoice::Forced { .. }, ..) => Normalizer::Certain,
             (StepChoice::Tokens(_), ..) => Normalizer::Level,
+            (StepChoice::Phrase, ..) => Normalizer::Children,
             (_, Normalization::Children, Constraint::Trie | Constraint::Occurring) => {
                 Normalizer::Children
             }
@@ -144,6 +195,8 @@ impl<'a> SearchRule<'a> {
         match (self.choice, self.constraint) {
             (StepChoice::Forced { .. }, _) => Continuations::Forced,
             (StepChoice::Tokens(_), _) => Continuations::Tokens,
+            (StepChoice::Phrase, _) => Continuations::Phrases,
+            (StepChoice::Sample { .. }, _) => Continuations::Sampled,
             (_, Constraint::Trie) => Continuations::Children,
             (_, Constraint::Occurring) => Continuations::Occurring,
             (_, Constraint::Level) => Continuations::Level,
@@ -177,7 +230,11 @@ pub struct Beam {
     pub tokens: Vec<u32>,
     /// The cursor of the semantic ID, where the search was constrained to the catalog's.
     pub cursor: Option<Cursor>,
-    /// Natural log of the probability.
+    /// The phrase, where the search was for phrases; the end is the last of its tokens.
+    pub phrase: Option<PhraseNode>,
+    /// Steps of a thought that it did not need.
+    pub num_skipped: usize,
+    /// Natural log of the probability; of a phrase, as its rule says.
     pub score: f32,
     /// By step, where the rule asked for them.
     pub log_probs: Vec<LogProb>,
@@ -224,6 +281,9 @@ pub trait AdvanceBeams: DeviceOps {
     /// With a seed, `beams` continuations are drawn without replacement from the distribution over
     /// legal ones (Gumbel top-k in a beam search, Kool et al. 2019), in the order drawn; the noise
     /// of a continuation depends on the seed and its tokens alone.
+    ///
+    /// A step of a phrase sets phrases that end apart; once the rule says that the search is over,
+    /// the slot has no beams.
     fn advance_beams(
         &self,
         logits: &Self::Logits,
@@ -235,7 +295,7 @@ pub trait AdvanceBeams: DeviceOps {
 
 /// The way back to the host.
 pub trait ReadBeams: DeviceOps {
-    /// The beams of each slot, best first. No other operation waits for the device.
+    /// The beams of each slot, best first; of a search for phrases, those that ended. No other operation waits for the device.
     ///
     /// # Errors
     /// [`NonFiniteScores`](crate::Error::NonFiniteScores) where a step's scores were NaN or

@@ -196,6 +196,15 @@ impl AllowedSet {
         AllowedChildren { snapshot, allowed_set: self, excluded, listed, is_everything, depth }
     }
 
+    /// Whether all items of the base segment are allowed.
+    pub(super) fn is_whole_base(&self) -> bool {
+        let BaseItems { available, passing, excluded } = &self.base;
+        self.listed.is_none()
+            && available.is_none()
+            && passing.is_none()
+            && excluded.items.is_empty()
+    }
+
     /// Whether an item is allowed.
     pub fn allows(&self, snapshot: &Snapshot, item: u32) -> bool {
         if let Some(listed) = &self.listed {

@@ -1,11 +1,12 @@
 //! Which labels may follow a prefix: the interface between a search and what it searches in.
 //!
 //! A constraint is a set of states. A search starts at the root, goes from a state to one of its
-//! children by a label (a code or a token), and may stop at a final state. A state is a few bytes
-//! that a beam copies; it holds no borrow. The rank trie and the [`TokenTrie`] are the two
-//! implementations. A search is generic over them, so each has its own compiled inner loop.
+//! children by a label, and may stop at a final state. A state is a few bytes that a beam copies; it
+//! holds no borrow. The rank trie with an allowed set is the implementation. The phrases of a
+//! [`PhraseSet`] have states and children of their own: they are read one after the other, where
+//! those of the rank trie are runs.
 //!
-//! [`TokenTrie`]: super::token_trie::TokenTrie
+//! [`PhraseSet`]: super::phrases::PhraseSet
 
 use super::allowed::{AllowedChildren, AllowedSet};
 use super::cursor::{Cursor, Run, Runs, State};

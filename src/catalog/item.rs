@@ -9,8 +9,10 @@ use crate::error::{Error, Result};
 /// One item.
 ///
 /// As JSON: `{"item": "17", "sid": [3, 250, 7], "title": "...", "tags": ["garden"], "available": true,
-/// "weight": 2.5}`; a code may be a text that ends in a number, as `"<a_3>"`, and all but `item` and
-/// `sid` may be left out. Other fields are an error, as they may be one of these with a slip in its name.
+/// "weight": 2.5}`; a code may be a text that ends in a number, as `"<a_3>"`, and all but `item` may
+/// be left out. An item without `sid` gets two codes made of its name: it is for models that write
+/// phrases, and the other items must have none either. It has a title, be it empty. Other fields
+/// are an error, as they may be one of these with a slip in its name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Item {
     /// Its name in histories, exclusions and answers; unique in the catalog.

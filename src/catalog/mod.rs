@@ -30,6 +30,8 @@ mod item;
 pub mod items;
 mod occurring;
 mod order;
+mod packed;
+pub mod phrases;
 mod selection;
 pub mod sid;
 pub mod snapshot;

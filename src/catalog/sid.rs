@@ -1,6 +1,7 @@
 //! A semantic ID: the few discrete codes that name an item.
 
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{Error, Result};
 
@@ -32,6 +33,14 @@ impl Sid {
         let mut sid = Sid { codes: [0; MAX_LEVELS], num_levels: codes.len() as u8 };
         sid.codes[..codes.len()].copy_from_slice(codes);
         Ok(sid)
+    }
+
+    /// Two codes made of a name, for an item that has none of its own: a model that writes phrases
+    /// needs none.
+    pub(crate) fn of_name(name: &str) -> Sid {
+        let hash = xxh3_64(name.as_bytes());
+        let codes = [(hash >> 16) as u16, hash as u16];
+        Sid::new(&codes).expect("two codes are possible")
     }
 
     /// The codes, first level first.

@@ -272,6 +272,12 @@ impl Snapshot {
         Merged { base, delta: delta.peekable(), comes_before }
     }
 
+    /// Puts items in the order of those that share a semantic ID, whatever theirs are.
+    pub fn sort_shared(&self, items: &mut [u32]) {
+        let key = |item: u32| self.order_key(Ties::ByName, item);
+        items.sort_unstable_by(|&a, &b| key(a).cmp(&key(b)));
+    }
+
     pub(super) fn num_base_items(&self) -> u32 {
         self.base.num_items()
     }

@@ -83,6 +83,7 @@ impl Shape {
             (first..first + num_codes).collect()
         };
         let layout = SidLayout {
+            phrases: None,
             levels: (0..num_levels as u32).map(level).collect(),
             prompt: Prompt::new(vec![1], Vec::new(), Vec::new()),
             forced: None,

@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::prepare::Prepared;
 use super::program::Output;
-use crate::answer::{Answer, Group, ReadToken, Recommendation};
+use crate::answer::{Answer, Group, ReadToken, Recommendation, Thought};
 use crate::backend::{Beam, NO_TOKEN};
 use crate::catalog::Snapshot;
 use crate::catalog::cursor::Cursor;
 use crate::error::{Error, Result};
 use crate::models::config::SidLayout;
+use crate::prompt::Text;
 use crate::request::NamedToken;
 
 type Callback = Box<dyn FnOnce(Result<Answer>) + Send>;
@@ -59,8 +60,12 @@ impl Drop for Reply {
     }
 }
 
-/// By level: the code of each token.
-pub(super) struct Codes(Vec<HashMap<u32, u16>>);
+/// What tokens stand for in an answer.
+pub(super) struct Codes {
+    /// By level: the code of each token.
+    levels: Vec<HashMap<u32, u16>>,
+    text: Text,
+}
 
 impl Codes {
     pub fn new(layout: &SidLayout) -> Codes {
@@ -68,13 +73,13 @@ impl Codes {
             let tokens = tokens.iter().enumerate().filter(|&(_, &token)| token != NO_TOKEN);
             tokens.map(|(code, &token)| (token, code as u16)).collect()
         });
-        Codes(codes.collect())
+        Codes { levels: codes.collect(), text: layout.prompt.text().clone() }
     }
 
     /// The cursor that tokens of an unconstrained search name, if they name one.
     fn cursor(&self, snapshot: &Snapshot, tokens: &[u32]) -> Option<Cursor> {
         let code = |(codes, token): (&HashMap<u32, u16>, &u32)| codes.get(token).copied();
-        let codes = self.0.iter().zip(tokens).map(code).collect::<Option<Vec<u16>>>()?;
+        let codes = self.levels.iter().zip(tokens).map(code).collect::<Option<Vec<u16>>>()?;
         snapshot.cursor(&codes)
     }
 
@@ -89,11 +94,15 @@ impl Codes {
         weights_version: u64,
         beams: impl Iterator<Item = Result<Vec<Beam>>>,
     ) -> Result<Answer> {
-        let (mut groups, mut read) = (Vec::new(), Vec::new());
+        let (mut groups, mut read, mut thought) = (Vec::new(), Vec::new(), None);
         for (slot, beams) in beams.enumerate() {
+            let beams = beams?;
+            if let (Some(thinking), Some(beam)) = (&prepared.thinking, beams.first()) {
+                thought = Some(Box::new(self.thought(thinking.max_tokens, beam)));
+            }
             match prepared.program.slots()[slot].output {
-                Output::Items => groups.push(self.items(prepared, slot, &beams?)),
-                Output::LogProbs => read = read_tokens(prepared, &beams?),
+                Output::Items => groups.push(self.items(prepared, slot, &beams)),
+                Output::LogProbs => read = read_tokens(prepared, &beams),
             }
         }
         let filters = &prepared.request.groups;
@@ -106,6 +115,7 @@ impl Codes {
             items,
             groups: filters.iter().zip(groups).map(group).collect(),
             read,
+            thought,
             snapshot: Arc::clone(&prepared.snapshot),
             tokens: prepared.tokens().len(),
             cached_tokens,
@@ -114,6 +124,13 @@ impl Codes {
             weights_version,
             timings: None,
         })
+    }
+
+    /// The thought that a beam begins with.
+    fn thought(&self, max_tokens: usize, beam: &Beam) -> Thought {
+        let tokens = beam.tokens[..max_tokens - beam.num_skipped].to_vec();
+        let text = self.text.decode(&tokens).ok();
+        Thought { tokens, text, is_complete: beam.num_skipped > 0 }
     }
 
     /// The items that the beams name.
@@ -125,15 +142,26 @@ impl Codes {
         let of_beam = |beam: &Beam| {
             let log_probs = beam.log_probs.get(uncounted..).unwrap_or_default().to_vec();
             let score = beam.score;
-            let cursor =
-                beam.cursor.or_else(|| self.cursor(snapshot, &beam.tokens[before_codes..]));
-            let items =
-                cursor.into_iter().flat_map(|cursor| snapshot.items(cursor, snapshot.num_levels()));
+            let items: Vec<u32> = match (beam.phrase, &prepared.phrases) {
+                (Some(phrase), Some(phrases)) => {
+                    let mut items: Vec<u32> = phrases.set.items(phrase).collect();
+                    snapshot.sort_shared(&mut items);
+                    items
+                }
+                _ => {
+                    let before_codes = before_codes.saturating_sub(beam.num_skipped);
+                    let cursor = beam.cursor;
+                    let cursor =
+                        cursor.or_else(|| self.cursor(snapshot, beam.tokens.get(before_codes..)?));
+                    let num_levels = snapshot.num_levels();
+                    cursor.iter().flat_map(|&cursor| snapshot.items(cursor, num_levels)).collect()
+                }
+            };
             let is_wanted = move |&item: &u32| match &prepared.candidates {
                 Some(candidates) => candidates.contains(item),
                 None => allowed_set.allows(snapshot, item),
             };
-            items.filter(is_wanted).take(most).map(move |item| Recommendation {
+            items.into_iter().filter(is_wanted).take(most).map(move |item| Recommendation {
                 log_probs: log_probs.clone(),
                 ..Recommendation::new(snapshot, item, score, prepared.request.titles)
             })

@@ -113,6 +113,8 @@ impl<B: Backend> SubBatch<B> {
                 StepChoice::Level(level) => (0, level as u32),
                 StepChoice::Forced { token, .. } => (1, token),
                 StepChoice::Tokens(tokens) => (2, tokens.len() as u32),
+                StepChoice::Phrase => (3, 0),
+                StepChoice::Sample { .. } => (4, 0),
             }
         });
         owners.extend(beams);

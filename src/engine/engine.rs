@@ -11,20 +11,21 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use super::answer::{Codes, Reply};
 use super::batch::Workspace;
 use super::options::EngineOptions;
+use super::phrases::PhraseIndex;
 use super::prepare::{self, Prepared, Preparer};
 use super::program::Program;
 use super::scheduler::{Scheduler, SchedulerSpec};
 use super::status::{EngineStatus, PhaseClocks, Phases, Unobserved};
 use super::weights::{Loader, ReplaceWeights};
 use crate::answer::Answer;
-use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, MemorySpec};
 use crate::catalog::Catalog;
 use crate::error::{Error, Result};
 use crate::metrics::{Metrics, MetricsSnapshot};
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
-use crate::models::{self, Checkpoint, ForwardPass, Model, ModelSpec};
+use crate::models::{self, Checkpoint, ForwardPass, Model, ModelSpec, PromptKind};
 use crate::pages;
 use crate::request::{Input, MAX_BEAMS, Request};
 use crate::schedule::{Limits, RequestId};
@@ -121,7 +122,9 @@ impl<B: Backend> Engine<B> {
         let model = loader.load()?;
         // What the decoder writes takes positions as well: all steps but the last are read again.
         let spec = *model.spec();
-        let program = Program::of_layout(&layout, spec.prompt);
+        let phrases = PhraseIndex::open(&*backend, &layout, spec.vocab_size, &pool, &catalog)?;
+        let num_phrase_steps = phrases.as_ref().map(PhraseIndex::max_steps);
+        let program = Program::of_layout(&layout, num_phrase_steps, spec.prompt);
         let (num_steps, max_steps) = (program.max_steps(), backend.max_steps());
         if num_steps > max_steps {
             return Err(prepare::too_many_steps(num_steps, max_steps));
@@ -131,23 +134,16 @@ impl<B: Backend> Engine<B> {
         let memory = options.memory(&*backend, &spec, max_context, num_steps)?;
         let workers = workers::<B>(pool.current_num_threads(), spec.num_weights)?;
         let metrics = Arc::new(Metrics::default());
-        let scheduler_spec = SchedulerSpec {
-            limits: Limits {
-                beam_rows: options.rows_per_step,
-                prompt_tokens: options.tokens_per_step,
-                ageing_us: prepare::micros(options.ageing),
-            },
-            context_pages: memory.context_pages,
-            tail_pages: memory.tail_pages,
-            has_cache: options.prefix_cache,
-            prompt: spec.prompt,
-        };
+        let scheduler_spec = scheduler_spec(options, &memory, spec.prompt);
         let mut engine = Engine {
             codes: Codes::new(&layout),
             preparer: Arc::new(Preparer {
                 catalog,
                 layout,
+                phrases,
+                thoughts: backend.check_thoughts(),
                 vocab_size: spec.vocab_size,
+                words: model.word_rule(),
                 prompt: spec.prompt,
                 max_positions: spec.max_positions,
                 max_steps,
@@ -431,6 +427,24 @@ impl<B: Backend> Engine<B> {
             }
             false => Ok(()),
         }
+    }
+}
+
+fn scheduler_spec(
+    options: &EngineOptions,
+    memory: &MemorySpec,
+    prompt: PromptKind,
+) -> SchedulerSpec {
+    SchedulerSpec {
+        limits: Limits {
+            beam_rows: options.rows_per_step,
+            prompt_tokens: options.tokens_per_step,
+            ageing_us: prepare::micros(options.ageing),
+        },
+        context_pages: memory.context_pages,
+        tail_pages: memory.tail_pages,
+        has_cache: options.prefix_cache,
+        prompt,
     }
 }
 

@@ -17,6 +17,9 @@
 //! | --- | --- |
 //! | `engine` | the engine: opening, asking, stepping |
 //! | `prepare` | a request is checked and becomes work, on any thread |
+//! | `fields` | values and combinations of fields that no request may have |
+//! | `phrases` | the phrases of the catalog, and those that a request searches |
+//! | `thoughts` | what a request thinks before it searches |
 //! | `lookup` | names in a request become items; unknown ones are left out |
 //! | `program` | the stages of a request, and what they lease |
 //! | `scheduler` | requests that wait and run, their pages: host state alone |
@@ -32,8 +35,10 @@ mod batch;
 #[allow(clippy::module_inception)] // the module's main type has the module's name
 mod engine;
 mod feed;
+mod fields;
 mod lookup;
 mod options;
+mod phrases;
 mod prepare;
 mod probe;
 mod program;
@@ -41,6 +46,7 @@ mod run;
 mod scheduler;
 mod status;
 mod step;
+mod thoughts;
 mod weights;
 
 pub use answer::Reply;

@@ -5,15 +5,17 @@
 //! steps.
 
 use std::collections::HashSet;
-use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tracing::Span;
 
-use super::lookup::{Known, allowed_sets};
+use super::fields::{check_fields, check_snapshot};
+use super::lookup::{Known, Wishes, allowed_sets, check_vocabulary, named_token};
+use super::phrases::{self, PhraseIndex, PhraseSearch};
 use super::program::{Output, Program, Search, Stage};
+use super::thoughts::Thinking;
 use crate::answer::{UnknownByField, UnknownNames};
 use crate::backend::SearchRule;
 use crate::catalog::allowed::AllowedSet;
@@ -22,13 +24,11 @@ use crate::catalog::sid::Sid;
 use crate::catalog::{Catalog, Snapshot};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
-use crate::models::PromptKind;
 use crate::models::config::SidLayout;
+use crate::models::{PromptKind, WordRule};
 use crate::pages;
 use crate::prompt::{Rendered, Source};
-use crate::request::{
-    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Request, SharedSid, per_sid_below_one,
-};
+use crate::request::{Forced, Input, LongHistory, MAX_BEAMS, Request, SharedSid};
 use crate::schedule::{Demand, Micros, Needs, RequestId, Waiting};
 use crate::search::{Constraint, Normalization};
 
@@ -50,6 +50,10 @@ pub struct Prepared {
     pub(super) allowed_sets: Vec<AllowedSet>,
     /// Items to score instead of searching.
     pub(super) candidates: Option<Candidates>,
+    /// The phrases that it searches, where the model writes some.
+    pub(super) phrases: Option<PhraseSearch>,
+    /// What it thinks before, where it does.
+    pub(super) thinking: Option<Thinking>,
     /// Tokens whose log-probabilities are asked for, in the request's order.
     pub(super) read: Vec<u32>,
     pub(super) needs: Needs,
@@ -125,6 +129,8 @@ impl Prepared {
             candidates: self.candidates.as_ref().filter(|_| is_search),
             seed: self.request.seed.filter(|_| is_search),
             log_probs: self.request.log_probs && is_search,
+            phrases: self.phrases.as_ref().and_then(|phrases| phrases.step(slot)),
+            thought: self.thinking.as_ref().map(|thinking| thinking.step(self.tokens())),
         }
     }
 }
@@ -141,7 +147,13 @@ pub(crate) struct Arrival {
 pub struct Preparer {
     pub(super) catalog: Arc<Catalog>,
     pub(super) layout: SidLayout,
+    /// Where the layout has some.
+    pub(super) phrases: Option<PhraseIndex>,
+    /// Why there are no thoughts, where the device samples none.
+    pub(super) thoughts: Result<()>,
     pub(super) vocab_size: usize,
+    /// Where the network counts the words of its prompts.
+    pub(super) words: Option<Arc<WordRule>>,
     pub(super) prompt: PromptKind,
     /// Of input and output together, where the network has a limit.
     pub(super) max_positions: Option<usize>,
@@ -211,17 +223,34 @@ impl Preparer {
         let mut unknown_items = UnknownByField::default();
         let candidates = self.candidates(&request, &snapshot, &mut unknown_items)?;
         let read = self.read_tokens(&request)?;
-        let search = self.search(&request, candidates.as_ref())?;
+        phrases::check_fields(&request, self.phrases.is_some())?;
+        let set = self.phrases.as_ref().map(|index| index.of(&snapshot)).transpose()?;
+        let num_phrase_steps = set.as_ref().map(|set| set.max_len() + 1);
+        let search = self.search(&request, candidates.as_ref(), num_phrase_steps)?;
         let has_search = search.is_some();
         check_fields(&request, has_search)?;
+        let device = &self.thoughts;
+        let vocabulary = (&self.layout.vocabulary, self.vocab_size);
+        let thinking = Thinking::of(&request, device, vocabulary, self.prompt)?;
         let mut stages = self.stages(&request, &read, search)?;
+        let think = thinking.as_ref().map(|thinking| thinking.max_tokens);
+        stages.splice(0..0, think.map(|max_tokens| Stage::Think { max_tokens }));
         let room = match request.long_history {
             LongHistory::Error => usize::MAX,
             LongHistory::Cut => self.room_for_input(&stages),
         };
         let input = self.read_input(&request, &snapshot, room)?;
         unknown_items.history = input.unknown;
-        let allowed_sets = allowed_sets(&request, &snapshot, has_search, &mut unknown_items)?;
+        let wishes = has_search.then(|| Wishes::of(&request, &snapshot, &mut unknown_items));
+        let wishes = wishes.transpose()?;
+        let allowed_sets = allowed_sets(&request, &snapshot, wishes.as_ref())?;
+        let phrases = match (&self.phrases, set, &wishes) {
+            (Some(index), Some(set), Some(wishes)) => {
+                let candidates = candidates.as_ref().map(Candidates::items);
+                Some(index.search(&request, &snapshot, set, wishes, candidates)?)
+            }
+            _ => None,
+        };
         stages.insert(0, Stage::Read(input.tokens));
         let program = Program::new(stages, self.prompt);
         let needs = self.needs(&program)?;
@@ -238,6 +267,8 @@ impl Preparer {
             program,
             allowed_sets,
             candidates,
+            phrases,
+            thinking,
             read,
             needs,
             arrived_us: arrival.arrived_us,
@@ -280,19 +311,31 @@ impl Preparer {
 
     /// The searches of a request. A request that reads named tokens has some only where it names
     /// groups or candidates.
-    fn search(&self, request: &Request, candidates: Option<&Candidates>) -> Result<Option<Search>> {
+    fn search(
+        &self,
+        request: &Request,
+        candidates: Option<&Candidates>,
+        num_phrase_steps: Option<usize>,
+    ) -> Result<Option<Search>> {
         let Request { constraint, .. } = *request;
         if !request.read.is_empty() && request.groups.is_empty() && candidates.is_none() {
             return Ok(None);
         }
-        let widths = self.widths(request, candidates)?;
+        let widths = match num_phrase_steps {
+            Some(num_steps) => phrases::widths(request, candidates, num_steps)?,
+            None => self.widths(request, candidates)?,
+        };
         let most = widths.iter().copied().max().unwrap_or(0);
         let normalization = request.normalization.unwrap_or(self.layout.normalization);
         let count = request.groups.len().max(1);
-        if constraint == Constraint::None {
+        let is_of_phrases = num_phrase_steps.is_some();
+        if constraint == Constraint::None || is_of_phrases {
             if normalization == Normalization::Level {
-                let reason = "\"level\" needs a constraint to the level or the trie".into();
-                return Err(Error::InvalidField { field: "normalize", reason });
+                let reason = match is_of_phrases {
+                    true => "phrases have no levels; \"vocabulary\" and \"children\" are possible",
+                    false => "\"level\" needs a constraint to the level or the trie",
+                };
+                return Err(Error::InvalidField { field: "normalize", reason: reason.into() });
             }
             let vocab_size = self.vocab_size;
             if most * count * vocab_size > MAX_UNCONSTRAINED_LOGITS {
@@ -304,7 +347,7 @@ impl Preparer {
         if len > MAX_GROUPS {
             return Err(Error::LimitExceeded { what: "groups", len, max: MAX_GROUPS });
         }
-        Ok(Some(Search { widths, count, normalization, constraint }))
+        Ok(Some(Search { widths, is_of_phrases, count, normalization, constraint }))
     }
 
     /// The tokens that the request reads, by number.
@@ -313,32 +356,11 @@ impl Preparer {
         if len > MAX_BEAMS {
             return Err(Error::LimitExceeded { what: "tokens to read", len, max: MAX_BEAMS });
         }
-        let tokens = request.read.iter().map(|token| match token {
-            NamedToken::Id(token) => Ok(*token),
-            NamedToken::Text(text) => self.token(text),
-        });
+        let tokens =
+            request.read.iter().map(|token| named_token(&self.layout.vocabulary, "read", token));
         let tokens = tokens.collect::<Result<Vec<u32>>>()?;
-        self.check_vocabulary("read", &tokens)?;
+        check_vocabulary("read", &tokens, self.vocab_size)?;
         Ok(tokens)
-    }
-
-    /// The one token of a text.
-    fn token(&self, text: &str) -> Result<u32> {
-        let invalid = |reason: String| Err(Error::InvalidField { field: "read", reason });
-        match self.layout.vocabulary.token(text) {
-            Ok(Some(token)) => Ok(token),
-            Ok(None) => invalid(format!(
-                "{text:?} is not one token of the model's tokenizer.json; give a text as its \
-                 vocabulary writes it (a leading space may be \"Ġ\" or \"▁\"), or the token's number"
-            )),
-            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {
-                invalid(format!(
-                    "{text:?} cannot be looked up, as the model folder has no tokenizer.json; \
-                     give the token's number, or add the file"
-                ))
-            }
-            Err(error) => Err(error),
-        }
     }
 
     fn check_forced(&self, tokens: &[u32]) -> Result<()> {
@@ -346,20 +368,7 @@ impl Preparer {
             let reason = "has no tokens; give at least one, or leave the field out".into();
             return Err(Error::InvalidField { field: "forced", reason });
         }
-        self.check_vocabulary("forced", tokens)
-    }
-
-    fn check_vocabulary(&self, field: &'static str, tokens: &[u32]) -> Result<()> {
-        let vocab_size = self.vocab_size;
-        match tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            None => Ok(()),
-            Some(token) => {
-                let reason = format!(
-                    "token {token} is outside the model's vocabulary of {vocab_size} tokens"
-                );
-                Err(Error::InvalidField { field, reason })
-            }
-        }
+        check_vocabulary("forced", tokens, self.vocab_size)
     }
 
     /// The items to score, if the request names some.
@@ -467,6 +476,7 @@ impl Preparer {
     /// Whether a request's text takes time on the thread that prepares it.
     pub fn reads_text(&self, request: &Request) -> bool {
         match &request.input {
+            _ if self.phrases.is_some() => true, // titles that are new
             Input::Text(_) | Input::Messages(_) => true,
             Input::History(_) => self.layout.prompt.reads_text(),
             Input::Tokens(_) => false,
@@ -520,13 +530,11 @@ impl Preparer {
             return Err(Error::HistoryTooLong { len, max });
         }
         let vocab_size = self.vocab_size;
-        match tokens.iter().position(|&token| token as usize >= vocab_size) {
-            Some(position) => {
-                let token = u64::from(tokens[position]);
-                Err(Error::TokenOutOfRange { token, position, vocab_size })
-            }
-            None => Ok(()),
+        if let Some(position) = tokens.iter().position(|&token| token as usize >= vocab_size) {
+            let token = u64::from(tokens[position]);
+            return Err(Error::TokenOutOfRange { token, position, vocab_size });
         }
+        self.words.as_ref().map_or(Ok(()), |words| words.check(tokens))
     }
 }
 
@@ -537,54 +545,6 @@ struct ReadInput {
     num_cut: usize,
     /// Names of the history that the catalog does not have.
     unknown: UnknownNames,
-}
-
-/// Refuses a catalog that is behind the state that the request asks for: it may not know the
-/// request's items yet, so this comes before all that looks them up.
-fn check_snapshot(request: &Request, snapshot: &Snapshot) -> Result<()> {
-    let snapshot = snapshot.number();
-    match request.min_snapshot {
-        Some(min_snapshot) if snapshot < min_snapshot => {
-            Err(Error::CatalogBehind { snapshot, min_snapshot })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Refuses values that no request may have, and fields that the request's program has no use for.
-fn check_fields(request: &Request, has_search: bool) -> Result<()> {
-    let Request { top_k, temperature, constraint, .. } = *request;
-    if top_k == 0 {
-        return Err(Error::TopK { top_k: 0 });
-    }
-    if request.per_sid == Some(0) {
-        return Err(per_sid_below_one(0));
-    }
-    if !(temperature.is_finite() && temperature > 0.0 && (1.0 / temperature).is_finite()) {
-        let reason = format!("{temperature} is not a number above zero");
-        return Err(Error::InvalidField { field: "temperature", reason });
-    }
-    if constraint != Constraint::Trie && (request.seed.is_some() || request.log_probs) {
-        let reason = "samples and log-probabilities need the trie".into();
-        return Err(Error::InvalidField { field: "constraint", reason });
-    }
-    let of_searches = [
-        ("filter", request.filter.is_some()),
-        ("exclude", !request.exclude.is_empty()),
-        ("exclude_history", request.exclude_history),
-        ("only", request.only.is_some()),
-        ("seed", request.seed.is_some()),
-        ("log_probs", request.log_probs),
-    ];
-    match of_searches.into_iter().find(|(_, is_given)| *is_given && !has_search) {
-        Some((field, _)) => {
-            let reason = "goes with a search, which \"read\" replaces; leave it out, or ask for \
-                          items as well by \"groups\" or \"candidates\""
-                .into();
-            Err(Error::InvalidField { field, reason })
-        }
-        None => Ok(()),
-    }
 }
 
 /// A search takes more steps than a device can.

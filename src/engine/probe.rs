@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use super::engine::Engine;
+use super::phrases::PhraseIndex;
 use super::prepare::Preparer;
 use super::scheduler::Scheduler;
 use super::status::Unobserved;
@@ -63,9 +64,12 @@ impl Preparer {
             let known: Vec<u32> = level.iter().copied().filter(|&it| it != NO_TOKEN).collect();
             tokens.extend(known.get(number * known.len() / NUM_PROBES));
         }
+        tokens.extend(self.phrases.iter().map(PhraseIndex::end));
         let mut request = Request::from_tokens(tokens);
-        // Without the trie it needs no item that is available.
-        request.constraint = Constraint::Level;
+        if self.phrases.is_none() {
+            // Without the trie it needs no item that is available.
+            request.constraint = Constraint::Level;
+        }
         request.beams = 1;
         request.top_k = 1;
         request

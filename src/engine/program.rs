@@ -8,8 +8,9 @@
 //! | --- | --- |
 //! | [`Stage::Read`] | extends the context by prompt tokens |
 //! | [`Stage::Forced`] | extends the context where that is possible, else every beam, a step a token |
+//! | [`Stage::Think`] | extends the one beam by drawn tokens and a stop token |
 //! | [`Stage::ReadNamed`] | branches off: a slot of its own ends with the named tokens; the trunk stays |
-//! | [`Stage::Search`] | extends the beams by the levels of a semantic ID |
+//! | [`Stage::Search`] | extends the beams by the levels of a semantic ID, or by the tokens of a phrase |
 //!
 //! The trunk ends as one slot for each search. The scheduler sees leases and steps alone: a further
 //! stage is a variant here, with what it leases and what each of its steps chooses from.
@@ -38,17 +39,22 @@ pub(super) enum Stage {
         /// Whether their log-probabilities are part of the scores.
         is_counted: bool,
     },
+    /// Draws so many tokens at most, and a stop token. It stands before everything that has several
+    /// beams.
+    Think { max_tokens: usize },
     /// The log-probabilities of these tokens, all different, right after the stages before.
     ReadNamed(Vec<u32>),
-    /// Searches the catalog's trie.
+    /// Searches the catalog's trie, or its phrases.
     Search(Search),
 }
 
 /// The searches of a request, all along one trunk.
 #[derive(Clone)]
 pub(super) struct Search {
-    /// The beam width by level.
+    /// The beam width by level, or by the tokens of the longest phrase and its end.
     pub widths: Vec<usize>,
+    /// Whether phrases are searched.
+    pub is_of_phrases: bool,
     /// How many there are, each under an allowed set of its own.
     pub count: usize,
     /// What scores are normalised over.
@@ -100,6 +106,8 @@ enum Choice {
     Level(usize),
     Forced { token: u32, is_counted: bool },
     Tokens(Vec<u32>),
+    Phrase,
+    Sample { num_left: usize },
 }
 
 impl Program {
@@ -119,11 +127,19 @@ impl Program {
                         program.tokens.extend(tokens);
                     }
                 }
+                Stage::Think { max_tokens } => {
+                    let step =
+                        |num_left| Step { choice: Choice::Sample { num_left }, depth: 0, width: 1 };
+                    trunk.extend((0..=max_tokens).rev().map(step));
+                }
                 Stage::ReadNamed(tokens) => program.slots.push(read_named(&trunk, tokens)),
                 Stage::Search(found) => {
                     let levels = found.widths.iter().enumerate();
                     trunk.extend(levels.map(|(level, &width)| Step {
-                        choice: Choice::Level(level),
+                        choice: match found.is_of_phrases {
+                            true => Choice::Phrase,
+                            false => Choice::Level(level),
+                        },
                         depth: level,
                         width,
                     }));
@@ -145,15 +161,21 @@ impl Program {
     }
 
     /// The program of a search that says nothing of its own, with an empty prompt: what every
-    /// engine must be able to run.
-    pub fn of_layout(layout: &SidLayout, prompt: PromptKind) -> Program {
+    /// engine must be able to run. `num_phrase_steps`: those of the longest phrase, where it writes
+    /// phrases.
+    pub fn of_layout(
+        layout: &SidLayout,
+        num_phrase_steps: Option<usize>,
+        prompt: PromptKind,
+    ) -> Program {
         let mut stages = Vec::new();
         if let Some(forced) = &layout.forced {
             let (tokens, is_counted) = (forced.tokens.clone(), forced.is_counted);
             stages.push(Stage::Forced { tokens, is_counted });
         }
         stages.push(Stage::Search(Search {
-            widths: vec![1; layout.levels.len()],
+            widths: vec![1; num_phrase_steps.unwrap_or(layout.levels.len())],
+            is_of_phrases: num_phrase_steps.is_some(),
             count: 1,
             normalization: layout.normalization,
             constraint: Constraint::Trie,
@@ -235,15 +257,24 @@ impl SlotProgram {
             Choice::Level(level) => StepChoice::Level(*level),
             &Choice::Forced { token, is_counted } => StepChoice::Forced { token, is_counted },
             Choice::Tokens(tokens) => StepChoice::Tokens(tokens),
+            Choice::Phrase => StepChoice::Phrase,
+            &Choice::Sample { num_left } => StepChoice::Sample { num_left },
         };
         (choice, *depth, *width)
     }
 
     /// Pages of tails. Each position has its own: the start and each step, whether anything reads it
-    /// again or not, because a device may keep the beams themselves there.
+    /// again or not, because a device may keep the beams themselves there. Those of drawn tokens share
+    /// pages.
     pub fn tail_pages(&self) -> usize {
-        let widths = self.steps.iter().map(|step| step.width);
-        pages::tail_pages(std::iter::once(1).chain(widths))
+        let is_drawn = |step: &&Step| matches!(step.choice, Choice::Sample { .. });
+        let widths = self.steps.iter().filter(|step| !is_drawn(step)).map(|step| step.width);
+        let drawn = match self.steps.iter().filter(is_drawn).count() {
+            0 => 0,
+            // One row behind the other, in pages of their own.
+            num_rows => 1 + pages::tail_pages([num_rows]),
+        };
+        pages::tail_pages(std::iter::once(1).chain(widths)) + drawn
     }
 
     /// Beams of the widest step.
@@ -280,7 +311,8 @@ mod tests {
 
     fn search(widths: &[usize], count: usize) -> Stage {
         let (normalization, constraint) = (Normalization::Vocabulary, Constraint::Trie);
-        Stage::Search(Search { widths: widths.to_vec(), count, normalization, constraint })
+        let (widths, is_of_phrases) = (widths.to_vec(), false);
+        Stage::Search(Search { widths, is_of_phrases, count, normalization, constraint })
     }
 
     /// The steps of a slot: what it chooses from, the depth, the width.

@@ -17,7 +17,7 @@ use crate::checkpoint::keys::{is_listed, says_nothing};
 use crate::error::{Error, Result};
 use crate::json;
 pub use crate::prompt::Prompt;
-use crate::prompt::{PromptEntry, Text, TokensEntry, projects};
+use crate::prompt::{PhraseLayout, PhrasesEntry, PromptEntry, Text, TokensEntry, projects};
 use crate::request::Forced;
 use crate::search::Normalization;
 
@@ -185,6 +185,17 @@ impl Config {
             ..self.clone()
         };
         generation.token_or("decoder_start_token_id", vocab_size, default)
+    }
+
+    /// The tokens that end a text: `generate` takes those of `generation_config.json` first.
+    pub(super) fn end_tokens(&self) -> Vec<u32> {
+        let given = |keys: &Map<String, Value>| keys.get("eos_token_id").cloned();
+        let tokens = given(&self.generation).or_else(|| given(&self.keys)).unwrap_or_default();
+        let one = |token: &Value| token.as_u64().and_then(|token| u32::try_from(token).ok());
+        match &tokens {
+            Value::Array(tokens) => tokens.iter().filter_map(one).collect(),
+            token => one(token).into_iter().collect(),
+        }
     }
 
     /// A positive whole number.
@@ -355,12 +366,14 @@ fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
         .map_err(|reason| Error::ModelConfig { path: path.to_path_buf(), reason })
 }
 
-/// How a model writes semantic IDs and reads histories: what the tokenizer's files say, and
+/// How a model writes items and reads histories: what the tokenizer's files say, and
 /// `sidereal.json`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SidLayout {
-    /// By level and code: the token, or [`NO_TOKEN`].
+    /// By level and code: the token, or [`NO_TOKEN`]. May be empty where there are phrases.
     pub levels: Vec<Vec<u32>>,
+    /// What is written in the place of semantic IDs; levels say then how a prompt writes items alone.
+    pub phrases: Option<PhraseLayout>,
     /// How a history becomes the model's input.
     pub prompt: Prompt,
     /// Tokens that are forced before the codes where a request does not say.
@@ -380,6 +393,7 @@ struct LayoutFile {
     /// Whether levels may write one code with one token.
     #[serde(default)]
     shared_codes: bool,
+    phrases: Option<PhrasesEntry>,
     #[serde(default)]
     prompt: PromptEntry,
     forced: Option<ForcedEntry>,
@@ -442,7 +456,17 @@ impl SidLayout {
             }
         };
         let wanted = layout::Wanted { folder, vocabulary: &vocabulary, vocab_size, catalog };
-        let levels = wanted.levels(file.levels.as_deref()).map_err(in_file)?;
+        let levels = match (&file.phrases, &file.levels) {
+            (Some(_), None) => Vec::new(),
+            (_, levels) => wanted.levels(levels.as_deref()).map_err(in_file)?,
+        };
+        let phrases = match file.phrases {
+            None => None,
+            Some(entry) => {
+                let ends = end_tokens(folder)?;
+                Some(PhraseLayout::read(entry, text.clone(), &ends).map_err(in_file)?)
+            }
+        };
         let prompt = Prompt::read(file.prompt, text.clone()).map_err(in_file)?;
         let suffix = file.suffix.resolve(&text).map_err(in_file)?;
         let forced = match file.forced {
@@ -455,16 +479,22 @@ impl SidLayout {
         if forced.as_ref().is_some_and(|forced| forced.tokens.is_empty()) {
             return Err(error("\"forced\" has no tokens; leave it out".into()));
         }
+        if phrases.is_some() && !suffix.is_empty() {
+            return Err(error(
+                "\"suffix\" follows codes; a phrase has an \"end\" of its own".into(),
+            ));
+        }
         let around = prompt.fixed_tokens();
         let named = levels.iter().flatten().filter(|&&token| token != NO_TOKEN);
         let named = named.chain(&around).chain(&suffix);
         let named = named.chain(forced.iter().flat_map(|forced| &forced.tokens));
+        let named = named.chain(phrases.iter().map(|phrases| &phrases.end));
         if let Some(token) = named.max().filter(|&&token| token as usize >= vocab_size) {
             return Err(error(format!("token {token} is outside the vocabulary of {vocab_size}")));
         }
         layout::check_tokens_of_codes(&levels, file.shared_codes).map_err(error)?;
         let normalization = file.normalize.unwrap_or_default();
-        Ok(SidLayout { levels, prompt, forced, suffix, vocabulary, normalization })
+        Ok(SidLayout { levels, phrases, prompt, forced, suffix, vocabulary, normalization })
     }
 
     /// Single tokens that steps of most requests ask for.
@@ -478,6 +508,9 @@ impl SidLayout {
     /// # Errors
     /// [`Error::LevelsMismatch`] where levels or codes do not go together.
     pub fn check(&self, catalog: &Catalog) -> Result<()> {
+        if self.levels.is_empty() {
+            return Ok(());
+        }
         let has_token = |tokens: &Vec<u32>| tokens.iter().map(|&token| token != NO_TOKEN).collect();
         catalog.require(self.levels.iter().map(has_token).collect())
     }
@@ -497,6 +530,15 @@ fn read_layout(path: &Path) -> Result<LayoutFile> {
         }
     }
     json::from_value(file).map_err(error)
+}
+
+/// The tokens that end a text, as the configuration of a folder says.
+fn end_tokens(folder: &Path) -> Result<Vec<u32>> {
+    let path = folder.join("config.json");
+    if !path.exists() {
+        return Ok(Vec::new()); // an adapter's folder
+    }
+    Ok(Config::read(&path)?.end_tokens())
 }
 
 /// The prompt of a folder that does not describe one: the items, and the end token of an encoder.

@@ -8,12 +8,14 @@
 //! 2024).
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::config::{Config, SidLayout};
 use super::family::{Family, activation_of};
 use super::network::{Activations, ModelOutput, ModelSpec, Network, PromptKind};
 use super::rope::Rope;
 use super::weights::Weights;
+use super::whole_words::WordRule;
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Epilogue, HeadNorms, Heads, KvLayout, KvScope, Mask,
 };
@@ -166,6 +168,10 @@ impl<B: Backend> Network<B> for DecoderOnly<B> {
 
     fn head(&self) -> &B::Head {
         &self.head
+    }
+
+    fn word_rule(&self) -> Option<Arc<WordRule>> {
+        None
     }
 
     fn new_scratch(&self, backend: &B) -> Activations<B> {

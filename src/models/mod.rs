@@ -28,6 +28,7 @@ mod rope;
 pub mod t5;
 pub mod vocabulary;
 pub mod weights;
+mod whole_words;
 
 pub use family::Family;
 pub use folder::Checkpoint;
@@ -35,6 +36,7 @@ pub use network::{
     Activations, EncoderPiece, EncoderSweep, ForwardPass, Model, ModelOutput, ModelSpec, Network,
     PromptKind,
 };
+pub use whole_words::WordRule;
 
 /// Puts a checkpoint on a device; `layout` says which tokens its searches choose from.
 ///

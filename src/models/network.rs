@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::whole_words::WordRule;
 use crate::backend::{Backend, Batch, KvLayout};
 
 /// How a network reads its prompt.
@@ -120,6 +121,8 @@ pub trait Network<B: Backend>: Send + Sync + 'static {
     fn spec(&self) -> &ModelSpec;
     /// The output head.
     fn head(&self) -> &B::Head;
+    /// How it counts the words of its prompts, where it does.
+    fn word_rule(&self) -> Option<Arc<WordRule>>;
     /// Empty activations.
     fn new_scratch(&self, backend: &B) -> Self::Scratch;
     /// Reads the rows of a batch, as [`ForwardPass::run`] says.
@@ -150,6 +153,8 @@ pub trait Model<B: Backend>: Send + Sync {
     fn spec(&self) -> &ModelSpec;
     /// The output head.
     fn head(&self) -> &B::Head;
+    /// How it counts the words of its prompts, where it does.
+    fn word_rule(&self) -> Option<Arc<WordRule>>;
     /// A forward pass with activations of its own. It holds the weights: drop it with the model.
     fn new_pass(self: Arc<Self>, backend: &B) -> Box<dyn ForwardPass<B>>;
 }
@@ -185,6 +190,10 @@ impl<B: Backend, N: Network<B>> Model<B> for N {
 
     fn head(&self) -> &B::Head {
         Network::head(self)
+    }
+
+    fn word_rule(&self) -> Option<Arc<WordRule>> {
+        Network::word_rule(self)
     }
 
     fn new_pass(self: Arc<Self>, backend: &B) -> Box<dyn ForwardPass<B>> {

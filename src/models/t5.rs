@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 use std::slice;
+use std::sync::Arc;
 
 use super::config::{Config, SidLayout};
 use super::family::{Family, activation_of};
@@ -17,6 +18,7 @@ use super::network::{
 };
 use super::relative_bias::RelativeBias;
 use super::weights::Weights;
+use super::whole_words::{WholeWords, WordRule};
 use crate::backend::{
     Activation, AttentionSpec, Backend, Batch, Epilogue, Heads, KvLayout, KvScope, Mask,
     PrefillAttention,
@@ -31,6 +33,8 @@ pub struct T5<B: Backend> {
     embedding: B::Table,
     /// Where it differs from the encoder's.
     decoder_embedding: Option<B::Table>,
+    /// Added to the encoder's embeddings, where the checkpoint has them.
+    words: Option<WholeWords<B>>,
     encoder: Vec<EncoderLayer<B>>,
     encoder_bias: RelativeBias,
     encoder_norm: B::Vector,
@@ -102,7 +106,8 @@ impl<B: Backend> T5<B> {
         let num_decoder_layers = config.size_or("num_decoder_layers", num_layers)?;
         let vocab_size = config.size("vocab_size")?;
         config.expect_flag("is_encoder_decoder", true)?;
-        config.without_effect(&["n_positions"]);
+        // The tasks that P5 was trained for; its tensors say whether words have embeddings.
+        config.without_effect(&["n_positions", "losses", "whole_word_embed"]);
         let num_buckets = config.size_or("relative_attention_num_buckets", 32)?;
         let max_distance = config.size_or("relative_attention_max_distance", 128)?;
         if num_buckets < 4 || max_distance <= num_buckets / 2 {
@@ -125,6 +130,8 @@ impl<B: Backend> T5<B> {
         // The scale of the head's input is the scale of its norm's weights.
         let final_norm: Vec<f32> = final_norm.to_vec().iter().map(|x| x * scale).collect();
 
+        let end = config.end_tokens().first().copied();
+        let words = WholeWords::take(backend, weights, layout, end, [vocab_size, d_model])?;
         let encoder = (0..num_layers).map(|layer| {
             Ok(EncoderLayer {
                 attention: layers.attention(
@@ -171,6 +178,7 @@ impl<B: Backend> T5<B> {
                 false => Some(backend.table(decoder_embedding, Some(&head))?),
             },
             embedding: backend.table(embedding, Some(&head))?,
+            words,
             encoder,
             encoder_bias,
             encoder_norm: backend.vector(&[encoder_norm])?,
@@ -194,6 +202,9 @@ impl<B: Backend> T5<B> {
         let bias = self.encoder_bias.table(1 - longest..longest);
         let over_prompt = self.over_prompt(&bias);
         backend.embed(&self.embedding, tokens, batch, &mut s.residual);
+        if let Some(words) = &self.words {
+            words.add(backend, tokens, batch, &mut s.spare, &mut s.residual);
+        }
         for layer in &self.encoder {
             layer.project(self, backend, batch, s);
             layer.attend(self, backend, &over_prompt, batch, s);
@@ -286,6 +297,10 @@ impl<B: Backend> Network<B> for T5<B> {
         &self.head
     }
 
+    fn word_rule(&self) -> Option<Arc<WordRule>> {
+        self.words.as_ref().map(|words| Arc::clone(&words.rule))
+    }
+
     fn new_scratch(&self, backend: &B) -> Scratch<B> {
         Scratch { rows: Activations::new(backend), parts: Vec::new() }
     }
@@ -328,8 +343,11 @@ impl<B: Backend> Network<B> for T5<B> {
             match sweep {
                 EncoderSweep::Project(layer) => {
                     if layer == 0 {
-                        let tokens = &tokens[rows.clone()];
-                        backend.embed(&self.embedding, tokens, batch, &mut s.residual);
+                        let of_rows = &tokens[rows.clone()];
+                        backend.embed(&self.embedding, of_rows, batch, &mut s.residual);
+                        if let Some(words) = &self.words {
+                            words.add(backend, tokens, batch, &mut s.spare, &mut s.residual);
+                        }
                     }
                     self.encoder[layer].project(self, backend, batch, s);
                 }

@@ -154,6 +154,14 @@ impl Weights {
         }
     }
 
+    /// The rows of a tensor, where the checkpoint has it.
+    pub(super) fn num_rows(&self, name: &str) -> Option<usize> {
+        match &self.source {
+            Source::Files(Tensors { floats, .. }) => floats.get(name)?.shape().first().copied(),
+            Source::Random(_) => None,
+        }
+    }
+
     /// Whether the checkpoint has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         match &self.source {

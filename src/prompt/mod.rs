@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::json;
 use crate::request::{Input, Request};
 
+mod phrases;
 mod pieces;
 pub mod projects;
 mod source;
@@ -23,6 +24,7 @@ mod without_text;
 #[cfg(not(feature = "text"))]
 use without_text as text;
 
+pub use phrases::{PhraseLayout, PhrasesEntry};
 use pieces::PieceEntry;
 pub use pieces::{Cut, ItemPart, Limit, Piece};
 pub use source::Source;

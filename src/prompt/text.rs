@@ -94,6 +94,19 @@ impl Text {
         Ok(tokens)
     }
 
+    /// The tokens of a text that is asked for once: they are not kept.
+    ///
+    /// # Errors
+    /// Those of [`tokens`](Text::tokens).
+    pub(super) fn encode(&self, text: &str) -> Result<Arc<[u32]>> {
+        let folder = self.folder()?;
+        if text.len() > MAX_TEXT_BYTES {
+            let (len, max) = (text.len(), MAX_TEXT_BYTES);
+            return Err(Error::LimitExceeded { what: "bytes of text", len, max });
+        }
+        folder.encode(text, false)
+    }
+
     /// The tokens of a text that does not depend on a request. An added token needs no tokenizer.
     pub(super) fn fixed_tokens(&self, text: &str) -> Result<Vec<u32>> {
         let rendered = match text.contains("{{") || text.contains("{%") {

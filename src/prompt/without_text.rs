@@ -31,6 +31,10 @@ impl Text {
         Err(unsupported())
     }
 
+    pub(super) fn encode(&self, _text: &str) -> Result<Arc<[u32]>> {
+        Err(unsupported())
+    }
+
     pub(super) fn fixed_tokens(&self, text: &str) -> Result<Vec<u32>> {
         let added = self.0.added().unwrap_or_default();
         let added = added.iter().find(|(_, added)| added == text);

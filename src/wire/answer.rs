@@ -22,11 +22,11 @@ impl<'a> AnswerLine<'a> {
     }
 }
 
-/// `groups` and `read` are there where the request asks for some, `unknown_items` where some were left
+/// `groups`, `read` and `thought` are there where the request asks for them, `unknown_items` where some were left
 /// out; `timings` and `skipped_items` where it asks for timings.
 impl Serialize for Answer {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut answer = serializer.serialize_struct("Answer", 9)?;
+        let mut answer = serializer.serialize_struct("Answer", 10)?;
         answer.serialize_field("items", &self.items)?;
         match self.groups.is_empty() {
             true => answer.skip_field("groups")?,
@@ -35,6 +35,9 @@ impl Serialize for Answer {
         match self.read.is_empty() {
             true => answer.skip_field("read")?,
             false => answer.serialize_field("read", &self.read)?,
+        }
+        if let Some(thought) = &self.thought {
+            answer.serialize_field("thought", thought)?;
         }
         answer.serialize_field("snapshot", &self.snapshot.number())?;
         answer.serialize_field("tokens", &self.tokens)?;
@@ -108,6 +111,7 @@ mod tests {
             items: vec![Recommendation::new(&snapshot, item, -2.31, false)],
             groups: Vec::new(),
             read: Vec::new(),
+            thought: None,
             snapshot,
             tokens: 7,
             cached_tokens: 5,

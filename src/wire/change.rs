@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use super::name::name;
 use crate::catalog::items::{Code, to_sid};
+use crate::catalog::sid::Sid;
 use crate::catalog::{Change, Item, ItemWeight, Watermark};
 use crate::error::{Error, Result};
 use crate::json;
@@ -17,7 +18,7 @@ struct ItemLine {
     #[serde(deserialize_with = "name")]
     #[serde(alias = "item_id")]
     item: String,
-    sid: Vec<Code>,
+    sid: Option<Vec<Code>>,
     title: Option<String>,
     #[serde(default)]
     tags: Vec<String>,
@@ -29,9 +30,18 @@ impl TryFrom<ItemLine> for Item {
     type Error = Error;
 
     fn try_from(line: ItemLine) -> Result<Item> {
+        let sid = match &line.sid {
+            Some(codes) => to_sid(codes)?,
+            None if line.title.is_none() => {
+                let reason = "is missing; an item without codes, for a model that writes phrases, \
+                              has a title, be it empty";
+                return Err(Error::InvalidField { field: "sid", reason: reason.into() });
+            }
+            None => Sid::of_name(&line.item),
+        };
         Ok(Item {
             name: line.item,
-            sid: to_sid(&line.sid)?,
+            sid,
             title: line.title.unwrap_or_default(),
             tags: line.tags,
             available: line.available.unwrap_or(true),

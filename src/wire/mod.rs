@@ -20,6 +20,8 @@ mod error;
 mod loose;
 mod name;
 mod request;
+mod think;
+mod tokens;
 
 pub use answer::AnswerLine;
 pub use change::ChangeBatch;

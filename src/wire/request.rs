@@ -8,13 +8,15 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use super::loose::{LooseName, Real, Scalar, Whole};
+use super::think::Thinking;
+use super::tokens::{TokenName, named_tokens, tokens_in_range};
 use crate::error::{Error, Result};
 use crate::json;
 use crate::request::{
-    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
+    Forced, Input, LongHistory, MAX_BEAMS, Priority, Request, SharedSid, UnknownItems,
     per_sid_below_one,
 };
-use crate::search::{Constraint, Normalization};
+use crate::search::{Constraint, Normalization, PhraseRule};
 
 /// Fields that are looked for under other names, and their own.
 const OTHER_NAMES: [(&str, &str); 6] = [
@@ -75,6 +77,8 @@ pub struct RequestLine {
     forced: Option<ForcedTokens>,
     #[serde(default)]
     read: Option<Vec<TokenName>>,
+    #[serde(default)]
+    think: Option<Thinking>,
     #[serde(default, deserialize_with = "seed")]
     seed: Option<u64>,
     #[serde(default)]
@@ -91,6 +95,8 @@ pub struct RequestLine {
     normalize: Option<Normalization>,
     #[serde(default)]
     constraint: Option<Constraint>,
+    #[serde(default)]
+    phrase_rule: Option<PhraseRule>,
     #[serde(default)]
     temperature: Option<Real>,
     #[serde(default)]
@@ -118,14 +124,6 @@ struct ForcedTokens {
     tokens: Vec<Whole>,
     #[serde(default)]
     counted: bool,
-}
-
-/// A token by its text or its number.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged, expecting = "expected a token, its text or its number")]
-enum TokenName {
-    Text(String),
-    Id(Whole),
 }
 
 /// One width, or one for each level.
@@ -318,10 +316,6 @@ impl RequestLine {
                 reason: format!("{ms} is not a number of milliseconds"),
             })
         });
-        let read = self.read.iter().flatten().enumerate().map(|(position, name)| match name {
-            TokenName::Text(text) => Ok(NamedToken::Text(text.clone())),
-            TokenName::Id(token) => Ok(NamedToken::Id(in_range("read", position, *token)?)),
-        });
         Ok(Request {
             unknown_items: self.unknown_items.unwrap_or(defaults.unknown_items),
             long_history: self.long_history.unwrap_or(defaults.long_history),
@@ -335,7 +329,8 @@ impl RequestLine {
             groups: self.groups.clone().unwrap_or_default(),
             candidates: self.candidates.clone().unwrap_or_default(),
             forced: self.forced()?,
-            read: read.collect::<Result<_>>()?,
+            read: named_tokens("read", self.read.as_deref().unwrap_or_default())?,
+            think: self.think.as_ref().map(Thinking::to_think).transpose()?,
             seed: self.seed,
             log_probs: self.log_probs.unwrap_or(false),
             titles: self.titles.unwrap_or(defaults.titles),
@@ -345,6 +340,7 @@ impl RequestLine {
             top_k,
             normalization: self.normalize.or(defaults.normalization),
             constraint: self.constraint.unwrap_or(defaults.constraint),
+            phrase_rule: self.phrase_rule,
             temperature: self.temperature.map_or(1.0, |Real(temperature)| temperature as f32),
             shared_sid: self.shared_sid.unwrap_or_default(),
             per_sid: self.per_sid(defaults)?,
@@ -409,22 +405,10 @@ fn clamped(number: i128) -> i64 {
     number.clamp(i64::MIN.into(), i64::MAX.into()) as i64
 }
 
-fn tokens_in_range(field: &'static str, tokens: &[Whole]) -> Result<Vec<u32>> {
-    let tokens = tokens.iter().enumerate();
-    tokens.map(|(position, &token)| in_range(field, position, token)).collect()
-}
-
-fn in_range(field: &'static str, position: usize, Whole(token): Whole) -> Result<u32> {
-    u32::try_from(token).map_err(|_| Error::InvalidField {
-        field,
-        reason: format!("{token} at position {position} is not a token"),
-    })
-}
-
 /// The line that says the whole request, whatever a reader's defaults are.
 impl Serialize for Request {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut line = serializer.serialize_struct("Request", 24)?;
+        let mut line = serializer.serialize_struct("Request", 26)?;
         match &self.input {
             Input::History(items) => line.serialize_field("history", items)?,
             Input::Tokens(tokens) => line.serialize_field("tokens", tokens)?,
@@ -461,6 +445,9 @@ impl Serialize for Request {
         if !self.read.is_empty() {
             line.serialize_field("read", &self.read)?;
         }
+        if let Some(think) = &self.think {
+            line.serialize_field("think", think)?;
+        }
         if let Some(seed) = self.seed {
             line.serialize_field("seed", &seed)?;
         }
@@ -476,6 +463,9 @@ impl Serialize for Request {
             line.serialize_field("normalize", &normalization)?;
         }
         line.serialize_field("constraint", &self.constraint)?;
+        if let Some(rule) = &self.phrase_rule {
+            line.serialize_field("phrase_rule", rule)?;
+        }
         line.serialize_field("temperature", &self.temperature)?;
         line.serialize_field("shared_sid", &self.shared_sid)?;
         if let Some(per_sid) = self.per_sid {
@@ -498,14 +488,5 @@ impl Serialize for Forced {
         forced.serialize_field("tokens", &self.tokens)?;
         forced.serialize_field("counted", &self.is_counted)?;
         forced.end()
-    }
-}
-
-impl Serialize for NamedToken {
-    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        match self {
-            NamedToken::Id(token) => serializer.serialize_u32(*token),
-            NamedToken::Text(text) => serializer.serialize_str(text),
-        }
     }
 }

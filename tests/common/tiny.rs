@@ -37,6 +37,7 @@ impl Tiny {
         let tokens = |level| (first(level)..first(level) + u32::from(num_codes)).collect();
         let mut some = |most: usize| (0..rng.usize(0..=most)).map(|_| rng.u32(0..5)).collect();
         let layout = SidLayout {
+            phrases: None,
             levels: (0..num_levels).map(tokens).collect(),
             prompt: Prompt::new(some(2), some(1), some(2)),
             forced: None,

@@ -151,6 +151,9 @@ impl Walk {
         let (allowed, level): (Vec<u32>, Vec<u32>) = match steps.choices[step] {
             StepChoice::Forced { token, .. } => (vec![token], vec![token]),
             StepChoice::Tokens(tokens) => (tokens.to_vec(), tokens.to_vec()),
+            StepChoice::Phrase | StepChoice::Sample { .. } => {
+                unreachable!("walks are over semantic IDs")
+            }
             StepChoice::Level(level) => {
                 let tokens = &steps.levels[level];
                 let known: Vec<u32> = tokens.iter().copied().filter(|&t| t != NO_TOKEN).collect();

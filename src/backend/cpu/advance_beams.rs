@@ -20,9 +20,10 @@
 use rayon::prelude::*;
 
 use super::head::Head;
+use super::keys::{key, ranks, score_of};
 use super::lm_head::{LogSumExp, Logits, SlotLogits, over_level};
 use super::slot::{Beams, Sample};
-use super::{CpuBackend, Slot};
+use super::{CpuBackend, Slot, phrases, thoughts};
 use crate::backend::level_columns::LevelColumns;
 use crate::backend::{
     AdvanceBeams, Batch, Continuations, LogProb, Normalizer, SearchRule, StepChoice, noise,
@@ -61,6 +62,10 @@ fn advance(logits: &Logits, head: &Head, rule: &SearchRule<'_>, index: usize, sl
             named = LevelColumns::of_named(tokens);
             (&named, *tokens)
         }
+        StepChoice::Phrase => {
+            return phrases::advance(logits, head.vocab_size, rule, index, slot);
+        }
+        StepChoice::Sample { .. } => return thoughts::advance(logits, rule, index, slot),
     };
     let slot_logits = &logits.searches[index];
     let SlotLogits { rows, .. } = slot_logits;
@@ -86,6 +91,9 @@ fn advance(logits: &Logits, head: &Head, rule: &SearchRule<'_>, index: usize, sl
         beams.fail(step);
     }
 }
+
+/// Why no step here is of a phrase or a thought.
+const ELSEWHERE: &str = "steps of phrases and thoughts are taken elsewhere";
 
 /// One step of one slot.
 struct Search<'a> {
@@ -115,18 +123,6 @@ struct Best {
     width: usize,
     /// What scores below cannot be among the best any more.
     threshold: f32,
-}
-
-fn key(score: f32, cursor: u32) -> u64 {
-    // IEEE 754 bits sort like the floats once negative ones are inverted.
-    let bits = (score + 0.0).to_bits();
-    let rising = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
-    u64::from(!rising) << 32 | u64::from(cursor)
-}
-
-fn score_of(key: u64) -> f32 {
-    let rising = !((key >> 32) as u32);
-    f32::from_bits(if rising >> 31 == 1 { rising & !(1 << 31) } else { !rising })
 }
 
 impl Best {
@@ -181,6 +177,7 @@ impl Search<'_> {
                     self.offer_codes(beams, beam, 0..num_codes, &mut best)?;
                 }
                 Continuations::Vocabulary => self.offer_vocabulary(beams, beam, &mut best)?,
+                Continuations::Phrases | Continuations::Sampled => unreachable!("{ELSEWHERE}"),
             }
         }
         let best = best.into_sorted();
@@ -197,6 +194,7 @@ impl Search<'_> {
             }
             Continuations::Vocabulary => self.vocab_size,
             Continuations::Tokens => self.tokens.len() as u32,
+            Continuations::Phrases | Continuations::Sampled => unreachable!("{ELSEWHERE}"),
         }
     }
 
@@ -521,7 +519,9 @@ impl Search<'_> {
             Continuations::Children | Continuations::Forced => {
                 self.over_children(beams, beam).expect("a chosen beam has continuations")
             }
-            Continuations::Vocabulary => self.logits.vocabulary[self.first_row + beam].value(),
+            Continuations::Vocabulary | Continuations::Phrases | Continuations::Sampled => {
+                self.logits.vocabulary[self.first_row + beam].value()
+            }
             Continuations::Occurring => self.over_occurring(beam).value(),
             Continuations::Level | Continuations::Tokens => {
                 let logits = self.level_logits(beam);
@@ -545,7 +545,7 @@ impl Search<'_> {
     fn token(&self, choice: u32) -> u32 {
         match self.continuations {
             Continuations::Forced | Continuations::Tokens => self.tokens[choice as usize],
-            Continuations::Vocabulary => choice,
+            Continuations::Vocabulary | Continuations::Phrases | Continuations::Sampled => choice,
             Continuations::Children | Continuations::Occurring | Continuations::Level => {
                 let column = self.columns.column(choice as usize);
                 self.columns.span.start
@@ -571,24 +571,4 @@ impl Beams {
             |token: &LogProb| token.vocabulary.is_finite() && token.children.is_finite();
         self.scores.iter().all(|score| score.is_finite()) && self.log_probs.iter().all(is_finite)
     }
-
-    /// Ends the search: the beams are gone, and reading them tells why.
-    fn fail(&mut self, step: usize) {
-        let start_token = self.start_token;
-        *self = Beams { failed_step: Some(step), ..Beams::start(start_token) };
-        self.scores.clear();
-        self.ranks.clear();
-    }
-}
-
-/// By beam: how many of the others come before it in the order of their tokens.
-fn ranks(best: &[u64]) -> Vec<u32> {
-    let mut order: Vec<u64> =
-        best.iter().zip(0u64..).map(|(&key, beam)| key << 32 | beam).collect();
-    order.sort_unstable();
-    let mut ranks = vec![0; best.len()];
-    for (rank, beam) in (0..).zip(order) {
-        ranks[beam as u32 as usize] = rank;
-    }
-    ranks
 }

@@ -117,9 +117,9 @@ impl<'a, P: Deref<Target = Vec<f32>>> Tail<'a, P> {
     fn of_beam(&self, beam: usize) -> impl Iterator<Item = (&'a [f32], &'a [f32])> {
         let Tail { slot, pages, layout, layer } = *self;
         let rows = slot.beams.ancestors_of(beam).iter().copied().chain(Some(beam as u32));
-        slot.positions.iter().zip(rows).map(move |(&first_page, row)| {
-            let row = row as usize;
-            let page = &pages[first_page + row / TAIL_PAGE_LEN];
+        slot.positions.iter().zip(rows).map(move |(position, row)| {
+            let row = position.row + row as usize;
+            let page = &pages[position.page + row / TAIL_PAGE_LEN];
             layout.tail_row(page, layer, row % TAIL_PAGE_LEN)
         })
     }

@@ -110,6 +110,14 @@ impl DeviceOps for CpuBackend {
         Ok(Memory::new(spec))
     }
 
+    fn check_phrases(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn check_thoughts(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn max_steps(&self) -> usize {
         usize::MAX
     }
@@ -123,7 +131,7 @@ impl DeviceOps for CpuBackend {
     }
 
     fn num_steps(&self, slot: &Slot) -> usize {
-        slot.beams.num_steps
+        slot.beams.num_steps + slot.beams.num_skipped
     }
 
     fn context_len(&self, slot: &Slot) -> usize {

@@ -56,6 +56,7 @@ impl Columns {
         match rule.choice {
             StepChoice::Forced { token, .. } => named(&[token]),
             StepChoice::Tokens(tokens) => named(tokens),
+            StepChoice::Phrase | StepChoice::Sample { .. } => Columns::Span(0..head.vocab_size),
             StepChoice::Level(_) if rule.continuations() == Continuations::Vocabulary => {
                 Columns::Span(0..head.vocab_size)
             }
@@ -229,7 +230,10 @@ impl Logits {
                 let named;
                 let level = match rule.choice {
                     StepChoice::Level(level) => &head.levels[level],
-                    StepChoice::Forced { .. } => unreachable!("a forced token is certain"),
+                    StepChoice::Forced { .. } | StepChoice::Sample { .. } => {
+                        unreachable!("forced and drawn tokens are certain")
+                    }
+                    StepChoice::Phrase => unreachable!("phrases have no levels"),
                     StepChoice::Tokens(tokens) => {
                         named = LevelColumns::of_named(tokens);
                         &named

@@ -115,6 +115,20 @@ impl<D: Driver> DeviceOps for CudaBackend<D> {
         Ok(Memory(arrays))
     }
 
+    fn check_phrases(&self) -> Result<()> {
+        Err(Error::Unsupported {
+            what: "a search of phrases on a GPU".into(),
+            way_out: "use the CPU (--device cpu), or name no \"phrases\" in sidereal.json".into(),
+        })
+    }
+
+    fn check_thoughts(&self) -> Result<()> {
+        Err(Error::Unsupported {
+            what: "a sampled thought on a GPU".into(),
+            way_out: "use the CPU (--device cpu), or leave \"think\" out".into(),
+        })
+    }
+
     fn max_steps(&self) -> usize {
         MAX_POSITIONS - 1
     }

@@ -11,6 +11,9 @@ use crate::backend::{Continuations, SearchRule, StepChoice, level_columns};
 use crate::error::Result;
 use crate::tensor::{Dtype, Tensor};
 
+/// Why no step on a GPU is of a phrase or a thought.
+pub(super) const REFUSED: &str = "an engine on a GPU refuses phrases and thoughts";
+
 /// The output head, and what each level can choose from.
 pub struct Head<D: Driver> {
     pub(super) weight: Weights<D>,
@@ -65,6 +68,7 @@ impl<D: Driver> Head<D> {
         match rule.choice {
             StepChoice::Forced { token, .. } => token as usize..token as usize + 1,
             StepChoice::Tokens(_) => 0..0,
+            StepChoice::Phrase | StepChoice::Sample { .. } => unreachable!("{REFUSED}"),
             StepChoice::Level(_) if rule.continuations() == Continuations::Vocabulary => {
                 0..self.vocab_size()
             }
@@ -77,6 +81,7 @@ impl<D: Driver> Head<D> {
         match rule.choice {
             StepChoice::Forced { .. } => 1,
             StepChoice::Tokens(tokens) => tokens.len(),
+            StepChoice::Phrase | StepChoice::Sample { .. } => unreachable!("{REFUSED}"),
             StepChoice::Level(_) if rule.continuations() == Continuations::Vocabulary => {
                 self.vocab_size()
             }

@@ -97,14 +97,22 @@ fn beams_of<D: Driver>(slot: &Slot<D>, words: &[u32]) -> Result<Vec<Beam>> {
     }
     let steps = slot.num_steps;
     if steps == 0 {
-        let start = Beam { tokens: Vec::new(), cursor: None, score: 0.0, log_probs: Vec::new() };
-        return Ok(vec![start]);
+        return Ok(vec![Beam {
+            tokens: Vec::new(),
+            cursor: None,
+            phrase: None,
+            num_skipped: 0,
+            score: 0.0,
+            log_probs: Vec::new(),
+        }]);
     }
     let beam = |words: &[u32]| Beam {
         score: f32::from_bits(words[0]),
         cursor: slot
             .reached_leaves
             .then(|| Cursor { base: Node::new(words[1]), delta: Node::new(words[2]) }),
+        phrase: None,
+        num_skipped: 0,
         tokens: words[3..3 + steps].to_vec(),
         log_probs: match slot.keeps_log_probs {
             false => Vec::new(),

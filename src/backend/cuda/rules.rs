@@ -5,7 +5,7 @@ use bytemuck::Zeroable;
 use super::catalog::{AllowedEntry, EMPTY_TRIE, TrieEntry};
 use super::device_memory::DeviceMemory;
 use super::driver::Driver;
-use super::head::Head;
+use super::head::{Head, REFUSED};
 use super::plan::{Plan, num_next_rows};
 use super::shared::shared_struct;
 use super::slot::Slot;
@@ -184,6 +184,7 @@ pub(super) fn write<D: Driver>(
             Continuations::Vocabulary => (OF_VOCABULARY, entry.num_codes),
             Continuations::Forced => (FORCED, 1),
             Continuations::Tokens => (NAMED, entry.num_codes),
+            Continuations::Phrases | Continuations::Sampled => unreachable!("{REFUSED}"),
         };
         entry.depth = rule.depth as u32;
         entry.inverse_temperature = 1.0 / rule.temperature;

@@ -26,7 +26,11 @@ pub(super) fn preparer() -> Preparer {
     builder.add(Item::new("a", Sid::new(&[0, 1]).expect("two levels"))).expect("an item");
     Preparer {
         catalog: Arc::new(builder.build().expect("a catalog")),
+        phrases: None,
+        thoughts: Ok(()),
+        words: None,
         layout: SidLayout {
+            phrases: None,
             levels: vec![vec![1, 2], vec![3, 4]],
             prompt: Prompt::default(),
             forced: None,

@@ -1,0 +1,206 @@
+//! Thoughts: tokens that a model draws until it stops, and what follows them.
+
+#[path = "common/folders.rs"]
+mod folders;
+
+use folders::{Folder, QWEN3, T5};
+use serde_json::json;
+use sidereal::wire::{RequestDefaults, RequestLine};
+use sidereal::{Answer, Engine, Forced, NamedToken, Request, Sampling, Think};
+
+/// Checkpoints, and how many tokens they have.
+const CASES: [(&str, u32); 2] = [(QWEN3, VOCABULARY), (T5, 1034)];
+const VOCABULARY: u32 = 876;
+
+fn prompt() -> Vec<u32> {
+    (20..50).collect()
+}
+
+fn named(tokens: impl IntoIterator<Item = u32>) -> Vec<NamedToken> {
+    tokens.into_iter().map(NamedToken::Id).collect()
+}
+
+/// A request that thinks at most so long, and ends at one of every eight tokens or at one alone.
+fn thinker(max_tokens: usize, seed: u64, is_short: bool) -> Request {
+    let stop = named((5..VOCABULARY).step_by(if is_short { 8 } else { 1000 }));
+    let mut sampling = Sampling::default();
+    (sampling.seed, sampling.temperature, sampling.top_p) = (seed, 1.3, 0.95);
+    sampling.repetition_penalty = 1.1;
+    Request::from_tokens(prompt()).with_think(Think::new(max_tokens, stop).with_sampling(sampling))
+}
+
+fn ask(engine: &mut Engine, request: &Request) -> Answer {
+    engine.recommend(request).expect("a sound request")
+}
+
+#[test]
+fn a_search_behind_a_thought_is_that_of_a_request_with_the_thought_in_it() {
+    let (mut complete, mut cut, mut longest) = (0, 0, 0);
+    for (case, _) in CASES {
+        let mut engine = Folder::of(case).open().expect("a checkpoint");
+        for seed in 0..12 {
+            let forced = vec![9, 11 + seed as u32];
+            let is_short = seed < 8;
+            let request = thinker(if is_short { 30 } else { 200 }, seed, is_short)
+                .with_forced(Forced::new(forced.clone()))
+                .with_beams(20)
+                .with_top_k(20);
+            let answer = ask(&mut engine, &request);
+            let thought = answer.thought.clone().expect("it thinks");
+            assert!(
+                !thought
+                    .tokens
+                    .iter()
+                    .any(|token| is_short && *token < VOCABULARY && token % 8 == 5),
+                "{thought:?}"
+            );
+            longest = longest.max(thought.tokens.len());
+            match thought.is_complete {
+                true => complete += 1,
+                false => cut += 1,
+            }
+            // The same in a second request, as tokens that every beam must write.
+            let all = [&thought.tokens[..], &[5], &forced].concat();
+            let mut second = request.clone().with_forced(Forced::new(all.clone()));
+            second.think = None;
+            let expected = ask(&mut engine, &second);
+            assert_eq!(answer.items.len(), expected.items.len(), "{case} {seed}");
+            for (found, expected) in answer.items.iter().zip(&expected.items) {
+                assert_eq!(found.item, expected.item, "{case} {seed}");
+                let difference = (found.score - expected.score).abs();
+                assert!(difference < 1e-4, "{case} {seed}: {difference}");
+            }
+            // Named tokens behind the thought, too.
+            let read = named([7, 300, 799]);
+            let found = ask(&mut engine, &request.clone().with_read(read.clone()));
+            let expected = ask(&mut engine, &second.with_read(read));
+            assert_eq!(found.thought.as_ref(), Some(&thought), "{case} {seed}");
+            for (found, expected) in found.read.iter().zip(&expected.read) {
+                let difference = (found.log_prob - expected.log_prob).abs();
+                assert!(difference < 1e-4, "{case} {seed}: {difference}");
+            }
+        }
+    }
+    assert!(complete > 5 && cut > 5 && longest == 200, "{complete} {cut} {longest}");
+}
+
+#[test]
+fn a_thought_without_noise_takes_the_likeliest_token_each_time() {
+    for (case, vocab_size) in CASES {
+        let mut engine = Folder::of(case).open().expect("a checkpoint");
+        let mut sampling = Sampling::default();
+        sampling.temperature = 0.0;
+        let think = Think::new(12, named([799])).with_sampling(sampling);
+        let request = Request::from_tokens(prompt()).with_think(think).with_read(named([1]));
+        let thought = ask(&mut engine, &request).thought.expect("it thinks");
+        let mut written: Vec<u32> = Vec::new();
+        for &token in &thought.tokens {
+            let mut request = Request::from_tokens(prompt()).with_read(named(0..vocab_size));
+            if !written.is_empty() {
+                request = request.with_forced(Forced::new(written.clone()));
+            }
+            let read = ask(&mut engine, &request).read;
+            let best = read.iter().max_by(|a, b| a.log_prob.total_cmp(&b.log_prob));
+            assert_eq!(best.expect("a vocabulary").token, token, "{case} after {written:?}");
+            written.push(token);
+        }
+        assert!(written.len() == 12 || thought.is_complete, "{thought:?}");
+    }
+}
+
+#[test]
+fn thoughts_have_the_same_bits_alone_and_in_a_crowd_and_other_seeds_draw_others() {
+    for (case, _) in CASES {
+        let folder = Folder::of(case);
+        let mut requests: Vec<Request> =
+            (0..12).map(|seed| thinker(40, seed, seed % 2 == 0).with_beams(7)).collect();
+        requests.extend((0..6).map(|at| Request::from_tokens(prompt()).with_beams(5 + at)));
+        let mut alone = folder.open().expect("a checkpoint");
+        let expected: Vec<Answer> =
+            requests.iter().map(|request| ask(&mut alone, request)).collect();
+        let thoughts = expected.iter().filter_map(|answer| answer.thought.as_ref());
+        let distinct: std::collections::HashSet<_> =
+            thoughts.map(|thought| thought.tokens.clone()).collect();
+        // Short ones may end at once, and then they are alike.
+        assert!(distinct.len() >= 8, "{case}: {distinct:?}");
+        let mut crowd = folder.open().expect("a checkpoint");
+        let mut num_answers = 0;
+        crowd.recommend_all(&requests, |index, answer| {
+            assert_eq!(answer.expect("a sound request"), expected[index], "{case} {index}");
+            num_answers += 1;
+        });
+        assert_eq!(num_answers, requests.len());
+        crowd.check_integrity().expect("no page is lost");
+    }
+}
+
+#[test]
+fn a_thinker_that_is_cancelled_gives_its_pages_back() {
+    let mut engine = Folder::of(QWEN3).open().expect("a checkpoint");
+    let free = engine.status().free_tail_pages;
+    for number in 0..100 {
+        let request = thinker(300, number, false).with_beams(3);
+        let id =
+            engine.submit(request, |answer| assert!(answer.is_err())).expect("a sound request");
+        for _ in 0..number % 7 {
+            engine.step().expect("a sound step");
+        }
+        engine.cancel(id);
+        assert_eq!(engine.status().free_tail_pages, free, "after {number}");
+    }
+    engine.check_integrity().expect("no page is lost");
+}
+
+#[test]
+fn what_thoughts_do_not_have_is_refused_with_the_way_out() {
+    let mut engine = Folder::of(QWEN3).open().expect("a checkpoint");
+    let with = |change: &dyn Fn(&mut Sampling)| {
+        let mut sampling = Sampling::default();
+        change(&mut sampling);
+        Request::from_tokens(prompt()).with_think(Think::new(4, named([5])).with_sampling(sampling))
+    };
+    let of = |think| Request::from_tokens(prompt()).with_think(think);
+    let refused = [
+        (with(&|it| it.temperature = -1.0), "\"temperature\" is -1"),
+        (with(&|it| it.top_p = 0.0), "\"top_p\" is 0"),
+        (with(&|it| it.min_p = f32::NAN), "\"min_p\" is NaN"),
+        (with(&|it| it.repetition_penalty = 0.0), "\"repetition_penalty\" is 0"),
+        (of(Think::new(0, named([5]))), "\"max_tokens\" is 0"),
+        (of(Think::new(9, [])), "has no \"stop\""),
+        (of(Think::new(9, named([VOCABULARY]))), "token 876 is outside"),
+        (thinker(9, 0, true).with_seed(1), "goes without \"seed\""),
+        (thinker(9, 0, true).with_log_probs(true), "goes without \"log_probs\""),
+        (thinker(9, 0, true).with_groups(["all"]), "goes without \"groups\""),
+    ];
+    for (request, words) in refused {
+        let error = engine.recommend(&request).expect_err(words).to_string();
+        assert!(error.contains(words), "{error}, not {words}");
+    }
+}
+
+#[test]
+fn a_line_says_what_to_think() {
+    let line = json!({
+        "tokens": prompt(),
+        "think": {"max_tokens": 8, "stop": [5, "</think>"], "temperature": 0.6, "top_k": 50, "seed": 7},
+    });
+    let defaults = RequestDefaults::default();
+    let read = |line: &str| RequestLine::parse(line).and_then(|line| line.to_request(&defaults));
+    let request = read(&line.to_string()).expect("a sound line");
+    let think = request.think.clone().expect("it thinks");
+    assert_eq!((think.max_tokens, think.stop.len()), (8, 2));
+    assert_eq!((think.sampling.temperature, think.sampling.top_k), (0.6, 50));
+    assert_eq!((think.sampling.top_p, think.sampling.seed), (1.0, 7));
+    // The line that says the whole request says it again.
+    let again = serde_json::to_string(&request).expect("a JSON form");
+    assert_eq!(read(&again).expect("a sound line"), request);
+    for (think, words) in [
+        (json!({"max_tokens": 8}), "missing field `stop`"),
+        (json!({"max_tokens": -1, "stop": [5]}), "\"max_tokens\" is -1"),
+        (json!({"max_tokens": 8, "stop": [5], "seed": -2}), "\"seed\" is -2"),
+        (json!({"max_tokens": 8, "stop": [5], "heat": 1}), "unknown field"),
+    ] {
+        let error = read(&json!({"tokens": [1], "think": think}).to_string()).expect_err(words);
+        assert!(error.to_string().contains(words), "{error}, not {words}");
+    }
+}
