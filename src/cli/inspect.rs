@@ -62,6 +62,8 @@ struct Report {
     /// Where the levels come from.
     layout_from: String,
     levels: Vec<Level>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    phrases: Option<Phrases>,
     forced: Tokens,
     forced_is_counted: bool,
     suffix: Tokens,
@@ -70,6 +72,14 @@ struct Report {
     catalog: Option<CatalogSummary>,
     prompt: Option<Tokens>,
     ignored: Vec<Ignored>,
+}
+
+/// What the model writes in the place of semantic IDs.
+#[derive(Serialize)]
+struct Phrases {
+    of: &'static str,
+    end: Tokens,
+    rule: Value,
 }
 
 #[derive(Serialize)]
@@ -156,6 +166,11 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
             .iter()
             .map(|level| describe_level(level, &layout, template(level)))
             .collect(),
+        phrases: layout.phrases.as_ref().map(|phrases| Phrases {
+            of: phrases.of(),
+            end: tokens_of(&layout, &[phrases.end]),
+            rule: json!(phrases.rule),
+        }),
         forced: tokens_of(&layout, layout.forced.as_ref().map_or(&[], |forced| &forced.tokens)),
         forced_is_counted: layout.forced.as_ref().is_some_and(|forced| forced.is_counted),
         suffix: tokens_of(&layout, &layout.suffix),
@@ -338,7 +353,13 @@ fn print(report: &Report, is_json: bool) -> std::io::Result<()> {
     writeln!(out, "{}: {}", report.model, report.architecture)?;
     let sizes = report.sizes.iter().map(|(key, value)| format!("{key} {value}"));
     writeln!(out, "  {}", sizes.collect::<Vec<String>>().join(", "))?;
-    writeln!(out, "levels, by {}", report.layout_from)?;
+    if let Some(Phrases { of, end, rule }) = &report.phrases {
+        let text = end.text.as_deref().unwrap_or_default();
+        writeln!(out, "phrases: {of}, ended by {:?} {text:?}, searched by {rule}", end.tokens)?;
+    }
+    if report.phrases.is_none() || !report.levels.is_empty() {
+        writeln!(out, "levels, by {}", report.layout_from)?;
+    }
     for (number, level) in report.levels.iter().enumerate() {
         let Level { codes, codes_with_token, template, examples } = level;
         let example = |example: &Example| {

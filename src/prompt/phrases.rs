@@ -110,6 +110,15 @@ impl PhraseLayout {
         Ok(PhraseLayout { source, end, rule: entry.rule, text })
     }
 
+    /// What phrases are: `titles`, `items`, or `text` where a template makes them.
+    pub fn of(&self) -> &'static str {
+        match self.source {
+            Source::Titles => "titles",
+            Source::Names => "items",
+            Source::Template(_) => "text",
+        }
+    }
+
     /// The tokens of an item's phrase without the end; `None` for an item that has no text, and for
     /// a phrase that no search could write: longer than 512 tokens, with the end inside, or with a
     /// token outside the vocabulary.
