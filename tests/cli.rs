@@ -1582,7 +1582,7 @@ fn fields_that_items_do_not_have_are_errors_unless_they_are_named() {
     assert_eq!(code(&run(&[&build[..], &["--ignore", "price"]].concat())), 2);
     let output = run(&[&build[..], &["--ignore", "price,availble"]].concat());
     assert_eq!(code(&output), 0, "{}", errors(&output));
-    let put = write(&folder, "changes.jsonl", &format!("{{\"put\": {}}}\n", line.trim()));
+    let put = write(&folder, "changes.jsonl", format!("{{\"put\": {}}}\n", line.trim()));
     let change = ["catalog", "change", plain(&built), "--changes", plain(&put)];
     assert_eq!(code(&run(&change)), 2);
     let output = run(&[&change[..], &["--ignore", "price,availble"]].concat());
@@ -1627,7 +1627,7 @@ fn evaluation_judges_lists_segments_and_widths() {
     let snapshot = small.catalog();
     let name = |at: u32| format!("i{}", at % snapshot.num_items() as u32);
     let row = |at: u32| {
-        let segment = if at % 3 == 0 { json!("new") } else { json!(7) };
+        let segment = if at.is_multiple_of(3) { json!("new") } else { json!(7) };
         json!({"history": [name(at), name(at + 1)], "target": name(7 * at), "segment": segment})
     };
     let rows: String = (0..30).map(|at| format!("{}\n", row(at))).collect();
