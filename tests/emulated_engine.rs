@@ -484,32 +484,41 @@ fn weights_that_are_replaced_while_requests_run_answer_as_on_the_cpu() {
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn an_answer_has_the_same_bits_alone_and_beside_others() {
+    check_company(&[(0, Dtype::Bf16)]);
+}
+
+#[test]
+#[ignore = "a sweep; run it by name"]
+fn sweep_of_answers_alone_and_beside_others() {
+    let both = (1..4).flat_map(|seed| [(seed, Dtype::F32), (seed, Dtype::Bf16)]);
+    check_company(&both.chain([(0, Dtype::F32)]).collect::<Vec<_>>());
+}
+
+fn check_company(cases: &[(u64, Dtype)]) {
     let options =
         options().with_max_context(1200).with_context_tokens(16_384).with_prefix_cache(false);
-    for seed in 0..4 {
+    for &(seed, dtype) in cases {
         let tiny = Tiny::new(seed);
-        for dtype in [Dtype::F32, Dtype::Bf16] {
-            let open = || {
-                let backend = Emulator::backend(Build::Plain, dtype);
-                tiny.open_on(backend, Arc::clone(&tiny.catalog), &options)
-            };
-            let request = |index: u32| {
-                let len: u32 = [480, 3, 440, 70, 470, 300, 257, 400, 20, 1][index as usize];
-                let token = |i: u32| (i * 7 + index) % tiny.num_tokens();
-                let mut request = Request::from_tokens((0..len).map(token).collect::<Vec<u32>>());
-                request.beams = [9, 1, 20, 3, 2, 30, 5, 12, 1, 4][index as usize];
-                request.log_probs = index == 4;
-                request
-            };
-            let requests: Vec<Request> = (0..10).map(request).collect();
-            let mut alone = open();
-            let together = answers(&mut open(), &requests);
-            for (index, (request, together)) in requests.iter().zip(&together).enumerate() {
-                let alone = alone.recommend(request).expect("a sound request");
-                let together = together.as_ref().expect("a sound request");
-                let what = format!("seed {seed} {dtype:?} request {index}");
-                assert_eq!(alone.items, together.items, "{what}");
-            }
+        let open = || {
+            let backend = Emulator::backend(Build::Plain, dtype);
+            tiny.open_on(backend, Arc::clone(&tiny.catalog), &options)
+        };
+        let request = |index: u32| {
+            let len: u32 = [480, 3, 440, 70, 470, 300, 257, 400, 20, 1][index as usize];
+            let token = |i: u32| (i * 7 + index) % tiny.num_tokens();
+            let mut request = Request::from_tokens((0..len).map(token).collect::<Vec<u32>>());
+            request.beams = [9, 1, 20, 3, 2, 30, 5, 12, 1, 4][index as usize];
+            request.log_probs = index == 4;
+            request
+        };
+        let requests: Vec<Request> = (0..10).map(request).collect();
+        let mut alone = open();
+        let together = answers(&mut open(), &requests);
+        for (index, (request, together)) in requests.iter().zip(&together).enumerate() {
+            let alone = alone.recommend(request).expect("a sound request");
+            let together = together.as_ref().expect("a sound request");
+            let what = format!("seed {seed} {dtype:?} request {index}");
+            assert_eq!(alone.items, together.items, "{what}");
         }
     }
 }
