@@ -13,7 +13,8 @@ use sidereal::backend::cpu::CpuBackend;
 use sidereal::backend::testing;
 
 /// One of each group of operations that are run together.
-const OPERATIONS: [&str; 5] = ["embed", "rms_norm", "glu", "apply_rope", "attend_beams"];
+const OPERATIONS: [&str; 7] =
+    ["embed", "layer_norm", "rms_norm", "glu", "apply_rope", "gru", "attend_beams"];
 
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]

@@ -302,6 +302,44 @@ static_assert(offsetof(Params, columns) == 152);
 static_assert(offsetof(Params, num_tokens) == 156);
 }  // namespace embed
 
+namespace add_embedding {
+// A lookup whose rows are added.
+struct Params {
+  void* x;
+  const void* table;
+  // Of the rows of prompts.
+  const uint32_t* indices;
+  uint32_t columns;
+  uint32_t padding;
+};
+static_assert(sizeof(Params) == 32);
+static_assert(offsetof(Params, x) == 0);
+static_assert(offsetof(Params, table) == 8);
+static_assert(offsetof(Params, indices) == 16);
+static_assert(offsetof(Params, columns) == 24);
+static_assert(offsetof(Params, padding) == 28);
+}  // namespace add_embedding
+
+namespace layer_norm {
+// A layer norm of rows.
+struct Params {
+  void* out;
+  const void* x;
+  // `[columns]`, or null, as the shift is then.
+  const float* scale;
+  const float* shift;
+  uint32_t columns;
+  float epsilon;
+};
+static_assert(sizeof(Params) == 40);
+static_assert(offsetof(Params, out) == 0);
+static_assert(offsetof(Params, x) == 8);
+static_assert(offsetof(Params, scale) == 16);
+static_assert(offsetof(Params, shift) == 24);
+static_assert(offsetof(Params, columns) == 32);
+static_assert(offsetof(Params, epsilon) == 36);
+}  // namespace layer_norm
+
 namespace rms_norm {
 // An RMS norm of rows.
 struct Params {
@@ -483,6 +521,30 @@ static_assert(offsetof(Params, longest) == 116);
 static_assert(offsetof(Params, is_causal) == 120);
 static_assert(offsetof(Params, scale) == 124);
 }  // namespace attend_prefill
+
+namespace gru {
+// The states of a recurrent cell.
+struct Params {
+  void* out;
+  // `[rows, 3 * width]`
+  const void* inputs;
+  // `[3 * width, width]`
+  const void* weight;
+  // `[3 * width]`, or null.
+  const float* bias;
+  Batch batch;
+  uint32_t width;
+  uint32_t padding;
+};
+static_assert(sizeof(Params) == 80);
+static_assert(offsetof(Params, out) == 0);
+static_assert(offsetof(Params, inputs) == 8);
+static_assert(offsetof(Params, weight) == 16);
+static_assert(offsetof(Params, bias) == 24);
+static_assert(offsetof(Params, batch) == 32);
+static_assert(offsetof(Params, width) == 72);
+static_assert(offsetof(Params, padding) == 76);
+}  // namespace gru
 
 namespace gather_last {
 // A copy of some rows.

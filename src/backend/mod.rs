@@ -34,8 +34,9 @@ pub use batch::Batch;
 pub use device::DeviceOps;
 pub use kv_layout::{KvLayout, MemorySpec, SlotSpec};
 pub use network::{
-    Activation, AppendTail, ApplyRope, AttendBeams, AttendPrefill, BeamAttention, Embed, Epilogue,
-    GatherLast, Glu, HeadNorms, Matmul, NetworkOps, RmsNorm, RopeTables, StoreContext,
+    Activation, AddEmbedding, Affine, AppendTail, ApplyRope, AttendBeams, AttendPrefill,
+    BeamAttention, Embed, Epilogue, GatherLast, Glu, Gru, HeadNorms, LayerNorm, Matmul, NetworkOps,
+    RmsNorm, RopeTables, StoreContext,
 };
 pub use pass_plan::PassPlan;
 use search::Continuations;
@@ -52,8 +53,8 @@ impl<B: NetworkOps + SearchOps> Backend for B {}
 /// The traits of all operations, to be in scope where a backend's type is known.
 pub mod prelude {
     pub use super::{
-        AdvanceBeams, AppendTail, ApplyRope, AttendBeams, AttendPrefill, Backend, DeviceOps, Embed,
-        GatherLast, Glu, LmHead, Matmul, NetworkOps, ReadBeams, RmsNorm, RopeTables, SearchOps,
-        Step, StoreContext,
+        AddEmbedding, AdvanceBeams, AppendTail, ApplyRope, AttendBeams, AttendPrefill, Backend,
+        DeviceOps, Embed, GatherLast, Glu, Gru, LayerNorm, LmHead, Matmul, NetworkOps, ReadBeams,
+        RmsNorm, RopeTables, SearchOps, Step, StoreContext,
     };
 }

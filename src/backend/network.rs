@@ -40,6 +40,22 @@ pub struct HeadNorms<'a, B: DeviceOps> {
     pub epsilon: f32,
 }
 
+/// The weights of a layer norm.
+pub struct Affine<'a, B: DeviceOps> {
+    /// `[columns]`, what a normed column is multiplied by.
+    pub scale: &'a B::Vector,
+    /// `[columns]`, what is added after it.
+    pub shift: &'a B::Vector,
+}
+
+impl<B: DeviceOps> Clone for Affine<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: DeviceOps> Copy for Affine<'_, B> {}
+
 impl<B: DeviceOps> Clone for HeadNorms<'_, B> {
     fn clone(&self) -> Self {
         *self
@@ -61,6 +77,37 @@ pub trait Embed: DeviceOps {
         table: &Self::Table,
         tokens: &[u32],
         batch: &Batch<'_, Self>,
+        out: &mut Self::Buffer,
+    );
+}
+
+/// Adds embeddings of what is known of a token beside itself: its position, type or time bucket.
+pub trait AddEmbedding: DeviceOps {
+    /// `x[r] += table[indices[r]]` for the rows of prompts; rows of beams are left as they are.
+    /// `indices`: one for each row of a prompt, in their order. The sum in f32.
+    ///
+    /// # Panics
+    /// Where an index is beyond the table.
+    fn add_embedding(
+        &self,
+        table: &Self::Table,
+        indices: &[u32],
+        batch: &Batch<'_, Self>,
+        x: &mut Self::Buffer,
+    );
+}
+
+/// Norms rows by their mean and variance.
+pub trait LayerNorm: DeviceOps {
+    /// `out[r] = (x[r] - mean) / sqrt(variance + epsilon) * scale + shift` (Ba et al. 2016), the
+    /// mean and the variance over the columns of the row, in f32; the variance is that of the
+    /// differences from the mean, divided by the number of columns. Without `affine` nothing is
+    /// multiplied or added. A row of equal numbers becomes the shift.
+    fn layer_norm(
+        &self,
+        x: &Self::Buffer,
+        affine: Option<Affine<'_, Self>>,
+        epsilon: f32,
         out: &mut Self::Buffer,
     );
 }
@@ -157,6 +204,33 @@ pub trait AttendPrefill: DeviceOps {
     );
 }
 
+/// Runs a recurrent cell over prompts.
+pub trait Gru: DeviceOps {
+    /// The states of a gated recurrent unit (Cho et al. 2014), which starts at zero, after each row
+    /// of a prompt. With `[a_r, a_z, a_n]` a row of `inputs` and `[b_r, b_z, b_n] = W state + bias`:
+    ///
+    /// ```text
+    /// r = sigmoid(a_r + b_r)    z = sigmoid(a_z + b_z)    n = tanh(a_n + r * b_n)
+    /// state = (1 - z) * n + z * state
+    /// ```
+    ///
+    /// That is torch's form, in which the reset gate takes the product with its bias.
+    /// `inputs`: `[rows, 3 * width]`, the products of the cell's inputs with their bias; `weight`:
+    /// `[3 * width, width]`; `bias`: `[3 * width]`; `out`: `[rows, width]`, where rows of beams are
+    /// arbitrary. States are kept in f32; a CPU in bf16 rounds them for the product alone.
+    ///
+    /// # Panics
+    /// Where a prompt is not read as a whole: no state is kept from pass to pass.
+    fn gru(
+        &self,
+        inputs: &Self::Buffer,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        batch: &Batch<'_, Self>,
+        out: &mut Self::Buffer,
+    );
+}
+
 /// Gathers the rows that a step is scored by.
 pub trait GatherLast: DeviceOps {
     /// From the slot `first` on: the last row of each prompt, then the rows of beams.
@@ -201,6 +275,8 @@ pub trait AttendBeams: DeviceOps {
 /// All operations that networks are made of.
 pub trait NetworkOps:
     Embed
+    + AddEmbedding
+    + LayerNorm
     + RmsNorm
     + Matmul
     + Glu
@@ -208,6 +284,7 @@ pub trait NetworkOps:
     + ApplyRope
     + StoreContext
     + AttendPrefill
+    + Gru
     + GatherLast
     + AppendTail
     + AttendBeams
@@ -216,6 +293,8 @@ pub trait NetworkOps:
 
 impl<B> NetworkOps for B where
     B: Embed
+        + AddEmbedding
+        + LayerNorm
         + RmsNorm
         + Matmul
         + Glu
@@ -223,6 +302,7 @@ impl<B> NetworkOps for B where
         + ApplyRope
         + StoreContext
         + AttendPrefill
+        + Gru
         + GatherLast
         + AppendTail
         + AttendBeams

@@ -6,8 +6,8 @@ use std::slice;
 use std::sync::Arc;
 
 use crate::backend::{
-    Activation, AttentionSpec, Backend, Batch, Beam, Epilogue, HeadNorms, Heads, KvLayout, KvScope,
-    Mask, MemorySpec, SearchRule, SlotSpec, StepChoice,
+    Activation, Affine, AttentionSpec, Backend, Batch, Beam, Epilogue, HeadNorms, Heads, KvLayout,
+    KvScope, Mask, MemorySpec, SearchRule, SlotSpec, StepChoice,
 };
 use crate::catalog::sid::Sid;
 use crate::catalog::{CatalogBuilder, Item, Snapshot};
@@ -16,8 +16,10 @@ use crate::pages;
 use crate::tensor::Tensor;
 
 /// The operations that have cases.
-pub const OPERATIONS: [&str; 13] = [
+pub const OPERATIONS: [&str; 16] = [
     "embed",
+    "add_embedding",
+    "layer_norm",
     "rms_norm",
     "matmul",
     "glu",
@@ -25,6 +27,7 @@ pub const OPERATIONS: [&str; 13] = [
     "apply_rope",
     "store_context",
     "attend_prefill",
+    "gru",
     "gather_last",
     "append_tail",
     "attend_beams",
@@ -57,6 +60,11 @@ impl Cases {
     /// Numbers between -1 and 1 that 16 bits hold exactly.
     pub fn numbers(&mut self, len: usize) -> Vec<f32> {
         (0..len).map(|_| half::bf16::from_f32(2.0 * self.rng.f32() - 1.0).to_f32()).collect()
+    }
+
+    /// Weights of a recurrent cell, so small that a rounding does not grow from row to row.
+    pub fn recurrent_weight(&mut self, width: usize) -> Vec<f32> {
+        self.numbers(3 * width * width).into_iter().map(|x| x / 8.0).collect()
     }
 
     /// A size: often one, often small, sometimes `most`.
@@ -165,6 +173,9 @@ pub fn run<B: Backend>(backend: &B, operation: &str, seed: u64) -> Result<Vec<f3
     let mut cases = Cases::new(seed);
     match operation {
         "embed" | "gather_last" => embed_and_gather_last(backend, &mut cases, operation),
+        "add_embedding" => add_embedding(backend, &mut cases),
+        "layer_norm" => layer_norm(backend, &mut cases),
+        "gru" => gru(backend, &mut cases),
         "rms_norm" => rms_norm(backend, &mut cases),
         "matmul" => matmul(backend, &mut cases),
         "glu" => gate(backend, &mut cases),
@@ -201,6 +212,50 @@ fn embed_and_gather_last<B: Backend>(
     backend.embed(&table, &tokens, &batch, &mut rows);
     backend.gather_last(&rows, cases.rng.usize(0..=lens.len()), &batch, &mut last);
     backend.download(if operation == "embed" { &rows } else { &last })
+}
+
+fn add_embedding<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+    let (num_indices, columns) = (cases.size(50), cases.size(300));
+    let weight = Tensor::new(&[num_indices, columns], cases.numbers(num_indices * columns));
+    let table = backend.table(weight, None)?;
+    let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
+    let rows: usize = lens.iter().sum();
+    let indices: Vec<u32> = (0..rows).map(|_| cases.rng.u32(0..num_indices as u32)).collect();
+    let mut x = backend.upload(&cases.numbers((rows + 1) * columns), columns);
+    let mut fixture = Fixture::new(backend, Heads::new(1, 1, 2))?;
+    let mut slots: Vec<B::Slot> = lens.iter().chain(&[1]).map(|&len| fixture.slot(len)).collect();
+    let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+    let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+    backend.add_embedding(&table, &indices, &batch, &mut x);
+    backend.download(&x)
+}
+
+fn layer_norm<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+    let (rows, columns) = (cases.size(70), cases.size(3000));
+    let x = backend.upload(&cases.numbers(rows * columns), columns);
+    let scale = vector(backend, cases.numbers(columns))?;
+    let shift = vector(backend, cases.numbers(columns))?;
+    let affine = cases.rng.bool().then_some(Affine { scale: &scale, shift: &shift });
+    let mut out = backend.buffer();
+    backend.layer_norm(&x, affine, 1e-5, &mut out);
+    backend.download(&out)
+}
+
+fn gru<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {
+    let width = cases.size(70);
+    let lens: Vec<usize> = (0..cases.size(4)).map(|_| cases.size(12)).collect();
+    let rows: usize = lens.iter().sum();
+    let inputs = backend.upload(&cases.numbers(rows * 3 * width), 3 * width);
+    let weight =
+        backend.matrix(&[Tensor::new(&[3 * width, width], cases.recurrent_weight(width))])?;
+    let bias = cases.rng.bool().then(|| vector(backend, cases.numbers(3 * width))).transpose()?;
+    let mut fixture = Fixture::new(backend, Heads::new(1, 1, 2))?;
+    let mut slots: Vec<B::Slot> = lens.iter().map(|&len| fixture.slot(len)).collect();
+    let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+    let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+    let mut out = backend.buffer();
+    backend.gru(&inputs, &weight, bias.as_ref(), &batch, &mut out);
+    backend.download(&out)
 }
 
 fn rms_norm<B: Backend>(backend: &B, cases: &mut Cases) -> Result<Vec<f32>> {

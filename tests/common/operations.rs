@@ -12,8 +12,8 @@ use sidereal::Tensor;
 use sidereal::backend::prelude::*;
 use sidereal::backend::testing::{Cases, Fixture};
 use sidereal::backend::{
-    Activation, AttentionSpec, Batch, Beam, Epilogue, HeadNorms, Heads, KvScope, Mask, NO_TOKEN,
-    SearchRule, StepChoice,
+    Activation, Affine, AttentionSpec, Batch, Beam, Epilogue, HeadNorms, Heads, KvScope, Mask,
+    NO_TOKEN, SearchRule, StepChoice,
 };
 use sidereal::catalog::allowed::AllowedSet;
 
@@ -41,6 +41,10 @@ macro_rules! operation_tests {
     ($subject:ty $(, $attribute:meta)?) => {
         $crate::operation_tests!(@ $subject, $($attribute)?;
             embed_and_last_rows_copy_rows,
+            add_embedding_adds_the_rows_of_prompts_and_no_others,
+            layer_norm_is_the_formula_with_weights_and_without,
+            layer_norm_keeps_a_small_variance_around_a_large_mean,
+            gru_is_the_formula_for_prompts_of_any_length,
             rms_norm_is_the_formula,
             rms_norm_loses_no_small_square_behind_large_ones,
             matmul_is_the_formula_with_every_epilogue,
@@ -166,6 +170,112 @@ pub fn embed_and_last_rows_copy_rows<S: Subject>() {
         let kept = ends.skip(first).map(|end| tokens[end - 1]).chain(vec![3; num_beams]);
         let expected: Vec<f32> = kept.flat_map(|token| row(token).to_vec()).collect();
         assert_eq!(values(&backend, &last), expected, "seed {seed}");
+    }
+}
+
+pub fn add_embedding_adds_the_rows_of_prompts_and_no_others<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(50) {
+        let mut cases = Cases::new(seed);
+        let (num_indices, columns) = (cases.size(50), cases.size(300));
+        let weight = cases.numbers(num_indices * columns);
+        let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(9)).collect();
+        let rows: usize = lens.iter().sum();
+        let indices: Vec<u32> = (0..rows).map(|_| cases.rng.u32(0..num_indices as u32)).collect();
+        let before = cases.numbers((rows + 1) * columns);
+        let table = Tensor::new(&[num_indices, columns], weight.clone());
+        let table = backend.table(table, None).expect("memory");
+        let mut fixture = Fixture::new(&backend, Heads::new(1, 1, 2)).expect("memory");
+        let mut slots: Vec<SlotOf<S>> =
+            lens.iter().chain(&[1]).map(|&len| fixture.slot(len)).collect();
+        let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+        let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+        let mut x = backend.upload(&before, columns);
+        backend.add_embedding(&table, &indices, &batch, &mut x);
+        let (weight, mut expected) = (Matrix::new(&weight, columns), Matrix::new(&before, columns));
+        for (row, &index) in expected.values.chunks_exact_mut(columns).zip(&indices) {
+            row.iter_mut().zip(weight.row(index as usize)).for_each(|(x, added)| *x += added);
+        }
+        check::<S>(&backend, &x, &expected, &format!("add_embedding seed {seed}"));
+        let of_beam = &values(&backend, &x)[rows * columns..];
+        assert_eq!(of_beam, &before[rows * columns..], "seed {seed}: the row of a beam");
+    }
+}
+
+pub fn layer_norm_is_the_formula_with_weights_and_without<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(100) {
+        let mut cases = Cases::new(seed);
+        let (rows, columns) = (cases.size(70), cases.size(300));
+        let x = cases.numbers(rows * columns);
+        let weights = [cases.numbers(columns), cases.numbers(columns)];
+        let vectors = weights.each_ref().map(|weight| {
+            backend.vector(&[Tensor::new(&[columns], weight.clone())]).expect("memory")
+        });
+        let is_affine = cases.rng.bool();
+        let [scale, shift] = &vectors;
+        let mut out = backend.buffer();
+        let affine = is_affine.then_some(Affine { scale, shift });
+        backend.layer_norm(&backend.upload(&x, columns), affine, 1e-5, &mut out);
+        let weights = weights.map(|weight| Matrix::new(&weight, columns).values);
+        let affine = is_affine.then(|| weights.each_ref().map(|weight| &weight[..]));
+        let expected = truth::layer_norm(&Matrix::new(&x, columns), affine, 1e-5);
+        check::<S>(&backend, &out, &expected, &format!("layer_norm seed {seed}"));
+    }
+}
+
+/// The mean of squares less the square of the mean would have no digit left in these rows.
+pub fn layer_norm_keeps_a_small_variance_around_a_large_mean<S: Subject>() {
+    let backend = S::open();
+    let columns = 1000;
+    // 16 bits hold both numbers.
+    let x: Vec<f32> = (0..columns).map(|at| if at == 7 { 129.0 } else { 128.0 }).collect();
+    let mut out = backend.buffer();
+    backend.layer_norm(&backend.upload(&x, columns), None, 1e-5, &mut out);
+    let expected = truth::layer_norm(&Matrix::new(&x, columns), None, 1e-5);
+    let error = relative_error(&values(&backend, &out), &expected.values, "layer_norm");
+    // The mean, 128.001, is rounded to f32: that is an error of 8e-6 beside a deviation of 3e-2.
+    assert!(error < S::TOLERANCE.max(1e-3), "relative error {error:.2e}");
+
+    // A row of equal numbers becomes zeros, and nothing that is not finite.
+    let x = vec![3.0; columns];
+    backend.layer_norm(&backend.upload(&x, columns), None, 1e-12, &mut out);
+    assert_eq!(values(&backend, &out), vec![0.0; columns]);
+}
+
+pub fn gru_is_the_formula_for_prompts_of_any_length<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(60) {
+        let mut cases = Cases::new(seed);
+        let width = cases.size(70);
+        let lens: Vec<usize> = (0..cases.size(5)).map(|_| cases.size(12)).collect();
+        let rows: usize = lens.iter().sum();
+        let inputs = cases.numbers(rows * 3 * width);
+        let weight = cases.recurrent_weight(width);
+        let bias = cases.rng.bool().then(|| cases.numbers(3 * width));
+        let matrix = Tensor::new(&[3 * width, width], weight.clone());
+        let matrix = backend.matrix(&[matrix]).expect("memory");
+        let vector = bias
+            .clone()
+            .map(|bias| backend.vector(&[Tensor::new(&[3 * width], bias)]).expect("memory"));
+        let mut fixture = Fixture::new(&backend, Heads::new(1, 1, 2)).expect("memory");
+        let mut slots: Vec<SlotOf<S>> = lens.iter().map(|&len| fixture.slot(len)).collect();
+        let chunks: Vec<Range<usize>> = lens.iter().map(|&len| 0..len).collect();
+        let batch = Batch::new(&fixture.memory, &chunks, &mut slots);
+        let uploaded = backend.upload(&inputs, 3 * width);
+        let mut out = backend.buffer();
+        backend.gru(&uploaded, &matrix, vector.as_ref(), &batch, &mut out);
+        let weight = Matrix::new(&weight, width);
+        let bias = Matrix::new(&bias.unwrap_or(vec![0.0; 3 * width]), 3 * width).values;
+        let mut expected = Matrix { values: Vec::new(), columns: width };
+        let mut rest = &inputs[..];
+        for len in lens {
+            let (of_prompt, after) = rest.split_at(len * 3 * width);
+            let inputs = Matrix::new(of_prompt, 3 * width);
+            expected.values.extend(truth::gru(&inputs, &weight, &bias));
+            rest = after;
+        }
+        check::<S>(&backend, &out, &expected, &format!("gru seed {seed}"));
     }
 }
 

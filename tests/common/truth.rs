@@ -65,6 +65,43 @@ fn normal_cdf(x: f64) -> f64 {
     0.5 * (1.0 + 2.0 / std::f64::consts::PI.sqrt() * (-z * z).exp() * sum)
 }
 
+pub fn layer_norm(x: &Matrix, affine: Option<[&[f64]; 2]>, epsilon: f64) -> Matrix {
+    let mut values = Vec::new();
+    for row in x.rows() {
+        let count = row.len() as f64;
+        let mean = row.iter().sum::<f64>() / count;
+        let variance = row.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / count;
+        for (column, x) in row.iter().enumerate() {
+            let normed = (x - mean) / (variance + epsilon).sqrt();
+            let weighted = affine.map(|[scale, shift]| normed * scale[column] + shift[column]);
+            values.push(weighted.unwrap_or(normed));
+        }
+    }
+    Matrix { values, columns: x.columns }
+}
+
+/// The states of a gated recurrent unit over one sequence of inputs, as torch documents it.
+pub fn gru(inputs: &Matrix, weight: &Matrix, bias: &[f64]) -> Vec<f64> {
+    let width = weight.columns;
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let mut state = vec![0.0; width];
+    let mut states = Vec::new();
+    for input in inputs.rows() {
+        let product = |gate: usize, column: usize| {
+            dot(weight.row(gate * width + column), &state) + bias[gate * width + column]
+        };
+        let next = (0..width).map(|column| {
+            let reset = sigmoid(input[column] + product(0, column));
+            let update = sigmoid(input[width + column] + product(1, column));
+            let new = (input[2 * width + column] + reset * product(2, column)).tanh();
+            (1.0 - update) * new + update * state[column]
+        });
+        state = next.collect();
+        states.extend_from_slice(&state);
+    }
+    states
+}
+
 pub fn rms_norm(x: &Matrix, weight: &[f64], epsilon: f64) -> Matrix {
     let mut values = Vec::new();
     for row in x.rows() {

@@ -4,6 +4,7 @@
 //! All are written on `rten-simd`, so one binary uses AVX-512, AVX2 or NEON as the machine has it.
 //! There is no unsafe code but for products in bf16, whose instructions `rten-simd` does not have.
 
+mod add_embedding;
 mod advance_beams;
 mod append_tail;
 mod apply_rope;
@@ -16,8 +17,10 @@ mod device;
 mod embed;
 mod gather_last;
 mod glu;
+mod gru;
 mod head;
 mod keys;
+mod layer_norm;
 mod lm_head;
 mod matmul;
 mod memory;

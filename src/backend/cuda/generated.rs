@@ -6,9 +6,9 @@ use std::path::Path;
 
 use super::shared::{Declaration, Shared};
 use super::{
-    advance_beams, apply_rope, attend_beams, attend_prefill, catalog, embed, gather_last, glu,
-    lm_head, logits, matmul, memory, metadata, plan, read_beams, rms_norm, rope_tables, rules,
-    store_context, tiling,
+    add_embedding, advance_beams, apply_rope, attend_beams, attend_prefill, catalog, embed,
+    gather_last, glu, gru, layer_norm, lm_head, logits, matmul, memory, metadata, plan, read_beams,
+    rms_norm, rope_tables, rules, store_context, tiling,
 };
 use crate::backend::Activation;
 use crate::catalog::sid::MAX_LEVELS;
@@ -67,6 +67,8 @@ fn structs() -> Vec<Declaration> {
         catalog::AllowedEntry::declaration(),
         rules::RuleEntry::declaration(),
         embed::Params::declaration(),
+        add_embedding::Params::declaration(),
+        layer_norm::Params::declaration(),
         rms_norm::Params::declaration(),
         matmul::ProductParams::declaration(),
         matmul::ActivateParams::declaration(),
@@ -75,6 +77,7 @@ fn structs() -> Vec<Declaration> {
         apply_rope::Params::declaration(),
         store_context::Params::declaration(),
         attend_prefill::Params::declaration(),
+        gru::Params::declaration(),
         gather_last::Params::declaration(),
         attend_beams::Params::declaration(),
         attend_beams::CombineParams::declaration(),

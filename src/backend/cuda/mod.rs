@@ -8,6 +8,7 @@
 //! A [`Driver`] stands between the backend and the device. `nvidia.rs` has that of an NVIDIA GPU;
 //! the tests have one that runs the same kernels on the CPU.
 
+mod add_embedding;
 mod advance_beams;
 mod append_tail;
 mod apply_rope;
@@ -28,7 +29,9 @@ mod gather_last;
 mod generated;
 mod glu;
 mod graphs;
+mod gru;
 mod head;
+mod layer_norm;
 mod lm_head;
 mod logits;
 mod matmul;
