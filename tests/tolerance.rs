@@ -444,7 +444,7 @@ fn what_may_mean_something_else_is_an_error_that_says_so() {
     for (fields, code, word) in [
         (r#""history": ["x", null]"#, "unknown_item", "unknown_items"),
         (r#""history": null"#, "empty_input", "history"),
-        (r#""history": "i4""#, "malformed_request", "sequence"),
+        (r#""history": "i4""#, "malformed_request", "expected a list"),
         (r#""history": [1.5]"#, "malformed_request", "item's name"),
         (r#""history": [true]"#, "malformed_request", "item's name"),
         (r#""history": ["i4"], "tokens": [2]"#, "invalid_field", "not several"),
@@ -461,7 +461,7 @@ fn what_may_mean_something_else_is_an_error_that_says_so() {
         (r#""history": ["i4"], "seed": -1"#, "malformed_request", "seed"),
         (r#""history": ["i4"], "temperature": "NaN""#, "malformed_request", "a number"),
         (r#""history": ["i4"], "temperature": NaN"#, "malformed_request", "expected value"),
-        (r#""history": ["i4"], "titles": 1"#, "malformed_request", "a boolean"),
+        (r#""history": ["i4"], "titles": 1"#, "malformed_request", "true or false"),
         (r#""history": ["i4"], "deadline_ms": 0"#, "deadline_exceeded", "0 ms"),
         (r#""history": ["i4"], "deadline_ms": -1"#, "invalid_field", "deadline_ms"),
         (r#""history": ["i4"], "metadata": {}"#, "malformed_request", "unknown field"),

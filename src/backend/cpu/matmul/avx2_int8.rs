@@ -6,7 +6,7 @@ use std::arch::x86_64::{
     _mm256_setzero_si256, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_storeu_si256,
 };
 
-use super::int8::Sums;
+use super::packed_rows::Sums;
 use super::panel::{PANEL, Quad};
 
 const LANES: usize = 8;

@@ -10,8 +10,8 @@ use std::arch::x86_64::{
     _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_si512, _mm512_sub_epi32,
 };
 
-use super::int8::{Sums, in_tiles};
-use super::packed_rows::PackedProduct;
+use super::int8::in_tiles;
+use super::packed_rows::{PackedProduct, Sums};
 use super::panel::{PANEL, Quad};
 
 /// Rows whose sums the registers hold, beside a row of the panel.

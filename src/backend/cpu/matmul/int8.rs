@@ -1,11 +1,8 @@
 //! Products in 8 bits: what all instructions share, and those of any machine.
 
 use super::f32::finish;
-use super::packed_rows::{PackedProduct, scaled};
+use super::packed_rows::{PackedProduct, Sums, scaled};
 use super::panel::{PANEL, Quad, ROWS_PER_BLOCK};
-
-/// A row's sums with the columns of a panel: whole numbers, exact in any order.
-pub type Sums = [i32; PANEL];
 
 /// The most inputs of a product whose sums fit in 32 bits, those of rows without a sign included.
 pub const MAX_INPUTS: usize = i32::MAX as usize / (255 * 127) - 4;

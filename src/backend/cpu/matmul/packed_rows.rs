@@ -118,9 +118,12 @@ pub fn inverse(scale: f32) -> f32 {
     if scale < f32::MIN_POSITIVE { 0.0 } else { 1.0 / scale }
 }
 
-/// The sums of a row and a panel in whole numbers, scaled.
+/// A row's sums with the columns of a panel: whole numbers, exact in any order.
+pub type Sums = [i32; PANEL];
+
+/// The sums of a row and a panel, scaled.
 #[inline(always)]
-pub fn scaled(sums: &[i32; PANEL], row_scale: f32, scales: &[Quad]) -> [f32; PANEL] {
+pub fn scaled(sums: &Sums, row_scale: f32, scales: &[Quad]) -> [f32; PANEL] {
     let mut out = [0.0; PANEL];
     for (column, Quad(scale)) in scales.iter().enumerate().take(PANEL) {
         out[column] = sums[column] as f32 * (row_scale * f32::from_bits(*scale));
