@@ -91,6 +91,7 @@ fn plain_type(name: &str) -> &str {
         "unit" => "null",
         _ => match name {
             "a sequence" => "a list",
+            other if other.starts_with("a tuple") => "a list",
             "a map" => "an object",
             "a boolean" => "true or false",
             "variant identifier" | "field identifier" => "a name",
