@@ -21,7 +21,7 @@ use crate::tensor::Dtype;
 pub struct RecommenderOptions {
     /// The device by its name: `cpu`, `cuda` (the first GPU) or `cuda:1`.
     pub device: String,
-    /// Number type of activations; `None` for f32 on the CPU, which has no other, and bf16 on GPUs.
+    /// Number type of products with weights; `None` for the one that suits the device and the checkpoint.
     pub dtype: Option<Dtype>,
     /// How the engine is opened.
     pub engine: EngineOptions,

@@ -295,7 +295,8 @@ pub trait AdvanceBeams: DeviceOps {
 
 /// The way back to the host.
 pub trait ReadBeams: DeviceOps {
-    /// The beams of each slot, best first; of a search for phrases, those that ended. No other operation waits for the device.
+    /// The beams of each slot, best first; of a search for phrases, those that ended. No other operation
+    /// waits for the device.
     ///
     /// # Errors
     /// [`NonFiniteScores`](crate::Error::NonFiniteScores) where a step's scores were NaN or

@@ -207,16 +207,11 @@ fn random_requests(
     let mut rng = fastrand::Rng::with_seed(1);
     let request = |_| {
         let item = |_| catalog.name(items[rng.usize(0..items.len())]).to_string();
-        let mut request = Request::from_history((0..len).map(item).collect::<Vec<String>>());
-        request.beams = defaults.beams;
-        request.widths = defaults.widths.clone();
-        request.top_k = defaults.top_k;
-        request.normalization = defaults.normalization;
-        request.constraint = defaults.constraint;
-        request.long_history = defaults.long_history;
-        request
+        let history: Vec<String> = (0..len).map(item).collect();
+        let line = serde_json::Map::from_iter([("history".into(), history.into())]);
+        RequestLine::from_fields(line)?.to_request(defaults)
     };
-    Ok((0..RANDOM_REQUESTS).map(request).collect())
+    (0..RANDOM_REQUESTS).map(request).collect()
 }
 
 #[derive(Default)]

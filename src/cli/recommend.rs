@@ -269,9 +269,8 @@ fn whether_found(answer: &Answer, target: &str) -> String {
 
 /// A line about items that look like the same one twice; empty where there are none.
 fn about_shared(items: &[Recommendation]) -> String {
-    let is_shared =
-        |item: &Recommendation| items.iter().filter(|other| other.sid == item.sid).count() > 1;
-    match items.iter().filter(|item| is_shared(item)).count() {
+    let sharing = items.chunk_by(|one, other| one.sid == other.sid).filter(|items| items.len() > 1);
+    match sharing.map(<[Recommendation]>::len).sum::<usize>() {
         0 => String::new(),
         count => format!(
             "  {count} of them share a semantic ID with another: the model tells them apart by nothing, and \

@@ -78,7 +78,7 @@ class Recommender:
         """Opens a model folder and a catalog, by default the one beside the model: `catalog.sidereal`,
         `items.jsonl` or `items.index.json`.
 
-        `device` is "cpu", "cuda" or "cuda:1"; `dtype` "f32" or "bf16", by default as the checkpoint
+        `device` is "cpu", "cuda" or "cuda:1"; `dtype` "f32", "bf16" or "int8", by default as the checkpoint
         is stored and the device suits. `threads` 0 is all cores. `max_wait` is in seconds. `base` is
         the folder of the base where the model's folder is that of a LoRA adapter. `read_only` lets
         another process change the catalog's files. With `durability="machine"` an acknowledged change

@@ -92,7 +92,7 @@ impl CpuBackend {
         }
     }
 
-    /// The same of the output head.
+    /// The number type that the output head is kept in.
     pub(super) fn kept_of_head(&self, weight: &Tensor) -> Dtype {
         match self.numbers {
             Numbers::Int8(_) => Dtype::Bf16,
