@@ -67,7 +67,7 @@ pub unsafe fn read_request(request: *const SiderealRequest) -> Result<Request> {
     let json = text(given.json, "json")?;
     let mut fields: Map<String, Value> = match json.trim() {
         "" => Map::new(),
-        json => sidereal::json::parse(json).map_err(|reason| invalid("json", reason))?,
+        json => engine::json::parse(json).map_err(|reason| invalid("json", reason))?,
     };
     let mut put = |field: &'static str, value: Value| match fields.insert(field.into(), value) {
         None => Ok(()),
