@@ -1078,17 +1078,21 @@ fn bench_takes_a_model_and_requests_as_well() {
 }
 
 /// Recall and NDCG at 5, 10 and 20 of one target a request, by ranks from zero.
+fn bench(more: &[&str]) -> Output {
+    let model = ["bench", "--model", "models/industrial", "--history", "5", "--beams", "4"];
+    run(&[&model[..], more].concat())
+}
+
+fn report(more: &[&str]) -> Value {
+    let output = bench(&[more, &["--json"]].concat());
+    assert_eq!(code(&output), 0, "{}", errors(&output));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
 #[test]
 fn bench_is_a_load_tool() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let plot = folder.path().join("latency.svg");
-    let model = ["bench", "--model", "models/industrial", "--history", "5", "--beams", "4"];
-    let bench = |more: &[&str]| run(&[&model[..], more].concat());
-    let report = |more: &[&str]| -> Value {
-        let output = bench(&[more, &["--json"]].concat());
-        assert_eq!(code(&output), 0, "{}", errors(&output));
-        serde_json::from_slice(&output.stdout).expect("JSON")
-    };
     let open = report(&["--rate", "200", "--seconds", "0.5", "--deadline", "5000"]);
     let load = &open["loads"][0];
     let count = |name: &str| load[name].as_u64().expect("a count");
@@ -1127,6 +1131,10 @@ fn bench_is_a_load_tool() {
             "{open}"
         );
     }
+}
+
+#[test]
+fn a_bench_without_an_answer_says_so_and_a_wrong_one_ends_at_once() {
     for load in [
         &["--repeat", "1"][..],
         &["--batch", "4", "--repeat", "1"],

@@ -152,25 +152,25 @@ fn answers_of_tiny_models_are_those_of_the_cpu(build: Build, seeds: Range<u64>, 
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn answers_of_tiny_models_are_those_of_the_cpu_checked() {
-    answers_of_tiny_models_are_those_of_the_cpu(Build::Checked, 0..6, 6);
+    answers_of_tiny_models_are_those_of_the_cpu(Build::Checked, 0..3, 6);
 }
 
 #[test]
 #[ignore = "a sweep; run it by name"]
 fn sweep_of_tiny_models_checked() {
-    answers_of_tiny_models_are_those_of_the_cpu(Build::Checked, 6..30, 6);
+    answers_of_tiny_models_are_those_of_the_cpu(Build::Checked, 3..30, 6);
 }
 
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn answers_of_tiny_models_are_those_of_the_cpu_at_length() {
-    answers_of_tiny_models_are_those_of_the_cpu(Build::Plain, 6..20, 12);
+    answers_of_tiny_models_are_those_of_the_cpu(Build::Plain, 6..11, 12);
 }
 
 #[test]
 #[ignore = "a sweep; run it by name"]
 fn sweep_of_tiny_models_at_length() {
-    answers_of_tiny_models_are_those_of_the_cpu(Build::Plain, 20..66, 12);
+    answers_of_tiny_models_are_those_of_the_cpu(Build::Plain, 11..66, 12);
 }
 
 /// Tokens that are forced before the codes and tokens that are read, with searches and without.
@@ -199,13 +199,13 @@ fn programs(rng: &mut fastrand::Rng, tiny: &Tiny, count: usize) -> Vec<Request> 
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn programs_of_forced_and_named_tokens_are_answered_as_on_the_cpu() {
-    check_programs(0..7);
+    check_programs(0..4);
 }
 
 #[test]
 #[ignore = "a sweep; run it by name"]
 fn sweep_of_programs_of_forced_and_named_tokens() {
-    check_programs(7..20);
+    check_programs(4..20);
 }
 
 fn check_programs(seeds: Range<u64>) {
@@ -302,13 +302,13 @@ fn what_no_kernel_does_yet_is_refused() {
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn catalogs_that_change_between_requests_are_searched_as_on_the_cpu() {
-    check_changes(0..8);
+    check_changes(0..4);
 }
 
 #[test]
 #[ignore = "a sweep; run it by name"]
 fn sweep_of_catalogs_that_change() {
-    check_changes(8..25);
+    check_changes(4..25);
 }
 
 fn check_changes(seeds: Range<u64>) {
@@ -341,13 +341,13 @@ fn check_changes(seeds: Range<u64>) {
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
 fn memory_is_taken_when_an_engine_is_opened_and_where_there_is_none_the_engine_goes_on() {
-    check_memory(0..8);
+    check_memory(0..4);
 }
 
 #[test]
 #[ignore = "a sweep; run it by name"]
 fn sweep_of_memory_that_is_taken() {
-    check_memory(8..30);
+    check_memory(4..30);
 }
 
 fn check_memory(seeds: Range<u64>) {
