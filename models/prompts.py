@@ -2,6 +2,7 @@
 """Prompts and their tokens, by Hugging Face's tokenizers and transformers and by the projects' own procedures.
 
     python prompts.py small               make prompts/tokenizer.json, a small byte-level tokenizer of the demo's titles
+                                          (the one that is there was made before HTML entities of titles were resolved)
     python prompts.py tokens PACKAGES     make prompts/tokens.json: hashes of the tokens of 10,000 texts
     python prompts.py chat PACKAGES       make prompts/chat.json: what chat templates make of messages
     python prompts.py golden PACKAGES     make prompts/golden.json: prompts of projects, and scores of items; names such as

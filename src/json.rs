@@ -14,8 +14,16 @@ use crate::lines::{foreign, without_mark};
 /// # Errors
 /// What is wrong, with its place.
 pub fn parse<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, String> {
-    serde_json::from_str(text).map_err(|error| match table(text) {
-        Some(reason) if error.classify() == Category::Syntax => reason,
+    serde_json::from_str(text).map_err(|error| match (error.classify(), table(text)) {
+        (Category::Syntax, Some(reason)) => reason,
+        (Category::Data, _) => {
+            // Read again, by a reader that knows where it is.
+            let mut again = serde_json::Deserializer::from_str(text);
+            match serde_path_to_error::deserialize::<_, T>(&mut again) {
+                Err(error) => with_path(&error),
+                Ok(_) => reason(&error),
+            }
+        }
         _ => reason(&error),
     })
 }
@@ -35,9 +43,9 @@ pub fn parse_bytes<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String>
 /// Reads a value that was parsed before.
 ///
 /// # Errors
-/// What is wrong.
+/// What is wrong, and in which field.
 pub fn from_value<T: for<'a> Deserialize<'a>>(value: Value) -> Result<T, String> {
-    T::deserialize(value).map_err(|error| reason(&error))
+    serde_path_to_error::deserialize(value).map_err(|error| with_path(&error))
 }
 
 /// What a text is where it is a table of a spreadsheet instead of JSON.
@@ -61,6 +69,15 @@ pub fn reason(error: &serde_json::Error) -> String {
         None => (&*text, String::new()),
     };
     format!("{}{place}", in_plain_words(what))
+}
+
+/// The error of a value with the field that it is in, but where the error names a field itself.
+fn with_path(error: &serde_path_to_error::Error<serde_json::Error>) -> String {
+    let (path, reason) = (error.path().to_string(), reason(error.inner()));
+    match reason.starts_with("invalid ") && path != "." {
+        true => format!("{path}: {reason}"),
+        false => reason,
+    }
 }
 
 /// `invalid type: sequence, expected i64` as `invalid type: a list, expected a whole number`.
@@ -128,7 +145,7 @@ mod tests {
         for (text, expected) in [
             (
                 r#"{"size": "a"}"#,
-                r#"invalid type: string "a", expected a whole number that is not negative at column 12"#,
+                r#"size: invalid type: string "a", expected a whole number that is not negative at column 12"#,
             ),
             (r#"{"size": 1, "offset": []}"#, "invalid type: a list, expected a whole number"),
             (r#"{"size": 1, "scale": {}}"#, "invalid type: an object, expected a number"),
@@ -145,6 +162,7 @@ mod tests {
                 "invalid type: integer `7`, expected an object at line 2 column ",
             ),
             (r#"{"size": 1, "sise": 2}"#, "unknown field `sise`, expected one of `size`, `offset`"),
+            (r#"{"size": 1, "inner": {"size": 1, "names": ["a", 2]}}"#, "inner.names[1]: invalid"),
             (r#"[[[1]]]"#, "expected a whole number that is not negative"),
             ("item,sid\n1,2\n", "it looks like CSV"),
             ("item\tsid\n1\t2\n", "it looks like TSV"),
@@ -157,6 +175,13 @@ mod tests {
                 assert!(!error.contains(word), "{text}: {error}");
             }
         }
+    }
+
+    #[test]
+    fn the_field_of_a_wrong_value_is_named() {
+        let wrong = serde_json::json!({"size": 1, "table": {"a": 2}});
+        let error = from_value::<Layout>(wrong).expect_err("no layout");
+        assert_eq!(error, "table.a: invalid type: integer `2`, expected true or false");
     }
 
     #[test]

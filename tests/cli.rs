@@ -1617,7 +1617,7 @@ fn files_of_another_kind_are_named() {
         (
             "items.jsonl",
             b"{\"item\": 1, \"sid\": 7}\n",
-            "line 1: invalid type: integer `7`, expected a list",
+            "line 1: sid: invalid type: integer `7`, expected a list",
         ),
     ] {
         let path = folder.path().join(name);

@@ -99,3 +99,24 @@ fn the_first_complaint_is_about_what_stops_the_user() {
     let unknown = sidereal(&["inspect", "models/industrial", "--write", "--project", "hstu"]);
     assert!(text(&unknown.stderr).contains("minionerec"), "{}", text(&unknown.stderr));
 }
+
+#[test]
+fn the_file_that_fits_weights_of_grid_is_written_from_their_shapes() {
+    let from = folders::models().join("t5/grid");
+    let folder = folders::temp();
+    std::fs::copy(from.join("last.ckpt"), folder.path().join("last.ckpt")).expect("a checkpoint");
+    let model = plain(folder.path());
+    let output = sidereal(&["inspect", model, "--project", "minionerec", "--write"]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stdout));
+    assert!(text(&output.stderr).contains("weights of GRID"), "{}", text(&output.stderr));
+    let written = folder.path().join("sidereal.json");
+    assert!(!written.exists());
+    let output = sidereal(&["inspect", model, "--project", "grid", "--write"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let read = |path: &Path| -> Value {
+        serde_json::from_slice(&std::fs::read(path).expect("a file")).expect("JSON")
+    };
+    assert_eq!(read(&written), read(&from.join("sidereal.json")));
+    let output = sidereal(&["inspect", model, "--write"]);
+    assert!(text(&output.stderr).contains("is kept"), "{}", text(&output.stderr));
+}

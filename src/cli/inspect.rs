@@ -117,6 +117,8 @@ struct Ignored {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let model = &arguments.model;
+    // Weights of GRID open only beside the file that is to be written.
+    let of_grid = arguments.write && write_layout_of_grid(model, arguments.project.as_deref())?;
     let Checkpoint { config, notes, .. } = Checkpoint::open(model, arguments.base.as_deref())?;
     let architecture = config.architecture().unwrap_or("of no named class").to_string();
     let catalog = match &arguments.catalog {
@@ -126,7 +128,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
             Err(_) => None,
         },
     };
-    if arguments.write {
+    if arguments.write && !of_grid {
         write_layout(model, arguments.project.as_deref(), catalog.as_deref())?;
     }
     let vocab_size = vocab_size(&config)?;
@@ -315,7 +317,6 @@ fn ignored_files(model: &Path) -> Result<Vec<Ignored>> {
 
 /// Writes `sidereal.json`: the levels that the tokenizer's files say, and the project.
 fn write_layout(model: &Path, project: Option<&str>, catalog: Option<&Catalog>) -> Result<()> {
-    let path = model.join("sidereal.json");
     let mut file = Map::new();
     if let Some(name) = project {
         projects::layout(name)
@@ -332,7 +333,24 @@ fn write_layout(model: &Path, project: Option<&str>, catalog: Option<&Catalog>) 
         // The reason why there is nothing to write, with the smallest file.
         SidLayout::read_for(model, vocab_size(&config)?, catalog)?;
     }
-    let text = serde_json::to_string_pretty(&file).expect("names and numbers") + "\n";
+    write_new(model, &file.into())
+}
+
+/// Writes what the shapes of GRID's weights say, where the folder holds such weights.
+fn write_layout_of_grid(model: &Path, project: Option<&str>) -> Result<bool> {
+    let Some(layout) = Checkpoint::layout_of_grid(model)? else { return Ok(false) };
+    match project.filter(|name| !name.eq_ignore_ascii_case("grid")) {
+        None => write_new(model, &layout).map(|()| true),
+        Some(name) => Err(Error::InvalidOption {
+            option: "--project",
+            reason: format!("these are weights of GRID, not of {name:?}; leave it out"),
+        }),
+    }
+}
+
+fn write_new(model: &Path, file: &Value) -> Result<()> {
+    let path = model.join("sidereal.json");
+    let text = serde_json::to_string_pretty(file).expect("names and numbers") + "\n";
     let create = OpenOptions::new().write(true).create_new(true).open(&path);
     let mut output = create.map_err(|error| match error.kind() {
         std::io::ErrorKind::AlreadyExists => Error::OutputFile {

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use super::config::{Config, ignored_by};
 use super::family::Family;
 use super::grid;
@@ -93,6 +95,14 @@ impl Checkpoint {
             tracing::info!(target: "sidereal", note, "model folder");
         }
         Ok(Checkpoint { config, weights, notes })
+    }
+
+    /// The smallest `sidereal.json` that fits a folder of GRID's weights; `None` for other folders.
+    ///
+    /// # Errors
+    /// [`Error::ModelFolder`] where the weights make no such network.
+    pub fn layout_of_grid(folder: &Path) -> Result<Option<Value>> {
+        grid_in(folder).map(|tensors| grid::layout(folder, tensors)).transpose()
     }
 }
 

@@ -34,6 +34,26 @@ fn head(level: usize) -> String {
     format!("decoder.decoder_mlp.{level}.weight")
 }
 
+/// Gives tensors T5's names, and reads their sizes.
+fn read_sizes(folder: &Path, tensors: &mut Tensors) -> Result<Sizes> {
+    let before = prefix(tensors).unwrap_or_default();
+    tensors.rename(folder, |name| {
+        let name = name.strip_prefix(&*before).unwrap_or(name);
+        let stacks = [("encoder.encoder.encoder.", "encoder."), ("decoder.decoder.", "decoder.")];
+        let stack = stacks.iter().find_map(|(from, to)| Some((name.strip_prefix(from)?, to)));
+        stack.map_or(name.into(), |(rest, to)| format!("{to}{rest}"))
+    })?;
+    Sizes::read(tensors).map_err(|reason| Error::ModelFolder { path: folder.to_path_buf(), reason })
+}
+
+/// The smallest `sidereal.json` that fits a checkpoint.
+///
+/// # Errors
+/// [`Error::ModelFolder`] where its shapes make no such network.
+pub(super) fn layout(folder: &Path, mut tensors: Tensors) -> Result<Value> {
+    Ok(read_sizes(folder, &mut tensors)?.layout())
+}
+
 /// The configuration and the tensors of the T5 that a checkpoint is.
 ///
 /// # Errors
@@ -41,14 +61,7 @@ fn head(level: usize) -> String {
 /// with the one that fits.
 pub(super) fn to_t5(folder: &Path, mut tensors: Tensors) -> Result<(Config, Tensors)> {
     let error = |reason: String| Error::ModelFolder { path: folder.to_path_buf(), reason };
-    let before = prefix(&tensors).unwrap_or_default();
-    tensors.rename(folder, |name| {
-        let name = name.strip_prefix(&*before).unwrap_or(name);
-        let stacks = [("encoder.encoder.encoder.", "encoder."), ("decoder.decoder.", "decoder.")];
-        let stack = stacks.iter().find_map(|(from, to)| Some((name.strip_prefix(from)?, to)));
-        stack.map_or(name.into(), |(rest, to)| format!("{to}{rest}"))
-    })?;
-    let sizes = Sizes::read(&tensors).map_err(error)?;
+    let sizes = read_sizes(folder, &mut tensors)?;
     if !folder.join("sidereal.json").exists() {
         let Sizes { num_levels, codes, .. } = sizes;
         return Err(error(format!(

@@ -16,7 +16,7 @@ pub struct Project {
 }
 
 /// All projects, by name.
-pub const PROJECTS: [Project; 7] = [
+pub const PROJECTS: [Project; 8] = [
     Project {
         name: "forge",
         summary: "FORGE (al_sid): chat turns from pieces encoded alone, the user's cut to 1,480 tokens",
@@ -48,6 +48,11 @@ pub const PROJECTS: [Project; 7] = [
         layout: onerec,
     },
     Project {
+        name: "p5",
+        summary: "P5: its prompt 2-3, items written as their numbers, whole-word embeddings",
+        layout: p5,
+    },
+    Project {
         name: "tiger",
         summary: "TIGER on Hugging Face's T5: the codes of 20 items and an end token",
         layout: tiger,
@@ -62,11 +67,6 @@ pub fn layout(name: &str) -> Result<Map<String, Value>, String> {
     let project = PROJECTS.iter().find(|project| project.name == name.to_lowercase());
     match project.map(|project| (project.layout)()) {
         Some(Value::Object(layout)) => Ok(layout),
-        _ if name.eq_ignore_ascii_case("p5") => Err(
-            "project \"p5\" needs whole-word embeddings, which this version of Sidereal does not \
-             serve; without them its answers would be wrong"
-                .into(),
-        ),
         _ => {
             let names = PROJECTS.map(|project| project.name).join(", ");
             Err(format!("there is no project {name:?}; {names} are known"))
@@ -132,6 +132,21 @@ fn grid() -> Value {
     })
 }
 
+/// Sequential recommendation with its template 2-3, which P5 was trained and is evaluated with.
+fn p5() -> Value {
+    json!({
+        "phrases": "items",
+        "prompt": {
+            "pieces": [{
+                "text": "Here is the purchase history list of user_{{ user }} :\n\
+                         {{ items | map(attribute='item') | join(' , ') }}\n\
+                         try to recommend next item to the user",
+                "special_tokens": true,
+            }],
+        },
+    })
+}
+
 /// The video task of OpenOneRec with the first system and user texts, without thinking.
 fn onerec() -> Value {
     json!({
@@ -187,7 +202,6 @@ mod tests {
                 serde_json::from_value::<crate::prompt::PromptEntry>(layout["prompt"].clone());
             entry.unwrap_or_else(|error| panic!("{}: {error}", project.name));
         }
-        assert!(layout("p5").is_err_and(|reason| reason.contains("whole-word")));
         assert!(layout("hstu").is_err_and(|reason| reason.contains("minionerec")));
     }
 }
