@@ -4,10 +4,15 @@
 //! asks for the right answer or for an error that names the way out. Golden answers of whole
 //! networks are in `tests/golden.rs`.
 
+use std::sync::Arc;
+
 use safetensors::Dtype;
 use serde_json::{Value, json};
+use sidereal::catalog::Catalog;
 use sidereal::models::weights::Weights;
-use sidereal::{Engine, EngineOptions, Error, Recommender, RecommenderOptions, Request};
+use sidereal::{
+    Engine, EngineOptions, Error, NamedToken, Recommender, RecommenderOptions, Request,
+};
 
 #[path = "common/folders.rs"]
 mod folders;
@@ -693,4 +698,35 @@ fn a_file_of_codebooks_may_hold_nothing_that_nobody_reads() {
     let error = sidereal::quantizer::Quantizer::open(&path).err().expect("an encoder").to_string();
     assert!(error.contains("encoder.0.weight") && error.contains("remove"), "{error}");
     let _ = EngineOptions::default();
+}
+
+/// Tokens that depend on the code before them, as EAGER's: the second level's codes are pairs.
+#[test]
+fn a_level_of_pairs_has_a_token_for_each_code_after_each_first_code() {
+    let folder = Folder::of(QWEN3);
+    folder.write(
+        "sidereal.json",
+        r#"{"levels": [{"size": 8, "first_token": 4}, {"size": 64, "first_token": 12}]}"#,
+    );
+    let items: String = (0..64)
+        .map(|pair| format!("{{\"item\": \"{pair}\", \"sid\": [{}, {pair}]}}\n", pair / 8))
+        .collect();
+    let path = folder.write("items.jsonl", items);
+    let catalog = Arc::new(Catalog::open(&path).expect("sound items"));
+    let mut engine = folder.open_with(&catalog).expect("a sound checkpoint");
+    let request = Request::from_history(["13", "60"]).with_beams(64);
+    let answer = engine.recommend(&request.with_top_k(64)).expect("a sound request");
+    assert_eq!(answer.items.len(), 64);
+    let read = |engine: &mut Engine, tokens: Vec<u32>, token: u32| {
+        let request = Request::from_tokens(tokens).with_read(vec![NamedToken::Id(token)]);
+        engine.recommend(&request).expect("a sound request").read[0].log_prob
+    };
+    let prompt = [4 + 1, 12 + 13, 4 + 7, 12 + 60];
+    for item in &answer.items {
+        let pair: u32 = item.item.parse().expect("a number");
+        let (first, second) = (4 + pair / 8, 12 + pair);
+        let after: Vec<u32> = prompt.iter().copied().chain([first]).collect();
+        let expected = read(&mut engine, prompt.to_vec(), first) + read(&mut engine, after, second);
+        assert!((item.score - expected).abs() < 1e-4, "{item:?}, not {expected}");
+    }
 }

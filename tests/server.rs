@@ -29,6 +29,14 @@ fn start(options: &ServerOptions) -> Server {
     Server::start(options).expect("a server")
 }
 
+#[test]
+fn default_widths_of_another_number_of_levels_are_refused_at_the_start() {
+    let mut options = options();
+    options.defaults.widths = vec![5, 5];
+    let error = Server::start(&options).err().expect("three levels").to_string();
+    assert!(error.contains("--beams") && error.contains("3 levels"), "{error}");
+}
+
 /// A response, as far as it came.
 #[derive(Debug)]
 struct Response {

@@ -124,21 +124,6 @@ impl SearchArguments {
         defaults.exclude_history = self.exclude_history;
         defaults
     }
-
-    /// Refuses once what would fail for every line.
-    pub fn check(&self, recommender: &Recommender) -> Result<()> {
-        let (given, levels) = (self.beams.len(), recommender.catalog().snapshot().num_levels());
-        match given == 1 || given == levels {
-            true => Ok(()),
-            false => Err(Error::InvalidOption {
-                option: "--beams",
-                reason: format!(
-                    "{given} widths are given, the model has {levels} levels; give one width, or one \
-                     for each level"
-                ),
-            }),
-        }
-    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]

@@ -97,11 +97,11 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         OutputFile::create(plot).map_err(|error| Error::io(plot, error))?;
     }
     let recommender = arguments.model.open()?;
-    arguments.search.check(&recommender)?;
     let mut cutoffs: Vec<usize> = arguments.at.iter().map(|&at| at as usize).collect();
     cutoffs.sort_unstable();
     cutoffs.dedup();
     let mut defaults = arguments.search.defaults(usize::MAX >> 1);
+    defaults.check(recommender.catalog().snapshot().num_levels())?;
     let widths = match &arguments.widths[..] {
         [] => vec![defaults.beams],
         widths => widths.iter().map(|&width| width.into()).collect(),

@@ -118,7 +118,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let mut defaults = arguments.search.defaults(arguments.top_k as usize);
     defaults.titles = true;
     let recommender = arguments.model.open()?;
-    arguments.search.check(&recommender)?;
+    defaults.check(recommender.catalog().snapshot().num_levels())?;
     answer(&recommender, &arguments.requests, &arguments.answers, &defaults, Ok)
 }
 

@@ -108,6 +108,7 @@ impl Opener {
     fn open(&self, source: &ModelSource) -> Result<Arc<Served>> {
         let catalog = self.catalog(&source.catalog)?;
         let shared = Arc::clone(&catalog.catalog);
+        self.options.defaults.check(shared.snapshot().num_levels())?;
         let recommender = Recommender::open(&source.folder, shared, &self.options.recommender)?;
         Ok(Arc::new(Served {
             name: source.name.clone(),
@@ -147,7 +148,7 @@ impl Models {
     ///
     /// # Errors
     /// Those of the catalogs and of [`Recommender::open`]; [`Error::InvalidOption`] where two models
-    /// have one name and version.
+    /// have one name and version, or default beam widths are not as many as a catalog's levels.
     pub fn open(options: &ServerOptions) -> Result<Models> {
         let invalid = |reason: String| Error::InvalidOption { option: "--model", reason };
         let first = options.models.first().ok_or_else(|| invalid("name at least one".into()))?;

@@ -207,6 +207,26 @@ impl Default for RequestDefaults {
     }
 }
 
+impl RequestDefaults {
+    /// Refuses once what would fail for every line that takes these defaults.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`] for a number of widths that is not that of the catalog's levels.
+    pub fn check(&self, num_levels: usize) -> Result<()> {
+        let given = self.widths.len();
+        match given == 0 || given == num_levels {
+            true => Ok(()),
+            false => Err(Error::InvalidOption {
+                option: "--beams",
+                reason: format!(
+                    "{given} widths are given, the catalog has {num_levels} levels; give one width, \
+                     or one for each level"
+                ),
+            }),
+        }
+    }
+}
+
 impl RequestLine {
     /// Reads one line of JSON.
     ///
