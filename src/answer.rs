@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::backend::LogProb;
 use crate::catalog::Snapshot;
 use crate::catalog::sid::Sid;
+use crate::thought::Thought;
 
 /// One item of an answer.
 ///
@@ -25,6 +26,9 @@ pub struct Recommendation {
     pub log_probs: Vec<LogProb>,
     /// Its title, where the request asks for titles and the catalog has one.
     pub title: Option<String>,
+    /// The thought that it follows, an index of [`Answer::thoughts`], where there are several: of
+    /// those whose searches found the item, the one that gave it the best score.
+    pub branch: Option<usize>,
 }
 
 impl Recommendation {
@@ -37,6 +41,7 @@ impl Recommendation {
             score,
             log_probs: Vec::new(),
             title,
+            branch: None,
         }
     }
 }
@@ -62,19 +67,6 @@ pub struct ReadToken {
     pub text: Option<String>,
     /// Natural log of its probability over the whole vocabulary.
     pub log_prob: f32,
-}
-
-/// What a model wrote before it recommended.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[non_exhaustive]
-pub struct Thought {
-    /// Without the stop token.
-    pub tokens: Vec<u32>,
-    /// What they say, where the model folder has a tokenizer.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub text: Option<String>,
-    /// Whether the model ended it; otherwise it had as many tokens as it may have.
-    pub is_complete: bool,
 }
 
 /// How long the phases of a request took, in microseconds of wall-clock time. Requests share
@@ -162,9 +154,9 @@ pub struct Answer {
     pub groups: Vec<Group>,
     /// The log-probabilities of the request's `read` tokens, in their order.
     pub read: Vec<ReadToken>,
-    /// What the model wrote before, where the request asks it to [`think`](crate::Request::think) and
-    /// something follows.
-    pub thought: Option<Box<Thought>>,
+    /// What the model wrote before, where the request asks it to [`think`](crate::Request::think): a
+    /// thought for each branch.
+    pub thoughts: Vec<Thought>,
     /// The state of the catalog that was searched.
     pub snapshot: Arc<Snapshot>,
     /// Tokens of the request's context, those included that are forced into it.
@@ -190,7 +182,7 @@ impl PartialEq for Answer {
         self.items == other.items
             && self.groups == other.groups
             && self.read == other.read
-            && self.thought == other.thought
+            && self.thoughts == other.thoughts
             && self.snapshot.number() == other.snapshot.number()
     }
 }
@@ -202,7 +194,7 @@ impl std::fmt::Debug for Answer {
             .field("items", &self.items)
             .field("groups", &self.groups)
             .field("read", &self.read)
-            .field("thought", &self.thought)
+            .field("thoughts", &self.thoughts)
             .field("snapshot", &self.snapshot.number())
             .finish()
     }

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
-use crate::search::{Constraint, Normalization, PhraseRule, Sampling};
+use crate::search::{Constraint, Normalization, PhraseRule};
+use crate::thought::Think;
 
 /// The largest beam width that a request may ask for.
 pub const MAX_BEAMS: usize = 4096;
@@ -107,34 +108,6 @@ impl Forced {
     }
 }
 
-/// What a model is to write before it recommends, token by token, as it likes.
-#[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
-pub struct Think {
-    /// Tokens of the thought at most, without the stop token.
-    pub max_tokens: usize,
-    /// The tokens that end it, at least one. The model then goes on behind the first of them, whichever
-    /// it was, and also where the thought has as many tokens as it may have.
-    pub stop: Vec<NamedToken>,
-    /// How each token is drawn.
-    pub sampling: Sampling,
-}
-
-impl Think {
-    /// A thought that is drawn from the model's own distribution.
-    pub fn new(max_tokens: usize, stop: impl IntoIterator<Item = NamedToken>) -> Think {
-        let stop = stop.into_iter().collect();
-        Think { max_tokens, stop, sampling: Sampling::default() }
-    }
-
-    /// Sets [`sampling`](Think::sampling).
-    #[must_use]
-    pub fn with_sampling(mut self, sampling: Sampling) -> Think {
-        self.sampling = sampling;
-        self
-    }
-}
-
 /// One request for recommendations.
 ///
 /// ```
@@ -196,7 +169,7 @@ pub struct Request {
     pub read: Vec<NamedToken>,
     /// What the model writes first: a thought, until a stop token. `forced`, `read` and the search follow
     /// it; its tokens are part of no score. The answer has its text. `groups`, `seed` and `log_probs`
-    /// are refused beside it.
+    /// are refused beside it, and `read` beside several branches.
     pub think: Option<Think>,
     /// Draws the beams instead of keeping the best, without replacement and with the probabilities
     /// of the legal continuations (Kool et al. 2019); equal seeds draw equal beams. Items come in

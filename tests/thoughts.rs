@@ -3,10 +3,12 @@
 #[path = "common/folders.rs"]
 mod folders;
 
+use std::collections::{HashMap, HashSet};
+
 use folders::{Folder, QWEN3, T5};
 use serde_json::json;
 use sidereal::wire::{RequestDefaults, RequestLine};
-use sidereal::{Answer, Engine, Forced, NamedToken, Request, Sampling, Think};
+use sidereal::{Answer, Engine, Forced, Merge, NamedToken, Request, Sampling, Think, Thought};
 
 /// Checkpoints, and how many tokens they have.
 const CASES: [(&str, u32); 2] = [(QWEN3, VOCABULARY), (T5, 1034)];
@@ -33,6 +35,138 @@ fn ask(engine: &mut Engine, request: &Request) -> Answer {
     engine.recommend(request).expect("a sound request")
 }
 
+fn only_thought(answer: &Answer) -> Thought {
+    assert_eq!(answer.thoughts.len(), 1);
+    answer.thoughts[0].clone()
+}
+
+/// A request that does not think: all beams write the thought's tokens, and then others.
+fn forced(request: &Request, thought: &Thought, then: &[u32]) -> Request {
+    let tokens = [&thought.tokens[..], then].concat();
+    let mut second = request.clone();
+    second.think = None;
+    match tokens.is_empty() {
+        true => second,
+        false => second.with_forced(Forced::new(tokens)),
+    }
+}
+
+#[test]
+fn branches_are_searched_each_behind_its_own_thought_and_merged() {
+    const BRANCHES: usize = 5;
+    for (case, _) in CASES {
+        let mut engine = Folder::of(case).open().expect("a checkpoint");
+        for (seed, is_short, merge) in
+            [(0, true, Merge::Max), (1, false, Merge::Max), (2, true, Merge::Mean)]
+        {
+            let one = thinker(40, seed, is_short)
+                .with_forced(Forced::new([9]))
+                .with_beams(30)
+                .with_top_k(12);
+            let think = one.think.clone().expect("it thinks").with_branches(BRANCHES, merge);
+            let answer = ask(&mut engine, &one.clone().with_think(think.clone()));
+            assert_eq!(answer.thoughts.len(), BRANCHES);
+            let distinct: HashSet<_> = answer.thoughts.iter().map(|it| &it.tokens).collect();
+            assert!(is_short || distinct.len() == BRANCHES, "{:?}", answer.thoughts);
+            assert_eq!(only_thought(&ask(&mut engine, &one)), answer.thoughts[0], "{case}");
+            // By item: the score of each branch that finds it.
+            let mut scores: HashMap<String, Vec<(usize, f32)>> = HashMap::new();
+            for (branch, thought) in answer.thoughts.iter().enumerate() {
+                let request = forced(&one, thought, &[5, 9]).with_top_k(30);
+                for item in ask(&mut engine, &request).items {
+                    scores.entry(item.item).or_default().push((branch, item.score));
+                }
+            }
+            assert_eq!(answer.items.len(), 12);
+            let merged = |scores: &[(usize, f32)]| match merge {
+                Merge::Max => scores.iter().map(|(_, score)| *score).fold(f32::MIN, f32::max),
+                Merge::Mean => {
+                    let sum: f64 = scores.iter().map(|(_, score)| f64::from(*score).exp()).sum();
+                    (sum / BRANCHES as f64).ln() as f32
+                }
+            };
+            let mut best: Vec<f32> = scores.values().map(|scores| merged(scores)).collect();
+            best.sort_by(|a, b| b.total_cmp(a));
+            for (item, best) in answer.items.iter().zip(best) {
+                let own = &scores[&item.item];
+                let difference = (item.score - merged(own)).abs().max((item.score - best).abs());
+                assert!(difference < 1e-4, "{case} {item:?}: {own:?}, place {best}");
+                let branch = item.branch.expect("there are several");
+                let (_, of_branch) =
+                    own.iter().find(|(number, _)| *number == branch).expect("it was found there");
+                assert!(own.iter().all(|(_, score)| *score < of_branch + 1e-4), "{item:?} {own:?}");
+            }
+            let names: HashSet<&str> = answer.items.iter().map(|item| &*item.item).collect();
+            assert_eq!(names.len(), 12, "an item is listed once");
+            engine.check_integrity().expect("no page is lost");
+            // The order of candidates is merged likewise.
+            let candidates: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+            let ranked = ask(&mut engine, &one.with_think(think).with_candidates(candidates));
+            assert_eq!(ranked.items.len(), 12);
+        }
+    }
+}
+
+/// The checkpoint with a tokenizer of as many texts beside it.
+fn with_tokenizer() -> Folder {
+    let folder = Folder::of(QWEN3);
+    let texts = (0..VOCABULARY).map(|token| (format!("{}", text_of(token)), token));
+    let texts: serde_json::Map<String, serde_json::Value> =
+        texts.map(|(text, token)| (text, token.into())).collect();
+    let tokenizer = json!({"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": texts, "unk_token": text_of(0)}});
+    folder.write("tokenizer.json", tokenizer.to_string());
+    folder
+}
+
+/// Letters alone: `|ab`, with a letter for each digit of the token's number.
+fn text_of(token: u32) -> String {
+    let letters = token.to_string().bytes().map(|digit| char::from(digit - b'0' + b'a')).collect();
+    ["|", &String::from_iter::<Vec<char>>(letters)].concat()
+}
+
+#[test]
+fn a_thought_ends_behind_a_text_and_its_text_before_it() {
+    let folder = with_tokenizer();
+    let mut engine = folder.open().expect("a checkpoint");
+    let free = thinker(60, 3, false);
+    let whole = only_thought(&ask(&mut engine, &free));
+    assert_eq!((whole.tokens.len(), whole.is_complete), (60, false));
+    let text = whole.text.expect("there is a tokenizer");
+    assert_eq!(text, whole.tokens.iter().map(|&token| text_of(token)).collect::<String>());
+    // From the middle of one token into that of the next.
+    let (seventh, eighth) = (text_of(whole.tokens[7]), text_of(whole.tokens[8]));
+    let stop = format!("{}{}", &seventh[2..], &eighth[..2]);
+    let at = text.find(&stop).expect("it was written");
+    for stop_token in [true, false] {
+        let mut think = free.think.clone().expect("it thinks").with_stop_texts([&stop]);
+        think.stop.retain(|_| stop_token);
+        let request = free.clone().with_think(think.clone()).with_beams(9).with_top_k(9);
+        let answer = ask(&mut engine, &request);
+        let thought = only_thought(&answer);
+        assert!(thought.is_complete);
+        assert_eq!(thought.text.as_deref(), Some(&text[..at]));
+        let written: String = thought.tokens.iter().map(|&token| text_of(token)).collect();
+        assert!(written.contains(&stop) && text.starts_with(&written), "{written}");
+        // What follows stands right behind it, with no stop token between.
+        let expected = ask(&mut engine, &forced(&request, &thought, &[]));
+        for (found, expected) in answer.items.iter().zip(&expected.items) {
+            assert_eq!(found.item, expected.item);
+            assert!((found.score - expected.score).abs() < 1e-4, "{found:?}, not {expected:?}");
+        }
+        // A thought that is too long ends, too: behind the stop token, where there is one.
+        think.max_tokens = 4;
+        let request = request.with_think(think);
+        let answer = ask(&mut engine, &request);
+        let thought = only_thought(&answer);
+        assert_eq!((thought.tokens.len(), thought.is_complete), (4, false));
+        let then = [5];
+        let then = if stop_token { &then[..] } else { &[] };
+        let expected = ask(&mut engine, &forced(&request, &thought, then));
+        assert!((answer.items[0].score - expected.items[0].score).abs() < 1e-4);
+    }
+}
+
 #[test]
 fn a_search_behind_a_thought_is_that_of_a_request_with_the_thought_in_it() {
     let (mut complete, mut cut, mut longest) = (0, 0, 0);
@@ -46,7 +180,7 @@ fn a_search_behind_a_thought_is_that_of_a_request_with_the_thought_in_it() {
                 .with_beams(20)
                 .with_top_k(20);
             let answer = ask(&mut engine, &request);
-            let thought = answer.thought.clone().expect("it thinks");
+            let thought = only_thought(&answer);
             assert!(
                 !thought
                     .tokens
@@ -74,7 +208,7 @@ fn a_search_behind_a_thought_is_that_of_a_request_with_the_thought_in_it() {
             let read = named([7, 300, 799]);
             let found = ask(&mut engine, &request.clone().with_read(read.clone()));
             let expected = ask(&mut engine, &second.with_read(read));
-            assert_eq!(found.thought.as_ref(), Some(&thought), "{case} {seed}");
+            assert_eq!(only_thought(&found), thought, "{case} {seed}");
             for (found, expected) in found.read.iter().zip(&expected.read) {
                 let difference = (found.log_prob - expected.log_prob).abs();
                 assert!(difference < 1e-4, "{case} {seed}: {difference}");
@@ -92,7 +226,7 @@ fn a_thought_without_noise_takes_the_likeliest_token_each_time() {
         sampling.temperature = 0.0;
         let think = Think::new(12, named([799])).with_sampling(sampling);
         let request = Request::from_tokens(prompt()).with_think(think).with_read(named([1]));
-        let thought = ask(&mut engine, &request).thought.expect("it thinks");
+        let thought = only_thought(&ask(&mut engine, &request));
         let mut written: Vec<u32> = Vec::new();
         for &token in &thought.tokens {
             let mut request = Request::from_tokens(prompt()).with_read(named(0..vocab_size));
@@ -118,9 +252,8 @@ fn thoughts_have_the_same_bits_alone_and_in_a_crowd_and_other_seeds_draw_others(
         let mut alone = folder.open().expect("a checkpoint");
         let expected: Vec<Answer> =
             requests.iter().map(|request| ask(&mut alone, request)).collect();
-        let thoughts = expected.iter().filter_map(|answer| answer.thought.as_ref());
-        let distinct: std::collections::HashSet<_> =
-            thoughts.map(|thought| thought.tokens.clone()).collect();
+        let thoughts = expected.iter().flat_map(|answer| &answer.thoughts);
+        let distinct: HashSet<_> = thoughts.map(|thought| thought.tokens.clone()).collect();
         // Short ones may end at once, and then they are alike.
         assert!(distinct.len() >= 8, "{case}: {distinct:?}");
         let mut crowd = folder.open().expect("a checkpoint");
@@ -167,6 +300,13 @@ fn what_thoughts_do_not_have_is_refused_with_the_way_out() {
         (with(&|it| it.repetition_penalty = 0.0), "\"repetition_penalty\" is 0"),
         (of(Think::new(0, named([5]))), "\"max_tokens\" is 0"),
         (of(Think::new(9, [])), "has no \"stop\""),
+        (of(Think::new(9, []).with_stop_texts(["x"])), "tokenizer"),
+        (of(Think::new(9, named([5])).with_branches(0, Merge::Max)), "\"branches\" is 0"),
+        (of(Think::new(9, named([5])).with_branches(65, Merge::Max)), "\"branches\" is 65"),
+        (
+            of(Think::new(9, named([5])).with_branches(2, Merge::Max)).with_read(named([5])),
+            "several branches goes without \"read\"",
+        ),
         (of(Think::new(9, named([VOCABULARY]))), "token 876 is outside"),
         (thinker(9, 0, true).with_seed(1), "goes without \"seed\""),
         (thinker(9, 0, true).with_log_probs(true), "goes without \"log_probs\""),
@@ -182,7 +322,8 @@ fn what_thoughts_do_not_have_is_refused_with_the_way_out() {
 fn a_line_says_what_to_think() {
     let line = json!({
         "tokens": prompt(),
-        "think": {"max_tokens": 8, "stop": [5, "</think>"], "temperature": 0.6, "top_k": 50, "seed": 7},
+        "think": {"max_tokens": 8, "stop": [5, "</think>"], "temperature": 0.6, "top_k": 50, "seed": 7,
+                  "stop_texts": ["\n\n"], "branches": 3, "merge": "mean"},
     });
     let defaults = RequestDefaults::default();
     let read = |line: &str| RequestLine::parse(line).and_then(|line| line.to_request(&defaults));
@@ -191,11 +332,13 @@ fn a_line_says_what_to_think() {
     assert_eq!((think.max_tokens, think.stop.len()), (8, 2));
     assert_eq!((think.sampling.temperature, think.sampling.top_k), (0.6, 50));
     assert_eq!((think.sampling.top_p, think.sampling.seed), (1.0, 7));
+    assert_eq!((think.stop_texts.len(), think.branches, think.merge), (1, 3, Merge::Mean));
     // The line that says the whole request says it again.
     let again = serde_json::to_string(&request).expect("a JSON form");
     assert_eq!(read(&again).expect("a sound line"), request);
     for (think, words) in [
-        (json!({"max_tokens": 8}), "missing field `stop`"),
+        (json!({"stop": [5]}), "missing field `max_tokens`"),
+        (json!({"max_tokens": 8, "stop": [5], "merge": "sum"}), "unknown variant"),
         (json!({"max_tokens": -1, "stop": [5]}), "\"max_tokens\" is -1"),
         (json!({"max_tokens": 8, "stop": [5], "seed": -2}), "\"seed\" is -2"),
         (json!({"max_tokens": 8, "stop": [5], "heat": 1}), "unknown field"),

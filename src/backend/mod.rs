@@ -22,7 +22,7 @@ mod ended_phrases;
 mod kv_layout;
 mod level_columns;
 mod network;
-mod noise;
+pub(crate) mod noise;
 mod pass_plan;
 mod sampling;
 mod search;
@@ -42,7 +42,7 @@ pub use pass_plan::PassPlan;
 use search::Continuations;
 pub use search::{
     AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, PhraseStep, ReadBeams, SampleStep,
-    SearchOps, SearchRule, Step, StepChoice,
+    SearchOps, SearchRule, Step, StepChoice, StopRule,
 };
 
 /// All operations of a device.

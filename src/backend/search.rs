@@ -37,7 +37,8 @@ pub enum StepChoice<'a> {
     Phrase,
     /// A token that is drawn, of the rule's `thought`, which has one beam.
     Sample {
-        /// Steps of the thought after this one. Without any the thought ends.
+        /// Steps of the thought after this one. Without any the thought ends, by its first stop token
+        /// where it has one.
         num_left: usize,
     },
 }
@@ -47,10 +48,18 @@ pub enum StepChoice<'a> {
 pub struct SampleStep<'a> {
     /// How a token is drawn.
     pub sampling: &'a Sampling,
-    /// The tokens that end it, at least one; the first is what it ends with, whichever was drawn.
+    /// The tokens that end it; the first is what it ends with, whichever was drawn.
     pub stop: &'a [u32],
+    /// What else ends it.
+    pub stop_rule: Option<&'a dyn StopRule>,
     /// The tokens before the slot's own that a repetition penalty is for.
     pub seen: &'a [u32],
+}
+
+/// What ends a thought besides its stop tokens.
+pub trait StopRule: Sync {
+    /// Whether the thought is over with the newest of these tokens, which it keeps.
+    fn is_over(&self, tokens: &[u32]) -> bool;
 }
 
 /// How a search takes its steps among phrases.

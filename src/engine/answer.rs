@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::prepare::Prepared;
 use super::program::Output;
-use crate::answer::{Answer, Group, ReadToken, Recommendation, Thought};
+use super::thoughts::{Thinking, merged};
+use crate::answer::{Answer, Group, ReadToken, Recommendation};
 use crate::backend::{Beam, NO_TOKEN};
 use crate::catalog::Snapshot;
 use crate::catalog::cursor::Cursor;
@@ -94,11 +95,14 @@ impl Codes {
         weights_version: u64,
         beams: impl Iterator<Item = Result<Vec<Beam>>>,
     ) -> Result<Answer> {
-        let (mut groups, mut read, mut thought) = (Vec::new(), Vec::new(), None);
+        let (mut groups, mut read, mut thoughts) = (Vec::new(), Vec::new(), Vec::new());
+        let num_branches = prepared.thinking.as_ref().map_or(0, Thinking::num_branches);
         for (slot, beams) in beams.enumerate() {
             let beams = beams?;
-            if let (Some(thinking), Some(beam)) = (&prepared.thinking, beams.first()) {
-                thought = Some(Box::new(self.thought(thinking.max_tokens, beam)));
+            if let (Some(thinking), Some(beam)) = (&prepared.thinking, beams.first())
+                && thoughts.len() < num_branches
+            {
+                thoughts.push(thinking.thought(beam, &self.text));
             }
             match prepared.program.slots()[slot].output {
                 Output::Items => groups.push(self.items(prepared, slot, &beams)),
@@ -106,16 +110,19 @@ impl Codes {
             }
         }
         let filters = &prepared.request.groups;
-        let items = match filters.is_empty() {
-            true => groups.pop().unwrap_or_default(), // none where named tokens alone are read
-            false => Vec::new(),
+        let items = match (&prepared.thinking, filters.is_empty()) {
+            (Some(thinking), true) if num_branches > 1 => {
+                merged(thinking.merge, std::mem::take(&mut groups), prepared.max_items())
+            }
+            (_, true) => groups.pop().unwrap_or_default(), // none where named tokens alone are read
+            (_, false) => Vec::new(),
         };
         let group = |(filter, items): (&String, _)| Group { filter: filter.clone(), items };
         Ok(Answer {
             items,
             groups: filters.iter().zip(groups).map(group).collect(),
             read,
-            thought,
+            thoughts,
             snapshot: Arc::clone(&prepared.snapshot),
             tokens: prepared.tokens().len(),
             cached_tokens,
@@ -126,16 +133,10 @@ impl Codes {
         })
     }
 
-    /// The thought that a beam begins with.
-    fn thought(&self, max_tokens: usize, beam: &Beam) -> Thought {
-        let tokens = beam.tokens[..max_tokens - beam.num_skipped].to_vec();
-        let text = self.text.decode(&tokens).ok();
-        Thought { tokens, text, is_complete: beam.num_skipped > 0 }
-    }
-
     /// The items that the beams name.
     fn items(&self, prepared: &Prepared, slot: usize, beams: &[Beam]) -> Vec<Recommendation> {
-        let (snapshot, allowed_set) = (&*prepared.snapshot, &prepared.allowed_sets[slot]);
+        let (snapshot, allowed_set) =
+            (&*prepared.snapshot, &prepared.allowed_sets[prepared.list_of(slot)]);
         let program = &prepared.program.slots()[slot];
         let (before_codes, uncounted) = (program.num_before_codes(), program.num_uncounted());
         let most = prepared.max_items_per_sid();
@@ -166,10 +167,9 @@ impl Codes {
                 ..Recommendation::new(snapshot, item, score, prepared.request.titles)
             })
         };
-        let most = match &prepared.candidates {
-            Some(_) => usize::MAX,
-            None => prepared.request.top_k,
-        };
+        let has_branches =
+            prepared.thinking.as_ref().is_some_and(|thinking| thinking.num_branches() > 1);
+        let most = if has_branches { usize::MAX } else { prepared.max_items() };
         beams.iter().flat_map(of_beam).take(most).collect()
     }
 }

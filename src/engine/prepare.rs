@@ -46,7 +46,7 @@ pub struct Prepared {
     pub(super) snapshot: Arc<Snapshot>,
     /// What it does: its context and its slots.
     pub(super) program: Program,
-    /// By slot: the items that it may be answered with.
+    /// The items that a slot may be answered with, by [`list_of`](Prepared::list_of) the slot.
     pub(super) allowed_sets: Vec<AllowedSet>,
     /// Items to score instead of searching.
     pub(super) candidates: Option<Candidates>,
@@ -112,6 +112,22 @@ impl Prepared {
         }
     }
 
+    /// Items that an answer lists at most.
+    pub(super) fn max_items(&self) -> usize {
+        match &self.candidates {
+            Some(_) => usize::MAX,
+            None => self.request.top_k,
+        }
+    }
+
+    /// Which list of an answer a slot is searched for. The branches of a thought search for one.
+    pub(super) fn list_of(&self, slot: usize) -> usize {
+        match &self.thinking {
+            Some(thinking) if thinking.num_branches() > 1 => 0,
+            _ => slot,
+        }
+    }
+
     /// How a step of a slot is done.
     pub(super) fn rule(&self, slot: usize, step: usize) -> SearchRule<'_> {
         let program = &self.program.slots()[slot];
@@ -121,7 +137,7 @@ impl Prepared {
             choice,
             depth,
             snapshot: &self.snapshot,
-            allowed_set: &self.allowed_sets[slot],
+            allowed_set: &self.allowed_sets[self.list_of(slot)],
             beams,
             normalization: program.normalization,
             constraint: program.constraint,
@@ -129,8 +145,11 @@ impl Prepared {
             candidates: self.candidates.as_ref().filter(|_| is_search),
             seed: self.request.seed.filter(|_| is_search),
             log_probs: self.request.log_probs && is_search,
-            phrases: self.phrases.as_ref().and_then(|phrases| phrases.step(slot)),
-            thought: self.thinking.as_ref().map(|thinking| thinking.step(self.tokens())),
+            phrases: self.phrases.as_ref().and_then(|phrases| phrases.step(self.list_of(slot))),
+            thought: self.thinking.as_ref().map(|thinking| {
+                let branch = if thinking.num_branches() > 1 { slot } else { 0 };
+                thinking.step(branch, self.tokens())
+            }),
         }
     }
 }
@@ -226,15 +245,16 @@ impl Preparer {
         phrases::check_fields(&request, self.phrases.is_some())?;
         let set = self.phrases.as_ref().map(|index| index.of(&snapshot)).transpose()?;
         let num_phrase_steps = set.as_ref().map(|set| set.max_len() + 1);
-        let search = self.search(&request, candidates.as_ref(), num_phrase_steps)?;
+        let tokenizer = (self.layout.prompt.text(), self.vocab_size);
+        let thinking = Thinking::of(&request, &self.thoughts, tokenizer, self.prompt)?;
+        let num_branches = thinking.as_ref().map_or(1, Thinking::num_branches);
+        let count = request.groups.len().max(num_branches);
+        let search = self.search(&request, candidates.as_ref(), num_phrase_steps, count)?;
         let has_search = search.is_some();
         check_fields(&request, has_search)?;
-        let device = &self.thoughts;
-        let vocabulary = (&self.layout.vocabulary, self.vocab_size);
-        let thinking = Thinking::of(&request, device, vocabulary, self.prompt)?;
         let mut stages = self.stages(&request, &read, search)?;
-        let think = thinking.as_ref().map(|thinking| thinking.max_tokens);
-        stages.splice(0..0, think.map(|max_tokens| Stage::Think { max_tokens }));
+        let think = thinking.as_ref().map(Thinking::num_steps);
+        stages.splice(0..0, think.map(|num_steps| Stage::Think { num_steps }));
         let room = match request.long_history {
             LongHistory::Error => usize::MAX,
             LongHistory::Cut => self.room_for_input(&stages),
@@ -309,13 +329,14 @@ impl Preparer {
         Ok(stages)
     }
 
-    /// The searches of a request. A request that reads named tokens has some only where it names
+    /// The searches of a request, so many of one kind. A request that reads named tokens has some only where it names
     /// groups or candidates.
     fn search(
         &self,
         request: &Request,
         candidates: Option<&Candidates>,
         num_phrase_steps: Option<usize>,
+        count: usize,
     ) -> Result<Option<Search>> {
         let Request { constraint, .. } = *request;
         if !request.read.is_empty() && request.groups.is_empty() && candidates.is_none() {
@@ -327,7 +348,6 @@ impl Preparer {
         };
         let most = widths.iter().copied().max().unwrap_or(0);
         let normalization = request.normalization.unwrap_or(self.layout.normalization);
-        let count = request.groups.len().max(1);
         let is_of_phrases = num_phrase_steps.is_some();
         if constraint == Constraint::None || is_of_phrases {
             if normalization == Normalization::Level {

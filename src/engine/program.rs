@@ -8,7 +8,7 @@
 //! | --- | --- |
 //! | [`Stage::Read`] | extends the context by prompt tokens |
 //! | [`Stage::Forced`] | extends the context where that is possible, else every beam, a step a token |
-//! | [`Stage::Think`] | extends the one beam by drawn tokens and a stop token |
+//! | [`Stage::Think`] | extends the one beam by drawn tokens, up to a stop token or text |
 //! | [`Stage::ReadNamed`] | branches off: a slot of its own ends with the named tokens; the trunk stays |
 //! | [`Stage::Search`] | extends the beams by the levels of a semantic ID, or by the tokens of a phrase |
 //!
@@ -39,9 +39,9 @@ pub(super) enum Stage {
         /// Whether their log-probabilities are part of the scores.
         is_counted: bool,
     },
-    /// Draws so many tokens at most, and a stop token. It stands before everything that has several
-    /// beams.
-    Think { max_tokens: usize },
+    /// Draws a token in each of so many steps at most, the last of which may be for a stop token. It
+    /// stands before everything that has several beams.
+    Think { num_steps: usize },
     /// The log-probabilities of these tokens, all different, right after the stages before.
     ReadNamed(Vec<u32>),
     /// Searches the catalog's trie, or its phrases.
@@ -55,7 +55,7 @@ pub(super) struct Search {
     pub widths: Vec<usize>,
     /// Whether phrases are searched.
     pub is_of_phrases: bool,
-    /// How many there are, each under an allowed set of its own.
+    /// How many there are: one for each group, or for each branch of a thought.
     pub count: usize,
     /// What scores are normalised over.
     pub normalization: Normalization,
@@ -127,10 +127,10 @@ impl Program {
                         program.tokens.extend(tokens);
                     }
                 }
-                Stage::Think { max_tokens } => {
+                Stage::Think { num_steps } => {
                     let step =
                         |num_left| Step { choice: Choice::Sample { num_left }, depth: 0, width: 1 };
-                    trunk.extend((0..=max_tokens).rev().map(step));
+                    trunk.extend((0..num_steps).rev().map(step));
                 }
                 Stage::ReadNamed(tokens) => program.slots.push(read_named(&trunk, tokens)),
                 Stage::Search(found) => {

@@ -22,7 +22,7 @@ impl<'a> AnswerLine<'a> {
     }
 }
 
-/// `groups`, `read` and `thought` are there where the request asks for them, `unknown_items` where some were left
+/// `groups`, `read` and `thoughts` are there where the request asks for them, `unknown_items` where some were left
 /// out; `timings` and `skipped_items` where it asks for timings.
 impl Serialize for Answer {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -36,8 +36,9 @@ impl Serialize for Answer {
             true => answer.skip_field("read")?,
             false => answer.serialize_field("read", &self.read)?,
         }
-        if let Some(thought) = &self.thought {
-            answer.serialize_field("thought", thought)?;
+        match self.thoughts.is_empty() {
+            true => answer.skip_field("thoughts")?,
+            false => answer.serialize_field("thoughts", &self.thoughts)?,
         }
         answer.serialize_field("snapshot", &self.snapshot.number())?;
         answer.serialize_field("tokens", &self.tokens)?;
@@ -55,7 +56,7 @@ impl Serialize for Answer {
 
 impl Serialize for Recommendation {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut item = serializer.serialize_struct("Recommendation", 5)?;
+        let mut item = serializer.serialize_struct("Recommendation", 6)?;
         item.serialize_field("item", &self.item)?;
         item.serialize_field("sid", self.sid.codes())?;
         item.serialize_field("score", &self.score)?;
@@ -64,6 +65,9 @@ impl Serialize for Recommendation {
         }
         if let Some(title) = &self.title {
             item.serialize_field("title", title)?;
+        }
+        if let Some(branch) = self.branch {
+            item.serialize_field("branch", &branch)?;
         }
         item.end()
     }
@@ -111,7 +115,7 @@ mod tests {
             items: vec![Recommendation::new(&snapshot, item, -2.31, false)],
             groups: Vec::new(),
             read: Vec::new(),
-            thought: None,
+            thoughts: Vec::new(),
             snapshot,
             tokens: 7,
             cached_tokens: 5,

@@ -6,15 +6,21 @@ use serde::{Deserialize, Serialize, Serializer};
 use super::loose::{Real, Whole};
 use super::tokens::{TokenName, named_tokens};
 use crate::error::{Error, Result};
-use crate::request::Think;
 use crate::search::Sampling;
+use crate::thought::{Merge, Think};
 
 /// A thought as a line writes it; what it leaves out is the model's own distribution.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Thinking {
     max_tokens: Whole,
+    #[serde(default)]
     stop: Vec<TokenName>,
+    #[serde(default)]
+    stop_texts: Vec<String>,
+    branches: Option<Whole>,
+    #[serde(default)]
+    merge: Merge,
     temperature: Option<Real>,
     top_k: Option<Whole>,
     top_p: Option<Real>,
@@ -50,16 +56,23 @@ impl Thinking {
             seed: seed?,
         };
         let max_tokens = size("max_tokens", self.max_tokens)?;
-        Ok(Think { max_tokens, stop: named_tokens("think", &self.stop)?, sampling })
+        let branches = self.branches.map_or(Ok(1), |branches| size("branches", branches))?;
+        Ok(Think::new(max_tokens, named_tokens("think", &self.stop)?)
+            .with_stop_texts(&self.stop_texts)
+            .with_sampling(sampling)
+            .with_branches(branches, self.merge))
     }
 }
 
 impl Serialize for Think {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let Think { max_tokens, stop, sampling } = self;
-        let mut think = serializer.serialize_struct("Think", 8)?;
+        let Think { max_tokens, stop, stop_texts, sampling, branches, merge } = self;
+        let mut think = serializer.serialize_struct("Think", 11)?;
         think.serialize_field("max_tokens", max_tokens)?;
         think.serialize_field("stop", stop)?;
+        think.serialize_field("stop_texts", stop_texts)?;
+        think.serialize_field("branches", branches)?;
+        think.serialize_field("merge", merge)?;
         think.serialize_field("temperature", &sampling.temperature)?;
         think.serialize_field("top_k", &sampling.top_k)?;
         think.serialize_field("top_p", &sampling.top_p)?;
