@@ -7,7 +7,6 @@ use serde::Serialize;
 use crate::backend::LogProb;
 use crate::catalog::Snapshot;
 use crate::catalog::sid::Sid;
-use crate::thought::Thought;
 
 /// One item of an answer.
 ///
@@ -67,6 +66,25 @@ pub struct ReadToken {
     pub text: Option<String>,
     /// Natural log of its probability over the whole vocabulary.
     pub log_prob: f32,
+}
+
+/// What a model wrote before it recommended.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct Thought {
+    /// Without the stop token.
+    pub tokens: Vec<u32>,
+    /// What they say, up to a stop text, where the model folder has a tokenizer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// Whether the model ended it; otherwise it had as many tokens as it may have.
+    pub is_complete: bool,
+}
+
+impl Thought {
+    pub(crate) fn new(tokens: Vec<u32>, text: Option<String>, is_complete: bool) -> Thought {
+        Thought { tokens, text, is_complete }
+    }
 }
 
 /// How long the phases of a request took, in microseconds of wall-clock time. Requests share

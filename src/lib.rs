@@ -86,23 +86,26 @@ mod search;
 pub mod server;
 mod service;
 mod tensor;
-mod thought;
 pub mod wire;
 mod writer;
 
-pub use answer::{Answer, Group, ReadToken, Recommendation, Timings, UnknownByField, UnknownNames};
+pub use answer::{
+    Answer, Group, ReadToken, Recommendation, Thought, Timings, UnknownByField, UnknownNames,
+};
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
 pub use recommender::{Recommender, Status};
 pub use recommender_options::RecommenderOptions;
 pub use request::{
-    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, UnknownItems,
+    Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, Think,
+    UnknownItems,
 };
-pub use search::{Constraint, EarlyStopping, Normalization, PhraseRule, PhraseSearch, Sampling};
+pub use search::{
+    Constraint, EarlyStopping, Merge, Normalization, PhraseRule, PhraseSearch, Sampling,
+};
 pub use service::Handle;
 pub use tensor::{Dtype, Tensor};
-pub use thought::{Merge, Think, Thought};
 pub use writer::{Applied, CatalogWriter, Durability, Replaced, WriterOptions};
 
 /// The Rust code of the pages, compiled by `cargo test --doc`.

@@ -6,8 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
-use crate::search::{Constraint, Normalization, PhraseRule};
-use crate::thought::Think;
+use crate::search::{Constraint, Merge, Normalization, PhraseRule, Sampling};
 
 /// The largest beam width that a request may ask for.
 pub const MAX_BEAMS: usize = 4096;
@@ -105,6 +104,65 @@ impl Forced {
     /// Tokens whose log-probabilities are added to every score.
     pub fn counted(tokens: impl Into<Vec<u32>>) -> Forced {
         Forced { tokens: tokens.into(), is_counted: true }
+    }
+}
+
+/// What a model is to write before it recommends, token by token, as it likes.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Think {
+    /// Tokens of the thought at most, without the stop token.
+    pub max_tokens: usize,
+    /// The tokens that end it. The model then goes on behind the first of them, whichever it was, and
+    /// also where the thought has as many tokens as it may have. At least one, unless there are
+    /// `stop_texts`.
+    pub stop: Vec<NamedToken>,
+    /// Texts that end it, in a folder that has a tokenizer. The tokens that complete such a text are
+    /// part of the thought, and the model goes on behind them, without a stop token; the thought's text
+    /// ends before it.
+    pub stop_texts: Vec<String>,
+    /// How each token is drawn.
+    pub sampling: Sampling,
+    /// Thoughts that are drawn from one input, each followed by a search of its own: 1 to 64. The
+    /// first is that of a request of one branch.
+    pub branches: usize,
+    /// How the branches' results become one.
+    pub merge: Merge,
+}
+
+impl Think {
+    /// One thought that is drawn from the model's own distribution.
+    pub fn new(max_tokens: usize, stop: impl IntoIterator<Item = NamedToken>) -> Think {
+        let stop = stop.into_iter().collect();
+        Think {
+            max_tokens,
+            stop,
+            stop_texts: Vec::new(),
+            sampling: Sampling::default(),
+            branches: 1,
+            merge: Merge::default(),
+        }
+    }
+
+    /// Sets [`sampling`](Think::sampling).
+    #[must_use]
+    pub fn with_sampling(mut self, sampling: Sampling) -> Think {
+        self.sampling = sampling;
+        self
+    }
+
+    /// Sets [`stop_texts`](Think::stop_texts).
+    #[must_use]
+    pub fn with_stop_texts(mut self, texts: impl IntoIterator<Item = impl Into<String>>) -> Think {
+        self.stop_texts = texts.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets [`branches`](Think::branches) and [`merge`](Think::merge).
+    #[must_use]
+    pub fn with_branches(mut self, branches: usize, merge: Merge) -> Think {
+        (self.branches, self.merge) = (branches, merge);
+        self
     }
 }
 

@@ -93,6 +93,19 @@ impl Sampling {
     }
 }
 
+/// How the results of several thoughts become one list. An item is listed once, best first; equal
+/// scores by the earlier branch, then as the branch has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Merge {
+    /// The score of an item is the best that a branch gives it.
+    #[default]
+    Max,
+    /// The score of an item is the log of the mean of its probabilities: that under a branch which is
+    /// drawn at random. A branch that does not find the item counts as probability zero.
+    Mean,
+}
+
 /// How a search of phrases keeps and ranks those that have ended. A phrase's score is the sum of its
 /// log-probabilities, that of the end with them, divided by its length to the power of a penalty;
 /// the length is its tokens and the end.

@@ -24,7 +24,7 @@ mod level_columns;
 mod network;
 pub(crate) mod noise;
 mod pass_plan;
-mod sampling;
+pub(crate) mod sampling;
 mod search;
 #[doc(hidden)]
 pub mod testing;
@@ -42,7 +42,7 @@ pub use pass_plan::PassPlan;
 use search::Continuations;
 pub use search::{
     AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, PhraseStep, ReadBeams, SampleStep,
-    SearchOps, SearchRule, Step, StepChoice, StopRule,
+    SearchOps, SearchRule, Step, StepChoice,
 };
 
 /// All operations of a device.

@@ -1,9 +1,15 @@
-//! One token drawn from a row of logits.
+//! Tokens of a thought: one drawn from a row of logits, and what ends them.
 
 use std::collections::HashSet;
 
 use super::noise;
 use crate::search::Sampling;
+
+/// What ends a thought besides its stop tokens.
+pub trait StopRule: Sync {
+    /// Whether the thought is over with the newest of these tokens, which it keeps.
+    fn is_over(&self, tokens: &[u32]) -> bool;
+}
 
 /// Draws a token from the distribution that is left when repetition penalty, temperature, top-k,
 /// top-p and min-p have been applied, in this order and as Hugging Face's processors do (transformers

@@ -4,6 +4,7 @@
 //! under different rules. Each operation is a trait of one method, so that its implementation is one
 //! file.
 
+use super::sampling::StopRule;
 use super::{Batch, DeviceOps};
 use crate::catalog::Snapshot;
 use crate::catalog::allowed::AllowedSet;
@@ -54,12 +55,6 @@ pub struct SampleStep<'a> {
     pub stop_rule: Option<&'a dyn StopRule>,
     /// The tokens before the slot's own that a repetition penalty is for.
     pub seen: &'a [u32],
-}
-
-/// What ends a thought besides its stop tokens.
-pub trait StopRule: Sync {
-    /// Whether the thought is over with the newest of these tokens, which it keeps.
-    fn is_over(&self, tokens: &[u32]) -> bool;
 }
 
 /// How a search takes its steps among phrases.

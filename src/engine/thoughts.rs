@@ -1,14 +1,14 @@
 //! What a request thinks before it searches, checked, and what came of it.
 
 use super::lookup::{check_vocabulary, named_token};
-use crate::answer::Recommendation;
-use crate::backend::{Beam, SampleStep, StopRule, noise};
+use crate::answer::{Recommendation, Thought};
+use crate::backend::sampling::StopRule;
+use crate::backend::{Beam, SampleStep, noise};
 use crate::error::{Error, Result};
 use crate::models::PromptKind;
 use crate::prompt::Text;
-use crate::request::Request;
-use crate::search::Sampling;
-use crate::thought::{Merge, Think, Thought};
+use crate::request::{Request, Think};
+use crate::search::{Merge, Sampling};
 
 /// Tokens of a thought at most.
 const MAX_THOUGHT: usize = 1 << 16;

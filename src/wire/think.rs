@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize, Serializer};
 use super::loose::{Real, Whole};
 use super::tokens::{TokenName, named_tokens};
 use crate::error::{Error, Result};
-use crate::search::Sampling;
-use crate::thought::{Merge, Think};
+use crate::request::Think;
+use crate::search::{Merge, Sampling};
 
 /// A thought as a line writes it; what it leaves out is the model's own distribution.
 #[derive(Debug, Clone, Deserialize)]
