@@ -308,3 +308,51 @@ fn decoder_only_llama_with_an_adapter_whose_embeddings_grew() {
 fn decoder_only_qwen2_with_an_adapter_of_embedding_and_head() {
     check("decoder_only/qwen2-lora");
 }
+
+/// SASRec, of which every item is a token: histories and the best items, by `models/sasrec.py` in f64,
+/// which RecBole's class agrees with.
+fn check_items(folder: &str) {
+    #[derive(Deserialize)]
+    struct Golden {
+        cases: Vec<ItemCase>,
+    }
+    #[derive(Deserialize)]
+    struct ItemCase {
+        history: Vec<String>,
+        items: Vec<String>,
+        scores: Vec<f32>,
+    }
+    let folder = models().join(folder);
+    let golden: Golden = read(&folder.join("golden.json"));
+    let catalog = Arc::new(Catalog::open(&folder.join("items.jsonl")).expect("items"));
+    let num_items = catalog.snapshot().num_items();
+    let mut engine =
+        Engine::open(&folder, catalog, &EngineOptions::default()).expect("a checkpoint");
+    for case in golden.cases {
+        let request = Request::from_history(case.history.clone()).with_beams(30).with_top_k(20);
+        let answer = engine.recommend(&request).expect("known items");
+        let found: Vec<&str> = answer.items.iter().map(|item| &*item.item).collect();
+        assert_eq!(found, case.items, "{:?}", case.history);
+        for (item, score) in answer.items.iter().zip(&case.scores) {
+            assert!((item.score - score).abs() < 1e-4, "{item:?}, not {score}");
+        }
+        // The same items where they are ranked, and without what the user has.
+        let ranked = Request::from_history(case.history.clone()).with_candidates(case.items);
+        assert_eq!(engine.recommend(&ranked).expect("known items").items, answer.items);
+        let others = request.with_exclude_history(true).with_beams(num_items).with_top_k(num_items);
+        let others = engine.recommend(&others).expect("known items").items;
+        assert!(others.iter().all(|item| !case.history.contains(&item.item)));
+        let distinct: std::collections::HashSet<&String> = case.history.iter().collect();
+        assert_eq!(others.len(), num_items - distinct.len());
+    }
+}
+
+#[test]
+fn sasrec_of_items() {
+    check_items("sasrec/plain");
+}
+
+#[test]
+fn sasrec_as_recbole_saves_it() {
+    check_items("sasrec/recbole");
+}

@@ -10,6 +10,7 @@ use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 use super::layout::{self, LevelEntry};
+use super::levels::MAX_CODES;
 use super::vocabulary::Vocabulary;
 use crate::backend::NO_TOKEN;
 use crate::catalog::Catalog;
@@ -94,6 +95,30 @@ impl Config {
         Ok(config)
     }
 
+    /// What `sidereal.json` says of a network in a folder without `config.json`: its `"network"`, an
+    /// object of the keys that the family has, with its `"model_type"`.
+    ///
+    /// # Errors
+    /// The operating system's, or [`Error::ModelConfig`].
+    pub(super) fn of_layout(folder: &Path) -> Result<Option<Config>> {
+        #[derive(Deserialize)]
+        struct Of {
+            network: Option<Map<String, Value>>,
+        }
+        let (path, standard) = (folder.join("sidereal.json"), folder.join("config.json"));
+        if !path.exists() {
+            return Ok(None);
+        }
+        let Some(keys) = read_json::<Of>(&path)?.network else { return Ok(None) };
+        let config = Config::new(&path, keys);
+        match standard.exists() {
+            true => Err(config.error(
+                "\"network\" stands for a config.json, and there is one; remove either".into(),
+            )),
+            false => Ok(Some(config)),
+        }
+    }
+
     /// A configuration in memory; `path` stands in its errors.
     pub fn new(path: &Path, keys: Map<String, Value>) -> Config {
         let path = path.to_path_buf();
@@ -171,6 +196,11 @@ impl Config {
     /// The class of the network, as `T5ForConditionalGeneration`, where given.
     pub fn architecture(&self) -> Option<&str> {
         self.given("architectures")?.get(0)?.as_str()
+    }
+
+    /// Whether the network has a token for every item.
+    fn reads_items(&self) -> bool {
+        self.text("model_type") == Some("sasrec") || self.architecture() == Some("SASRec")
     }
 
     /// The token that a decoder starts with: `generate` takes that of `generation_config.json` first.
@@ -401,6 +431,8 @@ struct LayoutFile {
     suffix: TokensEntry,
     #[serde(default)]
     normalize: Option<Normalization>,
+    /// Stands for a `config.json`, which [`Config::of_layout`] takes.
+    network: Option<Map<String, Value>>,
     /// Names of keys and tensors to pass over, which [`Config::read`] takes.
     #[serde(default, rename = "ignore")]
     _ignore: IgnoredAny,
@@ -458,6 +490,9 @@ impl SidLayout {
         let wanted = layout::Wanted { folder, vocabulary: &vocabulary, vocab_size, catalog };
         let levels = match (&file.phrases, &file.levels) {
             (Some(_), None) => Vec::new(),
+            (None, None) if reads_items(folder, file.network.as_ref())? => {
+                vec![levels_of_items(vocab_size).map_err(error)?]
+            }
             (_, levels) => wanted.levels(levels.as_deref()).map_err(in_file)?,
         };
         let phrases = match file.phrases {
@@ -513,6 +548,27 @@ impl SidLayout {
         }
         let has_token = |tokens: &Vec<u32>| tokens.iter().map(|&token| token != NO_TOKEN).collect();
         catalog.require(self.levels.iter().map(has_token).collect())
+    }
+}
+
+/// Whether the network of a folder has a token for every item.
+fn reads_items(folder: &Path, network: Option<&Map<String, Value>>) -> Result<bool> {
+    let path = folder.join("config.json");
+    let config = match network {
+        Some(keys) => Config::new(&folder.join("sidereal.json"), keys.clone()),
+        None if path.exists() => Config::read(&path)?,
+        None => return Ok(false),
+    };
+    Ok(config.reads_items())
+}
+
+/// The one level of such a network: code `c` is token `c`, but for that of padding.
+fn levels_of_items(vocab_size: usize) -> std::result::Result<Vec<u32>, String> {
+    match vocab_size <= MAX_CODES {
+        true => Ok(std::iter::once(NO_TOKEN).chain(1..vocab_size as u32).collect()),
+        false => Err(format!(
+            "the network has {vocab_size} items; {MAX_CODES} are possible, as an item is one code"
+        )),
     }
 }
 
