@@ -45,6 +45,28 @@ impl Recommendation {
     }
 }
 
+/// What one beam of a search wrote.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Sequence {
+    /// All tokens behind the input and the thought: those that were forced, those of the search.
+    pub tokens: Vec<u32>,
+    /// What they say, where the model folder has a tokenizer.
+    pub text: Option<String>,
+    /// Natural log of its probability, as of an item.
+    pub score: f32,
+    /// Of each token that counts, where the request asks for them.
+    pub log_probs: Vec<LogProb>,
+    /// The items that it names and that may come back; often one, and none where it names none.
+    pub items: Vec<String>,
+}
+
+impl Sequence {
+    pub(crate) fn new(tokens: Vec<u32>, text: Option<String>, score: f32) -> Sequence {
+        Sequence { tokens, text, score, log_probs: Vec::new(), items: Vec::new() }
+    }
+}
+
 /// The recommendations of one of a request's [`groups`](crate::Request::groups).
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
@@ -172,6 +194,9 @@ pub struct Answer {
     pub groups: Vec<Group>,
     /// The log-probabilities of the request's `read` tokens, in their order.
     pub read: Vec<ReadToken>,
+    /// What each beam wrote, best first, where the request asks for
+    /// [`sequences`](crate::Request::sequences).
+    pub sequences: Vec<Sequence>,
     /// What the model wrote before, where the request asks it to [`think`](crate::Request::think): a
     /// thought for each branch.
     pub thoughts: Vec<Thought>,
@@ -200,6 +225,7 @@ impl PartialEq for Answer {
         self.items == other.items
             && self.groups == other.groups
             && self.read == other.read
+            && self.sequences == other.sequences
             && self.thoughts == other.thoughts
             && self.snapshot.number() == other.snapshot.number()
     }
@@ -212,6 +238,7 @@ impl std::fmt::Debug for Answer {
             .field("items", &self.items)
             .field("groups", &self.groups)
             .field("read", &self.read)
+            .field("sequences", &self.sequences)
             .field("thoughts", &self.thoughts)
             .field("snapshot", &self.snapshot.number())
             .finish()

@@ -90,7 +90,8 @@ pub mod wire;
 mod writer;
 
 pub use answer::{
-    Answer, Group, ReadToken, Recommendation, Thought, Timings, UnknownByField, UnknownNames,
+    Answer, Group, ReadToken, Recommendation, Sequence, Thought, Timings, UnknownByField,
+    UnknownNames,
 };
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};

@@ -235,6 +235,9 @@ pub struct Request {
     pub seed: Option<u64>,
     /// Whether each item of the answer has the log-probabilities of its tokens.
     pub log_probs: bool,
+    /// Whether the answer lists what every beam of the search wrote, be it an item or not. Refused
+    /// beside `groups`, and beside several branches of a thought.
+    pub sequences: bool,
     /// Whether each item of the answer has its title, where the catalog knows one.
     pub titles: bool,
     /// Whether the answer has the times that its phases took.
@@ -300,6 +303,7 @@ impl Request {
             think: None,
             seed: None,
             log_probs: false,
+            sequences: false,
             titles: false,
             timings: false,
             beams: 50,
@@ -434,6 +438,13 @@ impl Request {
     #[must_use]
     pub fn with_log_probs(mut self, is_wanted: bool) -> Request {
         self.log_probs = is_wanted;
+        self
+    }
+
+    /// Sets [`sequences`](Request::sequences).
+    #[must_use]
+    pub fn with_sequences(mut self, sequences: bool) -> Request {
+        self.sequences = sequences;
         self
     }
 

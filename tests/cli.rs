@@ -1558,7 +1558,7 @@ fn tables_say_what_was_held_out_what_is_shared_and_nothing_to_the_terminal() {
 fn what_fails_for_every_line_is_said_once() {
     let requests = "models/industrial/users.jsonl";
     for (more, word) in [
-        (["--beams", "5,5"], "the model has 3 levels"),
+        (["--beams", "5,5"], "the catalog has 3 levels"),
         (["--max-context", "0"], "--max-context"),
         (["--beams", "0"], "--beams"),
     ] {

@@ -129,7 +129,7 @@ fn a_request_is_written_with_the_names_of_the_request_line() {
         .with_deadline(Duration::from_millis(20));
     let expected = json!({
         "history": ["17", "4"], "groups": ["tag:a"], "forced": {"tokens": [7, 8], "counted": true},
-        "read": ["Yes", 9], "seed": 3, "exclude_history": false, "log_probs": false, "titles": false, "timings": false,
+        "read": ["Yes", 9], "seed": 3, "exclude_history": false, "log_probs": false, "sequences": false, "titles": false, "timings": false,
         "beams": 50, "top_k": 10, "constraint": "trie", "temperature": 1.0, "shared_sid": "all",
         "priority": "normal", "deadline_ms": 20.0, "unknown_items": "skip", "long_history": "error",
     });
@@ -296,4 +296,20 @@ fn errors_are_written_with_code_and_message_and_for_servers_with_their_kind() {
     let id = Value::from(7);
     let line = serde_json::to_string(&ErrorLine::new(&id, 3, &error)).expect("a JSON form");
     assert_eq!(line, format!(r#"{{"id":7,"line":3,"error":{expected}}}"#));
+}
+
+/// A field that the API description leaves out is one that its readers do not know.
+#[test]
+fn the_api_description_has_every_field_of_a_request() {
+    let document = include_str!("../src/server/openapi.json");
+    let document: serde_json::Value = serde_json::from_str(document).expect("JSON");
+    let aliases = ["items", "item_ids", "item_id_list", "user_id"];
+    let described = &document["components"]["schemas"]["Request"]["properties"];
+    let error = RequestLine::parse("{\"unknown\": 1}").expect_err("no such field").to_string();
+    let (_, known) = error.split_once("expected one of").expect("the known fields");
+    let known: Vec<&str> = known.split('`').skip(1).step_by(2).collect();
+    assert!(known.len() > 30, "{error}");
+    for field in known.into_iter().filter(|field| !aliases.contains(field)) {
+        assert!(described.get(field).is_some(), "openapi.json does not describe {field:?}");
+    }
 }

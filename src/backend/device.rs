@@ -107,6 +107,11 @@ pub trait DeviceOps: Send + Sync + Sized + 'static {
     /// # Errors
     /// [`Unsupported`](crate::Error::Unsupported).
     fn check_thoughts(&self) -> Result<()>;
+    /// Checks that the device draws samples, and keeps log-probabilities, without the trie.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::Error::Unsupported).
+    fn check_free_samples(&self) -> Result<()>;
     /// The most steps that a search may take.
     fn max_steps(&self) -> usize;
     /// A search, with the one beam that it starts with.

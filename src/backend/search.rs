@@ -97,7 +97,7 @@ pub struct SearchRule<'a> {
     pub temperature: f32,
     /// Follow these paths and no others; what is legal still says what scores are normalised over.
     pub candidates: Option<&'a Candidates>,
-    /// Keep a sample instead of the best: this seeds its noise. Samples need the trie.
+    /// Keep a sample instead of the best: this seeds its noise.
     pub seed: Option<u64>,
     /// Keep the log-probabilities of each step, of both kinds.
     pub log_probs: bool,

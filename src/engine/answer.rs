@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::prepare::Prepared;
 use super::program::Output;
 use super::thoughts::{Thinking, merged};
-use crate::answer::{Answer, Group, ReadToken, Recommendation};
-use crate::backend::{Beam, NO_TOKEN};
+use crate::answer::{Answer, Group, ReadToken, Recommendation, Sequence};
+use crate::backend::{Beam, LogProb, NO_TOKEN};
 use crate::catalog::Snapshot;
 use crate::catalog::cursor::Cursor;
 use crate::error::{Error, Result};
@@ -96,6 +96,7 @@ impl Codes {
         beams: impl Iterator<Item = Result<Vec<Beam>>>,
     ) -> Result<Answer> {
         let (mut groups, mut read, mut thoughts) = (Vec::new(), Vec::new(), Vec::new());
+        let mut sequences = Vec::new();
         let num_branches = prepared.thinking.as_ref().map_or(0, Thinking::num_branches);
         for (slot, beams) in beams.enumerate() {
             let beams = beams?;
@@ -105,7 +106,12 @@ impl Codes {
                 thoughts.push(thinking.thought(beam, &self.text));
             }
             match prepared.program.slots()[slot].output {
-                Output::Items => groups.push(self.items(prepared, slot, &beams)),
+                Output::Items => {
+                    groups.push(self.items(prepared, slot, &beams));
+                    if prepared.request.sequences {
+                        sequences = self.sequences(prepared, slot, &beams);
+                    }
+                }
                 Output::LogProbs => read = read_tokens(prepared, &beams),
             }
         }
@@ -122,6 +128,7 @@ impl Codes {
             items,
             groups: filters.iter().zip(groups).map(group).collect(),
             read,
+            sequences,
             thoughts,
             snapshot: Arc::clone(&prepared.snapshot),
             tokens: prepared.tokens().len(),
@@ -135,34 +142,12 @@ impl Codes {
 
     /// The items that the beams name.
     fn items(&self, prepared: &Prepared, slot: usize, beams: &[Beam]) -> Vec<Recommendation> {
-        let (snapshot, allowed_set) =
-            (&*prepared.snapshot, &prepared.allowed_sets[prepared.list_of(slot)]);
-        let program = &prepared.program.slots()[slot];
-        let (before_codes, uncounted) = (program.num_before_codes(), program.num_uncounted());
+        let snapshot = &*prepared.snapshot;
         let most = prepared.max_items_per_sid();
         let of_beam = |beam: &Beam| {
-            let log_probs = beam.log_probs.get(uncounted..).unwrap_or_default().to_vec();
-            let score = beam.score;
-            let items: Vec<u32> = match (beam.phrase, &prepared.phrases) {
-                (Some(phrase), Some(phrases)) => {
-                    let mut items: Vec<u32> = phrases.set.items(phrase).collect();
-                    snapshot.sort_shared(&mut items);
-                    items
-                }
-                _ => {
-                    let before_codes = before_codes.saturating_sub(beam.num_skipped);
-                    let cursor = beam.cursor;
-                    let cursor =
-                        cursor.or_else(|| self.cursor(snapshot, beam.tokens.get(before_codes..)?));
-                    let num_levels = snapshot.num_levels();
-                    cursor.iter().flat_map(|&cursor| snapshot.items(cursor, num_levels)).collect()
-                }
-            };
-            let is_wanted = move |&item: &u32| match &prepared.candidates {
-                Some(candidates) => candidates.contains(item),
-                None => allowed_set.allows(snapshot, item),
-            };
-            items.into_iter().filter(is_wanted).take(most).map(move |item| Recommendation {
+            let (log_probs, score) = (counted(prepared, slot, beam), beam.score);
+            let items = self.items_of(prepared, slot, beam).into_iter();
+            items.take(most).map(move |item| Recommendation {
                 log_probs: log_probs.clone(),
                 ..Recommendation::new(snapshot, item, score, prepared.request.titles)
             })
@@ -172,6 +157,56 @@ impl Codes {
         let most = if has_branches { usize::MAX } else { prepared.max_items() };
         beams.iter().flat_map(of_beam).take(most).collect()
     }
+
+    /// What the beams wrote.
+    fn sequences(&self, prepared: &Prepared, slot: usize, beams: &[Beam]) -> Vec<Sequence> {
+        let num_drawn = prepared.thinking.as_ref().map_or(0, Thinking::num_steps);
+        let of_beam = |beam: &Beam| {
+            let tokens = beam.tokens[num_drawn - beam.num_skipped..].to_vec();
+            let text = self.text.decode(&tokens).ok();
+            let items = self.items_of(prepared, slot, beam).into_iter();
+            let name = |item: u32| prepared.snapshot.name(item).to_string();
+            Sequence {
+                log_probs: counted(prepared, slot, beam),
+                items: items.map(name).collect(),
+                ..Sequence::new(tokens, text, beam.score)
+            }
+        };
+        beams.iter().map(of_beam).collect()
+    }
+
+    /// The items that a beam names and that may come back.
+    fn items_of(&self, prepared: &Prepared, slot: usize, beam: &Beam) -> Vec<u32> {
+        let snapshot = &*prepared.snapshot;
+        let allowed_set = &prepared.allowed_sets[prepared.list_of(slot)];
+        let mut items: Vec<u32> = match (beam.phrase, &prepared.phrases) {
+            (Some(phrase), Some(phrases)) => {
+                let mut items: Vec<u32> = phrases.set.items(phrase).collect();
+                snapshot.sort_shared(&mut items);
+                items
+            }
+            _ => {
+                let before_codes = prepared.program.slots()[slot].num_before_codes();
+                let before_codes = before_codes.saturating_sub(beam.num_skipped);
+                let cursor = beam.cursor;
+                let cursor =
+                    cursor.or_else(|| self.cursor(snapshot, beam.tokens.get(before_codes..)?));
+                let num_levels = snapshot.num_levels();
+                cursor.iter().flat_map(|&cursor| snapshot.items(cursor, num_levels)).collect()
+            }
+        };
+        items.retain(|&item| match &prepared.candidates {
+            Some(candidates) => candidates.contains(item),
+            None => allowed_set.allows(snapshot, item),
+        });
+        items
+    }
+}
+
+/// The log-probabilities of a beam's tokens, from the first that counts.
+fn counted(prepared: &Prepared, slot: usize, beam: &Beam) -> Vec<LogProb> {
+    let num_uncounted = prepared.program.slots()[slot].num_uncounted();
+    beam.log_probs.get(num_uncounted..).unwrap_or_default().to_vec()
 }
 
 /// The log-probabilities of the tokens that a request names, in its order. A beam of the slot that

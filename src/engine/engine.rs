@@ -142,6 +142,7 @@ impl<B: Backend> Engine<B> {
                 layout,
                 phrases,
                 thoughts: backend.check_thoughts(),
+                free_samples: backend.check_free_samples(),
                 vocab_size: spec.vocab_size,
                 words: model.word_rule(),
                 prompt: spec.prompt,

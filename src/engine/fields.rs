@@ -18,7 +18,8 @@ pub(super) fn check_snapshot(request: &Request, snapshot: &Snapshot) -> Result<(
 }
 
 /// Refuses values that no request may have, and fields that the request's program has no use for.
-pub(super) fn check_fields(request: &Request, has_search: bool) -> Result<()> {
+/// `device`: why it draws nothing without the trie, where it does not.
+pub(super) fn check_fields(request: &Request, has_search: bool, device: &Result<()>) -> Result<()> {
     let Request { top_k, temperature, constraint, .. } = *request;
     if top_k == 0 {
         return Err(Error::TopK { top_k: 0 });
@@ -31,8 +32,18 @@ pub(super) fn check_fields(request: &Request, has_search: bool) -> Result<()> {
         return Err(Error::InvalidField { field: "temperature", reason });
     }
     if constraint != Constraint::Trie && (request.seed.is_some() || request.log_probs) {
-        let reason = "samples and log-probabilities need the trie".into();
-        return Err(Error::InvalidField { field: "constraint", reason });
+        device.clone()?;
+    }
+    let of_lists = [
+        ("groups", !request.groups.is_empty()),
+        ("think", request.think.as_ref().is_some_and(|think| think.branches > 1)),
+    ];
+    if let Some((field, _)) =
+        of_lists.into_iter().find(|(_, is_given)| *is_given && request.sequences)
+    {
+        let what = if field == "think" { "\"think\" of several branches" } else { "\"groups\"" };
+        let reason = format!("goes without {what}; leave one of them out");
+        return Err(Error::InvalidField { field: "sequences", reason });
     }
     let of_searches = [
         ("filter", request.filter.is_some()),
@@ -41,6 +52,7 @@ pub(super) fn check_fields(request: &Request, has_search: bool) -> Result<()> {
         ("only", request.only.is_some()),
         ("seed", request.seed.is_some()),
         ("log_probs", request.log_probs),
+        ("sequences", request.sequences),
     ];
     match of_searches.into_iter().find(|(_, is_given)| *is_given && !has_search) {
         Some((field, _)) => {

@@ -170,6 +170,8 @@ pub struct Preparer {
     pub(super) phrases: Option<PhraseIndex>,
     /// Why there are no thoughts, where the device samples none.
     pub(super) thoughts: Result<()>,
+    /// Why nothing is drawn without the trie, where the device does not.
+    pub(super) free_samples: Result<()>,
     pub(super) vocab_size: usize,
     /// Where the network counts the words of its prompts.
     pub(super) words: Option<Arc<WordRule>>,
@@ -251,7 +253,7 @@ impl Preparer {
         let count = request.groups.len().max(num_branches);
         let search = self.search(&request, candidates.as_ref(), num_phrase_steps, count)?;
         let has_search = search.is_some();
-        check_fields(&request, has_search)?;
+        check_fields(&request, has_search, &self.free_samples)?;
         let mut stages = self.stages(&request, &read, search)?;
         let think = thinking.as_ref().map(Thinking::num_steps);
         stages.splice(0..0, think.map(|num_steps| Stage::Think { num_steps }));

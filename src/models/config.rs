@@ -10,7 +10,6 @@ use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 use super::layout::{self, LevelEntry};
-use super::levels::MAX_CODES;
 use super::vocabulary::Vocabulary;
 use crate::backend::NO_TOKEN;
 use crate::catalog::Catalog;
@@ -111,12 +110,11 @@ impl Config {
         }
         let Some(keys) = read_json::<Of>(&path)?.network else { return Ok(None) };
         let config = Config::new(&path, keys);
-        match standard.exists() {
-            true => Err(config.error(
-                "\"network\" stands for a config.json, and there is one; remove either".into(),
-            )),
-            false => Ok(Some(config)),
+        if standard.exists() {
+            let reason = "\"network\" stands for a config.json, and there is one; remove either";
+            return Err(config.error(reason.into()));
         }
+        Ok(Some(config))
     }
 
     /// A configuration in memory; `path` stands in its errors.
@@ -432,7 +430,8 @@ struct LayoutFile {
     #[serde(default)]
     normalize: Option<Normalization>,
     /// Stands for a `config.json`, which [`Config::of_layout`] takes.
-    network: Option<Map<String, Value>>,
+    #[serde(default, rename = "network")]
+    _network: IgnoredAny,
     /// Names of keys and tensors to pass over, which [`Config::read`] takes.
     #[serde(default, rename = "ignore")]
     _ignore: IgnoredAny,
@@ -490,8 +489,8 @@ impl SidLayout {
         let wanted = layout::Wanted { folder, vocabulary: &vocabulary, vocab_size, catalog };
         let levels = match (&file.phrases, &file.levels) {
             (Some(_), None) => Vec::new(),
-            (None, None) if reads_items(folder, file.network.as_ref())? => {
-                vec![levels_of_items(vocab_size).map_err(error)?]
+            (None, None) if reads_items(folder)? => {
+                vec![layout::level_of_items(vocab_size).map_err(in_file)?]
             }
             (_, levels) => wanted.levels(levels.as_deref()).map_err(in_file)?,
         };
@@ -552,24 +551,12 @@ impl SidLayout {
 }
 
 /// Whether the network of a folder has a token for every item.
-fn reads_items(folder: &Path, network: Option<&Map<String, Value>>) -> Result<bool> {
+fn reads_items(folder: &Path) -> Result<bool> {
     let path = folder.join("config.json");
-    let config = match network {
-        Some(keys) => Config::new(&folder.join("sidereal.json"), keys.clone()),
-        None if path.exists() => Config::read(&path)?,
-        None => return Ok(false),
-    };
-    Ok(config.reads_items())
-}
-
-/// The one level of such a network: code `c` is token `c`, but for that of padding.
-fn levels_of_items(vocab_size: usize) -> std::result::Result<Vec<u32>, String> {
-    match vocab_size <= MAX_CODES {
-        true => Ok(std::iter::once(NO_TOKEN).chain(1..vocab_size as u32).collect()),
-        false => Err(format!(
-            "the network has {vocab_size} items; {MAX_CODES} are possible, as an item is one code"
-        )),
-    }
+    Ok(match Config::of_layout(folder)? {
+        Some(config) => config.reads_items(),
+        None => path.exists() && Config::read(&path)?.reads_items(),
+    })
 }
 
 /// `sidereal.json`, with what it leaves to its project filled in.

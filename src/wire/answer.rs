@@ -4,7 +4,7 @@ use serde::ser::{SerializeSeq, SerializeStruct};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
-use crate::answer::{Answer, Recommendation};
+use crate::answer::{Answer, Recommendation, Sequence};
 use crate::backend::LogProb;
 
 /// The answer to one line of requests: the line's `id`, then the [`Answer`].
@@ -22,11 +22,11 @@ impl<'a> AnswerLine<'a> {
     }
 }
 
-/// `groups`, `read` and `thoughts` are there where the request asks for them, `unknown_items` where some were left
+/// `groups`, `read`, `sequences` and `thoughts` are there where the request asks for them, `unknown_items` where some were left
 /// out; `timings` and `skipped_items` where it asks for timings.
 impl Serialize for Answer {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut answer = serializer.serialize_struct("Answer", 10)?;
+        let mut answer = serializer.serialize_struct("Answer", 11)?;
         answer.serialize_field("items", &self.items)?;
         match self.groups.is_empty() {
             true => answer.skip_field("groups")?,
@@ -35,6 +35,10 @@ impl Serialize for Answer {
         match self.read.is_empty() {
             true => answer.skip_field("read")?,
             false => answer.serialize_field("read", &self.read)?,
+        }
+        match self.sequences.is_empty() {
+            true => answer.skip_field("sequences")?,
+            false => answer.serialize_field("sequences", &self.sequences)?,
         }
         match self.thoughts.is_empty() {
             true => answer.skip_field("thoughts")?,
@@ -70,6 +74,22 @@ impl Serialize for Recommendation {
             item.serialize_field("branch", &branch)?;
         }
         item.end()
+    }
+}
+
+impl Serialize for Sequence {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut sequence = serializer.serialize_struct("Sequence", 5)?;
+        sequence.serialize_field("tokens", &self.tokens)?;
+        if let Some(text) = &self.text {
+            sequence.serialize_field("text", text)?;
+        }
+        sequence.serialize_field("score", &self.score)?;
+        if !self.log_probs.is_empty() {
+            sequence.serialize_field("log_probs", &LogProbs(&self.log_probs))?;
+        }
+        sequence.serialize_field("items", &self.items)?;
+        sequence.end()
     }
 }
 
@@ -115,6 +135,7 @@ mod tests {
             items: vec![Recommendation::new(&snapshot, item, -2.31, false)],
             groups: Vec::new(),
             read: Vec::new(),
+            sequences: Vec::new(),
             thoughts: Vec::new(),
             snapshot,
             tokens: 7,

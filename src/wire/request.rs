@@ -84,6 +84,8 @@ pub struct RequestLine {
     #[serde(default)]
     log_probs: Option<bool>,
     #[serde(default)]
+    sequences: Option<bool>,
+    #[serde(default)]
     titles: Option<bool>,
     #[serde(default)]
     timings: Option<bool>,
@@ -353,6 +355,7 @@ impl RequestLine {
             think: self.think.as_ref().map(Thinking::to_think).transpose()?,
             seed: self.seed,
             log_probs: self.log_probs.unwrap_or(false),
+            sequences: self.sequences.unwrap_or(false),
             titles: self.titles.unwrap_or(defaults.titles),
             timings: self.timings.unwrap_or(false),
             beams,
@@ -472,6 +475,7 @@ impl Serialize for Request {
             line.serialize_field("seed", &seed)?;
         }
         line.serialize_field("log_probs", &self.log_probs)?;
+        line.serialize_field("sequences", &self.sequences)?;
         line.serialize_field("titles", &self.titles)?;
         line.serialize_field("timings", &self.timings)?;
         match self.widths.is_empty() {

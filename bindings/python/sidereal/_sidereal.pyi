@@ -12,6 +12,7 @@ class Item:
     score: float
     title: str | None
     log_probs: list[tuple[float, float]] | None
+    branch: int | None
 
 class Answer:
     items: list[Item]
@@ -24,6 +25,8 @@ class Answer:
     cached_tokens: int
     groups: list[dict[str, Any]] | None
     read: list[dict[str, Any]] | None
+    sequences: list[dict[str, Any]] | None
+    thoughts: list[dict[str, Any]] | None
     unknown_items: dict[str, Any] | None
     timings: dict[str, Any] | None
     def to_dict(self) -> dict[str, Any]: ...

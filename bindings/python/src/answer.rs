@@ -104,6 +104,18 @@ impl Answer {
         self.field(py, "read")
     }
 
+    /// What every beam wrote, where the request has `sequences`.
+    #[getter]
+    fn sequences<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.field(py, "sequences")
+    }
+
+    /// What the model wrote before, by branch, where the request has `think`.
+    #[getter]
+    fn thoughts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.field(py, "thoughts")
+    }
+
     /// Names that the catalog does not have and that were left out.
     #[getter]
     fn unknown_items<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
@@ -156,6 +168,8 @@ pub struct Item {
     title: Option<String>,
     /// By token, over the vocabulary and over the legal children; where the request has `log_probs`.
     log_probs: Option<Vec<(f32, f32)>>,
+    /// Which of several thoughts gave it its score.
+    branch: Option<usize>,
 }
 
 impl Item {
@@ -167,6 +181,7 @@ impl Item {
             score: found.score,
             title: found.title.as_ref().map(ToString::to_string),
             log_probs: (!found.log_probs.is_empty()).then(|| log_probs.collect()),
+            branch: found.branch,
         }
     }
 }

@@ -330,33 +330,60 @@ impl Search<'_> {
     fn offer_sample(&self, beams: &Beams, beam: usize, seed: u64, best: &mut Best) -> Option<()> {
         let Sample { log_prob, noisy } = beams.samples[beam];
         let first_place = self.first_place(beams, beam);
-        match self.continuations {
-            Continuations::Forced => {
-                best.offer(noisy, first_place);
-                return Some(());
-            }
-            Continuations::Children => {}
-            _ => panic!("samples need the trie, as requests are checked for"),
+        if self.continuations == Continuations::Forced {
+            best.offer(noisy, first_place);
+            return Some(());
         }
-        let Some(normalizer) = self.over_children(beams, beam) else { return Some(()) };
+        let Some(normalizer) = self.over_legal(beams, beam) else { return Some(()) };
         let normalizer = normalizer.is_finite().then_some(normalizer)?;
         let tokens = &beams.tokens[beam * beams.num_steps..(beam + 1) * beams.num_steps];
         let prefix = tokens.iter().fold(seed, |prefix, &token| noise::extended(prefix, token));
         let mut noisy_children = Vec::new();
-        self.for_each_child(beams, beam, |code, logit| {
-            let child = f64::from(log_prob + self.gain(logit, normalizer))
-                + noise::gumbel(prefix, code.into());
-            noisy_children.push((code, child));
+        self.for_each_choice(beams, beam, |choice, logit| {
+            let child =
+                f64::from(log_prob + self.gain(logit, normalizer)) + noise::gumbel(prefix, choice);
+            noisy_children.push((choice, child));
         });
         let greatest =
             noisy_children.iter().fold(f64::NEG_INFINITY, |most, child| most.max(child.1));
-        for (code, child) in noisy_children {
+        for (choice, child) in noisy_children {
             let score = noise::under_ceiling(child, greatest, f64::from(noisy)) as f32;
             if score >= best.threshold {
-                best.offer(score, first_place + u32::from(code));
+                best.offer(score, first_place + choice);
             }
         }
         Some(())
+    }
+
+    /// Goes through the choices of a beam that a sample may draw: codes, or tokens.
+    fn for_each_choice(&self, beams: &Beams, beam: usize, mut each: impl FnMut(u32, f32)) {
+        let mut of_codes = |codes: &mut dyn Iterator<Item = u32>| {
+            let logits = self.level_logits(beam);
+            for code in codes {
+                let Some(column) = self.columns.column(code as usize) else { continue };
+                each(code, logits[column]);
+            }
+        };
+        match self.continuations {
+            Continuations::Children => {
+                self.for_each_child(beams, beam, |code, logit| each(code.into(), logit));
+            }
+            Continuations::Occurring => {
+                of_codes(&mut self.occurring().iter().map(|&code| code.into()));
+            }
+            Continuations::Level => {
+                let num_codes = self.num_choices().min(self.columns.columns.len() as u32);
+                of_codes(&mut (0..num_codes));
+            }
+            Continuations::Vocabulary => {
+                let logits = self.logits.row(self.slot, beam);
+                (0..).zip(logits).for_each(|(token, &logit)| each(token, logit));
+            }
+            Continuations::Forced
+            | Continuations::Tokens
+            | Continuations::Phrases
+            | Continuations::Sampled => unreachable!("nothing is drawn of these"),
+        }
     }
 
     /// A logit below which no continuation of a beam reaches the threshold, rounding included.
@@ -486,9 +513,8 @@ impl Search<'_> {
             let over_children = match self.continuations {
                 Continuations::Forced => 0.0,
                 _ => {
-                    let sum = over_legal[parent]
-                        .get_or_insert_with(|| self.over_legal_continuations(beams, parent));
-                    self.gain(logit, *sum)
+                    let sum = || self.over_legal(beams, parent).expect("it chose one of them");
+                    self.gain(logit, *over_legal[parent].get_or_insert_with(sum))
                 }
             };
             if log_probs {
@@ -513,11 +539,11 @@ impl Search<'_> {
         steps
     }
 
-    /// The log of the summed exponentials of all continuations that a chosen beam had.
-    fn over_legal_continuations(&self, beams: &Beams, beam: usize) -> f32 {
-        match self.continuations {
+    /// The log of the summed exponentials of a beam's legal continuations; `None` without any.
+    fn over_legal(&self, beams: &Beams, beam: usize) -> Option<f32> {
+        Some(match self.continuations {
             Continuations::Children | Continuations::Forced => {
-                self.over_children(beams, beam).expect("a chosen beam has continuations")
+                return self.over_children(beams, beam);
             }
             Continuations::Vocabulary | Continuations::Phrases | Continuations::Sampled => {
                 self.logits.vocabulary[self.first_row + beam].value()
@@ -527,7 +553,7 @@ impl Search<'_> {
                 let logits = self.level_logits(beam);
                 over_level(self.columns, logits, self.inverse_temperature).value()
             }
-        }
+        })
     }
 
     /// The logit of a choice that was offered.

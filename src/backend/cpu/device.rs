@@ -118,6 +118,10 @@ impl DeviceOps for CpuBackend {
         Ok(())
     }
 
+    fn check_free_samples(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn max_steps(&self) -> usize {
         usize::MAX
     }

@@ -129,6 +129,13 @@ impl<D: Driver> DeviceOps for CudaBackend<D> {
         })
     }
 
+    fn check_free_samples(&self) -> Result<()> {
+        Err(Error::Unsupported {
+            what: "samples or log-probabilities without the trie on a GPU".into(),
+            way_out: "leave \"constraint\" out, or use --device cpu".into(),
+        })
+    }
+
     fn max_steps(&self) -> usize {
         MAX_POSITIONS - 1
     }

@@ -28,6 +28,7 @@ pub(super) fn preparer() -> Preparer {
         catalog: Arc::new(builder.build().expect("a catalog")),
         phrases: None,
         thoughts: Ok(()),
+        free_samples: Ok(()),
         words: None,
         layout: SidLayout {
             phrases: None,
