@@ -121,7 +121,7 @@ pub fn answer_file(
             Event::Line(parsed, bytes) => {
                 window.submit(recommender, *parsed, bytes, &check, &events)
             }
-            Event::Answer(number, answer) => window.place(number, answer),
+            Event::Answer(number, answer) => window.place(number, *answer),
             Event::End(outcome) => end = Some(outcome),
         }
         for answered in window.answered() {
@@ -138,7 +138,7 @@ enum Event {
     /// A line was read; with its bytes.
     Line(Box<Parsed>, usize),
     /// The request of a line, by the line's number in the window's count, was answered.
-    Answer(u64, Result<Answer>),
+    Answer(u64, Box<Result<Answer>>),
     /// There are no more lines.
     End(Result<()>),
 }
@@ -222,7 +222,7 @@ impl Window {
         let Parsed { line_number, line, id, request } = parsed;
         let number = self.first + self.lines.len() as u64;
         let events = events.clone();
-        let callback = move |answer| drop(events.send(Event::Answer(number, answer)));
+        let callback = move |answer| drop(events.send(Event::Answer(number, Box::new(answer))));
         let submitted =
             request.and_then(check).and_then(|request| recommender.submit_with(request, callback));
         self.bytes += bytes;
