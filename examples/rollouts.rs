@@ -1,9 +1,10 @@
-//! A toy training loop around the engine: rollouts with log-probabilities, rewards, and weights that
-//! are replaced between steps.
+//! A toy training loop around the engine: rollouts, rewards, and weights replaced between steps.
 //!
 //! Group-relative policy gradients (GRPO, Shao et al. 2024) of one small tensor, whose gradient is
 //! estimated from the engine's own log-probabilities along random directions (Spall 1992), so that no
-//! other framework is needed. `cargo run --release --example rollouts`
+//! other framework is needed.
+//!
+//! `cargo run --release --example rollouts`
 
 use std::path::Path;
 use std::sync::Arc;
