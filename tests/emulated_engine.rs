@@ -403,30 +403,6 @@ fn check_memory(seeds: Range<u64>) {
     assert!(num_failed > 0, "filters need memory");
 }
 
-#[test]
-#[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]
-fn a_network_of_items_answers_as_on_the_cpu() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/sasrec/plain");
-    let catalog = Arc::new(Catalog::open(&folder.join("items.jsonl")).expect("items"));
-    let mut rng = fastrand::Rng::with_seed(5);
-    let requests: Vec<Request> = (1..16)
-        .map(|len| {
-            let history: Vec<String> =
-                (0..2 * len).map(|_| format!("i{}", rng.u32(1..300))).collect();
-            Request::from_history(history).with_beams(40).with_top_k(40).with_exclude_history(true)
-        })
-        .collect();
-    let open = |backend| Engine::open_on(backend, &folder, None, Arc::clone(&catalog), &options());
-    let mut emulated = open(Emulator::backend(Build::Plain, Dtype::F32)).expect("a checkpoint");
-    let cpu = Engine::open(&folder, Arc::clone(&catalog), &options());
-    let expected = answers(&mut cpu.expect("a checkpoint"), &requests);
-    for round in 0..2 {
-        let found = answers(&mut emulated, &requests);
-        assert_all_alike(&requests, &expected, &found, 1e-3, &format!("round {round}"));
-    }
-    emulated.check_integrity().expect("all pages are in one place");
-}
-
 /// Steps are recorded and replayed while weights are copied beside them, and take their places.
 #[test]
 #[cfg_attr(not(cpp_compiler), ignore = "needs g++ on x86-64 Linux")]

@@ -12,7 +12,7 @@ use super::answer::{Codes, Reply};
 use super::batch::Workspace;
 use super::options::EngineOptions;
 use super::phrases::PhraseIndex;
-use super::prepare::{self, MaxSteps, Prepared, Preparer};
+use super::prepare::{self, Prepared, Preparer};
 use super::program::Program;
 use super::scheduler::{Scheduler, SchedulerSpec};
 use super::status::{EngineStatus, PhaseClocks, Phases, Unobserved};
@@ -110,7 +110,7 @@ impl<B: Backend> Engine<B> {
         backend: B,
         config: &Config,
         weights: Weights,
-        mut layout: SidLayout,
+        layout: SidLayout,
         catalog: Arc<Catalog>,
         options: &EngineOptions,
     ) -> Result<Engine<B>> {
@@ -122,13 +122,13 @@ impl<B: Backend> Engine<B> {
         let model = loader.load()?;
         // What the decoder writes takes positions as well: all steps but the last are read again.
         let spec = *model.spec();
-        layout.prompt.max_items = layout.prompt.max_items.or(spec.max_items);
         let phrases = PhraseIndex::open(&*backend, &layout, spec.vocab_size, &pool, &catalog)?;
         let num_phrase_steps = phrases.as_ref().map(PhraseIndex::max_steps);
         let program = Program::of_layout(&layout, num_phrase_steps, spec.prompt);
-        let max_steps = MaxSteps { device: backend.max_steps(), network: spec.max_steps };
-        let num_steps = program.max_steps();
-        max_steps.check(num_steps)?;
+        let (num_steps, max_steps) = (program.max_steps(), backend.max_steps());
+        if num_steps > max_steps {
+            return Err(prepare::too_many_steps(num_steps, max_steps));
+        }
         let max_positions = spec.max_positions.map(|max| max.saturating_sub(num_steps - 1));
         let max_context = options.max_context.min(max_positions.unwrap_or(usize::MAX));
         let memory = options.memory(&*backend, &spec, max_context, num_steps)?;

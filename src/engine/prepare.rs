@@ -178,8 +178,8 @@ pub struct Preparer {
     pub(super) prompt: PromptKind,
     /// Of input and output together, where the network has a limit.
     pub(super) max_positions: Option<usize>,
-    /// Of a slot.
-    pub(super) max_steps: MaxSteps,
+    /// Of a slot, on this device.
+    pub(super) max_steps: usize,
     /// Tokens of a context.
     pub(super) max_context: usize,
     /// Tokens of a context that are forced into it where a request does not say.
@@ -464,7 +464,9 @@ impl Preparer {
     /// What a request takes, if the engine has it.
     fn needs(&self, program: &Program) -> Result<Needs> {
         let (needs, num_steps) = (program.needs(), program.max_steps());
-        self.max_steps.check(num_steps)?;
+        if num_steps > self.max_steps {
+            return Err(too_many_steps(num_steps, self.max_steps));
+        }
         let (context_len, max) = (program.tokens().len(), self.max_context_of(num_steps));
         if context_len > max {
             return Err(Error::HistoryTooLong { len: context_len, max });
@@ -567,30 +569,11 @@ struct ReadInput {
     unknown: UnknownNames,
 }
 
-/// The most steps of a search.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct MaxSteps {
-    pub device: usize,
-    pub network: usize,
-}
-
-impl MaxSteps {
-    /// # Errors
-    /// [`Error::Unsupported`] for a search of more steps.
-    pub fn check(self, num_steps: usize) -> Result<()> {
-        let MaxSteps { device, network } = self;
-        let (who, way_out) = match (num_steps > network, num_steps > device) {
-            (true, _) => (
-                "by this network",
-                format!("at most {network} are: it writes nothing but the code of an item"),
-            ),
-            (_, true) => (
-                "on this device",
-                format!("at most {device} are; force fewer tokens, or use the CPU"),
-            ),
-            _ => return Ok(()),
-        };
-        Err(Error::Unsupported { what: format!("a search of {num_steps} steps {who}"), way_out })
+/// A search takes more steps than a device can.
+pub(super) fn too_many_steps(num_steps: usize, max: usize) -> Error {
+    Error::Unsupported {
+        what: format!("a search of {num_steps} steps on this device"),
+        way_out: format!("at most {max} are; force fewer tokens, or use the CPU"),
     }
 }
 

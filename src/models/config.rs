@@ -94,29 +94,6 @@ impl Config {
         Ok(config)
     }
 
-    /// What `sidereal.json` says of a network in a folder without `config.json`: its `"network"`, an
-    /// object of the keys that the family has, with its `"model_type"`.
-    ///
-    /// # Errors
-    /// The operating system's, or [`Error::ModelConfig`].
-    pub(super) fn of_layout(folder: &Path) -> Result<Option<Config>> {
-        #[derive(Deserialize)]
-        struct Of {
-            network: Option<Map<String, Value>>,
-        }
-        let (path, standard) = (folder.join("sidereal.json"), folder.join("config.json"));
-        if !path.exists() {
-            return Ok(None);
-        }
-        let Some(keys) = read_json::<Of>(&path)?.network else { return Ok(None) };
-        let config = Config::new(&path, keys);
-        if standard.exists() {
-            let reason = "\"network\" stands for a config.json, and there is one; remove either";
-            return Err(config.error(reason.into()));
-        }
-        Ok(Some(config))
-    }
-
     /// A configuration in memory; `path` stands in its errors.
     pub fn new(path: &Path, keys: Map<String, Value>) -> Config {
         let path = path.to_path_buf();
@@ -194,11 +171,6 @@ impl Config {
     /// The class of the network, as `T5ForConditionalGeneration`, where given.
     pub fn architecture(&self) -> Option<&str> {
         self.given("architectures")?.get(0)?.as_str()
-    }
-
-    /// Whether the network has a token for every item.
-    fn reads_items(&self) -> bool {
-        self.text("model_type") == Some("sasrec") || self.architecture() == Some("SASRec")
     }
 
     /// The token that a decoder starts with: `generate` takes that of `generation_config.json` first.
@@ -429,9 +401,6 @@ struct LayoutFile {
     suffix: TokensEntry,
     #[serde(default)]
     normalize: Option<Normalization>,
-    /// Stands for a `config.json`, which [`Config::of_layout`] takes.
-    #[serde(default, rename = "network")]
-    _network: IgnoredAny,
     /// Names of keys and tensors to pass over, which [`Config::read`] takes.
     #[serde(default, rename = "ignore")]
     _ignore: IgnoredAny,
@@ -489,9 +458,6 @@ impl SidLayout {
         let wanted = layout::Wanted { folder, vocabulary: &vocabulary, vocab_size, catalog };
         let levels = match (&file.phrases, &file.levels) {
             (Some(_), None) => Vec::new(),
-            (None, None) if reads_items(folder)? => {
-                vec![layout::level_of_items(vocab_size).map_err(in_file)?]
-            }
             (_, levels) => wanted.levels(levels.as_deref()).map_err(in_file)?,
         };
         let phrases = match file.phrases {
@@ -548,15 +514,6 @@ impl SidLayout {
         let has_token = |tokens: &Vec<u32>| tokens.iter().map(|&token| token != NO_TOKEN).collect();
         catalog.require(self.levels.iter().map(has_token).collect())
     }
-}
-
-/// Whether the network of a folder has a token for every item.
-fn reads_items(folder: &Path) -> Result<bool> {
-    let path = folder.join("config.json");
-    Ok(match Config::of_layout(folder)? {
-        Some(config) => config.reads_items(),
-        None => path.exists() && Config::read(&path)?.reads_items(),
-    })
 }
 
 /// `sidereal.json`, with what it leaves to its project filled in.

@@ -111,8 +111,6 @@ impl<B: Backend> DecoderOnly<B> {
             spec: ModelSpec {
                 vocab_size,
                 max_positions: Some(max_positions),
-                max_items: None,
-                max_steps: usize::MAX,
                 kv: KvLayout::new(num_layers, heads),
                 prompt: PromptKind::Chunked,
                 output: ModelOutput::Logits,

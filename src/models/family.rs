@@ -21,12 +21,10 @@ pub enum Family {
     Qwen3,
     /// `gemma`: norms by `1 + w`, a scaled embedding, a feed-forward layer of GELU.
     Gemma,
-    /// `sasrec`: every item is a token (RecBole).
-    SasRec,
 }
 
 /// Class, `model_type` and family.
-const FAMILIES: [(&str, &str, Family); 8] = [
+const FAMILIES: [(&str, &str, Family); 7] = [
     ("T5ForConditionalGeneration", "t5", Family::T5),
     ("MT5ForConditionalGeneration", "mt5", Family::Mt5),
     ("LlamaForCausalLM", "llama", Family::Llama),
@@ -34,7 +32,6 @@ const FAMILIES: [(&str, &str, Family); 8] = [
     ("Qwen2ForCausalLM", "qwen2", Family::Qwen2),
     ("Qwen3ForCausalLM", "qwen3", Family::Qwen3),
     ("GemmaForCausalLM", "gemma", Family::Gemma),
-    ("SASRec", "sasrec", Family::SasRec),
 ];
 /// Ends of the names of classes that put another head on a network, or read it in both directions.
 const OTHER_TASKS: [&str; 8] = [
@@ -145,16 +142,12 @@ impl Family {
     /// before it.
     pub fn canonical_name(self, name: &str) -> String {
         const T5_STARTS: [&str; 4] = ["shared.", "encoder.", "decoder.", "lm_head."];
-        const SASREC_STARTS: [&str; 4] =
-            ["item_embedding.", "position_embedding.", "trm_encoder.", "LayerNorm."];
         const DECODER_STARTS: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
         let mut rest = name;
         loop {
             let starts = |starts: &[&str]| starts.iter().any(|start| rest.starts_with(start));
             match self.is_t5() {
                 true if starts(&T5_STARTS) => return rest.into(),
-                _ if self == Family::SasRec && starts(&SASREC_STARTS) => return rest.into(),
-                _ if self == Family::SasRec => {}
                 false if starts(&["lm_head."]) => return rest.into(),
                 false if starts(&DECODER_STARTS) => return format!("model.{rest}"),
                 _ => {}

@@ -7,7 +7,6 @@ use serde_json::Value;
 use super::config::{Config, ignored_by};
 use super::family::Family;
 use super::grid;
-use super::sasrec;
 use super::weights::{Weights, quantised};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::keys::is_listed;
@@ -58,10 +57,9 @@ impl Checkpoint {
             }
             (None, None) => folder.to_path_buf(),
         };
-        let (mut config, mut tensors) = match (Config::of_layout(&home)?, grid_in(&home)) {
-            (Some(config), _) => (config, Tensors::default()),
-            (None, Some(tensors)) => grid::to_t5(&home, tensors)?,
-            (None, None) => (Config::read(&home.join("config.json"))?, Tensors::default()),
+        let (mut config, mut tensors) = match grid_in(&home) {
+            Some(tensors) => grid::to_t5(&home, tensors)?,
+            None => (Config::read(&home.join("config.json"))?, Tensors::default()),
         };
         config.ignore(ignored.clone());
         let family = Family::of(&config)?;
@@ -90,10 +88,6 @@ impl Checkpoint {
                 config.set("vocab_size", rows.into());
             }
             tensors.notes.push(format!("the adapter is merged into {}", home.display()));
-        }
-        if family == Family::SasRec {
-            tensors.rename(&home, |name| family.canonical_name(name))?;
-            sasrec::read_sizes(&mut config, &tensors)?;
         }
         let weights = Weights::of(tensors);
         let notes: Vec<String> = weights.notes().iter().cloned().chain(config.notes()).collect();

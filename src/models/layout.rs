@@ -119,20 +119,6 @@ fn levels_of_file(
     Ok(levels)
 }
 
-/// The one level of a network that has a token for every item: code `c` is token `c`, but for that of
-/// padding, token 0.
-///
-/// # Errors
-/// [`Error::InvalidOption`] for more items than a level has codes.
-pub(super) fn level_of_items(vocab_size: usize) -> Result<Vec<u32>> {
-    match vocab_size <= MAX_CODES {
-        true => Ok(std::iter::once(NO_TOKEN).chain(1..vocab_size as u32).collect()),
-        false => Err(invalid(format!(
-            "the network has {vocab_size} items; {MAX_CODES} are possible, as an item is one code"
-        ))),
-    }
-}
-
 /// Checks levels by their first tokens against what the tokenizer says, where it does.
 fn check_texts(
     entries: &[LevelEntry],

@@ -7,7 +7,6 @@
 //! | --- | --- | --- |
 //! | `T5ForConditionalGeneration`, `MT5ForConditionalGeneration` | `t5`, `mt5` | [`t5`] |
 //! | `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `GemmaForCausalLM` | `llama`, `mistral`, `qwen2`, `qwen3`, `gemma` | [`decoder_only`] |
-//! | `SASRec` | `sasrec` | [`sasrec`] |
 
 use std::sync::Arc;
 
@@ -26,7 +25,6 @@ pub mod levels;
 mod network;
 mod relative_bias;
 mod rope;
-pub mod sasrec;
 pub mod t5;
 pub mod vocabulary;
 pub mod weights;
@@ -53,18 +51,13 @@ pub fn load<B: Backend>(
 ) -> Result<Arc<dyn Model<B>>> {
     let family = Family::of(config)?;
     weights.rename(config.path(), |name| family.canonical_name(name))?;
-    let model: Arc<dyn Model<B>> = match family {
-        Family::SasRec => {
-            let model = sasrec::SasRec::load(backend, config, &mut weights, layout)?;
-            weights.finish(|name, _| config.is_ignored(name))?;
-            Arc::new(model)
-        }
-        Family::T5 | Family::Mt5 => {
+    let model: Arc<dyn Model<B>> = match family.is_t5() {
+        true => {
             let model = t5::T5::load(backend, config, family, &mut weights, layout)?;
             weights.finish(|name, _| t5::is_spare(name) || config.is_ignored(name))?;
             Arc::new(model)
         }
-        _ => {
+        false => {
             use decoder_only::DecoderOnly;
             let (model, spares) = DecoderOnly::load(backend, config, family, &mut weights, layout)?;
             weights

@@ -102,10 +102,6 @@ pub struct ModelSpec {
     pub vocab_size: usize,
     /// The most positions of input and output together, where the network has a limit.
     pub max_positions: Option<usize>,
-    /// The most items of a history that it reads, where it was trained so: the newest.
-    pub max_items: Option<usize>,
-    /// The most steps that a search takes behind its prompt.
-    pub max_steps: usize,
     /// The keys and values that it keeps.
     pub kv: KvLayout,
     /// How it reads its prompt.

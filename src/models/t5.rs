@@ -158,8 +158,6 @@ impl<B: Backend> T5<B> {
             spec: ModelSpec {
                 vocab_size,
                 max_positions: None,
-                max_items: None,
-                max_steps: usize::MAX,
                 // The encoder's layers borrow the first set while a prompt is read.
                 kv: KvLayout {
                     context_sets: num_decoder_layers,

@@ -4,7 +4,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
-use super::super::prepare::{Arrival, MaxSteps, Preparer};
+use super::super::prepare::{Arrival, Preparer};
 use super::*;
 use crate::catalog::sid::Sid;
 use crate::catalog::{CatalogBuilder, Item};
@@ -42,7 +42,7 @@ pub(super) fn preparer() -> Preparer {
         vocab_size: 5,
         prompt: PromptKind::Chunked,
         max_positions: None,
-        max_steps: MaxSteps { device: 10, network: 10 },
+        max_steps: 10,
         max_context: 1000,
         forced_len: 0,
         context_pages: SPEC.context_pages,
