@@ -269,9 +269,19 @@ fn thoughts_have_the_same_bits_alone_and_in_a_crowd_and_other_seeds_draw_others(
 
 #[test]
 fn a_thinker_that_is_cancelled_gives_its_pages_back() {
+    check_cancelled(300);
+}
+
+#[test]
+#[ignore = "a sweep; run it by name"]
+fn ten_thousand_thinkers_that_are_cancelled_leave_nothing_behind() {
+    check_cancelled(10_000);
+}
+
+fn check_cancelled(count: u64) {
     let mut engine = Folder::of(QWEN3).open().expect("a checkpoint");
     let free = engine.status().free_tail_pages;
-    for number in 0..100 {
+    for number in 0..count {
         let request = thinker(300, number, false).with_beams(3);
         let id =
             engine.submit(request, |answer| assert!(answer.is_err())).expect("a sound request");

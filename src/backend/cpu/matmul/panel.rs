@@ -37,6 +37,9 @@ pub trait Element: Copy + Send + Sync {
 }
 
 /// What products in f32 widen.
+///
+/// By counted loops: a closure has the instructions of a set only where it is inlined, which builds of
+/// less optimisation may not do, and then every instruction is a call.
 pub trait Weight: Element {
     /// Widens the weights of one input of a row.
     fn widen<I: Isa, const REGISTERS: usize>(
@@ -51,6 +54,7 @@ impl Element for f32 {
 }
 
 impl Weight for f32 {
+    #[expect(clippy::needless_range_loop, reason = "a counted loop, as the trait says")]
     #[inline(always)]
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
@@ -59,7 +63,11 @@ impl Weight for f32 {
     ) -> [I::F32; REGISTERS] {
         let ops = isa.f32();
         let lanes = ops.len();
-        std::array::from_fn(|r| ops.load(&row[r * lanes..(r + 1) * lanes]))
+        let mut widened = [ops.zero(); REGISTERS];
+        for r in 0..REGISTERS {
+            widened[r] = ops.load(&row[r * lanes..(r + 1) * lanes]);
+        }
+        widened
     }
 }
 
@@ -68,6 +76,7 @@ impl Element for f16 {
 }
 
 impl Weight for f16 {
+    #[expect(clippy::needless_range_loop, reason = "a counted loop, as the trait says")]
     #[inline(always)]
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
@@ -77,14 +86,16 @@ impl Weight for f16 {
         let ops = isa.f16();
         let lanes = ops.len();
         let row: &[u16] = bytemuck::cast_slice(row);
-        std::array::from_fn(|r| {
+        let mut widened = [isa.f32().zero(); REGISTERS];
+        for r in 0..REGISTERS {
             let bits = isa.u16().load(&row[r / 2 * lanes..(r / 2 + 1) * lanes]);
             let halves = ops.from_bits(bits.to_bits());
-            match r % 2 {
+            widened[r] = match r % 2 {
                 0 => ops.extend_low(halves),
                 _ => ops.extend_high(halves),
-            }
-        })
+            };
+        }
+        widened
     }
 }
 
@@ -114,6 +125,7 @@ pub fn words_of_row<E: Element>(num_in: usize) -> usize {
 }
 
 impl Weight for Pair {
+    #[expect(clippy::needless_range_loop, reason = "a counted loop, as the trait says")]
     #[inline(always)]
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
@@ -123,13 +135,15 @@ impl Weight for Pair {
         let ops = isa.i32();
         let lanes = ops.len();
         let row: &[i32] = bytemuck::cast_slice(row);
-        std::array::from_fn(|r| {
+        let mut widened = [isa.f32().zero(); REGISTERS];
+        for r in 0..REGISTERS {
             let pairs = ops.load(&row[r * lanes..(r + 1) * lanes]);
             let bits = match input {
                 0 => ops.shift_left::<16>(pairs),
                 _ => ops.and(pairs, ops.splat(0xffff_0000_u32.cast_signed())),
             };
-            isa.f32().from_bits(bits.to_bits())
-        })
+            widened[r] = isa.f32().from_bits(bits.to_bits());
+        }
+        widened
     }
 }
