@@ -3,6 +3,7 @@
 
     python vectors.py make              make the folders below models/sasrec, models/bert4rec and models/gru4rec
     python vectors.py recbole           compare them with the classes of RecBole 1.2.1 (needs torch and recbole)
+    python vectors.py pmixer MODEL.PY   compare them with the class in python/model.py of pmixer/SASRec.pytorch (needs torch)
 
 `make` needs NumPy alone. It draws weights, writes them in the layout of the published project, and computes query
 vectors and the scores of all items by the formulas of the papers, written out here in loops over positions. `recbole`
@@ -345,5 +346,38 @@ def recbole():
         assert worst < 1e-9, case
 
 
+def pmixer(path):
+    import importlib.util
+    from types import SimpleNamespace
+
+    import torch
+    spec = importlib.util.spec_from_file_location("pmixer_model", path)
+    published = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(published)
+    for number, case in enumerate(CASES):
+        if "pmixer" not in case:
+            continue
+        rng = np.random.default_rng(1400 + number)
+        tensors, layout = checkpoint(case, rng)
+        columns, heads, _, layers, window = CASES[case]
+        settings = SimpleNamespace(device="cpu", norm_first=layout["norm_first"], maxlen=window, hidden_units=columns,
+                                   num_blocks=layers, num_heads=heads, dropout_rate=0.0)
+        network = published.SASRec(1, ITEMS, settings)
+        # Some versions have a window of 200 whatever is asked for.
+        network.pos_emb = torch.nn.Embedding(window + 1, columns, padding_idx=0)
+        network = network.double().eval()
+        network.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()}, strict=True)
+        worst = 0.0
+        for history in histories(rng, window):
+            _, scores = answer(case, tensors, layout, history)
+            newest = history[-window:]
+            padded = np.array([[0] * (window - len(newest)) + newest])
+            with torch.no_grad():
+                theirs = network.predict(None, padded, list(range(ITEMS + 1))).reshape(-1).numpy()
+            worst = max(worst, float(np.abs(theirs - scores).max()))
+        print(f"{case}: pmixer's scores differ by {worst:.1e} at most")
+        assert worst < 1e-9, case
+
+
 if __name__ == "__main__":
-    {"make": make, "recbole": recbole}[sys.argv[1]]()
+    {"make": make, "recbole": recbole, "pmixer": pmixer}[sys.argv[1]](*sys.argv[2:])
