@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn arrays_of_floats_are_read_and_others_refused() {
         let path = std::env::temp_dir().join(format!("sidereal-{}.npy", std::process::id()));
-        let mut read = |bytes: &[u8]| {
+        let read = |bytes: &[u8]| {
             std::fs::write(&path, bytes).expect("a writable folder");
             let tensor = open(&path);
             std::fs::remove_file(&path).expect("the file of this test");

@@ -25,6 +25,9 @@ use crate::request::{Input, MAX_BEAMS, Request, SharedSid, UnknownItems};
 use crate::search::{Constraint, Normalization};
 use crate::vectors::{Found, ItemMatrix, Metric, Rows, score_rows, top_products};
 
+/// Numbers of an item matrix from which it gets a copy in 8 bits.
+const NUMBERS_WORTH_A_COPY: usize = 1 << 20;
+
 /// A network that gives vectors, the items' vectors and a catalog, for any number of callers.
 ///
 /// A request is answered on the caller's thread and the retriever's pool: the newest items of its
@@ -172,6 +175,11 @@ impl Retriever {
         let pool = pool
             .build()
             .map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })?;
+        // A small matrix is read as fast as a smaller copy of it.
+        let matrix = match matrix.num_rows() * columns >= NUMBERS_WORTH_A_COPY {
+            true => pool.install(|| matrix.with_codes()),
+            false => matrix,
+        };
         Ok(Retriever { encoder, matrix, rows, catalog, pool })
     }
 

@@ -1,7 +1,9 @@
 //! The items' vectors.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use super::codes::Codes;
 use crate::checkpoint::{files, npy};
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, Tensor};
@@ -25,6 +27,8 @@ pub struct ItemMatrix {
     /// By row, or empty.
     bias: Vec<f32>,
     metric: Metric,
+    /// A smaller copy, where it was asked for.
+    codes: Option<Arc<Codes>>,
 }
 
 impl ItemMatrix {
@@ -52,7 +56,12 @@ impl ItemMatrix {
                 return Err(Error::NonFiniteWeight { name: name.into(), index });
             }
         }
-        Ok(ItemMatrix { bias: bias.map_or(Vec::new(), Tensor::to_vec), vectors, metric })
+        Ok(ItemMatrix {
+            bias: bias.map_or(Vec::new(), Tensor::to_vec),
+            vectors,
+            metric,
+            codes: None,
+        })
     }
 
     /// Maps a file: `.npy` with one matrix in C order (f32 or f16), or safetensors with one tensor.
@@ -99,6 +108,27 @@ impl ItemMatrix {
     /// The number type that the vectors are stored in.
     pub fn dtype(&self) -> Dtype {
         self.vectors.dtype()
+    }
+
+    /// Adds a copy in 8 bits (a quarter of f32's memory, and 12 bytes a row), by which searches rule most
+    /// rows out. What they find is the same to the last bit. Nothing is added for [`Metric::L2`], nor
+    /// where a vector is longer than 1e15. Computed on the threads of the current pool.
+    #[must_use]
+    pub fn with_codes(mut self) -> ItemMatrix {
+        if self.metric == Metric::Dot {
+            self.codes = Codes::of(&self.vectors).map(Arc::new);
+        }
+        self
+    }
+
+    /// Bytes of the copy in 8 bits; 0 without one.
+    pub fn codes_bytes(&self) -> usize {
+        self.codes.as_ref().map_or(0, |codes| codes.num_bytes())
+    }
+
+    /// The copy in 8 bits.
+    pub(super) fn codes(&self) -> Option<&Codes> {
+        self.codes.as_deref()
     }
 
     /// Checks that nobody has written to the file since it was mapped.

@@ -5,7 +5,9 @@
 //! | `matrix` | the items' vectors, mapped from the folder's file |
 //! | `top_products` | the best rows for each query vector |
 //! | `products` | the inner loops |
+//! | `codes` | a copy in 8 bits, by which most rows are ruled out |
 
+mod codes;
 mod matrix;
 mod products;
 mod top_products;

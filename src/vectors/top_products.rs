@@ -4,6 +4,9 @@
 //! only where it is above the worst of those that are held: a query holds up to twice as many rows as
 //! are asked for, and throws the worse half away when these are full, so that selection costs next to
 //! nothing beside the products.
+//!
+//! Where the matrix has a copy in 8 bits, the scan reads that instead, and scores only the rows that the
+//! bounds of their scores do not rule out ([`codes`](super::codes)).
 
 use std::cmp::Ordering;
 use std::ops::Range;
@@ -12,11 +15,17 @@ use rayon::prelude::*;
 use rten_simd::SimdOp;
 
 use super::ItemMatrix;
+use super::codes::{Bounds, CodedQuery};
 use super::products::Products;
 use crate::error::{Error, Result};
 
 /// Numbers of a block.
 const BLOCK_NUMBERS: usize = 1 << 14;
+/// Queries up to which a filtered search reads the copy in 8 bits, once for each of them. A scan of the
+/// vectors reads the allowed rows alone, once for all queries.
+const MOST_FILTERED_QUERIES: usize = 2;
+/// Rows of the copy in 8 bits whose products are made together.
+const ROWS_PER_BLOCK: usize = 256;
 /// Rows that a task of a thread scores.
 const ROWS_PER_TASK: usize = 1 << 14;
 
@@ -67,12 +76,33 @@ pub fn top_products(
 ) -> Result<Vec<Vec<Found>>> {
     let columns = matrix.num_columns();
     assert!(queries.len().is_multiple_of(columns), "whole rows of queries");
-    let num_queries = queries.len() / columns;
     let num_rows = match rows {
         Rows::Listed(rows) => rows.len(),
         _ => matrix.num_rows(),
     };
     let count = count.min(num_rows);
+    if let Some(coded) = coded_queries(queries, matrix, rows) {
+        let found = coded.iter().map(|query| {
+            let survivors = survivors(query, matrix, rows, count);
+            let found = scan_all(query.query(), matrix, Rows::Listed(&survivors), count);
+            found.into_iter().next().unwrap_or_default()
+        });
+        let found: Vec<Vec<Found>> = found.collect();
+        check(&found)?;
+        return Ok(found);
+    }
+    let found = scan_all(queries, matrix, rows, count);
+    check(&found)?;
+    Ok(found)
+}
+
+/// The best rows for each query, each allowed row scored.
+fn scan_all(queries: &[f32], matrix: &ItemMatrix, rows: Rows<'_>, count: usize) -> Vec<Vec<Found>> {
+    let num_queries = queries.len() / matrix.num_columns();
+    let num_rows = match rows {
+        Rows::Listed(rows) => rows.len(),
+        _ => matrix.num_rows(),
+    };
     let scan = Scan { queries, matrix, rows };
     let empty = || vec![Selection::new(count); num_queries];
     let selections = (0..num_rows.div_ceil(ROWS_PER_TASK))
@@ -88,9 +118,117 @@ pub fn top_products(
             }
             selections
         });
-    let found: Vec<Vec<Found>> = selections.into_iter().map(Selection::finish).collect();
-    check(&found)?;
-    Ok(found)
+    selections.into_iter().map(Selection::finish).collect()
+}
+
+/// The queries as the matrix's copy in 8 bits takes them; `None` where it has none, where the bounds
+/// would not hold for one of them, and where a scan of the vectors reads less.
+fn coded_queries<'a>(
+    queries: &'a [f32],
+    matrix: &'a ItemMatrix,
+    rows: Rows<'_>,
+) -> Option<Vec<CodedQuery<'a>>> {
+    let codes = matrix.codes()?;
+    let most = match rows {
+        Rows::All => usize::MAX,
+        Rows::Where(_) => MOST_FILTERED_QUERIES,
+        Rows::Listed(_) => 0,
+    };
+    let queries = queries.chunks_exact(matrix.num_columns());
+    if queries.len() > most {
+        return None;
+    }
+    queries.map(|query| CodedQuery::new(codes, query)).collect()
+}
+
+/// The rows, ascending, that may be among the `count` best of the allowed ones.
+fn survivors(
+    query: &CodedQuery<'_>,
+    matrix: &ItemMatrix,
+    rows: Rows<'_>,
+    count: usize,
+) -> Vec<u32> {
+    let num_rows = matrix.num_rows();
+    let run = |mut sieve: Sieve, task: usize| {
+        let mut products = Vec::new();
+        let end = num_rows.min((task + 1) * ROWS_PER_TASK);
+        for first in (task * ROWS_PER_TASK..end).step_by(ROWS_PER_BLOCK) {
+            let block = first..end.min(first + ROWS_PER_BLOCK);
+            query.products(block.clone(), &mut products);
+            for (row, product) in block.zip(&products) {
+                let bounds = query.bounds(row, *product, matrix.bias(row as u32));
+                // Most rows are ruled out by one comparison, so whether a row is allowed is asked
+                // of the others alone.
+                let is_allowed = |row| match rows {
+                    Rows::Where(is_allowed) => is_allowed(row),
+                    Rows::All | Rows::Listed(_) => true,
+                };
+                if bounds.upper >= sieve.threshold && is_allowed(row as u32) {
+                    sieve.offer(row as u32, bounds);
+                }
+            }
+        }
+        sieve
+    };
+    let sieve = (0..num_rows.div_ceil(ROWS_PER_TASK))
+        .into_par_iter()
+        .fold(|| Sieve::new(count), run)
+        .reduce(|| Sieve::new(count), Sieve::join);
+    sieve.finish()
+}
+
+/// Rows that may be among the best, by the bounds of their scores.
+struct Sieve {
+    count: usize,
+    held: Vec<(u32, Bounds)>,
+    /// At least `count` rows have scores of at least this.
+    threshold: f64,
+    /// Rows at which `held` is sifted next.
+    sift_at: usize,
+}
+
+impl Sieve {
+    fn new(count: usize) -> Sieve {
+        let threshold = if count == 0 { f64::INFINITY } else { f64::NEG_INFINITY };
+        Sieve { count, held: Vec::new(), threshold, sift_at: 4 * count + 64 }
+    }
+
+    fn offer(&mut self, row: u32, bounds: Bounds) {
+        if self.count == 0 {
+            return;
+        }
+        self.held.push((row, bounds));
+        if self.held.len() >= self.sift_at {
+            self.sift();
+            self.sift_at = 2 * self.held.len() + 4 * self.count + 64;
+        }
+    }
+
+    /// Raises the threshold to the `count`-th best lower bound, and drops what is below it.
+    fn sift(&mut self) {
+        if self.held.len() < self.count || self.count == 0 {
+            return;
+        }
+        let mut lower: Vec<f64> = self.held.iter().map(|(_, bounds)| bounds.lower).collect();
+        let (_, worst, _) = lower.select_nth_unstable_by(self.count - 1, |a, b| b.total_cmp(a));
+        self.threshold = self.threshold.max(*worst);
+        let threshold = self.threshold;
+        self.held.retain(|(_, bounds)| bounds.upper >= threshold);
+    }
+
+    fn join(mut self, other: Sieve) -> Sieve {
+        self.threshold = self.threshold.max(other.threshold);
+        self.held.extend(other.held);
+        self.sift();
+        self
+    }
+
+    fn finish(mut self) -> Vec<u32> {
+        self.sift();
+        let mut rows: Vec<u32> = self.held.into_iter().map(|(row, _)| row).collect();
+        rows.sort_unstable();
+        rows
+    }
 }
 
 /// The scores of listed rows for one query, in the order of the list, which may be any; the numbers are
@@ -283,6 +421,8 @@ mod tests {
             for metric in [Metric::Dot, Metric::L2] {
                 let vectors = Tensor::new(&[num_rows, columns], values.clone());
                 let matrix = ItemMatrix::new(vectors, None, metric).expect("a matrix");
+                let coded = matrix.clone().with_codes();
+                assert_eq!(coded.codes_bytes() > 0, metric == Metric::Dot);
                 for share in [0.0, 0.01, 0.15, 0.5, 0.99, 1.0] {
                     let allowed: Vec<u32> =
                         (0..num_rows as u32).filter(|_| rng.f64() < share).collect();
@@ -294,13 +434,18 @@ mod tests {
                     ways.extend((share == 1.0).then_some(Rows::All));
                     for count in [0, 1, 10, 500] {
                         let what = format!("{num_rows} x {columns} {metric:?} {share} {count}");
-                        let all: Vec<_> = ways
-                            .iter()
-                            .map(|rows| top_products(&queries, &matrix, *rows, count))
+                        let all: Vec<_> = [&matrix, &coded]
+                            .into_iter()
+                            .flat_map(|matrix| ways.iter().map(move |rows| (matrix, rows)))
+                            .map(|(matrix, rows)| top_products(&queries, matrix, *rows, count))
                             .collect::<Result<_>>()
                             .expect("finite numbers");
                         assert!(all.iter().all(|found| found == &all[0]), "{what}");
                         for (query, found) in queries.chunks_exact(columns).zip(&all[0]) {
+                            for rows in &ways {
+                                let alone = top_products(query, &coded, *rows, count);
+                                assert_eq!(&alone.expect("finite numbers")[0], found, "{what}");
+                            }
                             let exact = truth(query, &values, columns, metric);
                             let bound = 1e-6 * (1 + columns) as f64;
                             check_found(found, &exact, &allowed, count, bound, &what);
