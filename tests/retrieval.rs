@@ -344,6 +344,9 @@ fn the_command_line_retrieves_ranks_and_evaluates() {
         sidereal(&["retrieve", "--model", SASREC, "--requests", "-", "--format", "table"], first);
     assert!(!String::from_utf8_lossy(&table.stdout).contains("probability"), "{table:?}");
 
+    let inspected = sidereal(&["inspect", SASREC], "");
+    assert_eq!(inspected.status.code(), Some(2), "{inspected:?}");
+    assert!(String::from_utf8_lossy(&inspected.stderr).contains("gives vectors"), "{inspected:?}");
     for (arguments, expected) in [
         (["recommend", "--model", SASREC, "--requests", "-"], "sidereal retrieve"),
         (["retrieve", "--model", "models/industrial", "--requests", "-"], "sidereal recommend"),

@@ -235,15 +235,6 @@ impl ModelArguments {
     }
 
     pub fn open_with(&self, options: &RecommenderOptions) -> Result<Recommender> {
-        if Retriever::serves(&self.model)? {
-            return Err(Error::ModelFolder {
-                path: self.model.clone(),
-                reason:
-                    "its network gives vectors and writes no semantic IDs: `sidereal retrieve`, \
-                         rank and evaluate serve it"
-                        .into(),
-            });
-        }
         let catalog =
             self.open_catalog().map_err(|missing| self.model_error().unwrap_or(missing))?;
         if !self.model.join("sidereal.json").exists() {

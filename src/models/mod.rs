@@ -44,6 +44,7 @@ pub use network::{
     Activations, EncoderPiece, EncoderSweep, ForwardPass, Model, ModelOutput, ModelSpec, Network,
     PromptKind,
 };
+pub(crate) use vector_network::gives_vectors;
 pub use vector_network::{VECTOR_FAMILIES, VectorModel, VectorNetwork, VectorSpec};
 pub use whole_words::WordRule;
 

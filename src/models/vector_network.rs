@@ -4,6 +4,7 @@
 //! with the item's own. The vector is all that the network computes; the items are another matter
 //! ([`vectors`](crate::vectors)).
 
+use std::path::Path;
 use std::sync::Arc;
 
 use super::config::Config;
@@ -64,6 +65,19 @@ pub struct VectorModel<B: Backend> {
     pub items: Tensor,
     /// `[num_rows]`, added to the products, where the family has it.
     pub bias: Option<Tensor>,
+}
+
+/// Whether a folder's `sidereal.json` names one of the [`VECTOR_FAMILIES`].
+///
+/// # Errors
+/// The file's, where it is there.
+pub(crate) fn gives_vectors(folder: &Path) -> Result<bool> {
+    let path = folder.join("sidereal.json");
+    if !path.exists() {
+        return Ok(false);
+    }
+    let config = Config::read(&path)?;
+    Ok(config.text("family").is_some_and(|family| VECTOR_FAMILIES.contains(&family)))
 }
 
 /// The shape of a matrix of the checkpoint.

@@ -19,7 +19,7 @@ use crate::engine::{Known, Wishes, check_snapshot};
 use crate::error::{Error, Result};
 use crate::models::config::Config;
 use crate::models::weights::Weights;
-use crate::models::{VECTOR_FAMILIES, VectorSpec, load_vectors};
+use crate::models::{VECTOR_FAMILIES, VectorSpec, gives_vectors, load_vectors};
 use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, MAX_BEAMS, Request, SharedSid, UnknownItems};
 use crate::search::{Constraint, Normalization};
@@ -105,12 +105,7 @@ impl Retriever {
     /// # Errors
     /// The file's, where it is there.
     pub fn serves(folder: &Path) -> Result<bool> {
-        let path = folder.join("sidereal.json");
-        if !path.exists() {
-            return Ok(false);
-        }
-        let config = Config::read(&path)?;
-        Ok(config.text("family").is_some_and(|family| VECTOR_FAMILIES.contains(&family)))
+        gives_vectors(folder)
     }
 
     /// Opens a model folder: `sidereal.json` with the `family`, weights, and which row is which item.
