@@ -79,6 +79,7 @@ pub mod quantizer;
 mod recommender;
 mod recommender_options;
 mod request;
+mod retriever;
 #[doc(hidden)] // for tests and benchmarks
 pub mod schedule;
 mod search;
@@ -86,6 +87,7 @@ mod search;
 pub mod server;
 mod service;
 mod tensor;
+pub mod vectors;
 pub mod wire;
 mod writer;
 
@@ -102,6 +104,7 @@ pub use request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, Think,
     UnknownItems,
 };
+pub use retriever::Retriever;
 pub use search::{
     Constraint, EarlyStopping, Merge, Normalization, PhraseRule, PhraseSearch, Sampling,
 };

@@ -156,6 +156,19 @@ impl Tensor {
         self.len() == 0
     }
 
+    /// All numbers as they lie in memory, where they are in f32 and begin where an f32 may.
+    pub(crate) fn as_f32(&self) -> Option<&[f32]> {
+        match &self.data {
+            Data::Owned(values, all) => Some(&values[all.clone()]),
+            Data::Mapped { mapping, bytes, dtype: Dtype::F32 }
+                if cfg!(target_endian = "little") =>
+            {
+                bytemuck::try_cast_slice(&mapping.bytes()[bytes.clone()]).ok()
+            }
+            Data::Mapped { .. } => None,
+        }
+    }
+
     /// The numbers of a flat range, in f32.
     pub fn read(&self, range: Range<usize>, out: &mut [f32]) {
         assert_eq!(range.len(), out.len(), "the output must be as long as the range");

@@ -15,7 +15,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 use sidereal::catalog::Catalog;
 use sidereal::{
-    Engine, EngineOptions, Forced, Input, NamedToken, Normalization, Recommendation, Request,
+    Engine, EngineOptions, Error, Forced, Input, NamedToken, Normalization, Recommendation,
+    RecommenderOptions, Request, Retriever,
 };
 
 #[derive(Deserialize)]
@@ -307,4 +308,90 @@ fn decoder_only_llama_with_an_adapter_whose_embeddings_grew() {
 #[test]
 fn decoder_only_qwen2_with_an_adapter_of_embedding_and_head() {
     check("decoder_only/qwen2-lora");
+}
+
+/// What a network that gives vectors makes of histories, in f64 by `models/vectors.py`, whose
+/// formulas equal RecBole's classes to 1e-14.
+#[derive(Deserialize)]
+struct GoldenVectors {
+    cases: Vec<VectorCase>,
+}
+
+#[derive(Deserialize)]
+struct VectorCase {
+    history: Vec<String>,
+    /// `None` where the published program has no input for the history.
+    query: Option<Vec<f64>>,
+    /// All items, best first.
+    best: Option<Vec<(String, f64)>>,
+}
+
+fn check_vectors(family: &str) {
+    const TOLERANCE: f64 = 2e-5;
+    let mut checked = 0;
+    for folder in std::fs::read_dir(models().join(family)).expect("a folder").flatten() {
+        let folder = folder.path();
+        let golden: GoldenVectors = read(&folder.join("golden.json"));
+        let catalog = Arc::new(Catalog::open(&folder.join("items.jsonl")).expect("items"));
+        let options = RecommenderOptions::new("cpu").with_threads(1);
+        let retriever = Retriever::open(&folder, catalog, &options).expect("a checkpoint");
+        let request = |case: &VectorCase| {
+            let items = case.history.iter().map(String::as_str);
+            Request::from_history(items).with_top_k(usize::MAX)
+        };
+        for case in &golden.cases {
+            let what = format!("{} {:?}", folder.display(), case.history);
+            let answer = retriever.recommend(&request(case));
+            let (Some(query), Some(best)) = (&case.query, &case.best) else {
+                assert!(matches!(answer, Err(Error::EmptyInput)), "{what}");
+                continue;
+            };
+            let found = retriever.query_vector(&request(case)).expect("a sound request");
+            assert_eq!(found.len(), query.len(), "{what}");
+            for (at, (found, exact)) in found.iter().zip(query).enumerate() {
+                let error = (f64::from(*found) - exact).abs();
+                assert!(error < TOLERANCE, "{what}: column {at} is off by {error}");
+            }
+            let answer = answer.expect("a sound request");
+            assert_eq!(answer.items.len(), best.len(), "{what}");
+            for (found, (_, score)) in answer.items.iter().zip(best) {
+                let error = (f64::from(found.score) - score).abs();
+                assert!(error < 10.0 * TOLERANCE, "{what}: {} is off by {error}", found.item);
+                let own = best.iter().find(|(item, _)| *item == found.item);
+                let (_, own) = own.unwrap_or_else(|| panic!("{what}: {}", found.item));
+                assert!((f64::from(found.score) - own).abs() < 10.0 * TOLERANCE, "{what}");
+            }
+            // Candidates have the scores that a search gives them.
+            let names = best.iter().map(|(item, _)| item.as_str());
+            let ranked = retriever.recommend(&request(case).with_candidates(names));
+            assert_eq!(ranked.expect("known items").items, answer.items, "{what}");
+            checked += 1;
+        }
+        // All together, among requests that fail, each gets the answer that it gets alone.
+        let requests: Vec<Request> = golden.cases.iter().map(request).collect();
+        let together = retriever.recommend_all(&requests);
+        for (request, together) in requests.iter().zip(together) {
+            match (retriever.recommend(request), together) {
+                (Ok(alone), Ok(together)) => assert_eq!(alone, together, "{}", folder.display()),
+                (Err(alone), Err(together)) => assert_eq!(alone.to_string(), together.to_string()),
+                (alone, together) => panic!("alone {alone:?}, together {together:?}"),
+            }
+        }
+    }
+    assert!(checked >= 12, "only {checked} cases of {family}");
+}
+
+#[test]
+fn sasrec_vectors_are_those_of_the_published_networks() {
+    check_vectors("sasrec");
+}
+
+#[test]
+fn bert4rec_vectors_are_those_of_the_published_network() {
+    check_vectors("bert4rec");
+}
+
+#[test]
+fn gru4rec_vectors_are_those_of_the_published_network() {
+    check_vectors("gru4rec");
 }

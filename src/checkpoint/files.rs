@@ -51,19 +51,27 @@ const OTHER_FORMATS: [(&str, &str); 7] = [
 /// # Errors
 /// [`Error::ModelFolder`] where there are none, or several and no rule; the files' own.
 pub(crate) fn open_folder(folder: &Path) -> Result<Tensors> {
+    open_folder_without(folder, "")
+}
+
+/// Opens the weights of a folder in which a file of the name `other` holds something else.
+///
+/// # Errors
+/// Those of [`open_folder`].
+pub(crate) fn open_folder_without(folder: &Path, other: &str) -> Result<Tensors> {
     let present: Vec<&str> = NAMES.into_iter().filter(|name| folder.join(name).exists()).collect();
     let (mut tensors, chosen) = match present.first() {
         Some(name) if name.ends_with(".json") => (open_index(&folder.join(name))?, *name),
         Some(name) => (open_file(&folder.join(name))?, *name),
         None => {
-            let name = only_file(folder)?;
+            let name = only_file(folder, other)?;
             let mut tensors = open_file(&folder.join(&name))?;
             tensors.notes.push(format!("the weights are those of {name}"));
             return Ok(tensors);
         }
     };
-    for other in present.iter().filter(|&&name| name != chosen) {
-        tensors.notes.push(format!("{other} is not read: {chosen} goes before it"));
+    for spare in present.iter().filter(|&&name| name != chosen) {
+        tensors.notes.push(format!("{spare} is not read: {chosen} goes before it"));
     }
     Ok(tensors)
 }
@@ -108,13 +116,14 @@ fn open_index(path: &Path) -> Result<Tensors> {
 }
 
 /// The name of the one file of weights in a folder without a well-known one.
-fn only_file(folder: &Path) -> Result<String> {
+fn only_file(folder: &Path, other: &str) -> Result<String> {
     let names = file_names(folder)?;
     let missing = |reason: String| Err(Error::ModelFolder { path: folder.to_path_buf(), reason });
     let is_weights = |name: &&String| {
         let extension = Path::new(name).extension().and_then(|extension| extension.to_str());
         let is_other = STATE_OF_TRAINERS.iter().chain(&VALUE_HEADS).chain(&["adapter_model"]);
         matches!(extension, Some("safetensors" | "bin" | "pt" | "pth" | "ckpt"))
+            && *name != other
             && !is_other.into_iter().any(|start| name.starts_with(start))
     };
     let found: Vec<&String> = names.iter().filter(is_weights).collect();

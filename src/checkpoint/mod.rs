@@ -11,6 +11,7 @@
 pub(crate) mod adapter;
 pub(crate) mod files;
 pub(crate) mod keys;
+pub(crate) mod npy;
 mod pickle;
 mod safetensors;
 pub(crate) mod tensors;

@@ -7,15 +7,16 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use sidereal::catalog::{Catalog, CatalogOptions};
 use sidereal::models::config::SidLayout;
-use sidereal::models::{Checkpoint, vocab_size};
+use sidereal::models::{Checkpoint, VECTOR_FAMILIES, vocab_size};
 use sidereal::wire::RequestDefaults;
 use sidereal::{
     Constraint, Error, LongHistory, Normalization, Recommender, RecommenderOptions, Result,
-    UnknownItems,
+    Retriever, UnknownItems,
 };
 
 use super::device::DeviceArguments;
 use super::requests::spinner;
+use super::served::Served;
 use super::terminal::printable_lines;
 
 /// How a command that could run ended.
@@ -181,6 +182,37 @@ impl ModelArguments {
             SidLayout::read(&self.model, vocab_size(&config)?)
         };
         check().err()
+    }
+
+    /// Opens a folder of either kind.
+    pub fn open_served(&self) -> Result<Served> {
+        Ok(match Retriever::serves(&self.model)? {
+            true => Served::Vectors(Box::new(self.open_retriever()?)),
+            false => Served::Writer(self.open()?),
+        })
+    }
+
+    /// Opens a folder whose network gives vectors.
+    pub fn open_retriever(&self) -> Result<Retriever> {
+        if !Retriever::serves(&self.model)? {
+            return Err(Error::ModelFolder {
+                path: self.model.clone(),
+                reason: format!(
+                    "no network here gives vectors, by the \"family\" in sidereal.json ({}); a model \
+                     that writes semantic IDs is for `sidereal recommend`",
+                    VECTOR_FAMILIES.join(", ")
+                ),
+            });
+        }
+        if self.base.is_some() {
+            let reason = "networks that give vectors have no adapters; leave it out".into();
+            return Err(Error::InvalidOption { option: "--base", reason });
+        }
+        let catalog = self.open_catalog()?;
+        let spinner = spinner("opening the model");
+        let retriever = Retriever::open(&self.model, catalog, &self.device.options())?;
+        spinner.finish_and_clear();
+        Ok(retriever)
     }
 
     pub fn open(&self) -> Result<Recommender> {

@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 use sidereal::wire::RequestDefaults;
-use sidereal::{Error, MAX_BEAMS, Recommender, Request, Result};
+use sidereal::{Error, MAX_BEAMS, Request, Result};
 
 use super::arguments::{ModelArguments, Outcome, SearchArguments, say, write_error};
 use super::evaluation::{Metrics, Spread, SpreadReport, Tally, ranks};
 use super::output::OutputFile;
 use super::plot::{Curve, plot_recall};
 use super::requests::{Answered, Delivery, Requests, answer_file};
+use super::served::Served;
 use super::terminal::printable;
 
 #[derive(Args)]
@@ -23,7 +24,9 @@ target, Recall@K is the share of requests that find it among the first K, and
 NDCG@K the mean of 1 / log2(rank + 1). Lines with a \"segment\", as \"new\" or
 \"returning\", are reported by segment as well. Coverage@K is the share of the
 catalog that stands in some list, popularity@K the number of this file's
-histories that a recommended item stands in, on average.
+histories that a recommended item stands in, on average. A network that gives
+vectors (sidereal retrieve) is judged by lists of the last K; options of beams
+do not concern it.
 
 Examples:
   sidereal evaluate --model DIR --requests test.jsonl --beams 20 --at 1,5,20
@@ -62,7 +65,9 @@ struct Report {
     unknown_items: usize,
     /// Lines without a target, which were answered and could not be judged.
     without_target: u64,
-    beams: usize,
+    /// The beam width, where there are beams.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beams: Option<usize>,
     /// The target counts as found where its semantic ID is.
     by_sid: Metrics,
     /// The target counts as found where the item itself is, after those listed before it.
@@ -96,12 +101,25 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         // A path that cannot be written to is said before anything is evaluated.
         OutputFile::create(plot).map_err(|error| Error::io(plot, error))?;
     }
-    let recommender = arguments.model.open()?;
+    let served = arguments.model.open_served()?;
+    match &served {
+        Served::Writer(recommender) => {
+            let num_levels = recommender.catalog().snapshot().num_levels();
+            arguments.search.defaults(1).check(num_levels)?;
+        }
+        Served::Vectors(_) if !arguments.widths.is_empty() => {
+            let reason = "a network that gives vectors has no beams; leave it out".into();
+            return Err(Error::InvalidOption { option: "--widths", reason });
+        }
+        Served::Vectors(_) => {}
+    }
     let mut cutoffs: Vec<usize> = arguments.at.iter().map(|&at| at as usize).collect();
     cutoffs.sort_unstable();
     cutoffs.dedup();
     let mut defaults = arguments.search.defaults(usize::MAX >> 1);
-    defaults.check(recommender.catalog().snapshot().num_levels())?;
+    if let (Served::Vectors(_), Some(&last)) = (&served, cutoffs.last()) {
+        defaults.top_k = last; // there are no beams to end the list
+    }
     let widths = match &arguments.widths[..] {
         [] => vec![defaults.beams],
         widths => widths.iter().map(|&width| width.into()).collect(),
@@ -112,13 +130,13 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
             (defaults.beams, defaults.widths) = (width, Vec::new());
         }
         let last = cutoffs.last().copied().unwrap_or(0);
-        if last > width {
+        if last > width && served.has_probabilities() {
             say(&format!(
                 "a search of {width} beams finds {width} semantic IDs at most, so lists of {last} may be \
                  shorter; raise --beams to judge them"
             ));
         }
-        let report = evaluate(&recommender, path, &defaults, &cutoffs)?;
+        let report = evaluate(&served, path, &defaults, &cutoffs)?;
         if !arguments.json {
             write(&to_text(&report, &cutoffs))?;
         }
@@ -133,7 +151,10 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     if let Some(plot) = &arguments.plot {
         let curve = |at: usize| Curve {
             name: format!("Recall@{}", cutoffs[at]),
-            points: reports.iter().map(|it| (it.beams, it.by_item.recall[at])).collect(),
+            points: reports
+                .iter()
+                .map(|it| (it.beams.unwrap_or(0), it.by_item.recall[at]))
+                .collect(),
         };
         plot_recall(plot, &(0..cutoffs.len()).map(curve).collect::<Vec<Curve>>())?;
     }
@@ -222,7 +243,7 @@ impl Pass<'_> {
 }
 
 fn evaluate(
-    recommender: &Recommender,
+    served: &Served,
     path: &Path,
     defaults: &RequestDefaults,
     cutoffs: &[usize],
@@ -249,7 +270,7 @@ fn evaluate(
         unknown_items: 0,
         without_target: 0,
     };
-    answer_file(recommender, Requests::open(path)?, defaults, check, |delivery| {
+    answer_file(served, Requests::open(path)?, defaults, check, |delivery| {
         if let Delivery::Answer(answered) = delivery {
             pass.add(&answered);
         }
@@ -275,10 +296,10 @@ fn evaluate(
         unknown_targets: pass.unknown_targets,
         unknown_items: pass.unknown_items,
         without_target: pass.without_target,
-        beams: defaults.beams,
+        beams: served.has_probabilities().then_some(defaults.beams),
         by_sid: pass.all.by_sid.metrics(cutoffs),
         by_item: pass.all.by_item.metrics(cutoffs),
-        spread: pass.spread.report(cutoffs, recommender.catalog().snapshot().num_items()),
+        spread: pass.spread.report(cutoffs, served.catalog().snapshot().num_items()),
         segments: pass.segments.into_iter().map(of_segment).collect(),
         seconds: start.elapsed().as_secs_f64(),
     })
@@ -288,9 +309,10 @@ fn evaluate(
 const NAME: usize = 20;
 
 fn to_text(report: &Report, cutoffs: &[usize]) -> String {
+    let beams = report.beams.map(|beams| format!(", beam width {beams}")).unwrap_or_default();
     let mut text = format!(
-        "{} requests, {} failed, beam width {}, {:.1} s\n",
-        report.requests, report.failed, report.beams, report.seconds
+        "{} requests, {} failed{beams}, {:.1} s\n",
+        report.requests, report.failed, report.seconds
     );
     for (count, what) in [
         (report.without_target, "lines have no \"target\" and were left out"),

@@ -23,9 +23,11 @@ mod plot;
 mod recommend;
 mod report;
 mod requests;
+mod retrieve;
 mod selftest;
 #[cfg(feature = "server")]
 mod serve;
+mod served;
 mod shapes;
 mod tally;
 mod terminal;
@@ -54,6 +56,8 @@ enum Command {
     Recommend(recommend::Arguments),
     /// Score given items for each history
     Rank(recommend::RankArguments),
+    /// Find the items whose vectors are nearest to each history's
+    Retrieve(retrieve::Arguments),
     /// Build, inspect and change catalogs; make semantic IDs from embeddings
     #[command(
         subcommand,
@@ -81,6 +85,7 @@ pub fn run() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Recommend(arguments) => recommend::run(&arguments),
         Command::Rank(arguments) => recommend::run_rank(&arguments),
+        Command::Retrieve(arguments) => retrieve::run(&arguments),
         Command::Catalog(command) => catalog::run(&command),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
         Command::Inspect(arguments) => inspect::run(&arguments),

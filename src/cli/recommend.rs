@@ -7,9 +7,7 @@ use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use sidereal::catalog::Snapshot;
 use sidereal::wire::{AnswerLine, ErrorLine, RequestDefaults, RequestLine};
-use sidereal::{
-    Answer, Error, ReadToken, Recommendation, Recommender, Request, Result, UnknownByField,
-};
+use sidereal::{Answer, Error, ReadToken, Recommendation, Request, Result, UnknownByField};
 
 use super::arguments::{
     LeniencyArguments, ModelArguments, NormalizationName, Outcome, SearchArguments,
@@ -17,6 +15,7 @@ use super::arguments::{
 };
 use super::output::create_stream;
 use super::requests::{Answered, Delivery, Requests, answer_file};
+use super::served::Served;
 use super::terminal::printable;
 
 #[derive(Args)]
@@ -84,7 +83,7 @@ A request line:
 An answer line:
   {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250], \"score\": -2.3}], ...}
 All candidates come back, best first; those that are not available are left
-out.
+out. Networks that give vectors score by products, not log-probabilities.
 
 Examples:
   sidereal rank --model DIR --requests requests.jsonl
@@ -105,7 +104,7 @@ pub struct RankArguments {
 }
 
 #[derive(Args)]
-struct AnswerArguments {
+pub(super) struct AnswerArguments {
     /// Where answers go; by default, and as -, the standard output
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -119,7 +118,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     defaults.titles = true;
     let recommender = arguments.model.open()?;
     defaults.check(recommender.catalog().snapshot().num_levels())?;
-    answer(&recommender, &arguments.requests, &arguments.answers, &defaults, Ok)
+    answer(&Served::Writer(recommender), &arguments.requests, &arguments.answers, &defaults, Ok)
 }
 
 pub fn run_rank(arguments: &RankArguments) -> Result<Outcome> {
@@ -134,12 +133,12 @@ pub fn run_rank(arguments: &RankArguments) -> Result<Outcome> {
         }
         false => Ok(request),
     };
-    let recommender = arguments.model.open()?;
-    answer(&recommender, &arguments.requests, &arguments.answers, &defaults, check)
+    let served = arguments.model.open_served()?;
+    answer(&served, &arguments.requests, &arguments.answers, &defaults, check)
 }
 
-fn answer(
-    recommender: &Recommender,
+pub(super) fn answer(
+    served: &Served,
     requests: &Path,
     arguments: &AnswerArguments,
     defaults: &RequestDefaults,
@@ -156,13 +155,17 @@ fn answer(
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
     let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
-    answer_file(recommender, requests, defaults, check, |delivery| {
+    answer_file(served, requests, defaults, check, |delivery| {
         let Delivery::Answer(answered) = delivery else { return writer.flush().map_err(&failed) };
         if answered.answer.is_err() {
             outcome = Outcome::SomeFailed;
         }
         let written = match format {
-            Format::Table => write_table(&mut writer, &recommender.catalog().snapshot(), &answered),
+            Format::Table => {
+                let has_probabilities = served.has_probabilities();
+                let catalog = served.catalog().snapshot();
+                write_table(&mut writer, &catalog, &answered, has_probabilities)
+            }
             Format::Jsonl => write_line(&mut writer, &answered),
         };
         written.map_err(&failed)
@@ -196,6 +199,7 @@ fn write_table(
     writer: &mut dyn Write,
     catalog: &Snapshot,
     answered: &Answered,
+    has_probabilities: bool,
 ) -> std::io::Result<()> {
     let name = match &answered.id {
         serde_json::Value::Null => format!("line {}", answered.line_number),
@@ -228,8 +232,10 @@ fn write_table(
                 if let Some(filter) = filter {
                     writeln!(writer, "  {}", printable(filter))?;
                 }
-                writeln!(writer, "{}", table(items, line))?;
-                writeln!(writer, "{}", about_shared(items))?;
+                writeln!(writer, "{}", table(items, line, has_probabilities))?;
+                // Items with a vector each are told apart, whatever their semantic IDs are.
+                let about_shared = has_probabilities.then(|| about_shared(items));
+                writeln!(writer, "{}", about_shared.unwrap_or_default())?;
             }
             Ok(())
         }
@@ -328,10 +334,12 @@ fn align_right(table: &mut Table, columns: &[usize]) {
     }
 }
 
-fn table(items: &[Recommendation], line: Option<&RequestLine>) -> Table {
+fn table(items: &[Recommendation], line: Option<&RequestLine>, has_probabilities: bool) -> Table {
     let mut table = empty_table();
     let is_ranking = line.and_then(RequestLine::candidates).is_some_and(|items| !items.is_empty());
-    let mut header = vec!["", "item", "title", "semantic ID", "score", "probability"];
+    let is_ranking = is_ranking && has_probabilities;
+    let mut header = vec!["", "item", "title", "semantic ID", "score"];
+    header.extend(has_probabilities.then_some("probability"));
     // Of thousands of items each has little; what is asked is how these compare.
     header.extend(is_ranking.then_some("among these"));
     table.set_header(header);
@@ -349,8 +357,8 @@ fn table(items: &[Recommendation], line: Option<&RequestLine>) -> Table {
             format!("{}{mark}", printable(found.title.as_deref().unwrap_or(""))),
             format!("{:?}", found.sid.codes()),
             format!("{:.3}", found.score),
-            percent(probability(found)),
         ];
+        row.extend(has_probabilities.then(|| percent(probability(found))));
         row.extend(is_ranking.then(|| percent(relative(found) / all)));
         table.add_row(row);
     }

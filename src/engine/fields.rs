@@ -7,7 +7,7 @@ use crate::search::Constraint;
 
 /// Refuses a catalog that is behind the state that the request asks for: it may not know the
 /// request's items yet, so this comes before all that looks them up.
-pub(super) fn check_snapshot(request: &Request, snapshot: &Snapshot) -> Result<()> {
+pub(crate) fn check_snapshot(request: &Request, snapshot: &Snapshot) -> Result<()> {
     let snapshot = snapshot.number();
     match request.min_snapshot {
         Some(min_snapshot) if snapshot < min_snapshot => {

@@ -14,7 +14,7 @@ use crate::models::vocabulary::Vocabulary;
 use crate::request::{Input, NamedToken, Request, UnknownItems};
 
 /// The items of some names.
-pub(super) struct Known {
+pub(crate) struct Known {
     /// Item numbers in the order of the names, repetitions included.
     pub items: Vec<u32>,
     /// The names of no item.
@@ -68,7 +68,7 @@ impl Known {
 }
 
 /// What a request wants its searches to find, by the catalog's numbers.
-pub(super) struct Wishes {
+pub(crate) struct Wishes {
     /// Ascending, each once.
     pub excluded: Vec<u32>,
     /// Ascending, each once; `None` for all.
@@ -106,7 +106,7 @@ impl Wishes {
     }
 
     /// What may come back, search by search.
-    fn allowed_sets(&self, snapshot: &Snapshot) -> Result<Vec<AllowedSet>> {
+    pub fn allowed_sets(&self, snapshot: &Snapshot) -> Result<Vec<AllowedSet>> {
         let allowed_set = |filter: &Option<String>| {
             let allowed_set = snapshot.allowed_set(&self.excluded, filter.as_deref())?;
             Ok(match &self.only {

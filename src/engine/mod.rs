@@ -52,6 +52,8 @@ mod weights;
 pub use answer::Reply;
 pub use engine::Engine;
 pub(crate) use feed::Feed;
+pub(crate) use fields::check_snapshot;
+pub(crate) use lookup::{Known, Wishes};
 pub use options::{EngineOptions, MAX_THREADS};
 pub(crate) use prepare::Arrival;
 pub use prepare::{Prepared, Preparer};

@@ -118,7 +118,7 @@ impl EngineOptions {
     }
 
     /// Whether an engine can be opened so at all.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let ranges = [
             ("threads", self.threads, 0, MAX_THREADS),
             ("max_context", self.max_context, 1, usize::MAX),

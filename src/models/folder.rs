@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::config::{Config, ignored_by};
 use super::family::Family;
 use super::grid;
+use super::vector_network::gives_vectors;
 use super::weights::{Weights, quantised};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::keys::is_listed;
@@ -40,6 +41,7 @@ impl Checkpoint {
     /// that are not served; [`Error::ModelConfig`]; [`Error::WeightsFile`]; the operating system's.
     pub fn open(folder: &Path, base: Option<&Path>) -> Result<Checkpoint> {
         check(folder)?;
+        refuse_vectors(folder)?;
         let ignored = ignored_by(folder)?;
         let adapter = match Adapter::is_in(folder) && !is_listed(&ignored, "adapter_config.json") {
             true => Some(Adapter::open(folder, &|key| is_listed(&ignored, key))?),
@@ -143,6 +145,20 @@ fn base_of(folder: &Path, adapter: &Adapter, given: Option<&Path>) -> Result<Pat
          --base DIR, put it into this folder as \"base\", or merge the adapter in Python \
          (merge_and_unload, save_pretrained)"
     ))
+}
+
+/// Refuses a folder whose network gives vectors: it has another door.
+fn refuse_vectors(folder: &Path) -> Result<()> {
+    match gives_vectors(folder)? {
+        false => Ok(()),
+        true => Err(Error::ModelFolder {
+            path: folder.to_path_buf(),
+            reason:
+                "its network gives vectors and writes no semantic IDs: `sidereal retrieve`, rank \
+                     and evaluate serve it, and Retriever of the library"
+                    .into(),
+        }),
+    }
 }
 
 /// Refuses an adapter's weights without the file that says what they are.

@@ -7,25 +7,33 @@
 //! | --- | --- | --- |
 //! | `T5ForConditionalGeneration`, `MT5ForConditionalGeneration` | `t5`, `mt5` | [`t5`] |
 //! | `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `GemmaForCausalLM` | `llama`, `mistral`, `qwen2`, `qwen3`, `gemma` | [`decoder_only`] |
+//!
+//! Networks whose output is a vector have no class there: the `family` of the folder's `sidereal.json`
+//! chooses [`sasrec`], [`bert4rec`] or [`gru4rec`] ([`load_vectors`]).
 
 use std::sync::Arc;
 
 use crate::backend::Backend;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use config::{Config, SidLayout};
 use weights::Weights;
 
+pub mod bert4rec;
 pub mod config;
 pub mod decoder_only;
 mod family;
 mod folder;
 mod grid;
+pub mod gru4rec;
 pub mod layout;
 pub mod levels;
 mod network;
 mod relative_bias;
 mod rope;
+pub mod sasrec;
 pub mod t5;
+mod transformer_block;
+mod vector_network;
 pub mod vocabulary;
 pub mod weights;
 mod whole_words;
@@ -36,6 +44,8 @@ pub use network::{
     Activations, EncoderPiece, EncoderSweep, ForwardPass, Model, ModelOutput, ModelSpec, Network,
     PromptKind,
 };
+pub(crate) use vector_network::gives_vectors;
+pub use vector_network::{VECTOR_FAMILIES, VectorModel, VectorNetwork, VectorSpec};
 pub use whole_words::WordRule;
 
 /// Puts a checkpoint on a device; `layout` says which tokens its searches choose from.
@@ -69,10 +79,39 @@ pub fn load<B: Backend>(
     Ok(model)
 }
 
+/// Puts a checkpoint of one of the [`VECTOR_FAMILIES`] on a device. `config` is the folder's
+/// `sidereal.json`: these projects write no configuration. Sizes are those of the tensors.
+///
+/// # Errors
+/// [`Error::Unsupported`] for another family or layout; [`Error::ModelConfig`] where a key is missing
+/// or of unknown effect; those of the weights.
+pub fn load_vectors<B: Backend>(
+    backend: &B,
+    config: &Config,
+    mut weights: Weights,
+) -> Result<VectorModel<B>> {
+    let family = config.text_or("family", "")?.to_string();
+    let model = match family.as_str() {
+        "sasrec" => sasrec::Sasrec::load(backend, config, &mut weights)?,
+        "bert4rec" => bert4rec::Bert4Rec::load(backend, config, &mut weights)?,
+        "gru4rec" => gru4rec::Gru4Rec::load(backend, config, &mut weights)?,
+        other => {
+            return Err(Error::Unsupported {
+                what: format!("the family {other:?} as one that gives vectors"),
+                way_out: format!("{} are", VECTOR_FAMILIES.join(", ")),
+            });
+        }
+    };
+    weights.finish(|name, _| config.is_ignored(name))?;
+    config.without_effect(&["ignore", "items", "item_vectors", "metric"]);
+    config.finish()?;
+    Ok(model)
+}
+
 /// The size of the vocabulary that a configuration names.
 ///
 /// # Errors
-/// [`Error::ModelConfig`](crate::Error::ModelConfig) where it names none.
+/// [`Error::ModelConfig`] where it names none.
 pub fn vocab_size(config: &Config) -> Result<usize> {
     config.size("vocab_size")
 }

@@ -244,7 +244,13 @@ pub struct Activations<B: Backend> {
 }
 
 impl<B: Backend> Activations<B> {
-    pub(super) fn new(backend: &B) -> Activations<B> {
+    /// The rows that the last pass left: its final norm's output.
+    pub(crate) fn output(&self) -> &B::Buffer {
+        &self.hidden
+    }
+
+    /// Empty activations.
+    pub(crate) fn new(backend: &B) -> Activations<B> {
         Activations {
             hidden: backend.buffer(),
             residual: backend.buffer(),

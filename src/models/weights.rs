@@ -61,6 +61,14 @@ impl Weights {
         Ok(Weights::of(files::open_folder(folder)?))
     }
 
+    /// Opens the weights of a folder in which a file of this name holds something else.
+    ///
+    /// # Errors
+    /// As [`open`](Weights::open).
+    pub(crate) fn open_beside(folder: &Path, other: &str) -> Result<Weights> {
+        Ok(Weights::of(files::open_folder_without(folder, other)?))
+    }
+
     /// Opens one file: safetensors, or what `torch.save` wrote (`.bin`, `.pt`, `.pth`, `.ckpt`).
     ///
     /// # Errors

@@ -1,0 +1,45 @@
+//! A model folder of either kind, opened to answer requests.
+
+use std::sync::Arc;
+
+use sidereal::catalog::Catalog;
+use sidereal::{Answer, Recommender, Request, Result, Retriever};
+
+/// What answers requests.
+pub enum Served {
+    /// A model that writes semantic IDs.
+    Writer(Recommender),
+    /// A model that scores items by vectors.
+    Vectors(Box<Retriever>),
+}
+
+impl Served {
+    /// Answers a request; `callback` is called with the answer now or later, unless this returns an
+    /// error.
+    pub fn submit_with(
+        &self,
+        request: Request,
+        callback: impl FnOnce(Result<Answer>) + Send + 'static,
+    ) -> Result<()> {
+        match self {
+            Served::Writer(recommender) => recommender.submit_with(request, callback).map(drop),
+            Served::Vectors(retriever) => {
+                callback(Ok(retriever.recommend(&request)?));
+                Ok(())
+            }
+        }
+    }
+
+    /// The catalog that is searched.
+    pub fn catalog(&self) -> &Arc<Catalog> {
+        match self {
+            Served::Writer(recommender) => recommender.catalog(),
+            Served::Vectors(retriever) => retriever.catalog(),
+        }
+    }
+
+    /// Whether scores are logs of probabilities.
+    pub fn has_probabilities(&self) -> bool {
+        matches!(self, Served::Writer(_))
+    }
+}

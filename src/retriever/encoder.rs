@@ -1,0 +1,151 @@
+//! Histories become query vectors.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use crate::backend::{Backend, Batch, MemorySpec, SlotSpec};
+use crate::error::{Error, Result};
+use crate::models::{Activations, VectorModel, VectorSpec};
+use crate::pages::PAGE_LEN;
+
+/// Histories that a pass reads at most.
+const HISTORIES_PER_PASS: usize = 32;
+
+/// A network that gives vectors, on whatever device.
+pub(super) trait Encode: Send + Sync {
+    /// What the network is.
+    fn spec(&self) -> &VectorSpec;
+
+    /// Checks that the network has an input for a history.
+    ///
+    /// # Errors
+    /// [`Error::EmptyInput`].
+    fn check(&self, history: &[u32]) -> Result<()>;
+
+    /// The query vectors of some histories, `[histories, columns]`, and how many tokens were read for
+    /// each. A history is rows of the item table, at most `max_items` of them.
+    ///
+    /// # Errors
+    /// [`Error::EmptyInput`] where the network has no input for an empty history;
+    /// [`Error::NonFiniteScores`]; the device's own.
+    fn encode(&self, histories: &[&[u32]]) -> Result<(Vec<f32>, Vec<usize>)>;
+
+    /// What computes.
+    fn description(&self) -> String;
+}
+
+/// A network with memory for its passes.
+pub(super) struct Encoder<B: Backend> {
+    backend: B,
+    model: VectorModel<B>,
+    /// Those that no pass uses now.
+    workspaces: Mutex<Vec<Workspace<B>>>,
+}
+
+/// What a pass needs beside the weights.
+struct Workspace<B: Backend> {
+    memory: B::Memory,
+    activations: Activations<B>,
+}
+
+impl<B: Backend> Encoder<B> {
+    /// Takes a network over.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] on a device that does not compute on the threads of its callers: a GPU
+    /// plans passes for searches alone today.
+    pub fn new(backend: B, model: VectorModel<B>) -> Result<Encoder<B>> {
+        if !B::COMPUTES_ON_CALLERS {
+            return Err(Error::Unsupported {
+                what: "a network that gives vectors on a GPU".into(),
+                way_out: "open it on \"cpu\"".into(),
+            });
+        }
+        let encoder = Encoder { backend, model, workspaces: Mutex::default() };
+        let first = encoder.new_workspace()?;
+        encoder.workspaces().push(first);
+        Ok(encoder)
+    }
+
+    fn workspaces(&self) -> std::sync::MutexGuard<'_, Vec<Workspace<B>>> {
+        self.workspaces.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Pages of a prompt. A network without keys and values needs none.
+    fn pages(&self, len: usize) -> usize {
+        match self.spec().kv.context_sets {
+            0 => 0,
+            _ => len.div_ceil(PAGE_LEN),
+        }
+    }
+
+    fn new_workspace(&self) -> Result<Workspace<B>> {
+        let most = self.spec().max_tokens;
+        let memory = self.backend.memory(&MemorySpec {
+            kv: self.spec().kv,
+            context_pages: HISTORIES_PER_PASS * self.pages(most),
+            tail_pages: 0,
+            rows_per_step: HISTORIES_PER_PASS,
+            tokens_per_step: HISTORIES_PER_PASS * most,
+        })?;
+        Ok(Workspace { memory, activations: Activations::new(&self.backend) })
+    }
+
+    /// One pass over at most [`HISTORIES_PER_PASS`] prompts.
+    fn pass(&self, prompts: &[Vec<u32>], workspace: &mut Workspace<B>) -> Result<Vec<f32>> {
+        let mut next_page = 0;
+        let slots = prompts.iter().map(|prompt| {
+            let first = next_page;
+            next_page += self.pages(prompt.len()) as u32;
+            self.backend.open_slot(SlotSpec {
+                context_pages: (first..next_page).collect(),
+                context_len: prompt.len(),
+                tail_pages: Vec::new(),
+                num_steps: 0,
+                start_token: 0,
+            })
+        });
+        let mut slots = slots.collect::<Result<Vec<_>>>()?;
+        let chunks: Vec<Range<usize>> = prompts.iter().map(|prompt| 0..prompt.len()).collect();
+        let tokens = prompts.concat();
+        let mut batch = Batch::new(&workspace.memory, &chunks, &mut slots);
+        let activations = &mut workspace.activations;
+        self.model.network.forward(&self.backend, &tokens, &mut batch, activations);
+        self.backend.take_failure()?;
+        self.backend.download(activations.output())
+    }
+}
+
+impl<B: Backend> Encode for Encoder<B> {
+    fn spec(&self) -> &VectorSpec {
+        self.model.network.spec()
+    }
+
+    fn check(&self, history: &[u32]) -> Result<()> {
+        self.model.network.prompt(history).map(drop)
+    }
+
+    fn encode(&self, histories: &[&[u32]]) -> Result<(Vec<f32>, Vec<usize>)> {
+        let network = &*self.model.network;
+        let prompts = histories.iter().map(|history| network.prompt(history));
+        let prompts = prompts.collect::<Result<Vec<_>>>()?;
+        let waiting = self.workspaces().pop();
+        let mut workspace = match waiting {
+            Some(workspace) => workspace,
+            None => self.new_workspace()?,
+        };
+        let mut vectors = Vec::with_capacity(histories.len() * self.spec().columns);
+        for prompts in prompts.chunks(HISTORIES_PER_PASS) {
+            vectors.extend(self.pass(prompts, &mut workspace)?);
+        }
+        self.workspaces().push(workspace);
+        match vectors.iter().all(|value| value.is_finite()) {
+            true => Ok((vectors, prompts.iter().map(Vec::len).collect())),
+            false => Err(Error::NonFiniteScores { step: 0 }),
+        }
+    }
+
+    fn description(&self) -> String {
+        self.backend.description()
+    }
+}
