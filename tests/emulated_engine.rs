@@ -284,6 +284,11 @@ fn what_no_kernel_does_yet_is_refused() {
     let error = error.expect_err("a thought");
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     assert!(error.to_string().contains("leave \"think\" out"), "{error}");
+    let mut free = Request::from_tokens([1]).with_constraint(Constraint::Level);
+    free.seed = Some(3);
+    let error = emulated.recommend(&free).expect_err("a sample without the trie");
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("leave \"constraint\" out"), "{error}");
     let folder = tempfile::tempdir().expect("a temporary folder");
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
     for name in ["phrases/qwen3/config.json", "phrases/qwen3/model.safetensors"] {

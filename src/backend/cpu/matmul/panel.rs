@@ -54,7 +54,6 @@ impl Element for f32 {
 }
 
 impl Weight for f32 {
-    #[expect(clippy::needless_range_loop, reason = "a counted loop, as the trait says")]
     #[inline(always)]
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
@@ -76,7 +75,6 @@ impl Element for f16 {
 }
 
 impl Weight for f16 {
-    #[expect(clippy::needless_range_loop, reason = "a counted loop, as the trait says")]
     #[inline(always)]
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
@@ -125,7 +123,6 @@ pub fn words_of_row<E: Element>(num_in: usize) -> usize {
 }
 
 impl Weight for Pair {
-    #[expect(clippy::needless_range_loop, reason = "a counted loop, as the trait says")]
     #[inline(always)]
     fn widen<I: Isa, const REGISTERS: usize>(
         isa: I,
