@@ -57,7 +57,8 @@ pub struct Needs {
     pub context_pages: usize,
     /// Pages for the tails of its beams.
     pub tail_pages: usize,
-    /// The most beam rows that it has in a step.
+    /// The most beam rows that it has in a step; where it draws tokens before it searches, those of an
+    /// average step.
     pub beam_rows: usize,
 }
 

@@ -4,11 +4,15 @@
 mod folders;
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use folders::{Folder, QWEN3, T5};
 use serde_json::json;
 use sidereal::wire::{RequestDefaults, RequestLine};
-use sidereal::{Answer, Engine, Forced, Merge, NamedToken, Request, Sampling, Think, Thought};
+use sidereal::{
+    Answer, Engine, EngineOptions, Forced, Merge, NamedToken, Request, Sampling, Think, Thought,
+};
 
 /// Checkpoints, and how many tokens they have.
 const CASES: [(&str, u32); 2] = [(QWEN3, VOCABULARY), (T5, 1034)];
@@ -265,6 +269,45 @@ fn thoughts_have_the_same_bits_alone_and_in_a_crowd_and_other_seeds_draw_others(
         assert_eq!(num_answers, requests.len());
         crowd.check_integrity().expect("no page is lost");
     }
+}
+
+/// A thinker has one beam for most of its time: it keeps the rows of its search from nobody.
+#[test]
+fn many_thinkers_keep_no_short_request_waiting() {
+    let options = EngineOptions::default().with_threads(1).with_rows_per_step(100);
+    let mut engine = Folder::of(QWEN3).open_as(&options).expect("a checkpoint");
+    let requests: Vec<Request> =
+        (0..30).map(|seed| thinker(150, seed, false).with_beams(20)).collect();
+    let expected: Vec<Answer> = requests.iter().map(|it| ask(&mut engine, it)).collect();
+    let answers = Arc::new(Mutex::new(HashMap::new()));
+    for (index, request) in requests.iter().enumerate() {
+        let answers = Arc::clone(&answers);
+        let keep = move |answer| drop(answers.lock().expect("no panic").insert(index, answer));
+        engine.submit(request.clone(), keep).expect("a sound request");
+    }
+    for _ in 0..20 {
+        engine.step().expect("a sound step");
+    }
+    assert_eq!(engine.status().running, 30, "all think at once");
+    let is_answered = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&is_answered);
+    let short = Request::from_tokens(prompt()).with_beams(20);
+    engine.submit(short, move |_| told.store(true, Ordering::Relaxed)).expect("a sound request");
+    let mut num_steps = 0;
+    while !is_answered.load(Ordering::Relaxed) {
+        engine.step().expect("a sound step");
+        num_steps += 1;
+    }
+    assert!(num_steps < 10, "{num_steps} steps beside thinkers");
+    while engine.status().running > 0 {
+        engine.step().expect("a sound step");
+    }
+    // They come to their searches together, take turns, and answer as they do alone.
+    let answers = answers.lock().expect("no panic");
+    for (index, expected) in expected.iter().enumerate() {
+        assert_eq!(answers[&index].as_ref().expect("a sound request"), expected, "{index}");
+    }
+    engine.check_integrity().expect("no page is lost");
 }
 
 #[test]

@@ -209,7 +209,7 @@ impl Program {
         Needs {
             context_pages: pages::context_pages(self.context_capacity),
             tail_pages: self.slots.iter().map(SlotProgram::tail_pages).sum(),
-            beam_rows: self.slots.iter().map(SlotProgram::max_width).sum(),
+            beam_rows: self.slots.iter().map(SlotProgram::typical_width).sum(),
         }
     }
 }
@@ -280,6 +280,19 @@ impl SlotProgram {
     /// Beams of the widest step.
     pub fn max_width(&self) -> usize {
         self.steps.iter().map(|step| step.width).max().unwrap_or(0)
+    }
+
+    /// Beams of the widest step; of a slot that draws tokens first, those of an average step, as it has
+    /// one beam for most of its time.
+    fn typical_width(&self) -> usize {
+        let draws = |step: &Step| matches!(step.choice, Choice::Sample { .. });
+        match self.steps.first().is_some_and(draws) {
+            true => {
+                let rows: usize = self.steps.iter().map(|step| step.width).sum();
+                rows.div_ceil(self.steps.len())
+            }
+            false => self.max_width(),
+        }
     }
 
     /// Steps before the first level.

@@ -374,7 +374,8 @@ impl<S> Scheduler<S> {
         }
     }
 
-    /// What each request does in the next step. `num_rows` says how many rows one has in decode.
+    /// What each request does in the next step. `num_rows` says how many rows one has in decode. Where
+    /// several that drew tokens come to their searches at once, the newest may wait for a step.
     pub fn schedule(&self, num_rows: impl Fn(&Running<S>) -> usize) -> Vec<Scheduled> {
         let pace = self.estimate.pace();
         let unread = self.running.iter().filter(|running| running.num_unread() > 0);
@@ -382,10 +383,16 @@ impl<S> Scheduler<S> {
         let is_shared = reading.len() < self.running.len();
         let tokens = schedule::share_tokens(&reading, is_shared, pace, &self.limits);
         let mut tokens = tokens.into_iter();
+        let mut beam_rows = 0;
         let scheduled = |(request, running): (usize, &Running<S>)| match running.num_unread() {
             0 => {
                 let chunk = running.num_read..running.num_read;
-                Some(Scheduled { request, chunk, pieces: None, num_rows: num_rows(running) })
+                let num_rows = num_rows(running);
+                if beam_rows > 0 && beam_rows + num_rows > self.limits.beam_rows {
+                    return None;
+                }
+                beam_rows += num_rows;
+                Some(Scheduled { request, chunk, pieces: None, num_rows })
             }
             _ => {
                 let num_rows = tokens.next().expect("tokens for each prompt");
