@@ -45,26 +45,20 @@ impl Recommendation {
     }
 }
 
-/// What one beam of a search wrote.
+/// A beam of a search, with all that it wrote.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Sequence {
-    /// All tokens behind the input and the thought: those that were forced, those of the search.
+    /// The tokens behind the input and the thought: those that were forced, those of the search.
     pub tokens: Vec<u32>,
-    /// What they say, where the model folder has a tokenizer.
+    /// The text of the tokens, where the model folder has a tokenizer.
     pub text: Option<String>,
     /// Natural log of its probability, as of an item.
     pub score: f32,
-    /// Of each token that counts, where the request asks for them.
+    /// The log-probabilities of the tokens that count, in order, where the request asks for them.
     pub log_probs: Vec<LogProb>,
     /// The items that it names and that may come back; often one, and none where it names none.
     pub items: Vec<String>,
-}
-
-impl Sequence {
-    pub(crate) fn new(tokens: Vec<u32>, text: Option<String>, score: f32) -> Sequence {
-        Sequence { tokens, text, score, log_probs: Vec::new(), items: Vec::new() }
-    }
 }
 
 /// The recommendations of one of a request's [`groups`](crate::Request::groups).
@@ -96,17 +90,11 @@ pub struct ReadToken {
 pub struct Thought {
     /// Without the stop token.
     pub tokens: Vec<u32>,
-    /// What they say, up to a stop text, where the model folder has a tokenizer.
+    /// The text of the tokens, up to a stop text, where the model folder has a tokenizer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
     /// Whether the model ended it; otherwise it had as many tokens as it may have.
     pub is_complete: bool,
-}
-
-impl Thought {
-    pub(crate) fn new(tokens: Vec<u32>, text: Option<String>, is_complete: bool) -> Thought {
-        Thought { tokens, text, is_complete }
-    }
 }
 
 /// How long the phases of a request took, in microseconds of wall-clock time. Requests share
@@ -194,11 +182,11 @@ pub struct Answer {
     pub groups: Vec<Group>,
     /// The log-probabilities of the request's `read` tokens, in their order.
     pub read: Vec<ReadToken>,
-    /// What each beam wrote, best first, where the request asks for
+    /// The beams of the search, best first, where the request asks for
     /// [`sequences`](crate::Request::sequences).
     pub sequences: Vec<Sequence>,
-    /// What the model wrote before, where the request asks it to [`think`](crate::Request::think): a
-    /// thought for each branch.
+    /// The thoughts that come before the search, one for each branch, where the request asks the model
+    /// to [`think`](crate::Request::think).
     pub thoughts: Vec<Thought>,
     /// The state of the catalog that was searched.
     pub snapshot: Arc<Snapshot>,

@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use super::noise;
 use crate::search::Sampling;
 
-/// What ends a thought besides its stop tokens.
+/// A rule that ends a thought, beside its stop tokens.
 pub trait StopRule: Sync {
-    /// Whether the thought is over with the newest of these tokens, which it keeps.
+    /// Returns whether the thought is over with the newest of these tokens, which it keeps.
     fn is_over(&self, tokens: &[u32]) -> bool;
 }
 

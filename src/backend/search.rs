@@ -51,7 +51,7 @@ pub struct SampleStep<'a> {
     pub sampling: &'a Sampling,
     /// The tokens that end it; the first is what it ends with, whichever was drawn.
     pub stop: &'a [u32],
-    /// What else ends it.
+    /// A further rule that ends it, such as texts.
     pub stop_rule: Option<&'a dyn StopRule>,
     /// The tokens before the slot's own that a repetition penalty is for.
     pub seen: &'a [u32],

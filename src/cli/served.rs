@@ -5,7 +5,7 @@ use std::sync::Arc;
 use sidereal::catalog::Catalog;
 use sidereal::{Answer, Recommender, Request, Result, Retriever};
 
-/// What answers requests.
+/// An opened model folder, which answers requests.
 pub enum Served {
     /// A model that writes semantic IDs.
     Writer(Recommender),

@@ -169,7 +169,9 @@ impl Codes {
             Sequence {
                 log_probs: counted(prepared, slot, beam),
                 items: items.map(name).collect(),
-                ..Sequence::new(tokens, text, beam.score)
+                score: beam.score,
+                tokens,
+                text,
             }
         };
         beams.iter().map(of_beam).collect()

@@ -141,7 +141,8 @@ impl Thinking {
         if let (Some(text), Some(end)) = (&mut text, stop_text) {
             text.truncate(end);
         }
-        Thought::new(tokens, text, beam.num_skipped > 0 || stop_text.is_some())
+        let is_complete = beam.num_skipped > 0 || stop_text.is_some();
+        Thought { tokens, text, is_complete }
     }
 }
 

@@ -104,13 +104,13 @@ impl Answer {
         self.field(py, "read")
     }
 
-    /// What every beam wrote, where the request has `sequences`.
+    /// The beams of the search with all that they wrote, where the request has `sequences`.
     #[getter]
     fn sequences<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.field(py, "sequences")
     }
 
-    /// What the model wrote before, by branch, where the request has `think`.
+    /// The thoughts that come before the search, by branch, where the request has `think`.
     #[getter]
     fn thoughts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.field(py, "thoughts")

@@ -92,8 +92,8 @@ fn advance(logits: &Logits, head: &Head, rule: &SearchRule<'_>, index: usize, sl
     }
 }
 
-/// Why no step here is of a phrase or a thought.
-const ELSEWHERE: &str = "steps of phrases and thoughts are taken elsewhere";
+/// Why no step that is gone through here is forced, of a phrase or of a thought.
+const ELSEWHERE: &str = "forced tokens, phrases and thoughts are gone through elsewhere";
 
 /// One step of one slot.
 struct Search<'a> {
@@ -168,15 +168,10 @@ impl Search<'_> {
             match self.continuations {
                 Continuations::Forced => self.offer_forced(beams, beam, &mut best)?,
                 Continuations::Children => self.offer_children(beams, beam, &mut best)?,
-                Continuations::Occurring => {
-                    let codes = self.occurring().iter().map(|&code| code.into());
-                    self.offer_codes(beams, beam, codes, &mut best)?;
-                }
-                Continuations::Level | Continuations::Tokens => {
-                    let num_codes = self.num_choices().min(self.columns.columns.len() as u32);
-                    self.offer_codes(beams, beam, 0..num_codes, &mut best)?;
-                }
-                Continuations::Vocabulary => self.offer_vocabulary(beams, beam, &mut best)?,
+                Continuations::Occurring
+                | Continuations::Level
+                | Continuations::Tokens
+                | Continuations::Vocabulary => self.offer_choices(beams, beam, &mut best)?,
                 Continuations::Phrases | Continuations::Sampled => unreachable!("{ELSEWHERE}"),
             }
         }
@@ -355,34 +350,40 @@ impl Search<'_> {
         Some(())
     }
 
-    /// Goes through the choices of a beam that a sample may draw: codes, or tokens.
+    /// Goes through the choices of a beam, codes or tokens, with their logits.
     fn for_each_choice(&self, beams: &Beams, beam: usize, mut each: impl FnMut(u32, f32)) {
-        let mut of_codes = |codes: &mut dyn Iterator<Item = u32>| {
-            let logits = self.level_logits(beam);
-            for code in codes {
-                let Some(column) = self.columns.column(code as usize) else { continue };
-                each(code, logits[column]);
-            }
-        };
         match self.continuations {
             Continuations::Children => {
                 self.for_each_child(beams, beam, |code, logit| each(code.into(), logit));
             }
             Continuations::Occurring => {
-                of_codes(&mut self.occurring().iter().map(|&code| code.into()));
+                self.for_each_code(beam, self.occurring().iter().map(|&code| code.into()), each);
             }
-            Continuations::Level => {
+            Continuations::Level | Continuations::Tokens => {
                 let num_codes = self.num_choices().min(self.columns.columns.len() as u32);
-                of_codes(&mut (0..num_codes));
+                self.for_each_code(beam, 0..num_codes, each);
             }
             Continuations::Vocabulary => {
                 let logits = self.logits.row(self.slot, beam);
                 (0..).zip(logits).for_each(|(token, &logit)| each(token, logit));
             }
-            Continuations::Forced
-            | Continuations::Tokens
-            | Continuations::Phrases
-            | Continuations::Sampled => unreachable!("nothing is drawn of these"),
+            Continuations::Forced | Continuations::Phrases | Continuations::Sampled => {
+                unreachable!("{ELSEWHERE}")
+            }
+        }
+    }
+
+    /// Goes through those of some codes that have a token.
+    fn for_each_code(
+        &self,
+        beam: usize,
+        codes: impl Iterator<Item = u32>,
+        mut each: impl FnMut(u32, f32),
+    ) {
+        let logits = self.level_logits(beam);
+        for code in codes {
+            let Some(column) = self.columns.column(code as usize) else { continue };
+            each(code, logits[column]);
         }
     }
 
@@ -418,35 +419,15 @@ impl Search<'_> {
         sum
     }
 
-    fn offer_codes(
-        &self,
-        beams: &Beams,
-        beam: usize,
-        codes: impl Iterator<Item = u32>,
-        best: &mut Best,
-    ) -> Option<()> {
-        let (normalizer, _) = self.normalizer(beams, beam)?;
-        let logits = &self.logits.row(self.slot, beam)[self.first..];
-        let first_place = self.first_place(beams, beam);
-        for code in codes {
-            let Some(column) = self.columns.column(code as usize) else { continue };
-            let score = beams.scores[beam] + self.gain(logits[column], normalizer);
-            if score >= best.threshold {
-                best.offer(score, first_place + code);
-            }
-        }
-        Some(())
-    }
-
-    fn offer_vocabulary(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
+    fn offer_choices(&self, beams: &Beams, beam: usize, best: &mut Best) -> Option<()> {
         let (normalizer, _) = self.normalizer(beams, beam)?;
         let first_place = self.first_place(beams, beam);
-        for (token, &logit) in self.logits.row(self.slot, beam).iter().enumerate() {
+        self.for_each_choice(beams, beam, |choice, logit| {
             let score = beams.scores[beam] + self.gain(logit, normalizer);
             if score >= best.threshold {
-                best.offer(score, first_place + token as u32);
+                best.offer(score, first_place + choice);
             }
-        }
+        });
         Some(())
     }
 
