@@ -3,22 +3,12 @@
 // f32.
 // Grid: a block a row. Block: 256 threads. Bound by memory: reads x three times, all but the first from
 // the caches.
+#include "common/block_sum.cuh"
 #include "generated/shared.cuh"
 
 namespace layer_norm {
 
 constexpr uint32_t kThreads = 256;
-
-// The sum over a block, in every thread.
-__device__ __forceinline__ float block_sum(float value, float* sums) {
-  value = warp_sum(value);
-  if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  float total = 0;
-#pragma unroll
-  for (uint32_t warp = 0; warp < kThreads / kWarpSize; warp++) total += sums[warp];
-  return total;
-}
 
 template <class T> __device__ __forceinline__ void run(const Params& params) {
   SHARED(float, sums, kThreads / kWarpSize);
@@ -27,13 +17,13 @@ template <class T> __device__ __forceinline__ void run(const Params& params) {
   T* out = static_cast<T*>(params.out) + size_t(blockIdx.x) * params.columns;
   float sum = 0;
   for (uint32_t i = threadIdx.x; i < params.columns; i += kThreads) sum += widened(x[i]);
-  const float mean = block_sum(sum, sums) / float(params.columns);
+  const float mean = block_sum<kThreads>(sum, sums) / float(params.columns);
   float square = 0;
   for (uint32_t i = threadIdx.x; i < params.columns; i += kThreads) {
     const float difference = widened(x[i]) - mean;
     square += difference * difference;
   }
-  const float variance = block_sum(square, squares) / float(params.columns);
+  const float variance = block_sum<kThreads>(square, squares) / float(params.columns);
   const float scale = 1.0f / sqrtf(variance + params.epsilon);
   for (uint32_t i = threadIdx.x; i < params.columns; i += kThreads) {
     float value = (widened(x[i]) - mean) * scale;

@@ -14,6 +14,7 @@ constexpr uint32_t kContinuationsChunk = 1024;  // that a block of advance_beams
 constexpr uint32_t kMaxParts = 64;  // that continuations are dealt out to
 constexpr uint32_t kSelectChunk = 4096;  // keys that advance_beams_select takes
 constexpr uint32_t kVocabularyStretch = 8192;  // tokens that lm_head_sums takes
+constexpr uint32_t kPointwiseRows = 8;  // that a block of attend_pointwise takes
 constexpr uint32_t kProductTile = 16;  // rows and columns of a block's product
 constexpr uint32_t kVocabulary = 0;  // Rule::normalizer
 constexpr uint32_t kLevel = 1;  // Rule::normalizer
@@ -521,6 +522,110 @@ static_assert(offsetof(Params, longest) == 116);
 static_assert(offsetof(Params, is_causal) == 120);
 static_assert(offsetof(Params, scale) == 124);
 }  // namespace attend_prefill
+
+// What a row of a prompt attends to.
+struct PointwiseRow {
+  uint32_t position;
+  // Positions before the targets.
+  uint32_t from;
+  uint32_t to;
+  // The row of the first target that it sees.
+  uint32_t target_row;
+  uint32_t num_targets;
+  uint32_t prompt;
+  // Multiplies the weights.
+  float share;
+  // Where the times of its prompt begin.
+  uint32_t first_time;
+};
+static_assert(sizeof(PointwiseRow) == 32);
+static_assert(offsetof(PointwiseRow, position) == 0);
+static_assert(offsetof(PointwiseRow, from) == 4);
+static_assert(offsetof(PointwiseRow, to) == 8);
+static_assert(offsetof(PointwiseRow, target_row) == 12);
+static_assert(offsetof(PointwiseRow, num_targets) == 16);
+static_assert(offsetof(PointwiseRow, prompt) == 20);
+static_assert(offsetof(PointwiseRow, share) == 24);
+static_assert(offsetof(PointwiseRow, first_time) == 28);
+
+namespace attend_pointwise {
+// Pointwise attention of prompts.
+struct Params {
+  // `[rows, num_heads * head_dim]`
+  void* out;
+  // `[rows, query_columns]`: queries, keys, values
+  const void* queries;
+  const PointwiseRow* rows;
+  // The first row, and how many.
+  const uint2* tiles;
+  // `[2 * longest - 1]`, or null, as what follows is then.
+  const float* positions;
+  const float* times;
+  const uint64_t* thresholds;
+  const int64_t* seconds;
+  Batch batch;
+  Pages pages;
+  uint32_t query_columns;
+  uint32_t num_heads;
+  uint32_t layer;
+  uint32_t longest;
+  uint32_t num_thresholds;
+  float scale;
+};
+static_assert(sizeof(Params) == 160);
+static_assert(offsetof(Params, out) == 0);
+static_assert(offsetof(Params, queries) == 8);
+static_assert(offsetof(Params, rows) == 16);
+static_assert(offsetof(Params, tiles) == 24);
+static_assert(offsetof(Params, positions) == 32);
+static_assert(offsetof(Params, times) == 40);
+static_assert(offsetof(Params, thresholds) == 48);
+static_assert(offsetof(Params, seconds) == 56);
+static_assert(offsetof(Params, batch) == 64);
+static_assert(offsetof(Params, pages) == 104);
+static_assert(offsetof(Params, query_columns) == 136);
+static_assert(offsetof(Params, num_heads) == 140);
+static_assert(offsetof(Params, layer) == 144);
+static_assert(offsetof(Params, longest) == 148);
+static_assert(offsetof(Params, num_thresholds) == 152);
+static_assert(offsetof(Params, scale) == 156);
+}  // namespace attend_pointwise
+
+namespace gated_norm {
+// A layer norm of rows whose result is multiplied by a gate.
+struct Params {
+  void* out;
+  const void* gate;
+  const void* x;
+  // `[columns]` or `[num_blocks]`, or null, as the shift is then.
+  const float* scale;
+  const float* shift;
+  uint32_t num_blocks;
+  uint32_t block_columns;
+  // Of a block of `x`.
+  uint32_t block_width;
+  uint32_t is_by_block;
+  uint32_t has_sigmoid;
+  // 0: gated columns alone; 1: also the normed ones; 2: also those of `x`.
+  uint32_t output;
+  float epsilon;
+  uint32_t padding;
+};
+static_assert(sizeof(Params) == 72);
+static_assert(offsetof(Params, out) == 0);
+static_assert(offsetof(Params, gate) == 8);
+static_assert(offsetof(Params, x) == 16);
+static_assert(offsetof(Params, scale) == 24);
+static_assert(offsetof(Params, shift) == 32);
+static_assert(offsetof(Params, num_blocks) == 40);
+static_assert(offsetof(Params, block_columns) == 44);
+static_assert(offsetof(Params, block_width) == 48);
+static_assert(offsetof(Params, is_by_block) == 52);
+static_assert(offsetof(Params, has_sigmoid) == 56);
+static_assert(offsetof(Params, output) == 60);
+static_assert(offsetof(Params, epsilon) == 64);
+static_assert(offsetof(Params, padding) == 68);
+}  // namespace gated_norm
 
 namespace gru {
 // The states of a recurrent cell.

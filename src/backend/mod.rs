@@ -24,6 +24,7 @@ mod level_columns;
 mod network;
 pub(crate) mod noise;
 mod pass_plan;
+mod pointwise;
 pub(crate) mod sampling;
 mod search;
 #[doc(hidden)]
@@ -34,11 +35,15 @@ pub use batch::Batch;
 pub use device::DeviceOps;
 pub use kv_layout::{KvLayout, MemorySpec, SlotSpec};
 pub use network::{
-    Activation, AddEmbedding, Affine, AppendTail, ApplyRope, AttendBeams, AttendPrefill,
-    BeamAttention, Embed, Epilogue, GatherLast, Glu, Gru, HeadNorms, LayerNorm, Matmul, NetworkOps,
-    RmsNorm, RopeTables, StoreContext,
+    Activation, AddEmbedding, Affine, AppendTail, ApplyRope, AttendBeams, AttendPointwise,
+    AttendPrefill, BeamAttention, Embed, Epilogue, GatedNorm, GatherLast, Glu, Gru, HeadNorms,
+    LayerNorm, Matmul, NetworkOps, RmsNorm, RopeTables, StoreContext,
 };
 pub use pass_plan::PassPlan;
+pub use pointwise::{
+    GateActivation, GatedNormSpec, GatedOutput, PointwiseAttention, PositionTimeBias, Seen,
+    TargetMask,
+};
 use search::Continuations;
 pub use search::{
     AdvanceBeams, Beam, LmHead, LogProb, NO_TOKEN, Normalizer, PhraseStep, ReadBeams, SampleStep,
@@ -53,8 +58,8 @@ impl<B: NetworkOps + SearchOps> Backend for B {}
 /// The traits of all operations, to be in scope where a backend's type is known.
 pub mod prelude {
     pub use super::{
-        AddEmbedding, AdvanceBeams, AppendTail, ApplyRope, AttendBeams, AttendPrefill, Backend,
-        DeviceOps, Embed, GatherLast, Glu, Gru, LayerNorm, LmHead, Matmul, NetworkOps, ReadBeams,
-        RmsNorm, RopeTables, SearchOps, Step, StoreContext,
+        AddEmbedding, AdvanceBeams, AppendTail, ApplyRope, AttendBeams, AttendPointwise,
+        AttendPrefill, Backend, DeviceOps, Embed, GatedNorm, GatherLast, Glu, Gru, LayerNorm,
+        LmHead, Matmul, NetworkOps, ReadBeams, RmsNorm, RopeTables, SearchOps, Step, StoreContext,
     };
 }

@@ -4,7 +4,10 @@
 //! number of prompt tokens in the batch, then of its beams. `out` buffers take the shape of what is
 //! written to them. Each operation is a trait of one method, so that its implementation is one file.
 
-use super::{AttentionSpec, Batch, DeviceOps, Heads, KvScope, PrefillAttention};
+use super::{
+    AttentionSpec, Batch, DeviceOps, GatedNormSpec, Heads, KvScope, PointwiseAttention,
+    PrefillAttention,
+};
 
 /// The nonlinearities of feed-forward layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,6 +207,47 @@ pub trait AttendPrefill: DeviceOps {
     );
 }
 
+/// Attention of prompts whose weights are no distribution.
+pub trait AttendPointwise: DeviceOps {
+    /// The sum over the positions that a row of a prompt [sees](super::TargetMask::seen) of
+    ///
+    /// ```text
+    /// silu(scale * query . key + bias) / divisor * value
+    /// ```
+    ///
+    /// (pointwise aggregated attention, Zhai et al. 2024, equation 2), in f32. A row of `queries` has
+    /// the queries of all heads, then the keys, then the values, of which the attention takes those of
+    /// targets; those of other positions are read where [`store_context`](StoreContext::store_context)
+    /// has stored them, in the slot's context. Every query head has a key head. `out`: `[rows,
+    /// heads.out_dim()]`, where rows of beams are left as they are.
+    ///
+    /// # Panics
+    /// Where a chunk begins within a group of targets.
+    fn attend_pointwise(
+        &self,
+        set: usize,
+        queries: &Self::Buffer,
+        attention: &PointwiseAttention<'_, Self>,
+        batch: &Batch<'_, Self>,
+        out: &mut Self::Buffer,
+    );
+}
+
+/// Norms rows and multiplies them by a gate.
+pub trait GatedNorm: DeviceOps {
+    /// `out = gate * activation(norm(x))`, the norm as [`layer_norm`](LayerNorm::layer_norm) has it
+    /// over the columns that count; and beside it what the output asks for.
+    /// `x`: `[rows, num_blocks * width]`; `gate`: `[rows, num_blocks * block_columns]`; `out`: as wide
+    /// as the gate, or three times as wide.
+    fn gated_norm(
+        &self,
+        gate: &Self::Buffer,
+        x: &Self::Buffer,
+        spec: &GatedNormSpec<'_, Self>,
+        out: &mut Self::Buffer,
+    );
+}
+
 /// Runs a recurrent cell over prompts.
 pub trait Gru: DeviceOps {
     /// The states of a gated recurrent unit (Cho et al. 2014), which starts at zero, after each row
@@ -284,6 +328,8 @@ pub trait NetworkOps:
     + ApplyRope
     + StoreContext
     + AttendPrefill
+    + AttendPointwise
+    + GatedNorm
     + Gru
     + GatherLast
     + AppendTail
@@ -302,6 +348,8 @@ impl<B> NetworkOps for B where
         + ApplyRope
         + StoreContext
         + AttendPrefill
+        + AttendPointwise
+        + GatedNorm
         + Gru
         + GatherLast
         + AppendTail

@@ -15,8 +15,12 @@ use crate::error::Result;
 use crate::pages;
 use crate::tensor::Tensor;
 
+mod pointwise;
+
+pub use pointwise::{GatedNormCase, PointwiseCase};
+
 /// The operations that have cases.
-pub const OPERATIONS: [&str; 16] = [
+pub const OPERATIONS: [&str; 18] = [
     "embed",
     "add_embedding",
     "layer_norm",
@@ -27,6 +31,8 @@ pub const OPERATIONS: [&str; 16] = [
     "apply_rope",
     "store_context",
     "attend_prefill",
+    "attend_pointwise",
+    "gated_norm",
     "gru",
     "gather_last",
     "append_tail",
@@ -175,6 +181,11 @@ pub fn run<B: Backend>(backend: &B, operation: &str, seed: u64) -> Result<Vec<f3
         "embed" | "gather_last" => embed_and_gather_last(backend, &mut cases, operation),
         "add_embedding" => add_embedding(backend, &mut cases),
         "layer_norm" => layer_norm(backend, &mut cases),
+        "attend_pointwise" => {
+            let case = PointwiseCase::new(&mut cases);
+            case.run(backend, cases.rng.bool())
+        }
+        "gated_norm" => GatedNormCase::new(&mut cases).run(backend),
         "gru" => gru(backend, &mut cases),
         "rms_norm" => rms_norm(backend, &mut cases),
         "matmul" => matmul(backend, &mut cases),

@@ -10,7 +10,7 @@ use super::walk::{Steps, Walk};
 use sidereal::Normalization;
 use sidereal::Tensor;
 use sidereal::backend::prelude::*;
-use sidereal::backend::testing::{Cases, Fixture};
+use sidereal::backend::testing::{Cases, Fixture, GatedNormCase, PointwiseCase};
 use sidereal::backend::{
     Activation, Affine, AttentionSpec, Batch, Beam, Epilogue, HeadNorms, Heads, KvScope, Mask,
     NO_TOKEN, SearchRule, StepChoice,
@@ -44,6 +44,8 @@ macro_rules! operation_tests {
             add_embedding_adds_the_rows_of_prompts_and_no_others,
             layer_norm_is_the_formula_with_weights_and_without,
             layer_norm_keeps_a_small_variance_around_a_large_mean,
+            attend_pointwise_is_the_formula_however_targets_are_read,
+            gated_norm_is_the_formula_in_every_form,
             gru_is_the_formula_for_prompts_of_any_length,
             rms_norm_is_the_formula,
             rms_norm_loses_no_small_square_behind_large_ones,
@@ -241,6 +243,35 @@ pub fn layer_norm_keeps_a_small_variance_around_a_large_mean<S: Subject>() {
     let x = vec![3.0; columns];
     backend.layer_norm(&backend.upload(&x, columns), None, 1e-12, &mut out);
     assert_eq!(values(&backend, &out), vec![0.0; columns]);
+}
+
+pub fn attend_pointwise_is_the_formula_however_targets_are_read<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(60) {
+        let case = PointwiseCase::new(&mut Cases::new(seed));
+        let heads = case.heads;
+        let expected = truth::attend_pointwise(&case);
+        let mut runs = Vec::new();
+        for is_cut in [false, true] {
+            let found = case.run(&backend, is_cut).expect("the device works");
+            let what = format!("attend_pointwise seed {seed}, cut: {is_cut}");
+            let (row, error) = worst_row(&found, &expected, heads.out_dim(), &what);
+            assert!(error < S::TOLERANCE, "{what}: row {row}: relative error {error:.2e}");
+            runs.push(found);
+        }
+        assert!(runs[0] == runs[1], "seed {seed}: bits depend on how a prompt is cut");
+    }
+}
+
+pub fn gated_norm_is_the_formula_in_every_form<S: Subject>() {
+    let backend = S::open();
+    for seed in S::seeds(100) {
+        let case = GatedNormCase::new(&mut Cases::new(seed));
+        let found = case.run(&backend).expect("the device works");
+        let expected = truth::gated_norm(&case);
+        let error = relative_error(&found, &expected, "gated_norm");
+        assert!(error < S::TOLERANCE, "seed {seed}: relative error {error:.2e}");
+    }
 }
 
 pub fn gru_is_the_formula_for_prompts_of_any_length<S: Subject>() {

@@ -1,6 +1,7 @@
 //! The operations as plain loops in f64: what every backend is held against.
 
-use sidereal::backend::{Activation, Heads, Mask};
+use sidereal::backend::testing::{GatedNormCase, PointwiseCase};
+use sidereal::backend::{Activation, GateActivation, GatedOutput, Heads, Mask};
 
 /// A dense matrix, row by row.
 #[derive(Clone)]
@@ -78,6 +79,76 @@ pub fn layer_norm(x: &Matrix, affine: Option<[&[f64]; 2]>, epsilon: f64) -> Matr
         }
     }
     Matrix { values, columns: x.columns }
+}
+
+/// HSTU's attention, a position and a head at a time.
+pub fn attend_pointwise(case: &PointwiseCase) -> Vec<f64> {
+    let heads = case.heads;
+    let (dim, columns) = (heads.key_dim, heads.qkv_dim());
+    let qkv = Matrix::new(&case.qkv, columns);
+    let silu = |x: f64| x / (1.0 + (-x).exp());
+    let mut out = Vec::new();
+    let mut first_row = 0;
+    for (prompt, &len) in case.lens.iter().enumerate() {
+        let first_target = case.first_targets[prompt];
+        let seconds = &case.seconds[prompt];
+        for position in 0..len {
+            let seen = case.mask.seen(position, first_target);
+            for head in 0..heads.num_heads {
+                let part = |row: usize, part: usize| {
+                    &qkv.row(first_row + row)[(part * heads.num_heads + head) * dim..][..dim]
+                };
+                let mut sum = vec![0.0; dim];
+                for key in seen.before.clone().chain(seen.targets.clone()) {
+                    let bias = case.bias.as_ref().map_or(0.0, |[positions, times]| {
+                        let longest = positions.len().div_ceil(2);
+                        let apart = seconds[position + 1].abs_diff(seconds[key]);
+                        let reached = case.thresholds.iter().filter(|&&at| at <= apart).count();
+                        let by_position = positions[longest - 1 + key - position];
+                        f64::from(by_position) + f64::from(times[reached])
+                    });
+                    let score = f64::from(0.3f32) * dot(part(position, 0), part(key, 1)) + bias;
+                    let weight = silu(score) / f64::from(case.divisors[prompt]);
+                    sum.iter_mut().zip(part(key, 2)).for_each(|(sum, v)| *sum += weight * v);
+                }
+                out.extend(sum);
+            }
+        }
+        first_row += len;
+    }
+    out
+}
+
+/// A gated layer norm, a row at a time.
+pub fn gated_norm(case: &GatedNormCase) -> Vec<f64> {
+    let [num_blocks, counting, width] = case.shape;
+    let columns = num_blocks * counting;
+    let mut out = Vec::new();
+    let gates = Matrix::new(&case.gate, columns);
+    let x = Matrix::new(&case.x, num_blocks * width);
+    for (gate, x) in gates.rows().zip(x.rows()) {
+        let x: Vec<f64> = x.chunks(width).flat_map(|block| &block[..counting]).copied().collect();
+        let per_norm = if case.is_by_block { counting } else { columns };
+        let blocks = Matrix { values: x.clone(), columns: per_norm };
+        let mut normed = layer_norm(&blocks, None, f64::from(1e-5f32)).values;
+        if let Some([scale, shift]) = &case.affine {
+            for (column, value) in normed.iter_mut().enumerate() {
+                let at = if case.is_by_block { column / counting } else { column };
+                *value = *value * f64::from(scale[at]) + f64::from(shift[at]);
+            }
+        }
+        let gated = gate.iter().zip(&normed).map(|(gate, &normed)| match case.activation {
+            GateActivation::Identity => gate * normed,
+            GateActivation::Sigmoid => gate / (1.0 + (-normed).exp()),
+        });
+        let gated: Vec<f64> = gated.collect();
+        match case.output {
+            GatedOutput::Gated => out.extend(gated),
+            GatedOutput::WithNormed => out.extend([gate.to_vec(), normed, gated].concat()),
+            GatedOutput::WithInput => out.extend([gate.to_vec(), x, gated].concat()),
+        }
+    }
+    out
 }
 
 /// The states of a gated recurrent unit over one sequence of inputs, as torch documents it.

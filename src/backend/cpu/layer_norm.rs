@@ -25,7 +25,7 @@ impl LayerNorm for CpuBackend {
         let per_task = (VALUES_PER_TASK / columns).max(1) * columns;
         out.values.par_chunks_mut(per_task).zip(x.values.par_chunks(per_task)).for_each(
             |(out, x)| {
-                CenterRows { x, columns, epsilon, out }.dispatch();
+                norm_rows(x, columns, epsilon, out);
                 let Some(Affine { scale, shift }) = affine else { return };
                 for row in out.chunks_exact_mut(columns) {
                     for ((value, scale), shift) in row.iter_mut().zip(scale).zip(shift) {
@@ -38,6 +38,11 @@ impl LayerNorm for CpuBackend {
 }
 
 /// The layer norm of each stretch of `columns` values of `x`, without weights.
+pub(super) fn norm_rows(x: &[f32], columns: usize, epsilon: f32, out: &mut [f32]) {
+    CenterRows { x, columns, epsilon, out }.dispatch();
+}
+
+/// [`norm_rows`], for any instruction set.
 struct CenterRows<'a> {
     x: &'a [f32],
     columns: usize,

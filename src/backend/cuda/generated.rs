@@ -6,9 +6,9 @@ use std::path::Path;
 
 use super::shared::{Declaration, Shared};
 use super::{
-    add_embedding, advance_beams, apply_rope, attend_beams, attend_prefill, catalog, embed,
-    gather_last, glu, gru, layer_norm, lm_head, logits, matmul, memory, metadata, plan, read_beams,
-    rms_norm, rope_tables, rules, store_context, tiling,
+    add_embedding, advance_beams, apply_rope, attend_beams, attend_pointwise, attend_prefill,
+    catalog, embed, gated_norm, gather_last, glu, gru, layer_norm, lm_head, logits, matmul, memory,
+    metadata, plan, read_beams, rms_norm, rope_tables, rules, store_context, tiling,
 };
 use crate::backend::Activation;
 use crate::catalog::sid::MAX_LEVELS;
@@ -32,6 +32,7 @@ fn constants() -> Vec<(&'static str, usize, &'static str)> {
         ("kMaxParts", plan::MAX_PARTS, "that continuations are dealt out to"),
         ("kSelectChunk", advance_beams::SELECT_CHUNK, "keys that advance_beams_select takes"),
         ("kVocabularyStretch", logits::VOCABULARY_STRETCH, "tokens that lm_head_sums takes"),
+        ("kPointwiseRows", attend_pointwise::TILE_ROWS, "that a block of attend_pointwise takes"),
         ("kProductTile", matmul::TILE, "rows and columns of a block's product"),
         ("kVocabulary", rules::BY_VOCABULARY as usize, "Rule::normalizer"),
         ("kLevel", rules::BY_LEVEL as usize, "Rule::normalizer"),
@@ -77,6 +78,9 @@ fn structs() -> Vec<Declaration> {
         apply_rope::Params::declaration(),
         store_context::Params::declaration(),
         attend_prefill::Params::declaration(),
+        attend_pointwise::RowEntry::declaration(),
+        attend_pointwise::Params::declaration(),
+        gated_norm::Params::declaration(),
         gru::Params::declaration(),
         gather_last::Params::declaration(),
         attend_beams::Params::declaration(),

@@ -13,6 +13,7 @@ mod advance_beams;
 mod append_tail;
 mod apply_rope;
 mod attend_beams;
+mod attend_pointwise;
 mod attend_prefill;
 mod backend;
 #[cfg(feature = "cuda")]
@@ -24,6 +25,7 @@ mod device_memory;
 mod device_ops;
 mod driver;
 mod embed;
+mod gated_norm;
 mod gather_last;
 #[cfg(test)]
 mod generated;
