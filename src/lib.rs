@@ -65,6 +65,7 @@ pub mod cost;
 pub mod device;
 pub mod engine;
 mod error;
+mod features;
 pub mod json;
 pub mod lines;
 mod mapping;
@@ -98,6 +99,7 @@ pub use answer::{
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
+pub use features::Features;
 pub use recommender::{Recommender, Status};
 pub use recommender_options::RecommenderOptions;
 pub use request::{

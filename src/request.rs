@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
+use crate::features::Features;
 use crate::search::{Constraint, Merge, Normalization, PhraseRule, Sampling};
 
 /// The largest beam width that a request may ask for.
@@ -265,6 +266,8 @@ pub struct Request {
     pub per_sid: Option<usize>,
     /// What the model's prompt or chat template may name: `{"query": "...", "enable_thinking": false}`.
     pub variables: Map<String, Value>,
+    /// What is known beside the items, for networks that read times, ratings and the like.
+    pub features: Features,
     /// Whether a text has the tokens that the tokenizer puts around every text; `None` for yes with
     /// [`Input::Text`], and for no with [`Input::Messages`], whose template writes them itself.
     pub special_tokens: Option<bool>,
@@ -316,6 +319,7 @@ impl Request {
             shared_sid: SharedSid::All,
             per_sid: None,
             variables: Map::new(),
+            features: Features::default(),
             special_tokens: None,
             user: None,
             priority: Priority::Normal,
@@ -530,6 +534,13 @@ impl Request {
     #[must_use]
     pub fn with_variables(mut self, variables: Map<String, Value>) -> Request {
         self.variables = variables;
+        self
+    }
+
+    /// Sets [`features`](Request::features).
+    #[must_use]
+    pub fn with_features(mut self, features: Features) -> Request {
+        self.features = features;
         self
     }
 

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use sidereal::catalog::Catalog;
+use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
     Engine, EngineOptions, Error, Forced, Input, NamedToken, Normalization, Recommendation,
     RecommenderOptions, Request, Retriever,
@@ -319,7 +321,10 @@ struct GoldenVectors {
 
 #[derive(Deserialize)]
 struct VectorCase {
-    history: Vec<String>,
+    /// Names, or objects with times and ratings.
+    history: Vec<Value>,
+    /// Of the request.
+    time: Option<i64>,
     /// `None` where the published program has no input for the history.
     query: Option<Vec<f64>>,
     /// All items, best first.
@@ -336,8 +341,11 @@ fn check_vectors(family: &str) {
         let options = RecommenderOptions::new("cpu").with_threads(1);
         let retriever = Retriever::open(&folder, catalog, &options).expect("a checkpoint");
         let request = |case: &VectorCase| {
-            let items = case.history.iter().map(String::as_str);
-            Request::from_history(items).with_top_k(usize::MAX)
+            let mut fields = Map::new();
+            fields.insert("history".into(), Value::Array(case.history.clone()));
+            fields.extend(case.time.map(|time| ("time".into(), Value::from(time))));
+            let line = RequestLine::from_fields(fields).expect("a request");
+            line.to_request(&RequestDefaults::default()).expect("a request").with_top_k(usize::MAX)
         };
         for case in &golden.cases {
             let what = format!("{} {:?}", folder.display(), case.history);
@@ -379,6 +387,11 @@ fn check_vectors(family: &str) {
         }
     }
     assert!(checked >= 12, "only {checked} cases of {family}");
+}
+
+#[test]
+fn hstu_vectors_are_those_of_the_published_modules() {
+    check_vectors("hstu");
 }
 
 #[test]

@@ -298,6 +298,42 @@ fn errors_are_written_with_code_and_message_and_for_servers_with_their_kind() {
     assert_eq!(line, format!(r#"{{"id":7,"line":3,"error":{expected}}}"#));
 }
 
+#[test]
+fn entries_are_names_or_objects_with_features() {
+    let parse = |line: &str| {
+        let line = RequestLine::parse(line)?;
+        line.to_request(&RequestDefaults::default())
+    };
+    let line = r#"{"history": [{"item": 17, "time": 5, "rating": "4"}, "9", {"item_id": "x"}],
+                   "candidates": ["1", {"item": "2", "price": 2.5}],
+                   "time": "1700000000", "features": {"country": "DE"}}"#;
+    let request = parse(line).expect("a request");
+    assert_eq!(request.input, Input::History(vec!["17".into(), "9".into(), "x".into()]));
+    assert_eq!(request.candidates, ["1", "2"]);
+    let features = &request.features;
+    assert_eq!(features.time, Some(1_700_000_000));
+    assert_eq!(json!(features.context), json!({"country": "DE"}));
+    assert_eq!(json!(features.history), json!([{"time": 5, "rating": "4"}, {}, {}]));
+    assert_eq!(json!(features.candidates), json!([{}, {"price": 2.5}]));
+    // Written and read again, it is the same request.
+    let written = serde_json::to_string(&request).expect("a JSON form");
+    assert_eq!(parse(&written).expect("a request"), request);
+    // Names alone are written as names.
+    let plain = parse(r#"{"history": [{"item": "17"}, 4]}"#).expect("a request");
+    assert!(plain.features.history.is_empty());
+    for (line, word) in [
+        (r#"{"history": [{"time": 5}]}"#, "entry 0 has no \"item\""),
+        (r#"{"history": ["4", {"item": [5]}]}"#, "entry 1"),
+        (r#"{"history": ["4", 1.5]}"#, "entry 1"),
+        (r#"{"history": ["4"], "time": "noon"}"#, "a whole number"),
+        (r#"{"history": ["4"], "time": 99999999999999999999}"#, "time"),
+        (r#"{"history": ["4"], "features": 4}"#, "features"),
+    ] {
+        let error = parse(line).expect_err(line).to_string();
+        assert!(error.contains(word), "{line}: {error}");
+    }
+}
+
 /// A field that the API description leaves out is one that its readers do not know.
 #[test]
 fn the_api_description_has_every_field_of_a_request() {

@@ -13,6 +13,7 @@
 //! [`AttendBeams::attend_beams`] is `backend/cpu/attend_beams.rs`, `backend/cuda/attend_beams.rs` and
 //! `kernels/attend_beams.cu`.
 
+mod affine;
 mod attention;
 mod batch;
 pub mod cpu;
@@ -30,14 +31,15 @@ mod search;
 #[doc(hidden)]
 pub mod testing;
 
+pub use affine::Affine;
 pub use attention::{AttentionSpec, Heads, KvScope, Mask, PrefillAttention, ScoreRule};
 pub use batch::Batch;
 pub use device::DeviceOps;
 pub use kv_layout::{KvLayout, MemorySpec, SlotSpec};
 pub use network::{
-    Activation, AddEmbedding, Affine, AppendTail, ApplyRope, AttendBeams, AttendPointwise,
-    AttendPrefill, BeamAttention, Embed, Epilogue, GatedNorm, GatherLast, Glu, Gru, HeadNorms,
-    LayerNorm, Matmul, NetworkOps, RmsNorm, RopeTables, StoreContext,
+    Activation, AddEmbedding, AppendTail, ApplyRope, AttendBeams, AttendPointwise, AttendPrefill,
+    BeamAttention, Embed, Epilogue, GatedNorm, GatherLast, Glu, Gru, HeadNorms, LayerNorm, Matmul,
+    NetworkOps, RmsNorm, RopeTables, StoreContext,
 };
 pub use pass_plan::PassPlan;
 pub use pointwise::{

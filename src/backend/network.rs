@@ -5,7 +5,7 @@
 //! written to them. Each operation is a trait of one method, so that its implementation is one file.
 
 use super::{
-    AttentionSpec, Batch, DeviceOps, GatedNormSpec, Heads, KvScope, PointwiseAttention,
+    Affine, AttentionSpec, Batch, DeviceOps, GatedNormSpec, Heads, KvScope, PointwiseAttention,
     PrefillAttention,
 };
 
@@ -42,22 +42,6 @@ pub struct HeadNorms<'a, B: DeviceOps> {
     /// Added to the mean square.
     pub epsilon: f32,
 }
-
-/// The weights of a layer norm.
-pub struct Affine<'a, B: DeviceOps> {
-    /// `[columns]`, what a normed column is multiplied by.
-    pub scale: &'a B::Vector,
-    /// `[columns]`, what is added after it.
-    pub shift: &'a B::Vector,
-}
-
-impl<B: DeviceOps> Clone for Affine<'_, B> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<B: DeviceOps> Copy for Affine<'_, B> {}
 
 impl<B: DeviceOps> Clone for HeadNorms<'_, B> {
     fn clone(&self) -> Self {

@@ -11,7 +11,8 @@ use super::family::activation_of;
 use super::network::Activations;
 use super::transformer_block::{Block, BlockSpec, Linear, Norm, NormPlace, heads};
 use super::vector_network::{
-    VectorModel, VectorNetwork, VectorSpec, item_shape, matrix_shape, num_layers,
+    Events, VectorModel, VectorNetwork, VectorPrompt, VectorSpec, item_shape, matrix_shape,
+    num_layers, tokens_of,
 };
 use super::weights::Weights;
 use crate::backend::{Activation, Backend, Batch, Epilogue, KvLayout, Mask};
@@ -82,21 +83,21 @@ impl<B: Backend> VectorNetwork<B> for Bert4Rec<B> {
         &self.spec
     }
 
-    fn prompt(&self, history: &[u32]) -> Result<Vec<u32>> {
-        match history {
+    fn prompt(&self, events: &Events<'_>) -> Result<VectorPrompt> {
+        match &events.rows[..] {
             [] => Err(Error::EmptyInput),
-            [_oldest, rest @ ..] => Ok([rest, &[self.mask_token]].concat()),
+            [_oldest, rest @ ..] => Ok([rest, &[self.mask_token]].concat().into()),
         }
     }
 
     fn forward(
         &self,
         backend: &B,
-        tokens: &[u32],
+        prompts: &[VectorPrompt],
         batch: &mut Batch<'_, B>,
         s: &mut Activations<B>,
     ) {
-        backend.embed(&self.items, tokens, batch, &mut s.residual);
+        backend.embed(&self.items, &tokens_of(prompts), batch, &mut s.residual);
         let places = batch.chunks.iter().flat_map(|chunk| chunk.clone());
         let positions: Vec<u32> = places.map(|place| place as u32).collect();
         backend.add_embedding(&self.positions, &positions, batch, &mut s.residual);

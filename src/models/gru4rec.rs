@@ -7,7 +7,8 @@ use super::config::Config;
 use super::network::Activations;
 use super::transformer_block::Linear;
 use super::vector_network::{
-    VectorModel, VectorNetwork, VectorSpec, item_shape, matrix_shape, num_layers,
+    Events, VectorModel, VectorNetwork, VectorPrompt, VectorSpec, item_shape, matrix_shape,
+    num_layers, tokens_of,
 };
 use super::weights::Weights;
 use crate::backend::{Backend, Batch, Epilogue, Heads, KvLayout};
@@ -77,21 +78,22 @@ impl<B: Backend> VectorNetwork<B> for Gru4Rec<B> {
         &self.spec
     }
 
-    fn prompt(&self, history: &[u32]) -> Result<Vec<u32>> {
+    fn prompt(&self, events: &Events<'_>) -> Result<VectorPrompt> {
+        let history = &events.rows;
         match history.is_empty() {
             true => Err(Error::EmptyInput),
-            false => Ok(history.to_vec()),
+            false => Ok(history.clone().into()),
         }
     }
 
     fn forward(
         &self,
         backend: &B,
-        tokens: &[u32],
+        prompts: &[VectorPrompt],
         batch: &mut Batch<'_, B>,
         s: &mut Activations<B>,
     ) {
-        backend.embed(&self.items, tokens, batch, &mut s.residual);
+        backend.embed(&self.items, &tokens_of(prompts), batch, &mut s.residual);
         for layer in &self.layers {
             backend.matmul(&s.residual, &layer.input, None, Epilogue::Store, &mut s.projected);
             backend.gru(&s.projected, &layer.state, None, batch, &mut s.residual);

@@ -9,7 +9,7 @@
 //! | `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `GemmaForCausalLM` | `llama`, `mistral`, `qwen2`, `qwen3`, `gemma` | [`decoder_only`] |
 //!
 //! Networks whose output is a vector have no class there: the `family` of the folder's `sidereal.json`
-//! chooses [`sasrec`], [`bert4rec`] or [`gru4rec`] ([`load_vectors`]).
+//! chooses [`sasrec`], [`bert4rec`], [`gru4rec`] or [`hstu`] ([`load_vectors`]).
 
 use std::sync::Arc;
 
@@ -25,6 +25,7 @@ mod family;
 mod folder;
 mod grid;
 pub mod gru4rec;
+pub mod hstu;
 pub mod layout;
 pub mod levels;
 mod network;
@@ -45,7 +46,9 @@ pub use network::{
     PromptKind,
 };
 pub(crate) use vector_network::gives_vectors;
-pub use vector_network::{VECTOR_FAMILIES, VectorModel, VectorNetwork, VectorSpec};
+pub use vector_network::{
+    Events, VECTOR_FAMILIES, VectorModel, VectorNetwork, VectorPrompt, VectorSpec,
+};
 pub use whole_words::WordRule;
 
 /// Puts a checkpoint on a device; `layout` says which tokens its searches choose from.
@@ -95,6 +98,7 @@ pub fn load_vectors<B: Backend>(
         "sasrec" => sasrec::Sasrec::load(backend, config, &mut weights)?,
         "bert4rec" => bert4rec::Bert4Rec::load(backend, config, &mut weights)?,
         "gru4rec" => gru4rec::Gru4Rec::load(backend, config, &mut weights)?,
+        "hstu" => hstu::Hstu::load(backend, config, &mut weights)?,
         other => {
             return Err(Error::Unsupported {
                 what: format!("the family {other:?} as one that gives vectors"),

@@ -16,7 +16,8 @@ use super::family::activation_of;
 use super::network::Activations;
 use super::transformer_block::{Block, BlockSpec, Linear, Norm, NormPlace, heads};
 use super::vector_network::{
-    VectorModel, VectorNetwork, VectorSpec, item_shape, matrix_shape, num_layers,
+    Events, VectorModel, VectorNetwork, VectorPrompt, VectorSpec, item_shape, matrix_shape,
+    num_layers, tokens_of,
 };
 use super::weights::Weights;
 use crate::backend::{Activation, Backend, Batch, KvLayout, Mask};
@@ -184,26 +185,28 @@ impl<B: Backend> VectorNetwork<B> for Sasrec<B> {
         &self.spec
     }
 
-    fn prompt(&self, history: &[u32]) -> Result<Vec<u32>> {
+    fn prompt(&self, events: &Events<'_>) -> Result<VectorPrompt> {
+        let history = &events.rows;
         match self.is_padded {
             true => {
                 let padding = self.spec.max_items - history.len();
-                Ok([&vec![PADDING; padding], history].concat())
+                Ok([&vec![PADDING; padding], &history[..]].concat().into())
             }
             false if history.is_empty() => Err(Error::EmptyInput),
-            false => Ok(history.to_vec()),
+            false => Ok(history.clone().into()),
         }
     }
 
     fn forward(
         &self,
         backend: &B,
-        tokens: &[u32],
+        prompts: &[VectorPrompt],
         batch: &mut Batch<'_, B>,
         s: &mut Activations<B>,
     ) {
-        backend.embed(&self.items, tokens, batch, &mut s.residual);
-        let positions = self.positions_of(tokens, batch);
+        let tokens = tokens_of(prompts);
+        backend.embed(&self.items, &tokens, batch, &mut s.residual);
+        let positions = self.positions_of(&tokens, batch);
         backend.add_embedding(&self.positions, &positions, batch, &mut s.residual);
         if let Some(norm) = &self.input_norm {
             norm.apply(backend, &s.residual, &mut s.normed);

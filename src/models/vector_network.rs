@@ -7,15 +7,18 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
+
 use super::config::Config;
 use super::network::Activations;
 use super::weights::Weights;
 use crate::backend::{Backend, Batch, KvLayout};
 use crate::error::{Error, Result};
+use crate::features;
 use crate::tensor::Tensor;
 
 /// The families that give vectors, by their names in `sidereal.json`.
-pub const VECTOR_FAMILIES: [&str; 3] = ["sasrec", "bert4rec", "gru4rec"];
+pub const VECTOR_FAMILIES: [&str; 4] = ["sasrec", "bert4rec", "gru4rec", "hstu"];
 
 /// What a caller must know of a network that gives vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +35,93 @@ pub struct VectorSpec {
     pub kv: KvLayout,
 }
 
+/// The history of a request, as a network that gives vectors sees it.
+#[derive(Debug, Clone, Default)]
+pub struct Events<'a> {
+    /// Rows of the item table, the oldest item first, at most
+    /// [`max_items`](VectorSpec::max_items) of them.
+    pub rows: Vec<u32>,
+    /// What else is known of each; empty where nothing is known of any.
+    pub features: Vec<&'a Map<String, Value>>,
+    /// The time of the request, in seconds.
+    pub time: Option<i64>,
+}
+
+impl Events<'_> {
+    /// The times of all entries and, behind them, that of the request.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] where one is missing: no other time means the same.
+    pub fn seconds(&self) -> Result<Vec<i64>> {
+        let missing = |field, what: &str| Error::InvalidField {
+            field,
+            reason: format!("this network reads times, and {what} has none; {TIME_FORM}"),
+        };
+        let mut seconds = self.wholes("time")?;
+        if seconds.len() < self.rows.len() {
+            return Err(missing("history", &format!("entry {}", seconds.len())));
+        }
+        seconds.push(self.time.ok_or_else(|| missing("time", "the request"))?);
+        Ok(seconds)
+    }
+
+    /// A feature of all entries that is a number below `count`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidField`] where one is missing or is none.
+    pub fn numbers(&self, name: &str, count: usize) -> Result<Vec<u32>> {
+        let values = self.wholes(name)?;
+        let invalid = |reason: String| Err(Error::InvalidField { field: "history", reason });
+        if values.len() < self.rows.len() {
+            return invalid(format!(
+                "this network reads {name:?}, and entry {} has none",
+                values.len()
+            ));
+        }
+        match values.iter().position(|&value| value < 0 || value as usize >= count) {
+            Some(at) => invalid(format!(
+                "entry {at} has the {name} {}; the network knows 0 to {}",
+                values[at],
+                count - 1
+            )),
+            None => Ok(values.into_iter().map(|value| value as u32).collect()),
+        }
+    }
+
+    /// A feature of the entries, up to the first that does not have it.
+    fn wholes(&self, name: &str) -> Result<Vec<i64>> {
+        let values = self.features.iter().map(|entry| features::whole(entry, name, "history"));
+        values.map_while(Result::transpose).collect()
+    }
+}
+
+/// How a request says its times.
+const TIME_FORM: &str =
+    "write {\"history\": [{\"item\": \"17\", \"time\": 1700000000}], \"time\": 1700000100}";
+
+/// What a network reads of one history.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VectorPrompt {
+    /// Rows of the item table.
+    pub tokens: Vec<u32>,
+    /// What is looked up beside each, where the network does so: its rating.
+    pub second_tokens: Vec<u32>,
+    /// The times of the tokens and of what follows, where the network reads them.
+    pub seconds: Vec<i64>,
+}
+
+impl From<Vec<u32>> for VectorPrompt {
+    /// A prompt of rows alone.
+    fn from(tokens: Vec<u32>) -> VectorPrompt {
+        VectorPrompt { tokens, ..VectorPrompt::default() }
+    }
+}
+
+/// The tokens of all prompts.
+pub(super) fn tokens_of(prompts: &[VectorPrompt]) -> Vec<u32> {
+    prompts.iter().flat_map(|prompt| &prompt.tokens).copied().collect()
+}
+
 /// A network that gives vectors, with its weights on a device.
 ///
 /// It reads each prompt as a whole, in one pass, by the operations that all networks are made of.
@@ -39,19 +129,19 @@ pub trait VectorNetwork<B: Backend>: Send + Sync {
     /// What a caller must know of it.
     fn spec(&self) -> &VectorSpec;
 
-    /// The tokens that the network reads for a history: rows of the item table, the oldest item first,
-    /// at most [`max_items`](VectorSpec::max_items) of them.
+    /// What the network reads of a history.
     ///
     /// # Errors
-    /// [`Error::EmptyInput`] where the network has no input for an empty history.
-    fn prompt(&self, history: &[u32]) -> Result<Vec<u32>>;
+    /// [`Error::EmptyInput`] where the network has no input for an empty history;
+    /// [`Error::InvalidField`] where it reads a feature that is missing or wrong.
+    fn prompt(&self, events: &Events<'_>) -> Result<VectorPrompt>;
 
-    /// Reads whole prompts: `tokens` are those of all prompts of the batch. Leaves a query vector for
-    /// each prompt in `activations.hidden`, `[prompts, columns]`.
+    /// Reads whole prompts, those of all slots of the batch. Leaves a query vector for each prompt in
+    /// `activations.hidden`, `[prompts, columns]`.
     fn forward(
         &self,
         backend: &B,
-        tokens: &[u32],
+        prompts: &[VectorPrompt],
         batch: &mut Batch<'_, B>,
         activations: &mut Activations<B>,
     );

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::backend::{Backend, Batch, MemorySpec, SlotSpec};
 use crate::error::{Error, Result};
-use crate::models::{Activations, VectorModel, VectorSpec};
+use crate::models::{Activations, Events, VectorModel, VectorPrompt, VectorSpec};
 use crate::pages::PAGE_LEN;
 
 /// Histories that a pass reads at most.
@@ -16,19 +16,17 @@ pub(super) trait Encode: Send + Sync {
     /// What the network is.
     fn spec(&self) -> &VectorSpec;
 
-    /// Checks that the network has an input for a history.
+    /// What the network reads of a history.
     ///
     /// # Errors
-    /// [`Error::EmptyInput`].
-    fn check(&self, history: &[u32]) -> Result<()>;
+    /// Those of [`VectorNetwork::prompt`](crate::models::VectorNetwork::prompt).
+    fn prompt(&self, events: &Events<'_>) -> Result<VectorPrompt>;
 
-    /// The query vectors of some histories, `[histories, columns]`, and how many tokens were read for
-    /// each. A history is rows of the item table, at most `max_items` of them.
+    /// The query vectors of some prompts, `[prompts, columns]`.
     ///
     /// # Errors
-    /// [`Error::EmptyInput`] where the network has no input for an empty history;
     /// [`Error::NonFiniteScores`]; the device's own.
-    fn encode(&self, histories: &[&[u32]]) -> Result<(Vec<f32>, Vec<usize>)>;
+    fn encode(&self, prompts: &[VectorPrompt]) -> Result<Vec<f32>>;
 
     /// What computes.
     fn description(&self) -> String;
@@ -92,25 +90,25 @@ impl<B: Backend> Encoder<B> {
     }
 
     /// One pass over at most [`HISTORIES_PER_PASS`] prompts.
-    fn pass(&self, prompts: &[Vec<u32>], workspace: &mut Workspace<B>) -> Result<Vec<f32>> {
+    fn pass(&self, prompts: &[VectorPrompt], workspace: &mut Workspace<B>) -> Result<Vec<f32>> {
         let mut next_page = 0;
         let slots = prompts.iter().map(|prompt| {
             let first = next_page;
-            next_page += self.pages(prompt.len()) as u32;
+            next_page += self.pages(prompt.tokens.len()) as u32;
             self.backend.open_slot(SlotSpec {
                 context_pages: (first..next_page).collect(),
-                context_len: prompt.len(),
+                context_len: prompt.tokens.len(),
                 tail_pages: Vec::new(),
                 num_steps: 0,
                 start_token: 0,
             })
         });
         let mut slots = slots.collect::<Result<Vec<_>>>()?;
-        let chunks: Vec<Range<usize>> = prompts.iter().map(|prompt| 0..prompt.len()).collect();
-        let tokens = prompts.concat();
+        let chunks: Vec<Range<usize>> =
+            prompts.iter().map(|prompt| 0..prompt.tokens.len()).collect();
         let mut batch = Batch::new(&workspace.memory, &chunks, &mut slots);
         let activations = &mut workspace.activations;
-        self.model.network.forward(&self.backend, &tokens, &mut batch, activations);
+        self.model.network.forward(&self.backend, prompts, &mut batch, activations);
         self.backend.take_failure()?;
         self.backend.download(activations.output())
     }
@@ -121,26 +119,23 @@ impl<B: Backend> Encode for Encoder<B> {
         self.model.network.spec()
     }
 
-    fn check(&self, history: &[u32]) -> Result<()> {
-        self.model.network.prompt(history).map(drop)
+    fn prompt(&self, events: &Events<'_>) -> Result<VectorPrompt> {
+        self.model.network.prompt(events)
     }
 
-    fn encode(&self, histories: &[&[u32]]) -> Result<(Vec<f32>, Vec<usize>)> {
-        let network = &*self.model.network;
-        let prompts = histories.iter().map(|history| network.prompt(history));
-        let prompts = prompts.collect::<Result<Vec<_>>>()?;
+    fn encode(&self, prompts: &[VectorPrompt]) -> Result<Vec<f32>> {
         let waiting = self.workspaces().pop();
         let mut workspace = match waiting {
             Some(workspace) => workspace,
             None => self.new_workspace()?,
         };
-        let mut vectors = Vec::with_capacity(histories.len() * self.spec().columns);
+        let mut vectors = Vec::with_capacity(prompts.len() * self.spec().columns);
         for prompts in prompts.chunks(HISTORIES_PER_PASS) {
             vectors.extend(self.pass(prompts, &mut workspace)?);
         }
         self.workspaces().push(workspace);
         match vectors.iter().all(|value| value.is_finite()) {
-            true => Ok((vectors, prompts.iter().map(Vec::len).collect())),
+            true => Ok(vectors),
             false => Err(Error::NonFiniteScores { step: 0 }),
         }
     }

@@ -17,9 +17,12 @@ use crate::catalog::{Catalog, Snapshot};
 use crate::device::{Device, WithBackend};
 use crate::engine::{Known, Wishes, check_snapshot};
 use crate::error::{Error, Result};
+use crate::features;
 use crate::models::config::Config;
 use crate::models::weights::Weights;
-use crate::models::{VECTOR_FAMILIES, VectorSpec, gives_vectors, load_vectors};
+use crate::models::{
+    Events, VECTOR_FAMILIES, VectorPrompt, VectorSpec, gives_vectors, load_vectors,
+};
 use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, MAX_BEAMS, Request, SharedSid, UnknownItems};
 use crate::search::{Constraint, Normalization};
@@ -93,7 +96,7 @@ struct Prepared<'a> {
     request: &'a Request,
     snapshot: Arc<Snapshot>,
     rows: Arc<RowsOfSnapshot>,
-    history: Vec<u32>,
+    prompt: VectorPrompt,
     num_cut: usize,
     unknown_items: UnknownByField,
     asked: Asked,
@@ -208,8 +211,9 @@ impl Retriever {
     /// # Errors
     /// [`Error::UnknownItem`], [`Error::EmptyInput`], [`Error::NonFiniteScores`].
     pub fn query_vector(&self, request: &Request) -> Result<Vec<f32>> {
-        let (history, ..) = self.history(request)?;
-        Ok(self.pool.install(|| self.encoder.encode(&[&history]))?.0)
+        let (events, ..) = self.history(request)?;
+        let prompt = self.encoder.prompt(&events)?;
+        self.pool.install(|| self.encoder.encode(&[prompt]))
     }
 
     /// Answers one request.
@@ -225,56 +229,52 @@ impl Retriever {
     /// request gets alone.
     pub fn recommend_all(&self, requests: &[Request]) -> Vec<Result<Answer>> {
         let start = Instant::now();
-        let mut prepared: Vec<Result<Prepared<'_>>> =
+        let prepared: Vec<Result<Prepared<'_>>> =
             requests.iter().map(|request| self.prepare(request)).collect();
-        // A history without an input is its own request's error alone.
-        for prepared in &mut prepared {
-            if let Ok(Prepared { history, .. }) = prepared
-                && let Err(error) = self.encoder.check(history)
-            {
-                *prepared = Err(error);
-            }
-        }
-        let histories: Vec<&[u32]> =
-            prepared.iter().flatten().map(|prepared| &*prepared.history).collect();
-        let encoded = self.pool.install(|| self.encoder.encode(&histories));
+        let prompts: Vec<VectorPrompt> =
+            prepared.iter().flatten().map(|prepared| prepared.prompt.clone()).collect();
+        let encoded = self.pool.install(|| self.encoder.encode(&prompts));
         let columns = self.matrix.num_columns();
         let mut next = 0;
         let answer = |prepared: Result<Prepared<'_>>| {
             let prepared = prepared?;
-            let (vectors, tokens) = encoded.as_ref().map_err(Error::clone)?;
-            let at = next;
+            let vectors = encoded.as_ref().map_err(Error::clone)?;
+            let query = &vectors[next * columns..(next + 1) * columns];
             next += 1;
-            let query = &vectors[at * columns..(at + 1) * columns];
-            self.answer(prepared, query, tokens[at], start)
+            self.answer(prepared, query, start)
         };
         prepared.into_iter().map(answer).collect()
     }
 
-    /// The rows of a request's history, how many items were cut off, and the names that have none.
-    fn history(&self, request: &Request) -> Result<(Vec<u32>, usize, UnknownNames)> {
+    /// A request's history, how many items were cut off, and the names that have no row.
+    fn history<'r>(&self, request: &'r Request) -> Result<(Events<'r>, usize, UnknownNames)> {
         let Input::History(names) = &request.input else {
             let reason = "a network that gives vectors reads a \"history\" of items".into();
             return Err(Error::InvalidField { field: "tokens", reason });
         };
         let num_cut = names.len().saturating_sub(self.max_items());
+        let features = &request.features.history;
+        features::check_len("history", features.len(), names.len())?;
         let mut unknown = UnknownNames::default();
-        let mut rows = Vec::with_capacity(names.len() - num_cut);
-        for name in &names[num_cut..] {
+        let mut events = Events { time: request.features.time, ..Events::default() };
+        for (at, name) in names.iter().enumerate().skip(num_cut) {
             match self.rows.find(name) {
-                Some(row) => rows.push(row),
+                Some(row) => {
+                    events.rows.push(row);
+                    events.features.extend(features.get(at));
+                }
                 None => unknown.push(name),
             }
         }
         let is_enough = match request.unknown_items {
-            UnknownItems::Skip => !rows.is_empty(),
+            UnknownItems::Skip => !events.rows.is_empty(),
             UnknownItems::Error => false,
         };
         match unknown.names.first() {
             Some(item) if !is_enough => {
                 Err(Error::UnknownItem { field: "history", item: item.clone() })
             }
-            _ => Ok((rows, num_cut, unknown)),
+            _ => Ok((events, num_cut, unknown)),
         }
     }
 
@@ -283,7 +283,8 @@ impl Retriever {
         check_snapshot(request, &snapshot)?;
         check_fields(request)?;
         let mut unknown_items = UnknownByField::default();
-        let (history, num_cut, unknown) = self.history(request)?;
+        let (events, num_cut, unknown) = self.history(request)?;
+        let prompt = self.encoder.prompt(&events)?;
         unknown_items.history = unknown;
         let rows = self.rows.of(&snapshot);
         let asked = match request.candidates.is_empty() {
@@ -293,7 +294,7 @@ impl Retriever {
             }
             false => Asked::Candidates(self.candidates(request, &snapshot, &mut unknown_items)?),
         };
-        Ok(Prepared { request, snapshot, rows, history, num_cut, unknown_items, asked })
+        Ok(Prepared { request, snapshot, rows, prompt, num_cut, unknown_items, asked })
     }
 
     /// The available items that a request asks to score, each once. Items without a vector count as
@@ -335,13 +336,7 @@ impl Retriever {
         }
     }
 
-    fn answer(
-        &self,
-        prepared: Prepared<'_>,
-        query: &[f32],
-        tokens: usize,
-        start: Instant,
-    ) -> Result<Answer> {
+    fn answer(&self, prepared: Prepared<'_>, query: &[f32], start: Instant) -> Result<Answer> {
         let Prepared { request, snapshot, .. } = &prepared;
         let recommend = |found: &Found| {
             let item = prepared.rows.item(found.row).expect("rows of items are asked for");
@@ -374,7 +369,7 @@ impl Retriever {
             read: Vec::new(),
             thoughts: Vec::new(),
             sequences: Vec::new(),
-            tokens,
+            tokens: prepared.prompt.tokens.len(),
             cached_tokens: 0,
             skipped_items: prepared.num_cut,
             weights_version: 1,

@@ -16,6 +16,7 @@
 
 mod answer;
 mod change;
+mod entries;
 mod error;
 mod loose;
 mod name;

@@ -7,10 +7,12 @@ use serde::ser::SerializeStruct;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
+use super::entries::{Entries, write_entries};
 use super::loose::{LooseName, Real, Scalar, Whole};
 use super::think::Thinking;
 use super::tokens::{TokenName, named_tokens, tokens_in_range};
 use crate::error::{Error, Result};
+use crate::features::Features;
 use crate::json;
 use crate::request::{
     Forced, Input, LongHistory, MAX_BEAMS, Priority, Request, SharedSid, UnknownItems,
@@ -39,14 +41,12 @@ pub struct RequestLine {
     #[serde(default)]
     pub id: Option<Value>,
     // The other names are those of published data sets.
-    #[serde(
-        default,
-        deserialize_with = "names",
-        alias = "items",
-        alias = "item_ids",
-        alias = "item_id_list"
-    )]
-    history: Option<Vec<String>>,
+    #[serde(default, alias = "items", alias = "item_ids", alias = "item_id_list")]
+    history: Option<Entries>,
+    #[serde(default)]
+    time: Option<Whole>,
+    #[serde(default)]
+    features: Option<Map<String, Value>>,
     #[serde(default)]
     tokens: Option<Vec<Whole>>,
     #[serde(default)]
@@ -71,8 +71,8 @@ pub struct RequestLine {
     filter: Option<String>,
     #[serde(default)]
     groups: Option<Vec<String>>,
-    #[serde(default, deserialize_with = "names")]
-    candidates: Option<Vec<String>>,
+    #[serde(default)]
+    candidates: Option<Entries>,
     #[serde(default)]
     forced: Option<ForcedTokens>,
     #[serde(default)]
@@ -255,12 +255,12 @@ impl RequestLine {
 
     /// The items of the history, empty where the line gives tokens.
     pub fn history(&self) -> &[String] {
-        self.history.as_deref().unwrap_or_default()
+        self.history.as_ref().map_or(&[], |history| &history.items)
     }
 
     /// The items to score, where the line names some.
     pub fn candidates(&self) -> Option<&[String]> {
-        self.candidates.as_deref()
+        self.candidates.as_ref().map(|candidates| &candidates.items[..])
     }
 
     /// The item that the user took next, where the line says so: evaluation needs it.
@@ -276,7 +276,7 @@ impl RequestLine {
     /// The one input that the line gives. A program that writes every field writes empty ones beside
     /// the one that it means.
     fn input(&self) -> Result<Input> {
-        let history = self.history.as_ref().map(|items| {
+        let history = self.history.as_ref().map(|Entries { items, .. }| {
             let input = Ok(Input::History(items.clone()));
             (items.is_empty(), input)
         });
@@ -349,7 +349,8 @@ impl RequestLine {
             only: self.only.clone(),
             filter: self.filter.clone(),
             groups: self.groups.clone().unwrap_or_default(),
-            candidates: self.candidates.clone().unwrap_or_default(),
+            candidates: self.candidates().unwrap_or_default().to_vec(),
+            features: self.features()?,
             forced: self.forced()?,
             read: named_tokens("read", self.read.as_deref().unwrap_or_default())?,
             think: self.think.as_ref().map(Thinking::to_think).transpose()?,
@@ -381,7 +382,7 @@ impl RequestLine {
         let is_empty = |list: Option<usize>| list.unwrap_or(0) == 0;
         let reads = !is_empty(self.read.as_ref().map(Vec::len));
         let has_groups = !is_empty(self.groups.as_ref().map(Vec::len));
-        is_empty(self.candidates.as_ref().map(Vec::len)) && (!reads || has_groups)
+        is_empty(self.candidates().map(<[String]>::len)) && (!reads || has_groups)
     }
 
     fn per_sid(&self, defaults: &RequestDefaults) -> Result<Option<usize>> {
@@ -391,6 +392,24 @@ impl RequestLine {
             (None, Some(_)) => Ok(None),
             (None, None) => Ok(defaults.per_sid),
         }
+    }
+
+    fn features(&self) -> Result<Features> {
+        let of_entries = |entries: &Option<Entries>| {
+            entries.as_ref().map(|entries| entries.features.clone()).unwrap_or_default()
+        };
+        let seconds = |Whole(time)| {
+            i64::try_from(time).map_err(|_| Error::InvalidField {
+                field: "time",
+                reason: format!("{time} is no number of seconds that 64 bits hold"),
+            })
+        };
+        Ok(Features {
+            time: self.time.map(seconds).transpose()?,
+            context: self.features.clone().unwrap_or_default(),
+            history: of_entries(&self.history),
+            candidates: of_entries(&self.candidates),
+        })
     }
 
     fn min_snapshot(&self) -> Result<Option<u64>> {
@@ -431,9 +450,11 @@ fn clamped(number: i128) -> i64 {
 /// The line that says the whole request, whatever a reader's defaults are.
 impl Serialize for Request {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-        let mut line = serializer.serialize_struct("Request", 26)?;
+        let mut line = serializer.serialize_struct("Request", 28)?;
         match &self.input {
-            Input::History(items) => line.serialize_field("history", items)?,
+            Input::History(items) => {
+                write_entries(&mut line, "history", items, &self.features.history)?;
+            }
             Input::Tokens(tokens) => line.serialize_field("tokens", tokens)?,
             Input::Text(text) => line.serialize_field("text", text)?,
             Input::Messages(messages) => line.serialize_field("messages", messages)?,
@@ -444,13 +465,12 @@ impl Serialize for Request {
         if let Some(special_tokens) = self.special_tokens {
             line.serialize_field("special_tokens", &special_tokens)?;
         }
-        for (field, texts) in
-            [("exclude", &self.exclude), ("groups", &self.groups), ("candidates", &self.candidates)]
-        {
+        for (field, texts) in [("exclude", &self.exclude), ("groups", &self.groups)] {
             if !texts.is_empty() {
                 line.serialize_field(field, texts)?;
             }
         }
+        write_features(&mut line, self)?;
         line.serialize_field("exclude_history", &self.exclude_history)?;
         line.serialize_field("unknown_items", &self.unknown_items)?;
         line.serialize_field("long_history", &self.long_history)?;
@@ -504,6 +524,24 @@ impl Serialize for Request {
         }
         line.end()
     }
+}
+
+/// Candidates, and what is known beside the items.
+fn write_features<S: SerializeStruct>(
+    line: &mut S,
+    request: &Request,
+) -> std::result::Result<(), S::Error> {
+    let features = &request.features;
+    if !request.candidates.is_empty() {
+        write_entries(line, "candidates", &request.candidates, &features.candidates)?;
+    }
+    if let Some(time) = features.time {
+        line.serialize_field("time", &time)?;
+    }
+    if !features.context.is_empty() {
+        line.serialize_field("features", &features.context)?;
+    }
+    Ok(())
 }
 
 impl Serialize for Forced {

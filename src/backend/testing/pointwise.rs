@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Cases, Fixture, vector};
+use super::fixture::{Cases, Fixture, vector};
 use crate::backend::{
     Affine, Backend, Batch, GateActivation, GatedNormSpec, GatedOutput, Heads, PointwiseAttention,
     PositionTimeBias, TargetMask,

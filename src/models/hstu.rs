@@ -1,0 +1,463 @@
+//! HSTU: hierarchical sequential transduction units over a history and its times (Zhai et al. 2024), in
+//! the layout of the research code of meta-recsys/generative-recommenders
+//! (`research/modeling/sequential/hstu.py`).
+//!
+//! A block is, with `[u, v, q, k] = silu(norm(x) W)` and the norm without weights,
+//!
+//! ```text
+//! a = sum over j <= i of silu(q_i . k_j + position[j - i] + time[bucket(t_{i+1} - t_j)]) / N * v_j
+//! x += (u * norm(a)) W_o + b_o
+//! ```
+//!
+//! `N` is the number of positions of the model, whatever the length of the history, so padding changes
+//! nothing and none is read. The last row's `t_{i+1}` is the time of the request.
+
+use std::sync::Arc;
+
+use super::config::Config;
+use super::network::Activations;
+use super::transformer_block::Linear;
+use super::vector_network::{
+    Events, VectorModel, VectorNetwork, VectorPrompt, VectorSpec, item_shape, matrix_shape,
+    num_layers, tokens_of,
+};
+use super::weights::Weights;
+use crate::backend::{
+    Activation, Backend, Batch, Epilogue, GateActivation, GatedNormSpec, GatedOutput, Heads,
+    KvLayout, PointwiseAttention, PositionTimeBias, TargetMask,
+};
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// Of the published norms.
+const EPSILON: f32 = 1e-6;
+
+/// The network.
+pub struct Hstu<B: Backend> {
+    spec: VectorSpec,
+    /// Times the root of the columns, and padded to them where ratings have columns of their own.
+    items: B::Table,
+    positions: B::Table,
+    /// The same of ratings, and how many there are.
+    ratings: Option<(B::Table, usize)>,
+    blocks: Vec<Block<B>>,
+    heads: Heads,
+    /// Columns of a head's values that count.
+    value_dim: usize,
+    /// What weights are divided by.
+    divisor: f32,
+    activation: Epilogue,
+    output: GatedOutput,
+    thresholds: Vec<u64>,
+    /// Takes the columns of items out of those of items and ratings.
+    item_columns: Option<B::Matrix>,
+    norm: OutputNorm<B>,
+}
+
+/// What a query vector is normed by.
+enum OutputNorm<B: Backend> {
+    /// An RMS norm by these weights is a division by the vector's length.
+    Length(B::Vector),
+    Layer,
+}
+
+struct Block<B: Backend> {
+    /// Queries, keys and values, each head padded.
+    qkv: B::Matrix,
+    gate: B::Matrix,
+    out: Linear<B>,
+    bias: Option<Bias<B>>,
+}
+
+struct Bias<B: Backend> {
+    positions: B::Vector,
+    times: B::Vector,
+}
+
+impl<B: Backend> Hstu<B> {
+    /// Puts a checkpoint on a device.
+    ///
+    /// # Errors
+    /// See [`load_vectors`](super::load_vectors).
+    pub fn load(backend: &B, config: &Config, weights: &mut Weights) -> Result<VectorModel<B>> {
+        const ITEMS: &str = "_embedding_module._item_emb.weight";
+        const POSITIONS: &str = "_input_features_preproc._pos_emb.weight";
+        let [num_rows, item_columns] = item_shape(config, weights, ITEMS)?;
+        let [num_positions, columns] = matrix_shape(weights, POSITIONS)?;
+        let max_items = needed(
+            config,
+            "max_items",
+            "how many of a history's newest items are read (train_fn.max_sequence_length)",
+        )?;
+        if max_items == 0 || max_items >= num_positions {
+            return Err(config.error(format!(
+                "\"max_items\" is {max_items}; the checkpoint has {num_positions} positions, of \
+                 which one at least belongs to what follows"
+            )));
+        }
+        let num_heads =
+            needed(config, "num_heads", "the attention heads (hstu_encoder.num_heads)")?;
+        let scale = (columns as f64).sqrt() as f32;
+        let items = weights.take(ITEMS, &[num_rows, item_columns])?;
+        let ratings = load_ratings(backend, config, weights, [columns, item_columns])?;
+        let shape = BlockShape::read(config, weights, columns, num_heads)?;
+        let count = num_layers(weights, |layer| format!("{}._uvqk", block_name(layer)));
+        let is_normed = config.flag("item_l2_norm")?.unwrap_or(true);
+        let network = Hstu {
+            spec: VectorSpec {
+                columns: item_columns,
+                num_rows,
+                max_items,
+                max_tokens: max_items,
+                kv: KvLayout::new(count, shape.heads),
+            },
+            items: backend.table(spread(&items, columns, 0, scale), None)?,
+            positions: backend.table(weights.take(POSITIONS, &[num_positions, columns])?, None)?,
+            ratings,
+            blocks: (0..count)
+                .map(|layer| Block::load(backend, weights, layer, columns, &shape, num_positions))
+                .collect::<Result<_>>()?,
+            heads: shape.heads,
+            value_dim: shape.value_dim,
+            divisor: num_positions as f32,
+            activation: match config.text_or("linear_activation", "silu")? {
+                "silu" => Epilogue::Activate(Activation::Silu),
+                "none" => Epilogue::Store,
+                other => {
+                    return Err(config.error(format!(
+                        "\"linear_activation\" is {other:?}; \"silu\" and \"none\" are"
+                    )));
+                }
+            },
+            output: shape.output,
+            thresholds: shape.thresholds,
+            item_columns: match item_columns == columns {
+                true => None,
+                false => Some(backend.matrix(&[first_columns(item_columns, columns)])?),
+            },
+            norm: OutputNorm::read(backend, config, item_columns)?,
+        };
+        let items = if is_normed { of_length_one(&items) } else { items };
+        Ok(VectorModel { network: Arc::new(network), items, bias: None })
+    }
+}
+
+/// A size that no tensor tells.
+fn needed(config: &Config, key: &str, what: &str) -> Result<usize> {
+    let missing = || {
+        config.error(format!("{key:?} is missing: {what}, which no tensor of this family tells"))
+    };
+    config.size_if_given(key)?.ok_or_else(missing)
+}
+
+/// The embeddings of ratings behind those of items, where the checkpoint has them, and how many there
+/// are.
+fn load_ratings<B: Backend>(
+    backend: &B,
+    config: &Config,
+    weights: &mut Weights,
+    [columns, item_columns]: [usize; 2],
+) -> Result<Option<(B::Table, usize)>> {
+    const NAME: &str = "_input_features_preproc._rating_emb.weight";
+    let (count, width) = match weights.contains(NAME) {
+        true => matrix_shape(weights, NAME)?.into(),
+        false => (0, 0),
+    };
+    if width + item_columns != columns {
+        return Err(config.error(format!(
+            "positions have {columns} columns, items {item_columns} and ratings {width}: ratings beside \
+             items are served, and no ratings as positions of their own"
+        )));
+    }
+    if width == 0 {
+        return Ok(None);
+    }
+    let ratings = weights.take(NAME, &[count, width])?;
+    let scale = (columns as f64).sqrt() as f32;
+    Ok(Some((backend.table(spread(&ratings, columns, item_columns, scale), None)?, count)))
+}
+
+impl<B: Backend> OutputNorm<B> {
+    fn read(backend: &B, config: &Config, columns: usize) -> Result<OutputNorm<B>> {
+        match config.text_or("user_embedding_norm", "l2_norm")? {
+            "l2_norm" => {
+                let weight = vec![(columns as f64).powf(-0.5) as f32; columns];
+                Ok(OutputNorm::Length(backend.vector(&[Tensor::new(&[columns], weight)])?))
+            }
+            "layer_norm" => Ok(OutputNorm::Layer),
+            other => Err(config.error(format!(
+                "\"user_embedding_norm\" is {other:?}; \"l2_norm\" and \"layer_norm\" are"
+            ))),
+        }
+    }
+}
+
+fn block_name(layer: usize) -> String {
+    format!("_hstu._attention_layers.{layer}")
+}
+
+/// What the blocks of a checkpoint have in common.
+struct BlockShape {
+    /// Padded, so that keys and values are of one width.
+    heads: Heads,
+    key_dim: usize,
+    value_dim: usize,
+    output: GatedOutput,
+    /// Of the time buckets; empty without a bias.
+    thresholds: Vec<u64>,
+}
+
+impl BlockShape {
+    fn read(
+        config: &Config,
+        weights: &Weights,
+        columns: usize,
+        num_heads: usize,
+    ) -> Result<BlockShape> {
+        let first = block_name(0);
+        let (uvqk, out) = (format!("{first}._uvqk"), format!("{first}._o.weight"));
+        let [_, all] = matrix_shape(weights, &uvqk)?;
+        let [_, gated] = matrix_shape(weights, &out)?;
+        let output = match config.flag("concat_ua")?.unwrap_or(false) {
+            true => GatedOutput::WithNormed,
+            false => GatedOutput::Gated,
+        };
+        let values = gated / output.num_parts();
+        let is_whole = gated.is_multiple_of(output.num_parts())
+            && values.is_multiple_of(num_heads)
+            && all > 2 * values
+            && (all - 2 * values).is_multiple_of(2 * num_heads);
+        if !is_whole {
+            return Err(config.error(format!(
+                "{num_heads} heads do not fit {uvqk:?} of {columns} x {all} and {out:?} of {columns} x \
+                 {gated}; check \"num_heads\", and \"concat_ua\" where the training set it"
+            )));
+        }
+        let (key_dim, value_dim) = ((all - 2 * values) / 2 / num_heads, values / num_heads);
+        let times = format!("{first}._rel_attn_bias._ts_w");
+        let num_times = weights.num_rows(&times).unwrap_or(0);
+        Ok(BlockShape {
+            heads: Heads::new(num_heads, num_heads, padded(key_dim.max(value_dim))),
+            key_dim,
+            value_dim,
+            output,
+            thresholds: thresholds(num_times.saturating_sub(1)),
+        })
+    }
+}
+
+/// A width that every kernel takes.
+pub(super) fn padded(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(8)
+}
+
+/// The first number of seconds of each time bucket but the first: a bucket is
+/// `trunc(ln(max(1, seconds)) / 0.301)` in f32, and the last takes all that is longer.
+fn thresholds(count: usize) -> Vec<u64> {
+    let bucket = |seconds: u64| ((seconds.max(1) as f32).ln() / 0.301) as usize;
+    let first_of = |number: usize| {
+        let (mut low, mut high) = (0, 1u64 << 63);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match bucket(middle) >= number {
+                true => high = middle,
+                false => low = middle + 1,
+            }
+        }
+        low
+    };
+    (1..=count).map(first_of).collect()
+}
+
+/// `[rows, columns]` with the tensor's own columns, times a factor, from `first` on, and zeros beside.
+fn spread(tensor: &Tensor, columns: usize, first: usize, factor: f32) -> Tensor {
+    let [rows, width] = [tensor.shape()[0], tensor.shape()[1]];
+    let mut values = vec![0.0; rows * columns];
+    for (to, from) in values.chunks_exact_mut(columns).zip(tensor.to_vec().chunks_exact(width)) {
+        to[first..first + width].iter_mut().zip(from).for_each(|(to, from)| *to = from * factor);
+    }
+    Tensor::new(&[rows, columns], values)
+}
+
+/// Takes the first of some columns: `[wanted, columns]`.
+fn first_columns(wanted: usize, columns: usize) -> Tensor {
+    let mut values = vec![0.0; wanted * columns];
+    values.iter_mut().step_by(columns + 1).for_each(|value| *value = 1.0);
+    Tensor::new(&[wanted, columns], values)
+}
+
+/// Rows divided by their lengths, or by 1e-6 where they are shorter.
+fn of_length_one(tensor: &Tensor) -> Tensor {
+    let mut values = tensor.to_vec();
+    for row in values.chunks_exact_mut(tensor.shape()[1]) {
+        let length = row.iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt().max(1e-6);
+        row.iter_mut().for_each(|x| *x = (f64::from(*x) / length) as f32);
+    }
+    Tensor::new(tensor.shape(), values)
+}
+
+/// Some columns of a matrix `[in, all]` as a matrix `[out, in]`, in blocks of which each is padded
+/// with zeros to `width`.
+pub(super) fn transposed_blocks(
+    matrix: &Tensor,
+    first: usize,
+    num_blocks: usize,
+    block: usize,
+    width: usize,
+) -> Tensor {
+    let [num_in, all] = [matrix.shape()[0], matrix.shape()[1]];
+    let values = matrix.to_vec();
+    let mut out = vec![0.0; num_blocks * width * num_in];
+    for number in 0..num_blocks {
+        for column in 0..block {
+            let from = first + number * block + column;
+            let to = &mut out[(number * width + column) * num_in..][..num_in];
+            to.iter_mut().enumerate().for_each(|(row, to)| *to = values[row * all + from]);
+        }
+    }
+    Tensor::new(&[num_blocks * width, num_in], out)
+}
+
+impl<B: Backend> Block<B> {
+    fn load(
+        backend: &B,
+        weights: &mut Weights,
+        layer: usize,
+        columns: usize,
+        shape: &BlockShape,
+        num_positions: usize,
+    ) -> Result<Block<B>> {
+        let name = block_name(layer);
+        let BlockShape { heads, key_dim, value_dim, .. } = *shape;
+        let (count, width) = (heads.num_heads, heads.head_dim());
+        let (keys, values) = (count * key_dim, count * value_dim);
+        let uvqk = weights.take(&format!("{name}._uvqk"), &[columns, 2 * values + 2 * keys])?;
+        let gated = shape.output.num_parts() * values;
+        let part = |first, dim| transposed_blocks(&uvqk, first, count, dim, width);
+        let out = format!("{name}._o");
+        let bias = match shape.thresholds.is_empty() {
+            true => None,
+            false => {
+                let name = format!("{name}._rel_attn_bias");
+                let positions =
+                    weights.take(&format!("{name}._pos_w"), &[2 * num_positions - 1])?;
+                let times =
+                    weights.take(&format!("{name}._ts_w"), &[shape.thresholds.len() + 1])?;
+                Some(Bias {
+                    positions: backend.vector(&[positions])?,
+                    times: backend.vector(&[times])?,
+                })
+            }
+        };
+        Ok(Block {
+            qkv: backend.matrix(&[
+                part(2 * values, key_dim),
+                part(2 * values + keys, key_dim),
+                part(values, value_dim),
+            ])?,
+            gate: backend.matrix(&[transposed_blocks(&uvqk, 0, count, value_dim, value_dim)])?,
+            out: Linear::load(backend, weights, &[out], [columns, gated])?,
+            bias,
+        })
+    }
+}
+
+impl<B: Backend> VectorNetwork<B> for Hstu<B> {
+    fn spec(&self) -> &VectorSpec {
+        &self.spec
+    }
+
+    fn prompt(&self, events: &Events<'_>) -> Result<VectorPrompt> {
+        if events.rows.is_empty() {
+            return Err(Error::EmptyInput);
+        }
+        let has_times = self.blocks.iter().any(|block| block.bias.is_some());
+        let seconds = if has_times { events.seconds()? } else { Vec::new() };
+        let second_tokens = match &self.ratings {
+            Some((_, count)) => events.numbers("rating", *count)?,
+            None => Vec::new(),
+        };
+        Ok(VectorPrompt { tokens: events.rows.to_vec(), second_tokens, seconds })
+    }
+
+    fn forward(
+        &self,
+        backend: &B,
+        prompts: &[VectorPrompt],
+        batch: &mut Batch<'_, B>,
+        s: &mut Activations<B>,
+    ) {
+        backend.embed(&self.items, &tokens_of(prompts), batch, &mut s.residual);
+        if let Some((ratings, _)) = &self.ratings {
+            let of_prompts = prompts.iter().flat_map(|prompt| &prompt.second_tokens);
+            let of_prompts: Vec<u32> = of_prompts.copied().collect();
+            backend.add_embedding(ratings, &of_prompts, batch, &mut s.residual);
+        }
+        let positions = batch.chunks.iter().flat_map(|chunk| chunk.clone());
+        let positions: Vec<u32> = positions.map(|position| position as u32).collect();
+        backend.add_embedding(&self.positions, &positions, batch, &mut s.residual);
+
+        let heads = self.heads;
+        let ends: Vec<usize> = prompts.iter().map(|prompt| prompt.tokens.len()).collect();
+        let divisors = vec![self.divisor; prompts.len()];
+        let seconds: Vec<Vec<i64>> = prompts.iter().map(|prompt| prompt.seconds.clone()).collect();
+        for (index, block) in self.blocks.iter().enumerate() {
+            backend.layer_norm(&s.residual, None, EPSILON, &mut s.normed);
+            backend.matmul(&s.normed, &block.qkv, None, self.activation, &mut s.projected);
+            backend.matmul(&s.normed, &block.gate, None, self.activation, &mut s.spare);
+            let attention = PointwiseAttention {
+                heads,
+                scale: 1.0,
+                mask: TargetMask::CAUSAL,
+                first_targets: &ends,
+                divisors: &divisors,
+                bias: block.bias.as_ref().map(|bias| PositionTimeBias {
+                    positions: &bias.positions,
+                    times: &bias.times,
+                    thresholds: &self.thresholds,
+                    seconds: &seconds,
+                }),
+            };
+            backend.store_context(index, &s.projected, heads.query_dim(), heads, batch);
+            backend.attend_pointwise(index, &s.projected, &attention, batch, &mut s.attended);
+            let gate = GatedNormSpec {
+                num_blocks: heads.num_heads,
+                block_columns: self.value_dim,
+                is_by_block: false,
+                affine: None,
+                epsilon: EPSILON,
+                activation: GateActivation::Identity,
+                output: self.output,
+            };
+            backend.gated_norm(&s.spare, &s.attended, &gate, &mut s.projected);
+            block.out.apply(backend, &s.projected, Epilogue::Add, &mut s.residual);
+        }
+        backend.gather_last(&s.residual, 0, batch, &mut s.last);
+        if let Some(columns) = &self.item_columns {
+            backend.matmul(&s.last, columns, None, Epilogue::Store, &mut s.normed);
+            std::mem::swap(&mut s.last, &mut s.normed);
+        }
+        match &self.norm {
+            OutputNorm::Length(weight) => backend.rms_norm(&s.last, weight, 1e-30, &mut s.hidden),
+            OutputNorm::Layer => backend.layer_norm(&s.last, None, EPSILON, &mut s.hidden),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_in_the_published_buckets() {
+        let thresholds = thresholds(128);
+        let bucket = |seconds| thresholds.partition_point(|&first| first <= seconds);
+        assert_eq!([0, 1, 2, 3].map(bucket), [0, 0, 2, 3]);
+        let mut rng = fastrand::Rng::with_seed(1);
+        for _ in 0..100_000 {
+            let seconds = rng.u64(..) >> rng.u32(1..64);
+            let published = ((seconds.max(1) as f32).ln() / 0.301).trunc() as usize;
+            assert_eq!(bucket(seconds), published.min(128), "{seconds}");
+        }
+    }
+}
