@@ -28,6 +28,17 @@ pub struct Recommendation {
     /// The thought that it follows, an index of [`Answer::thoughts`], where there are several: of
     /// those whose searches found the item, the one that gave it the best score.
     pub branch: Option<usize>,
+    /// What a network that scores candidates says of it, one score a task; `score` is the first.
+    pub tasks: Vec<TaskScore>,
+}
+
+/// What a network says of an item.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TaskScore {
+    /// The task's name, as in the training.
+    pub task: Arc<str>,
+    /// A probability or a value.
+    pub score: f32,
 }
 
 impl Recommendation {
@@ -41,6 +52,7 @@ impl Recommendation {
             log_probs: Vec::new(),
             title,
             branch: None,
+            tasks: Vec::new(),
         }
     }
 }

@@ -93,8 +93,8 @@ pub mod wire;
 mod writer;
 
 pub use answer::{
-    Answer, Group, ReadToken, Recommendation, Sequence, Thought, Timings, UnknownByField,
-    UnknownNames,
+    Answer, Group, ReadToken, Recommendation, Sequence, TaskScore, Thought, Timings,
+    UnknownByField, UnknownNames,
 };
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
@@ -106,7 +106,7 @@ pub use request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, Think,
     UnknownItems,
 };
-pub use retriever::Retriever;
+pub use retriever::{Ranker, Retriever};
 pub use search::{
     Constraint, EarlyStopping, Merge, Normalization, PhraseRule, PhraseSearch, Sampling,
 };

@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use sidereal::catalog::Catalog;
 use sidereal::wire::{RequestDefaults, RequestLine};
 use sidereal::{
-    Engine, EngineOptions, Error, Forced, Input, NamedToken, Normalization, Recommendation,
+    Engine, EngineOptions, Error, Forced, Input, NamedToken, Normalization, Ranker, Recommendation,
     RecommenderOptions, Request, Retriever,
 };
 
@@ -387,6 +387,55 @@ fn check_vectors(family: &str) {
         }
     }
     assert!(checked >= 12, "only {checked} cases of {family}");
+}
+
+/// What a network that scores candidates says, in f64 by `models/dlrm_hstu.py`.
+#[derive(Deserialize)]
+struct GoldenScores {
+    tasks: Vec<String>,
+    cases: Vec<ScoreCase>,
+}
+
+#[derive(Deserialize)]
+struct ScoreCase {
+    request: Map<String, Value>,
+    /// Candidates, and their scores by task.
+    scores: Vec<(String, Vec<f64>)>,
+}
+
+#[test]
+fn dlrm_hstu_scores_are_those_of_the_published_formulas() {
+    const TOLERANCE: f64 = 3e-5;
+    let mut checked = 0;
+    for folder in std::fs::read_dir(models().join("dlrm_hstu")).expect("a folder").flatten() {
+        let folder = folder.path();
+        let golden: GoldenScores = read(&folder.join("golden.json"));
+        let catalog = Arc::new(Catalog::open(&folder.join("items.jsonl")).expect("items"));
+        let options = RecommenderOptions::new("cpu").with_threads(1);
+        let ranker = Ranker::open(&folder, catalog, &options).expect("a checkpoint");
+        let tasks: Vec<&str> = ranker.tasks().iter().map(|task| &*task.name).collect();
+        assert_eq!(tasks, golden.tasks);
+        for case in &golden.cases {
+            let line = RequestLine::from_fields(case.request.clone()).expect("a request");
+            let request = line.to_request(&RequestDefaults::default()).expect("a request");
+            let answer = ranker.recommend(&request);
+            let what = format!("{} {request:?}", folder.display());
+            let answer = answer.unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_eq!(answer.items.len(), case.scores.len(), "{what}");
+            assert!(answer.items.is_sorted_by(|a, b| a.score >= b.score), "{what}");
+            for (item, expected) in &case.scores {
+                let found = answer.items.iter().find(|found| found.item == *item).expect("all");
+                assert_eq!(found.score, found.tasks[0].score);
+                for ((task, found), exact) in tasks.iter().zip(&found.tasks).zip(expected) {
+                    assert_eq!(&*found.task, *task);
+                    let error = (f64::from(found.score) - exact).abs() / exact.abs().max(1.0);
+                    assert!(error < TOLERANCE, "{what}: {item} {task} is off by {error}");
+                }
+                checked += 1;
+            }
+        }
+    }
+    assert!(checked > 100, "only {checked} scores");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use sidereal::models::config::SidLayout;
 use sidereal::models::{Checkpoint, VECTOR_FAMILIES, vocab_size};
 use sidereal::wire::RequestDefaults;
 use sidereal::{
-    Constraint, Error, LongHistory, Normalization, Recommender, RecommenderOptions, Result,
+    Constraint, Error, LongHistory, Normalization, Ranker, Recommender, RecommenderOptions, Result,
     Retriever, UnknownItems,
 };
 
@@ -186,6 +186,12 @@ impl ModelArguments {
 
     /// Opens a folder of either kind.
     pub fn open_served(&self) -> Result<Served> {
+        if Ranker::serves(&self.model)? {
+            self.refuse_base("networks that score candidates")?;
+            let catalog = self.open_catalog()?;
+            let ranker = Ranker::open(&self.model, catalog, &self.device.options())?;
+            return Ok(Served::Scores(Box::new(ranker)));
+        }
         Ok(match Retriever::serves(&self.model)? {
             true => Served::Vectors(Box::new(self.open_retriever()?)),
             false => Served::Writer(self.open()?),
@@ -204,15 +210,22 @@ impl ModelArguments {
                 ),
             });
         }
-        if self.base.is_some() {
-            let reason = "networks that give vectors have no adapters; leave it out".into();
-            return Err(Error::InvalidOption { option: "--base", reason });
-        }
+        self.refuse_base("networks that give vectors")?;
         let catalog = self.open_catalog()?;
         let spinner = spinner("opening the model");
         let retriever = Retriever::open(&self.model, catalog, &self.device.options())?;
         spinner.finish_and_clear();
         Ok(retriever)
+    }
+
+    fn refuse_base(&self, what: &str) -> Result<()> {
+        match self.base {
+            None => Ok(()),
+            Some(_) => {
+                let reason = format!("{what} have no adapters; leave it out");
+                Err(Error::InvalidOption { option: "--base", reason })
+            }
+        }
     }
 
     pub fn open(&self) -> Result<Recommender> {

@@ -107,11 +107,11 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
             let num_levels = recommender.catalog().snapshot().num_levels();
             arguments.search.defaults(1).check(num_levels)?;
         }
-        Served::Vectors(_) if !arguments.widths.is_empty() => {
-            let reason = "a network that gives vectors has no beams; leave it out".into();
+        Served::Vectors(_) | Served::Scores(_) if !arguments.widths.is_empty() => {
+            let reason = "this network has no beams; leave it out".into();
             return Err(Error::InvalidOption { option: "--widths", reason });
         }
-        Served::Vectors(_) => {}
+        Served::Vectors(_) | Served::Scores(_) => {}
     }
     let mut cutoffs: Vec<usize> = arguments.at.iter().map(|&at| at as usize).collect();
     cutoffs.sort_unstable();

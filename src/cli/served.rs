@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use sidereal::catalog::Catalog;
-use sidereal::{Answer, Recommender, Request, Result, Retriever};
+use sidereal::{Answer, Ranker, Recommender, Request, Result, Retriever};
 
 /// An opened model folder, which answers requests.
 pub enum Served {
@@ -11,6 +11,8 @@ pub enum Served {
     Writer(Recommender),
     /// A model that scores items by vectors.
     Vectors(Box<Retriever>),
+    /// A model that scores the candidates of a request.
+    Scores(Box<Ranker>),
 }
 
 impl Served {
@@ -27,6 +29,10 @@ impl Served {
                 callback(Ok(retriever.recommend(&request)?));
                 Ok(())
             }
+            Served::Scores(ranker) => {
+                callback(Ok(ranker.recommend(&request)?));
+                Ok(())
+            }
         }
     }
 
@@ -35,6 +41,7 @@ impl Served {
         match self {
             Served::Writer(recommender) => recommender.catalog(),
             Served::Vectors(retriever) => retriever.catalog(),
+            Served::Scores(ranker) => ranker.catalog(),
         }
     }
 

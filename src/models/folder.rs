@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::config::{Config, ignored_by};
 use super::family::Family;
 use super::grid;
+use super::score_network::scores_candidates;
 use super::vector_network::gives_vectors;
 use super::weights::{Weights, quantised};
 use crate::checkpoint::adapter::Adapter;
@@ -147,8 +148,13 @@ fn base_of(folder: &Path, adapter: &Adapter, given: Option<&Path>) -> Result<Pat
     ))
 }
 
-/// Refuses a folder whose network gives vectors: it has another door.
+/// Refuses a folder whose network gives vectors or scores: it has another door.
 fn refuse_vectors(folder: &Path) -> Result<()> {
+    if scores_candidates(folder)? {
+        let reason = "its network scores candidates and writes no semantic IDs: `sidereal rank` and \
+                      evaluate serve it, and Ranker of the library";
+        return Err(Error::ModelFolder { path: folder.to_path_buf(), reason: reason.into() });
+    }
     match gives_vectors(folder)? {
         false => Ok(()),
         true => Err(Error::ModelFolder {

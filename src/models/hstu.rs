@@ -16,16 +16,13 @@ use std::sync::Arc;
 
 use super::config::Config;
 use super::network::Activations;
-use super::transformer_block::Linear;
+use super::stu::{Projection, Stu, StuBias, StuInput, StuSpec, Uvqk};
 use super::vector_network::{
     Events, VectorModel, VectorNetwork, VectorPrompt, VectorSpec, item_shape, matrix_shape,
     num_layers, tokens_of,
 };
 use super::weights::Weights;
-use crate::backend::{
-    Activation, Backend, Batch, Epilogue, GateActivation, GatedNormSpec, GatedOutput, Heads,
-    KvLayout, PointwiseAttention, PositionTimeBias, TargetMask,
-};
+use crate::backend::{Activation, Backend, Batch, Epilogue, GatedOutput, KvLayout, TargetMask};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -40,15 +37,10 @@ pub struct Hstu<B: Backend> {
     positions: B::Table,
     /// The same of ratings, and how many there are.
     ratings: Option<(B::Table, usize)>,
-    blocks: Vec<Block<B>>,
-    heads: Heads,
-    /// Columns of a head's values that count.
-    value_dim: usize,
+    block: StuSpec,
+    blocks: Vec<Stu<B>>,
     /// What weights are divided by.
     divisor: f32,
-    activation: Epilogue,
-    output: GatedOutput,
-    thresholds: Vec<u64>,
     /// Takes the columns of items out of those of items and ratings.
     item_columns: Option<B::Matrix>,
     norm: OutputNorm<B>,
@@ -59,19 +51,6 @@ enum OutputNorm<B: Backend> {
     /// An RMS norm by these weights is a division by the vector's length.
     Length(B::Vector),
     Layer,
-}
-
-struct Block<B: Backend> {
-    /// Queries, keys and values, each head padded.
-    qkv: B::Matrix,
-    gate: B::Matrix,
-    out: Linear<B>,
-    bias: Option<Bias<B>>,
-}
-
-struct Bias<B: Backend> {
-    positions: B::Vector,
-    times: B::Vector,
 }
 
 impl<B: Backend> Hstu<B> {
@@ -100,7 +79,7 @@ impl<B: Backend> Hstu<B> {
         let scale = (columns as f64).sqrt() as f32;
         let items = weights.take(ITEMS, &[num_rows, item_columns])?;
         let ratings = load_ratings(backend, config, weights, [columns, item_columns])?;
-        let shape = BlockShape::read(config, weights, columns, num_heads)?;
+        let (uvqk, block) = read_block(config, weights, columns, num_heads)?;
         let count = num_layers(weights, |layer| format!("{}._uvqk", block_name(layer)));
         let is_normed = config.flag("item_l2_norm")?.unwrap_or(true);
         let network = Hstu {
@@ -109,28 +88,18 @@ impl<B: Backend> Hstu<B> {
                 num_rows,
                 max_items,
                 max_tokens: max_items,
-                kv: KvLayout::new(count, shape.heads),
+                kv: KvLayout::new(count, block.heads),
             },
             items: backend.table(spread(&items, columns, 0, scale), None)?,
             positions: backend.table(weights.take(POSITIONS, &[num_positions, columns])?, None)?,
             ratings,
             blocks: (0..count)
-                .map(|layer| Block::load(backend, weights, layer, columns, &shape, num_positions))
+                .map(|layer| {
+                    load_block(backend, weights, layer, [columns, num_positions], uvqk, &block)
+                })
                 .collect::<Result<_>>()?,
-            heads: shape.heads,
-            value_dim: shape.value_dim,
+            block,
             divisor: num_positions as f32,
-            activation: match config.text_or("linear_activation", "silu")? {
-                "silu" => Epilogue::Activate(Activation::Silu),
-                "none" => Epilogue::Store,
-                other => {
-                    return Err(config.error(format!(
-                        "\"linear_activation\" is {other:?}; \"silu\" and \"none\" are"
-                    )));
-                }
-            },
-            output: shape.output,
-            thresholds: shape.thresholds,
             item_columns: match item_columns == columns {
                 true => None,
                 false => Some(backend.matrix(&[first_columns(item_columns, columns)])?),
@@ -197,58 +166,55 @@ fn block_name(layer: usize) -> String {
 }
 
 /// What the blocks of a checkpoint have in common.
-struct BlockShape {
-    /// Padded, so that keys and values are of one width.
-    heads: Heads,
-    key_dim: usize,
-    value_dim: usize,
-    output: GatedOutput,
-    /// Of the time buckets; empty without a bias.
-    thresholds: Vec<u64>,
-}
-
-impl BlockShape {
-    fn read(
-        config: &Config,
-        weights: &Weights,
-        columns: usize,
-        num_heads: usize,
-    ) -> Result<BlockShape> {
-        let first = block_name(0);
-        let (uvqk, out) = (format!("{first}._uvqk"), format!("{first}._o.weight"));
-        let [_, all] = matrix_shape(weights, &uvqk)?;
-        let [_, gated] = matrix_shape(weights, &out)?;
-        let output = match config.flag("concat_ua")?.unwrap_or(false) {
-            true => GatedOutput::WithNormed,
-            false => GatedOutput::Gated,
-        };
-        let values = gated / output.num_parts();
-        let is_whole = gated.is_multiple_of(output.num_parts())
-            && values.is_multiple_of(num_heads)
-            && all > 2 * values
-            && (all - 2 * values).is_multiple_of(2 * num_heads);
-        if !is_whole {
-            return Err(config.error(format!(
-                "{num_heads} heads do not fit {uvqk:?} of {columns} x {all} and {out:?} of {columns} x \
-                 {gated}; check \"num_heads\", and \"concat_ua\" where the training set it"
-            )));
-        }
-        let (key_dim, value_dim) = ((all - 2 * values) / 2 / num_heads, values / num_heads);
-        let times = format!("{first}._rel_attn_bias._ts_w");
-        let num_times = weights.num_rows(&times).unwrap_or(0);
-        Ok(BlockShape {
-            heads: Heads::new(num_heads, num_heads, padded(key_dim.max(value_dim))),
-            key_dim,
-            value_dim,
-            output,
-            thresholds: thresholds(num_times.saturating_sub(1)),
-        })
+fn read_block(
+    config: &Config,
+    weights: &Weights,
+    columns: usize,
+    num_heads: usize,
+) -> Result<(Uvqk, StuSpec)> {
+    let first = block_name(0);
+    let (name, out) = (format!("{first}._uvqk"), format!("{first}._o.weight"));
+    let [_, all] = matrix_shape(weights, &name)?;
+    let [_, gated] = matrix_shape(weights, &out)?;
+    let output = match config.flag("concat_ua")?.unwrap_or(false) {
+        true => GatedOutput::WithNormed,
+        false => GatedOutput::Gated,
+    };
+    let values = gated / output.num_parts();
+    let is_whole = gated.is_multiple_of(output.num_parts())
+        && values.is_multiple_of(num_heads)
+        && all > 2 * values
+        && (all - 2 * values).is_multiple_of(2 * num_heads);
+    if !is_whole {
+        return Err(config.error(format!(
+            "{num_heads} heads do not fit {name:?} of {columns} x {all} and {out:?} of {columns} x \
+             {gated}; check \"num_heads\", and \"concat_ua\" where the training set it"
+        )));
     }
-}
-
-/// A width that every kernel takes.
-pub(super) fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(8)
+    let (key_dim, value_dim) = ((all - 2 * values) / 2 / num_heads, values / num_heads);
+    let uvqk = Uvqk { num_heads, key_dim, value_dim };
+    let num_times = weights.num_rows(&format!("{first}._rel_attn_bias._ts_w")).unwrap_or(0);
+    let activation = match config.text_or("linear_activation", "silu")? {
+        "silu" => Epilogue::Activate(Activation::Silu),
+        "none" => Epilogue::Store,
+        other => {
+            return Err(config
+                .error(format!("\"linear_activation\" is {other:?}; \"silu\" and \"none\" are")));
+        }
+    };
+    let block = StuSpec {
+        heads: uvqk.heads(),
+        value_dim,
+        scale: 1.0,
+        mask: TargetMask::CAUSAL,
+        epsilon: EPSILON,
+        qkv_epilogue: activation,
+        gate_epilogue: activation,
+        is_by_head: false,
+        output,
+        thresholds: thresholds(num_times.saturating_sub(1)),
+    };
+    Ok((uvqk, block))
 }
 
 /// The first number of seconds of each time bucket but the first: a bucket is
@@ -296,70 +262,42 @@ fn of_length_one(tensor: &Tensor) -> Tensor {
     Tensor::new(tensor.shape(), values)
 }
 
-/// Some columns of a matrix `[in, all]` as a matrix `[out, in]`, in blocks of which each is padded
-/// with zeros to `width`.
-pub(super) fn transposed_blocks(
-    matrix: &Tensor,
-    first: usize,
-    num_blocks: usize,
-    block: usize,
-    width: usize,
-) -> Tensor {
-    let [num_in, all] = [matrix.shape()[0], matrix.shape()[1]];
-    let values = matrix.to_vec();
-    let mut out = vec![0.0; num_blocks * width * num_in];
-    for number in 0..num_blocks {
-        for column in 0..block {
-            let from = first + number * block + column;
-            let to = &mut out[(number * width + column) * num_in..][..num_in];
-            to.iter_mut().enumerate().for_each(|(row, to)| *to = values[row * all + from]);
+fn load_block<B: Backend>(
+    backend: &B,
+    weights: &mut Weights,
+    layer: usize,
+    [columns, num_positions]: [usize; 2],
+    uvqk: Uvqk,
+    block: &StuSpec,
+) -> Result<Stu<B>> {
+    let name = block_name(layer);
+    let matrix = weights.take(&format!("{name}._uvqk"), &[columns, uvqk.columns()])?;
+    let gated = block.output.num_parts() * uvqk.num_heads * uvqk.value_dim;
+    let out = weights.take(&format!("{name}._o.weight"), &[columns, gated])?;
+    let out_bias = weights.take(&format!("{name}._o.bias"), &[columns])?;
+    let bias = match block.thresholds.is_empty() {
+        true => None,
+        false => {
+            let name = format!("{name}._rel_attn_bias");
+            let positions = weights.take(&format!("{name}._pos_w"), &[2 * num_positions - 1])?;
+            let times = weights.take(&format!("{name}._ts_w"), &[block.thresholds.len() + 1])?;
+            Some(StuBias {
+                positions: backend.vector(&[positions])?,
+                times: backend.vector(&[times])?,
+            })
         }
-    }
-    Tensor::new(&[num_blocks * width, num_in], out)
-}
-
-impl<B: Backend> Block<B> {
-    fn load(
-        backend: &B,
-        weights: &mut Weights,
-        layer: usize,
-        columns: usize,
-        shape: &BlockShape,
-        num_positions: usize,
-    ) -> Result<Block<B>> {
-        let name = block_name(layer);
-        let BlockShape { heads, key_dim, value_dim, .. } = *shape;
-        let (count, width) = (heads.num_heads, heads.head_dim());
-        let (keys, values) = (count * key_dim, count * value_dim);
-        let uvqk = weights.take(&format!("{name}._uvqk"), &[columns, 2 * values + 2 * keys])?;
-        let gated = shape.output.num_parts() * values;
-        let part = |first, dim| transposed_blocks(&uvqk, first, count, dim, width);
-        let out = format!("{name}._o");
-        let bias = match shape.thresholds.is_empty() {
-            true => None,
-            false => {
-                let name = format!("{name}._rel_attn_bias");
-                let positions =
-                    weights.take(&format!("{name}._pos_w"), &[2 * num_positions - 1])?;
-                let times =
-                    weights.take(&format!("{name}._ts_w"), &[shape.thresholds.len() + 1])?;
-                Some(Bias {
-                    positions: backend.vector(&[positions])?,
-                    times: backend.vector(&[times])?,
-                })
-            }
-        };
-        Ok(Block {
-            qkv: backend.matrix(&[
-                part(2 * values, key_dim),
-                part(2 * values + keys, key_dim),
-                part(values, value_dim),
-            ])?,
-            gate: backend.matrix(&[transposed_blocks(&uvqk, 0, count, value_dim, value_dim)])?,
-            out: Linear::load(backend, weights, &[out], [columns, gated])?,
-            bias,
-        })
-    }
+    };
+    Ok(Stu {
+        input_norm: None,
+        qkv: Projection { weight: backend.matrix(&uvqk.qkv(&matrix))?, bias: None },
+        gate: Projection { weight: backend.matrix(&[uvqk.gate(&matrix)])?, bias: None },
+        output_norm: None,
+        out: Projection {
+            weight: backend.matrix(&[out])?,
+            bias: Some(backend.vector(&[out_bias])?),
+        },
+        bias,
+    })
 }
 
 impl<B: Backend> VectorNetwork<B> for Hstu<B> {
@@ -371,8 +309,8 @@ impl<B: Backend> VectorNetwork<B> for Hstu<B> {
         if events.rows.is_empty() {
             return Err(Error::EmptyInput);
         }
-        let has_times = self.blocks.iter().any(|block| block.bias.is_some());
-        let seconds = if has_times { events.seconds()? } else { Vec::new() };
+        let seconds =
+            if !self.block.thresholds.is_empty() { events.seconds()? } else { Vec::new() };
         let second_tokens = match &self.ratings {
             Some((_, count)) => events.numbers("rating", *count)?,
             None => Vec::new(),
@@ -397,40 +335,12 @@ impl<B: Backend> VectorNetwork<B> for Hstu<B> {
         let positions: Vec<u32> = positions.map(|position| position as u32).collect();
         backend.add_embedding(&self.positions, &positions, batch, &mut s.residual);
 
-        let heads = self.heads;
         let ends: Vec<usize> = prompts.iter().map(|prompt| prompt.tokens.len()).collect();
         let divisors = vec![self.divisor; prompts.len()];
         let seconds: Vec<Vec<i64>> = prompts.iter().map(|prompt| prompt.seconds.clone()).collect();
+        let input = StuInput { first_targets: &ends, divisors: &divisors, seconds: &seconds };
         for (index, block) in self.blocks.iter().enumerate() {
-            backend.layer_norm(&s.residual, None, EPSILON, &mut s.normed);
-            backend.matmul(&s.normed, &block.qkv, None, self.activation, &mut s.projected);
-            backend.matmul(&s.normed, &block.gate, None, self.activation, &mut s.spare);
-            let attention = PointwiseAttention {
-                heads,
-                scale: 1.0,
-                mask: TargetMask::CAUSAL,
-                first_targets: &ends,
-                divisors: &divisors,
-                bias: block.bias.as_ref().map(|bias| PositionTimeBias {
-                    positions: &bias.positions,
-                    times: &bias.times,
-                    thresholds: &self.thresholds,
-                    seconds: &seconds,
-                }),
-            };
-            backend.store_context(index, &s.projected, heads.query_dim(), heads, batch);
-            backend.attend_pointwise(index, &s.projected, &attention, batch, &mut s.attended);
-            let gate = GatedNormSpec {
-                num_blocks: heads.num_heads,
-                block_columns: self.value_dim,
-                is_by_block: false,
-                affine: None,
-                epsilon: EPSILON,
-                activation: GateActivation::Identity,
-                output: self.output,
-            };
-            backend.gated_norm(&s.spare, &s.attended, &gate, &mut s.projected);
-            block.out.apply(backend, &s.projected, Epilogue::Add, &mut s.residual);
+            block.forward(backend, &self.block, index, &input, false, batch, s);
         }
         backend.gather_last(&s.residual, 0, batch, &mut s.last);
         if let Some(columns) = &self.item_columns {

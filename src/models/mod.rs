@@ -9,7 +9,8 @@
 //! | `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `GemmaForCausalLM` | `llama`, `mistral`, `qwen2`, `qwen3`, `gemma` | [`decoder_only`] |
 //!
 //! Networks whose output is a vector have no class there: the `family` of the folder's `sidereal.json`
-//! chooses [`sasrec`], [`bert4rec`], [`gru4rec`] or [`hstu`] ([`load_vectors`]).
+//! chooses [`sasrec`], [`bert4rec`], [`gru4rec`] or [`hstu`] ([`load_vectors`]). So it does with networks
+//! that score candidates: [`dlrm_hstu`] ([`load_scores`]).
 
 use std::sync::Arc;
 
@@ -21,17 +22,23 @@ use weights::Weights;
 pub mod bert4rec;
 pub mod config;
 pub mod decoder_only;
+pub mod dlrm_hstu;
+mod dlrm_rows;
 mod family;
+mod feature_table;
 mod folder;
 mod grid;
 pub mod gru4rec;
 pub mod hstu;
 pub mod layout;
 pub mod levels;
+mod mlp;
 mod network;
 mod relative_bias;
 mod rope;
 pub mod sasrec;
+mod score_network;
+mod stu;
 pub mod t5;
 mod transformer_block;
 mod vector_network;
@@ -44,6 +51,11 @@ pub use folder::Checkpoint;
 pub use network::{
     Activations, EncoderPiece, EncoderSweep, ForwardPass, Model, ModelOutput, ModelSpec, Network,
     PromptKind,
+};
+pub(crate) use score_network::scores_candidates;
+pub use score_network::{
+    ROWS_PER_PASS, SCORE_FAMILIES, ScoreModel, ScoreNetwork, ScoreRequest, ScoreSpec, ScoredItem,
+    Task,
 };
 pub(crate) use vector_network::gives_vectors;
 pub use vector_network::{
@@ -108,6 +120,31 @@ pub fn load_vectors<B: Backend>(
     };
     weights.finish(|name, _| config.is_ignored(name))?;
     config.without_effect(&["ignore", "items", "item_vectors", "metric"]);
+    config.finish()?;
+    Ok(model)
+}
+
+/// Puts a checkpoint of one of the [`SCORE_FAMILIES`] on a device. `config` is the folder's
+/// `sidereal.json`.
+///
+/// # Errors
+/// Those of [`load_vectors`].
+pub fn load_scores<B: Backend>(
+    backend: &B,
+    config: &Config,
+    mut weights: Weights,
+) -> Result<ScoreModel<B>> {
+    let model = match config.text_or("family", "")? {
+        "dlrm_hstu" => dlrm_hstu::DlrmHstu::load(backend, config, &mut weights)?,
+        other => {
+            return Err(Error::Unsupported {
+                what: format!("the family {other:?} as one that scores candidates"),
+                way_out: format!("{} are", SCORE_FAMILIES.join(", ")),
+            });
+        }
+    };
+    weights.finish(|name, tensor| dlrm_hstu::is_spare(name, tensor) || config.is_ignored(name))?;
+    config.without_effect(&["ignore", "items"]);
     config.finish()?;
     Ok(model)
 }

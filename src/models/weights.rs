@@ -170,6 +170,14 @@ impl Weights {
         }
     }
 
+    /// The shape of a matrix, where the checkpoint has one of this name.
+    pub(super) fn matrix_shape_of(&self, name: &str) -> Option<[usize; 2]> {
+        match &self.source {
+            Source::Files(Tensors { floats, .. }) => floats.get(name)?.shape().try_into().ok(),
+            Source::Random(_) => None,
+        }
+    }
+
     /// Whether the checkpoint has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         match &self.source {

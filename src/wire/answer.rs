@@ -4,7 +4,7 @@ use serde::ser::{SerializeSeq, SerializeStruct};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
-use crate::answer::{Answer, Recommendation, Sequence};
+use crate::answer::{Answer, Recommendation, Sequence, TaskScore};
 use crate::backend::LogProb;
 
 /// The answer to one line of requests: the line's `id`, then the [`Answer`].
@@ -60,7 +60,7 @@ impl Serialize for Answer {
 
 impl Serialize for Recommendation {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut item = serializer.serialize_struct("Recommendation", 6)?;
+        let mut item = serializer.serialize_struct("Recommendation", 7)?;
         item.serialize_field("item", &self.item)?;
         item.serialize_field("sid", self.sid.codes())?;
         item.serialize_field("score", &self.score)?;
@@ -73,7 +73,19 @@ impl Serialize for Recommendation {
         if let Some(branch) = self.branch {
             item.serialize_field("branch", &branch)?;
         }
+        if !self.tasks.is_empty() {
+            item.serialize_field("tasks", &Tasks(&self.tasks))?;
+        }
         item.end()
+    }
+}
+
+/// Scores by task: `{"click": 0.25, "seconds": 31.5}`.
+struct Tasks<'a>(&'a [TaskScore]);
+
+impl Serialize for Tasks<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|TaskScore { task, score }| (&**task, score)))
     }
 }
 
