@@ -9,26 +9,30 @@
 the published modules (`HSTUTransducer` with its preprocessor, positional encoder, layers and postprocessor,
 `DefaultMultitaskModule`), loads the same tensors in float64, and prints the largest difference of the scores.
 """
+import importlib.abc
+import importlib.machinery
 import json
 import math
 import os
 import sys
+from unittest.mock import MagicMock
 
 import numpy as np
 
+from hstu import jagged_operations
 from vectors import HERE, draw, write_safetensors
 
 T, P, E = "_hstu_transducer.", "_hstu_transducer._input_preprocessor.", "_hstu_transducer._positional_encoder."
 ITEMS = 30
 CASES = {
     "dlrm_hstu/small": dict(
-        width=6, columns=12, inner=10, heads=2, keys=4, values=4, layers=2, positions=40, times=30, max_items=16,
+        width=6, columns=12, inner=10, heads=2, keys=4, values=4, layers=2, positions=40, times=12, max_items=16,
         item_features=["item_id", "category"], rows={"item_id": ITEMS, "category": 5, "user_id": 9, "country": 4},
         context=[("user_id", 0), ("country", 4)], bits=[1, 2, 4], clock=True,
         tasks=[("click", "probability"), ("like", "probability"), ("seconds", "value")],
         layout={"attention_divisor": 24}),
     "dlrm_hstu/odd": dict(
-        width=5, columns=9, inner=7, heads=3, keys=3, values=5, layers=3, positions=20, times=12, max_items=80,
+        width=5, columns=9, inner=7, heads=3, keys=3, values=5, layers=3, positions=20, times=9, max_items=80,
         item_features=["item_id"], rows={"item_id": ITEMS}, context=[], bits=[], clock=False,
         tasks=[("rating", "probability")], by_head=True, norm=False,
         layout={"attention_divisor": "own_length", "counted_candidates": 1, "max_attn_len": 20,
@@ -252,13 +256,149 @@ def make():
                     for candidate, row in zip(request["candidates"], found)]
             cases.append({"request": request, "scores": rows})
         with open(os.path.join(folder, "golden.json"), "w") as file:
-            file.write(json.dumps({"tasks": [name for name, _ in c_tasks(case)], "cases": cases}) + "\n")
+            file.write(json.dumps({"tasks": [name for name, _ in CASES[case]["tasks"]], "cases": cases}) + "\n")
         print(case, sum(value.size for value in tensors.values()), "numbers")
 
 
-def c_tasks(case):
-    return CASES[case]["tasks"]
+# The published classes.
+
+class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Modules that the published ones import and that nothing here runs: kernels for GPUs and what is for many machines."""
+
+    NAMES = ("triton", "torchrec", "fbgemm_gpu", "hammer", "libfb")
+
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in self.NAMES:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = MagicMock(name=spec.name)
+        module.__path__, module.__spec__, module.__name__ = [], spec, spec.name
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+def published_network(case, torch):
+    from generative_recommenders.common import HammerKernel
+    from generative_recommenders.modules.hstu_transducer import HSTUTransducer
+    from generative_recommenders.modules.multitask_module import (
+        DefaultMultitaskModule, MultitaskTaskType, TaskConfig)
+    from generative_recommenders.modules.positional_encoder import HSTUPositionalEncoder
+    from generative_recommenders.modules.postprocessors import (
+        L2NormPostprocessor, LayerNormPostprocessor, TimestampLayerNormPostprocessor)
+    from generative_recommenders.modules.preprocessors import ContextualPreprocessor
+    from generative_recommenders.modules.stu import STULayer, STULayerConfig, STUStack
+    from generative_recommenders.ops.layer_norm import LayerNorm, SwishLayerNorm
+    c, layout = CASES[case], CASES[case]["layout"]
+    width, columns, inner = c["width"], c["columns"], c["inner"]
+    further = c["item_features"][1:]
+    preprocessor = ContextualPreprocessor(
+        input_embedding_dim=width, hidden_dim=inner, output_embedding_dim=columns,
+        contextual_feature_to_max_length={name: 1 for name, _ in c["context"]},
+        contextual_feature_to_min_uih_length={name: least for name, least in c["context"]},
+        action_embedding_dim=8, action_feature_name="action", action_weights=c["bits"] or None,
+        additional_embedding_features=further, is_inference=True)
+    layers = [STULayer(STULayerConfig(
+        embedding_dim=columns, num_heads=c["heads"], hidden_dim=c["values"], attention_dim=c["keys"],
+        output_dropout_ratio=0.0, causal=True, target_aware=True, max_attn_len=layout.get("max_attn_len"),
+        use_group_norm=c.get("by_head", False), contextual_seq_len=0), is_inference=True) for _ in range(c["layers"])]
+    if c["clock"]:
+        post = TimestampLayerNormPostprocessor(columns, [(3600, 24), (86400, 7)], 1e-5, True)
+    else:
+        post = LayerNormPostprocessor(columns, 1e-5, True) if c.get("norm", True) else L2NormPostprocessor(True)
+    encoder = HSTUPositionalEncoder(c["positions"], c["times"] - 1, columns, len(c["context"]), True)
+    transducer = HSTUTransducer(STUStack(layers, True), preprocessor, post, 0.0, encoder, True)
+    kinds = {"probability": MultitaskTaskType.BINARY_CLASSIFICATION, "value": MultitaskTaskType.REGRESSION}
+    small = lambda num_in, num_out: torch.nn.Sequential(
+        torch.nn.Linear(num_in, inner), SwishLayerNorm(inner), torch.nn.Linear(inner, num_out))
+    tasks = [TaskConfig(name, 1, kinds[kind]) for name, kind in c["tasks"]]
+    multitask = DefaultMultitaskModule(tasks, columns, small, 1.0, True)
+    items = torch.nn.Sequential(*small(width * len(c["item_features"]), columns), LayerNorm(columns))
+    network = torch.nn.ModuleDict({"_hstu_transducer": transducer, "_item_embedding_mlp": items,
+                                   "_multitask_module": multitask})
+    for module in network.modules():
+        if hasattr(module, "set_hammer_kernel"):
+            module.set_hammer_kernel(HammerKernel.PYTORCH)
+    return network.float().eval()
+
+
+def published_scores(case, network, tables, request, torch):
+    """One candidate at a time, so that neither the divisor nor what is counted depends on their number."""
+    c, layout = CASES[case], CASES[case]["layout"]
+    history, num_context = request["history"][-c["max_items"]:], len(c["context"])
+    own, *further = c["item_features"]
+    one = lambda value: torch.tensor([value])
+    found = []
+    for candidate in request["candidates"]:
+        entries = history + [candidate]
+        content = tables[own][[entry["item"] for entry in entries]]
+        payloads = {"action": torch.tensor([entry["action"] for entry in history], dtype=torch.int64)}
+        item = [content[-1:]]
+        for name in further:
+            payloads[name] = tables[name][[entry[name] for entry in entries]]
+            item.append(payloads[name][-1:])
+        for name, _ in c["context"]:
+            value = request["features"].get(name)
+            payloads[name] = tables[name][[] if value is None else [value]]
+            payloads[name + "_offsets"] = torch.tensor([0, 0 if value is None else 1])
+        longest = len(history) + 1
+        if layout["attention_divisor"] != "own_length":
+            longest = layout["attention_divisor"] - num_context
+        user, _ = network["_hstu_transducer"](
+            max_uih_len=longest - 1, max_targets=1, total_uih_len=len(history), total_targets=1,
+            seq_lengths=one(len(entries)), seq_embeddings=content,
+            seq_timestamps=torch.tensor([entry["time"] for entry in history] + [request["time"]]), num_targets=one(1),
+            seq_payloads=payloads)
+        items = network["_item_embedding_mlp"](torch.cat(item, dim=1))
+        predictions = network["_multitask_module"](user, items, {}, {})[0]
+        found.append(predictions[:, 0].numpy())
+    return np.stack(found)
+
+
+def published(repository):
+    import torch
+    sys.meta_path.insert(0, Absent())
+    sys.path.insert(0, repository)
+    library = jagged_operations()
+    from generative_recommenders.ops.pytorch.pt_hstu_attention import _get_valid_attn_mask
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        length = int(rng.integers(1, 20))
+        first_target = int(rng.integers(1, length + 1))
+        layout = {"contextual_seq_len": int(rng.integers(0, min(first_target, 4) + 1)),
+                  "max_attn_len": int(rng.integers(0, 8)), "min_full_attn_seq_len": int(rng.integers(0, 4))}
+        theirs = _get_valid_attn_mask(
+            torch.device("cpu"), True, length, torch.tensor([length]), torch.tensor([length - first_target]),
+            layout["max_attn_len"], layout["contextual_seq_len"], layout["min_full_attn_seq_len"])[0]
+        own = [[seen(layout, i, j, first_target, length) for j in range(length)] for i in range(length)]
+        assert (theirs.numpy() == np.array(own)).all(), layout
+    print("300 masks are equal")
+    for number, case in enumerate(CASES):
+        if "target_group_size" in CASES[case]["layout"]:
+            continue  # of NVIDIA's code
+        # The layers take no such tail, and hash nothing.
+        CASES[case]["layout"].pop("min_full_attn_seq_len", None)
+        rng = np.random.default_rng(3100 + number)
+        tensors, _ = checkpoint(case, rng)
+        network = published_network(case, torch)
+        tables = {name: torch.tensor(tensors[f"_embedding_collection.embeddings.{name}.weight"]).float()
+                  for name in CASES[case]["rows"]}
+        state = {name: torch.tensor(value).float() for name, value in tensors.items() if "_embedding_collection" not in name}
+        missing, unexpected = network.load_state_dict(state, strict=False)
+        known = ("_period_units", "_units_per_period", "_combined_action_weights", "_additional_embedding_mlp")
+        assert not unexpected and all(any(name in left for name in known) for left in missing), (missing, unexpected)
+        worst = 0.0
+        for request in requests(case, rng):
+            with torch.no_grad():
+                theirs = published_scores(case, network, tables, request, torch)
+            worst = max(worst, float(np.abs(theirs - scores(case, tensors, request)).max()))
+        print(f"{case}: the published modules' scores, in f32, differ by {worst:.1e} at most")
+        assert worst < 1e-4, case
+    del library
 
 
 if __name__ == "__main__":
-    {"make": make}[sys.argv[1]](*sys.argv[2:])
+    {"make": make, "published": published}[sys.argv[1]](*sys.argv[2:])
