@@ -50,15 +50,8 @@ impl<B: Backend> Encoder<B> {
     /// Takes a network over.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] on a device that does not compute on the threads of its callers: a GPU
-    /// plans passes for searches alone today.
+    /// The device's.
     pub fn new(backend: B, model: VectorModel<B>) -> Result<Encoder<B>> {
-        if !B::COMPUTES_ON_CALLERS {
-            return Err(Error::Unsupported {
-                what: "a network that gives vectors on a GPU".into(),
-                way_out: "open it on \"cpu\"".into(),
-            });
-        }
         let encoder = Encoder { backend, model, workspaces: Mutex::default() };
         let first = encoder.new_workspace()?;
         encoder.workspaces().push(first);

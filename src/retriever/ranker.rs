@@ -63,18 +63,62 @@ pub struct Ranker {
     pool: ThreadPool,
 }
 
+/// What is read of a folder before its network is put on a device.
 struct Open<'a> {
-    config: &'a Config,
+    folder: &'a Path,
+    config: Config,
     weights: Weights,
+    catalog: Arc<Catalog>,
+    num_threads: usize,
+}
+
+impl Open<'_> {
+    fn read<'a>(
+        folder: &'a Path,
+        catalog: Arc<Catalog>,
+        options: &RecommenderOptions,
+    ) -> Result<Open<'a>> {
+        options.engine.check()?;
+        let path = folder.join("sidereal.json");
+        if !path.exists() {
+            return Err(Error::ModelFolder {
+                path: folder.to_path_buf(),
+                reason: format!(
+                    "sidereal.json is missing: it names the \"family\" of a network that scores \
+                     candidates ({}) and what its tensors do not tell",
+                    SCORE_FAMILIES.join(", ")
+                ),
+            });
+        }
+        let (config, weights) = (Config::read(&path)?, Weights::open(folder)?);
+        Ok(Open { folder, config, weights, catalog, num_threads: options.engine.threads })
+    }
 }
 
 impl WithBackend for Open<'_> {
-    type Output = Box<dyn Score>;
+    type Output = Ranker;
 
-    fn run<B: Backend>(self, backend: B) -> Result<Self::Output> {
-        let model = load_scores(&backend, self.config, self.weights)?;
-        Ok(Box::new(Scorer::new(backend, model)?))
+    fn run<B: Backend>(self, backend: B) -> Result<Ranker> {
+        let Open { folder, config, weights, catalog, num_threads } = self;
+        let model = load_scores(&backend, &config, weights)?;
+        let scorer = Box::new(Scorer::new(backend, model)?);
+        let names = config.text("items").map(|name| folder.join(name));
+        let names = names.unwrap_or_else(|| folder.join("item_rows.json"));
+        let rows = match names.exists() || config.text("items").is_some() {
+            true => Some(ItemRows::read(&names, scorer.spec().num_items, false)?),
+            false => None,
+        };
+        let tasks = scorer.spec().tasks.iter().map(|task| task.name.as_str().into()).collect();
+        let known = read_known(&folder.join("item_features.jsonl"))?;
+        Ok(Ranker { scorer, rows, known, tasks, catalog, pool: new_pool(num_threads)? })
     }
+}
+
+/// Threads that compute.
+pub(super) fn new_pool(num_threads: usize) -> Result<ThreadPool> {
+    let name = |index: usize| format!("sidereal-{index}");
+    let pool = ThreadPoolBuilder::new().num_threads(num_threads).thread_name(name).build();
+    pool.map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })
 }
 
 /// A line of `item_features.jsonl`.
@@ -99,44 +143,29 @@ impl Ranker {
     ///
     /// # Errors
     /// The files': see [`load_scores`]; [`Error::ModelFolder`];
-    /// [`Error::Device`], [`Error::Unsupported`] where the device does not serve such networks;
-    /// [`Error::InvalidOption`].
+    /// [`Error::Device`], [`Error::InvalidOption`].
     pub fn open(
         folder: &Path,
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Ranker> {
-        options.engine.check()?;
-        let path = folder.join("sidereal.json");
-        if !path.exists() {
-            return Err(Error::ModelFolder {
-                path: folder.to_path_buf(),
-                reason: format!(
-                    "sidereal.json is missing: it names the \"family\" of a network that scores \
-                     candidates ({}) and what its tensors do not tell",
-                    SCORE_FAMILIES.join(", ")
-                ),
-            });
-        }
-        let config = Config::read(&path)?;
+        let open = Open::read(folder, catalog, options)?;
         let device: Device = options.device.parse()?;
-        let weights = Weights::open(folder)?;
-        let dtype = options.dtype.unwrap_or_else(|| device.default_dtype(weights.dtype()));
-        let scorer = device.with_backend(Some(dtype), Open { config: &config, weights })?;
-        let names = config.text("items").map(|name| folder.join(name));
-        let names = names.unwrap_or_else(|| folder.join("item_rows.json"));
-        let rows = match names.exists() || config.text("items").is_some() {
-            true => Some(ItemRows::read(&names, scorer.spec().num_items, false)?),
-            false => None,
-        };
-        let name = |index: usize| format!("sidereal-{index}");
-        let pool = ThreadPoolBuilder::new().num_threads(options.engine.threads).thread_name(name);
-        let pool = pool
-            .build()
-            .map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })?;
-        let tasks = scorer.spec().tasks.iter().map(|task| task.name.as_str().into()).collect();
-        let known = read_known(&folder.join("item_features.jsonl"))?;
-        Ok(Ranker { scorer, rows, known, tasks, catalog, pool })
+        let dtype = options.dtype.unwrap_or_else(|| device.default_dtype(open.weights.dtype()));
+        device.with_backend(Some(dtype), open)
+    }
+
+    /// The same, on a device that the caller has opened.
+    ///
+    /// # Errors
+    /// Those of [`open`](Ranker::open).
+    pub fn open_on<B: Backend>(
+        backend: B,
+        folder: &Path,
+        catalog: Arc<Catalog>,
+        options: &RecommenderOptions,
+    ) -> Result<Ranker> {
+        Open::read(folder, catalog, options)?.run(backend)
     }
 
     /// The catalog whose items are scored.

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::ThreadPool;
 
 use super::encoder::{Encode, Encoder};
 use super::item_rows::{ItemRows, RowsOfSnapshot};
+use super::ranker::new_pool;
 use crate::answer::{
     Answer, Group, Recommendation, Timings, UnknownByField, UnknownNames, shortened,
 };
@@ -62,24 +63,87 @@ pub struct Retriever {
 }
 
 /// Opens the network on whatever backend a device has.
+/// What is read of a folder before its network is put on a device.
 struct Open<'a> {
-    config: &'a Config,
+    folder: &'a Path,
+    config: Config,
     weights: Weights,
     item_vectors: Option<ItemMatrix>,
     metric: Metric,
+    catalog: Arc<Catalog>,
+    num_threads: usize,
+}
+
+impl Open<'_> {
+    fn read<'a>(
+        folder: &'a Path,
+        catalog: Arc<Catalog>,
+        options: &RecommenderOptions,
+    ) -> Result<Open<'a>> {
+        options.engine.check()?;
+        let path = folder.join("sidereal.json");
+        if !path.exists() {
+            return Err(Error::ModelFolder {
+                path: folder.to_path_buf(),
+                reason: format!(
+                    "sidereal.json is missing: it names the \"family\" of a network that gives \
+                     vectors ({}) and what its tensors do not tell",
+                    VECTOR_FAMILIES.join(", ")
+                ),
+            });
+        }
+        let config = Config::read(&path)?;
+        let metric = match config.text_or("metric", "dot")? {
+            "dot" => Metric::Dot,
+            "l2" => Metric::L2,
+            other => {
+                return Err(
+                    config.error(format!("\"metric\" is {other:?}; \"dot\" and \"l2\" are"))
+                );
+            }
+        };
+        let item_vectors = match config.text_or("item_vectors", "")? {
+            "" => None,
+            name => Some(ItemMatrix::open(&folder.join(name), metric)?),
+        };
+        let weights = match item_vectors {
+            Some(_) => Weights::open_beside(folder, config.text_or("item_vectors", "")?)?,
+            None => Weights::open(folder)?,
+        };
+        let num_threads = options.engine.threads;
+        Ok(Open { folder, config, weights, item_vectors, metric, catalog, num_threads })
+    }
 }
 
 impl WithBackend for Open<'_> {
-    type Output = (Box<dyn Encode>, ItemMatrix);
+    type Output = Retriever;
 
-    fn run<B: Backend>(self, backend: B) -> Result<Self::Output> {
-        let Open { config, weights, item_vectors, metric } = self;
-        let model = load_vectors(&backend, config, weights)?;
+    fn run<B: Backend>(self, backend: B) -> Result<Retriever> {
+        let Open { folder, config, weights, item_vectors, metric, catalog, num_threads } = self;
+        let model = load_vectors(&backend, &config, weights)?;
         let matrix = match item_vectors {
             Some(matrix) => matrix,
             None => ItemMatrix::new(model.items.clone(), model.bias.as_ref(), metric)?,
         };
-        Ok((Box::new(Encoder::new(backend, model)?), matrix))
+        let encoder = Box::new(Encoder::new(backend, model)?);
+        let VectorSpec { columns, num_rows, .. } = *encoder.spec();
+        if matrix.num_columns() != columns || matrix.num_rows() != num_rows {
+            return Err(config.error(format!(
+                "the item vectors are {} x {}, and the network's own table is {num_rows} x {columns}; \
+                 they share their rows",
+                matrix.num_rows(),
+                matrix.num_columns()
+            )));
+        }
+        let names = folder.join(config.text_or("items", "item_rows.json")?);
+        let rows = ItemRows::read(&names, num_rows, true)?;
+        let pool = new_pool(num_threads)?;
+        // A small matrix is read as fast as a smaller copy of it.
+        let matrix = match matrix.num_rows() * columns >= NUMBERS_WORTH_A_COPY {
+            true => pool.install(|| matrix.with_codes()),
+            false => matrix,
+        };
+        Ok(Retriever { encoder, matrix, rows, catalog, pool })
     }
 }
 
@@ -116,69 +180,29 @@ impl Retriever {
     ///
     /// # Errors
     /// The files': see [`load_vectors`](crate::models::load_vectors); [`Error::ModelFolder`] where the
-    /// names of rows are missing; [`Error::Device`], [`Error::Unsupported`] where the device does not
-    /// serve such networks; [`Error::InvalidOption`].
+    /// names of rows are missing; [`Error::Device`], [`Error::InvalidOption`].
     pub fn open(
         folder: &Path,
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Retriever> {
-        options.engine.check()?;
-        let path = folder.join("sidereal.json");
-        if !path.exists() {
-            return Err(Error::ModelFolder {
-                path: folder.to_path_buf(),
-                reason: format!(
-                    "sidereal.json is missing: it names the \"family\" of a network that gives \
-                     vectors ({}) and what its tensors do not tell",
-                    VECTOR_FAMILIES.join(", ")
-                ),
-            });
-        }
-        let config = Config::read(&path)?;
-        let metric = match config.text_or("metric", "dot")? {
-            "dot" => Metric::Dot,
-            "l2" => Metric::L2,
-            other => {
-                return Err(
-                    config.error(format!("\"metric\" is {other:?}; \"dot\" and \"l2\" are"))
-                );
-            }
-        };
-        let item_vectors = match config.text_or("item_vectors", "")? {
-            "" => None,
-            name => Some(ItemMatrix::open(&folder.join(name), metric)?),
-        };
+        let open = Open::read(folder, catalog, options)?;
         let device: Device = options.device.parse()?;
-        let weights = match item_vectors {
-            Some(_) => Weights::open_beside(folder, config.text_or("item_vectors", "")?)?,
-            None => Weights::open(folder)?,
-        };
-        let dtype = options.dtype.unwrap_or_else(|| device.default_dtype(weights.dtype()));
-        let open = Open { config: &config, weights, item_vectors, metric };
-        let (encoder, matrix) = device.with_backend(Some(dtype), open)?;
-        let VectorSpec { columns, num_rows, .. } = *encoder.spec();
-        if matrix.num_columns() != columns || matrix.num_rows() != num_rows {
-            return Err(config.error(format!(
-                "the item vectors are {} x {}, and the network's own table is {num_rows} x {columns}; \
-                 they share their rows",
-                matrix.num_rows(),
-                matrix.num_columns()
-            )));
-        }
-        let names = folder.join(config.text_or("items", "item_rows.json")?);
-        let rows = ItemRows::read(&names, num_rows, true)?;
-        let name = |index: usize| format!("sidereal-{index}");
-        let pool = ThreadPoolBuilder::new().num_threads(options.engine.threads).thread_name(name);
-        let pool = pool
-            .build()
-            .map_err(|error| Error::Device { device: "cpu".into(), reason: error.to_string() })?;
-        // A small matrix is read as fast as a smaller copy of it.
-        let matrix = match matrix.num_rows() * columns >= NUMBERS_WORTH_A_COPY {
-            true => pool.install(|| matrix.with_codes()),
-            false => matrix,
-        };
-        Ok(Retriever { encoder, matrix, rows, catalog, pool })
+        let dtype = options.dtype.unwrap_or_else(|| device.default_dtype(open.weights.dtype()));
+        device.with_backend(Some(dtype), open)
+    }
+
+    /// The same, on a device that the caller has opened.
+    ///
+    /// # Errors
+    /// Those of [`open`](Retriever::open).
+    pub fn open_on<B: Backend>(
+        backend: B,
+        folder: &Path,
+        catalog: Arc<Catalog>,
+        options: &RecommenderOptions,
+    ) -> Result<Retriever> {
+        Open::read(folder, catalog, options)?.run(backend)
     }
 
     /// The catalog that is searched.

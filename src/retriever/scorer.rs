@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use crate::backend::{Backend, MemorySpec};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::models::{Activations, ROWS_PER_PASS, ScoreModel, ScoreRequest, ScoreSpec};
 use crate::pages::PAGE_LEN;
 
@@ -40,14 +40,8 @@ impl<B: Backend> Scorer<B> {
     /// Takes a network over.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] on a device that does not compute on the threads of its callers.
+    /// The device's.
     pub fn new(backend: B, model: ScoreModel<B>) -> Result<Scorer<B>> {
-        if !B::COMPUTES_ON_CALLERS {
-            return Err(Error::Unsupported {
-                what: "a network that scores candidates on a GPU".into(),
-                way_out: "open it on \"cpu\"".into(),
-            });
-        }
         let scorer = Scorer { backend, model, workspaces: Mutex::default() };
         let first = scorer.new_workspace()?;
         scorer.workspaces().push(first);
