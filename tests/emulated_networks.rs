@@ -18,7 +18,8 @@ use sidereal::{Answer, Dtype, Error, Ranker, RecommenderOptions, Request, Result
 /// The folders of a family, each with its catalog and the requests of its golden file.
 fn folders(family: &str) -> Vec<(PathBuf, Arc<Catalog>, Vec<Request>)> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(family);
-    let entries = std::fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("it").path());
+    let entries =
+        std::fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("it").path());
     let of_folder = |folder: PathBuf| {
         let text = std::fs::read(folder.join("golden.json")).expect("a golden file");
         let golden: Value = serde_json::from_slice(&text).expect("JSON");

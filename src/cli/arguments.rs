@@ -200,6 +200,11 @@ impl ModelArguments {
 
     /// Opens a folder whose network gives vectors.
     pub fn open_retriever(&self) -> Result<Retriever> {
+        if Ranker::serves(&self.model)? {
+            let reason =
+                "its network scores the candidates of a request: use `sidereal rank`".into();
+            return Err(Error::ModelFolder { path: self.model.clone(), reason });
+        }
         if !Retriever::serves(&self.model)? {
             return Err(Error::ModelFolder {
                 path: self.model.clone(),

@@ -84,6 +84,9 @@ An answer line:
   {\"id\": \"u1\", \"items\": [{\"item\": \"9\", \"sid\": [3, 250], \"score\": -2.3}], ...}
 All candidates come back, best first; those that are not available are left
 out. Networks that give vectors score by products, not log-probabilities.
+Networks that score candidates read more, and have one score a task:
+  {\"history\": [{\"item\": \"17\", \"time\": 1700000000, \"action\": 3}],
+   \"candidates\": [\"9\"], \"time\": 1700000100, \"features\": {\"user_id\": 7}}
 
 Examples:
   sidereal rank --model DIR --requests requests.jsonl
@@ -338,7 +341,11 @@ fn table(items: &[Recommendation], line: Option<&RequestLine>, has_probabilities
     let mut table = empty_table();
     let is_ranking = line.and_then(RequestLine::candidates).is_some_and(|items| !items.is_empty());
     let is_ranking = is_ranking && has_probabilities;
-    let mut header = vec!["", "item", "title", "semantic ID", "score"];
+    // A network that scores candidates has a score a task.
+    let tasks = items.first().map_or(&[][..], |item| &item.tasks[..]);
+    let mut header = vec!["", "item", "title", "semantic ID"];
+    header.extend(tasks.is_empty().then_some("score"));
+    header.extend(tasks.iter().map(|task| &*task.task));
     header.extend(has_probabilities.then_some("probability"));
     // Of thousands of items each has little; what is asked is how these compare.
     header.extend(is_ranking.then_some("among these"));
@@ -356,12 +363,14 @@ fn table(items: &[Recommendation], line: Option<&RequestLine>, has_probabilities
             printable(item).into_owned(),
             format!("{}{mark}", printable(found.title.as_deref().unwrap_or(""))),
             format!("{:?}", found.sid.codes()),
-            format!("{:.3}", found.score),
         ];
+        row.extend(found.tasks.is_empty().then(|| format!("{:.3}", found.score)));
+        row.extend(found.tasks.iter().map(|task| format!("{:.4}", task.score)));
         row.extend(has_probabilities.then(|| percent(probability(found))));
         row.extend(is_ranking.then(|| percent(relative(found) / all)));
         table.add_row(row);
     }
-    align_right(&mut table, &[0, 4, 5, 6]);
+    let numbers: Vec<usize> = [0].into_iter().chain(4..6 + tasks.len().max(1)).collect();
+    align_right(&mut table, &numbers);
     table
 }
