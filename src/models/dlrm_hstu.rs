@@ -424,10 +424,8 @@ fn load_block<B: Backend>(
 
 /// Whether a tensor of the published checkpoints says nothing that is not said otherwise: a network of
 /// no features, and what actions are, which the configuration says.
-pub(super) fn is_spare(name: &str, tensor: &Tensor) -> bool {
-    tensor.is_empty()
-        || name.contains("_additional_embedding_mlp")
-        || name.ends_with("_combined_action_weights")
+pub(super) fn is_spare(name: &str) -> bool {
+    name.contains("_additional_embedding_mlp") || name.ends_with("_combined_action_weights")
 }
 
 /// A matrix with rows and columns exchanged.

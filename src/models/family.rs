@@ -160,6 +160,16 @@ impl Family {
     }
 }
 
+/// A tensor's name without what trainers put before it.
+pub(super) fn unwrapped(name: &str) -> String {
+    let mut rest = name;
+    while let Some((_, inner)) = rest.split_once('.').filter(|(first, _)| WRAPPERS.contains(first))
+    {
+        rest = inner;
+    }
+    rest.into()
+}
+
 /// Names that trainers put before a network's own: of data parallelism, compilers, adapters, value
 /// heads, and classes that hold the network in a field.
 const WRAPPERS: [&str; 14] = [

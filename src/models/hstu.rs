@@ -111,6 +111,11 @@ impl<B: Backend> Hstu<B> {
     }
 }
 
+/// Whether a tensor of the published checkpoints says nothing: the mask, which is causal.
+pub(super) fn is_spare(name: &str) -> bool {
+    name == "_attn_mask"
+}
+
 /// A size that no tensor tells.
 fn needed(config: &Config, key: &str, what: &str) -> Result<usize> {
     let missing = || {

@@ -105,6 +105,7 @@ pub fn load_vectors<B: Backend>(
     config: &Config,
     mut weights: Weights,
 ) -> Result<VectorModel<B>> {
+    weights.rename(config.path(), family::unwrapped)?;
     let family = config.text_or("family", "")?.to_string();
     let model = match family.as_str() {
         "sasrec" => sasrec::Sasrec::load(backend, config, &mut weights)?,
@@ -118,7 +119,8 @@ pub fn load_vectors<B: Backend>(
             });
         }
     };
-    weights.finish(|name, _| config.is_ignored(name))?;
+    let is_spare = |name: &str| family == "hstu" && hstu::is_spare(name);
+    weights.finish(|name, _| is_spare(name) || config.is_ignored(name))?;
     config.without_effect(&["ignore", "items", "item_vectors", "metric"]);
     config.finish()?;
     Ok(model)
@@ -134,6 +136,7 @@ pub fn load_scores<B: Backend>(
     config: &Config,
     mut weights: Weights,
 ) -> Result<ScoreModel<B>> {
+    weights.rename(config.path(), family::unwrapped)?;
     let model = match config.text_or("family", "")? {
         "dlrm_hstu" => dlrm_hstu::DlrmHstu::load(backend, config, &mut weights)?,
         other => {
@@ -143,7 +146,7 @@ pub fn load_scores<B: Backend>(
             });
         }
     };
-    weights.finish(|name, tensor| dlrm_hstu::is_spare(name, tensor) || config.is_ignored(name))?;
+    weights.finish(|name, _| dlrm_hstu::is_spare(name) || config.is_ignored(name))?;
     config.without_effect(&["ignore", "items"]);
     config.finish()?;
     Ok(model)
