@@ -100,7 +100,7 @@ pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
 pub use features::Features;
-pub use recommender::{Recommender, Status};
+pub use recommender::{ModelKind, Recommender, Status};
 pub use recommender_options::RecommenderOptions;
 pub use request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, Think,

@@ -34,17 +34,23 @@ use crate::backend::Backend;
 use crate::catalog::Catalog;
 use crate::catalog::sid::Sid;
 use crate::device::{Device, WithBackend};
-use crate::engine::{Engine, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply};
+use crate::engine::{
+    Arrival, Engine, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply,
+};
 use crate::error::{Error, Result};
-use crate::metrics::{Gauges, MetricsSnapshot};
+use crate::metrics::{Gauges, Metrics, MetricsSnapshot};
 use crate::models::Checkpoint;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, Request};
+use crate::retriever::{Ranker, Retriever};
 use crate::schedule::RequestId;
 use crate::service::queue::{Bounds, PushError};
-use crate::service::{Handle, Message, Service, Shared, oneshot};
+use crate::service::{
+    AnswersWhole, Direct, Handle, Message, Reception, Service, Shared, Stepped, no_new_weights,
+    oneshot,
+};
 use crate::tensor::Tensor;
 
 /// The most requests that a queue may be asked to hold.
@@ -93,11 +99,52 @@ pub struct Recommender {
 
 struct Inner {
     service: Service,
-    preparer: Arc<Preparer>,
-    loader: Arc<dyn ReplaceWeights>,
+    network: Network,
     description: String,
     num_threads: usize,
     has_phases: bool,
+}
+
+/// What answers, as far as callers' threads need it.
+enum Network {
+    /// Writes semantic IDs, or phrases.
+    Writer { preparer: Arc<Preparer>, loader: Arc<dyn ReplaceWeights> },
+    /// Answers whole requests.
+    Direct(ModelKind, Arc<Reception>),
+}
+
+/// What a model does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ModelKind {
+    /// It writes semantic IDs or phrases; scores are log-probabilities.
+    Writer,
+    /// It makes a vector of a history; scores are products with items' vectors, or distances.
+    Vectors,
+    /// It scores the candidates of a request, by task.
+    Scores,
+}
+
+/// A request that callers' threads have checked.
+enum Checked {
+    Prepared(Prepared),
+    Whole(Request, Arrival),
+}
+
+impl Checked {
+    fn id(&self) -> RequestId {
+        match self {
+            Checked::Prepared(prepared) => prepared.id(),
+            Checked::Whole(_, arrival) => arrival.id,
+        }
+    }
+
+    fn with_reply(self, reply: Reply) -> Message {
+        match self {
+            Checked::Prepared(prepared) => Message::Enqueue(prepared, reply),
+            Checked::Whole(request, arrival) => Message::Submit(request, arrival, reply),
+        }
+    }
 }
 
 /// Opens an engine on whatever backend a device has.
@@ -122,10 +169,12 @@ impl WithBackend for Open<'_> {
 
 impl Recommender {
     /// Opens a model folder (`config.json`, `sidereal.json`, safetensors) on the device that the
-    /// options name.
+    /// options name. Where the `family` in `sidereal.json` is one that gives vectors or scores
+    /// candidates, the requests of a [`Retriever`] or a [`Ranker`] are answered.
     ///
     /// # Errors
-    /// The files': see [`models::load`](crate::models::load), [`SidLayout`];
+    /// The files': see [`models::load`](crate::models::load), [`SidLayout`], [`Retriever::open`],
+    /// [`Ranker::open`];
     /// [`Error::LevelsMismatch`] where the catalog has codes that the model cannot write;
     /// [`Error::Device`] where this build or machine does not have the device;
     /// [`Error::InvalidOption`].
@@ -134,6 +183,24 @@ impl Recommender {
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
+        let network: Option<(ModelKind, Arc<dyn AnswersWhole>)> = match () {
+            () if Ranker::serves(folder)? => {
+                let ranker = Ranker::open(folder, Arc::clone(&catalog), options)?;
+                Some((ModelKind::Scores, Arc::new(ranker)))
+            }
+            () if Retriever::serves(folder)? => {
+                let retriever = Retriever::open(folder, Arc::clone(&catalog), options)?;
+                Some((ModelKind::Vectors, Arc::new(retriever)))
+            }
+            () => None,
+        };
+        if let Some((kind, network)) = network {
+            if options.base.is_some() {
+                let reason = "this network has no adapters; leave it out".into();
+                return Err(Error::InvalidOption { option: "base", reason });
+            }
+            return Recommender::from_whole(kind, network, options);
+        }
         let Checkpoint { config, weights, .. } = Checkpoint::open(folder, options.base.as_deref())?;
         let vocab_size = crate::models::vocab_size(&config)?;
         let layout = SidLayout::read_for(folder, vocab_size, Some(&catalog))?;
@@ -168,23 +235,54 @@ impl Recommender {
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
         check_max_queued(options)?;
+        let preparer = Arc::clone(engine.preparer());
         let inner = Inner {
-            preparer: Arc::clone(engine.preparer()),
-            loader: engine.loader(),
+            network: Network::Writer { preparer, loader: engine.loader() },
             description: engine.backend().description(),
             num_threads: engine.num_threads(),
             has_phases: B::COMPUTES_ON_CALLERS,
             service: {
                 let bounds = Bounds::new(options.max_queued, options.max_wait);
-                Service::start(engine, bounds, options.before_step.clone())?
+                Service::start(Stepped::new(engine), bounds, options.before_step.clone())?
             },
         };
         Ok(Recommender { inner: Arc::new(inner) })
     }
 
+    /// Takes over a network that answers whole requests.
+    fn from_whole(
+        kind: ModelKind,
+        network: Arc<dyn AnswersWhole>,
+        options: &RecommenderOptions,
+    ) -> Result<Recommender> {
+        check_max_queued(options)?;
+        let bounds = Bounds::new(options.max_queued, options.max_wait);
+        let reception = Arc::new(Reception::new(network));
+        let direct = Direct::new(Arc::clone(&reception));
+        let inner = Inner {
+            description: reception.network.description(),
+            num_threads: reception.network.num_threads(),
+            has_phases: false,
+            service: Service::start(direct, bounds, options.before_step.clone())?,
+            network: Network::Direct(kind, reception),
+        };
+        Ok(Recommender { inner: Arc::new(inner) })
+    }
+
+    /// What the model does.
+    pub fn kind(&self) -> ModelKind {
+        match &self.inner.network {
+            Network::Writer { .. } => ModelKind::Writer,
+            Network::Direct(kind, _) => *kind,
+        }
+    }
+
     /// The catalog that is searched.
     pub fn catalog(&self) -> &Arc<Catalog> {
-        self.inner.preparer.catalog()
+        match &self.inner.network {
+            Network::Writer { preparer, .. } => preparer.catalog(),
+            Network::Direct(_, reception) => reception.network.catalog(),
+        }
     }
 
     /// What computes, as `x86_64 f32x16`.
@@ -204,20 +302,34 @@ impl Recommender {
 
     /// The model's tokens for the codes of a semantic ID, as far as it has some.
     pub fn tokens_of(&self, sid: &Sid) -> Vec<u32> {
-        self.inner.preparer.tokens_of(sid)
+        match &self.inner.network {
+            Network::Writer { preparer, .. } => preparer.tokens_of(sid),
+            Network::Direct(..) => Vec::new(),
+        }
     }
 
-    /// The most tokens that an input may have.
+    /// The most tokens that an input may have; the items of a history that are read, where the model
+    /// reads no tokens.
     pub fn max_context(&self) -> usize {
-        self.inner.preparer.max_context()
+        match &self.inner.network {
+            Network::Writer { preparer, .. } => preparer.max_context(),
+            Network::Direct(_, reception) => reception.network.max_items(),
+        }
     }
 
     /// The tokens that the model reads for an input, with the catalog as it is now.
     ///
     /// # Errors
-    /// The request's: an unknown item, a token outside the vocabulary, too few or too many.
+    /// The request's: an unknown item, a token outside the vocabulary, too few or too many;
+    /// [`Error::Unsupported`] where the model reads no tokens.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
-        self.inner.preparer.input_tokens(input)
+        match &self.inner.network {
+            Network::Writer { preparer, .. } => preparer.input_tokens(input),
+            Network::Direct(..) => Err(Error::Unsupported {
+                what: "the tokens of an input to a network that reads items".into(),
+                way_out: "it reads the items of the history themselves".into(),
+            }),
+        }
     }
 
     /// Hands over a request. It is checked here, on the caller's thread, and sees the catalog as it
@@ -227,9 +339,9 @@ impl Recommender {
     /// The request's; [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`],
     /// [`Error::Forked`].
     pub fn submit(&self, request: Request) -> Result<Handle> {
-        let prepared = self.prepare(request)?;
-        let (handle, reply) = self.handle(prepared.id());
-        self.push(Message::Enqueue(prepared, reply))?;
+        let checked = self.prepare(request)?;
+        let (handle, reply) = self.handle(checked.id());
+        self.push(checked.with_reply(reply))?;
         Ok(handle)
     }
 
@@ -244,9 +356,9 @@ impl Recommender {
         request: Request,
         callback: impl FnOnce(Result<Answer>) + Send + 'static,
     ) -> Result<RequestId> {
-        let prepared = self.prepare(request)?;
-        let id = prepared.id();
-        self.push(Message::Enqueue(prepared, Reply::new(callback)))?;
+        let checked = self.prepare(request)?;
+        let id = checked.id();
+        self.push(checked.with_reply(Reply::new(callback)))?;
         Ok(id)
     }
 
@@ -254,9 +366,9 @@ impl Recommender {
     pub fn submit_all(&self, requests: Vec<Request>) -> Vec<Result<Handle>> {
         let mut messages = Vec::with_capacity(requests.len());
         let submit = |request| {
-            let prepared = self.prepare(request)?;
-            let (handle, reply) = self.handle(prepared.id());
-            messages.push(Message::Enqueue(prepared, reply));
+            let checked = self.prepare(request)?;
+            let (handle, reply) = self.handle(checked.id());
+            messages.push(checked.with_reply(reply));
             Ok(handle)
         };
         let mut handles: Vec<Result<Handle>> = requests.into_iter().map(submit).collect();
@@ -282,11 +394,14 @@ impl Recommender {
     /// [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`];
     /// the request's own come as the answer.
     pub fn submit_deferred(&self, request: Request) -> Result<Handle> {
-        if self.inner.preparer.reads_text(&request) {
-            return self.submit(request); // text is never read on the engine's thread
-        }
+        let arrival = match &self.inner.network {
+            Network::Writer { preparer, .. } if preparer.reads_text(&request) => {
+                return self.submit(request); // text is never read on the engine's thread
+            }
+            Network::Writer { preparer, .. } => preparer.arrival(),
+            Network::Direct(_, reception) => reception.arrival(),
+        };
         self.shared().check_process().map_err(|error| self.refused(error))?;
-        let arrival = self.inner.preparer.arrival();
         let (handle, reply) = self.handle(arrival.id);
         self.push(Message::Submit(request, arrival, reply))?;
         Ok(handle)
@@ -310,10 +425,9 @@ impl Recommender {
     /// [`Error::CalledFromCallback`].
     pub fn recommend(&self, request: &Request) -> Result<Answer> {
         self.shared().check_waiting().map_err(|error| self.refused(error))?;
-        let prepared = self.prepare(request.clone())?;
-        let (handle, reply) = self.handle(prepared.id());
-        let message = Message::Enqueue(prepared, reply);
-        let pushed = self.shared().queue.push_wait(message);
+        let checked = self.prepare(request.clone())?;
+        let (handle, reply) = self.handle(checked.id());
+        let pushed = self.shared().queue.push_wait(checked.with_reply(reply));
         pushed.map_err(|_| self.refused(self.shared().end()))?;
         handle.wait()
     }
@@ -328,8 +442,14 @@ impl Recommender {
         requests: &[Request],
         mut deliver: impl FnMut(usize, Result<Answer>),
     ) {
-        if requests.iter().any(|request| self.inner.preparer.reads_text(request)) {
-            return self.recommend_texts(requests, deliver);
+        let is_checked_here = match &self.inner.network {
+            Network::Writer { preparer, .. } => {
+                requests.iter().any(|request| preparer.reads_text(request))
+            }
+            Network::Direct(..) => true,
+        };
+        if is_checked_here {
+            return self.recommend_checked(requests, deliver);
         }
         let (sender, answers) = mpsc::channel();
         let mut is_answered = vec![false; requests.len()];
@@ -353,23 +473,24 @@ impl Recommender {
         }
     }
 
-    /// Answers requests of which some are texts: each is checked on this thread, while the engine
-    /// answers those before it.
-    fn recommend_texts(
+    /// Answers requests that are checked on this thread, each while the engine answers those before
+    /// it: texts are, which take long.
+    fn recommend_checked(
         &self,
         requests: &[Request],
         mut deliver: impl FnMut(usize, Result<Answer>),
     ) {
         let (sender, answers) = mpsc::channel();
         for (index, request) in requests.iter().enumerate() {
-            let prepared =
+            let checked =
                 self.shared().check_waiting().and_then(|()| self.prepare(request.clone()));
-            match prepared {
-                Ok(prepared) => {
+            match checked {
+                Ok(checked) => {
                     let sender = sender.clone();
                     let reply = Reply::new(move |answer| drop(sender.send((index, answer))));
-                    let message = Message::Enqueue(prepared, reply);
-                    if let Err(Message::Enqueue(_, reply)) = self.shared().queue.push_wait(message)
+                    let message = checked.with_reply(reply);
+                    if let Err(Message::Enqueue(_, reply) | Message::Submit(_, _, reply)) =
+                        self.shared().queue.push_wait(message)
                     {
                         reply.disarm();
                         deliver(index, Err(self.refused(self.shared().end())));
@@ -414,7 +535,7 @@ impl Recommender {
     /// # Errors
     /// [`Error::UnexpectedTensor`], [`Error::TensorShape`], [`Error::NonFiniteWeight`];
     /// [`Error::NonFiniteModel`] where finite weights give no finite score; [`Error::FileChanged`];
-    /// [`Error::Unsupported`] where the weights are random; [`Error::ShuttingDown`],
+    /// [`Error::Unsupported`] where the weights are random, or the model writes nothing; [`Error::ShuttingDown`],
     /// [`Error::EngineFailed`], [`Error::Forked`], [`Error::CalledFromCallback`]. The old weights
     /// stay then.
     pub fn replace_weights(
@@ -422,8 +543,11 @@ impl Recommender {
         tensors: impl IntoIterator<Item = (String, Tensor)>,
     ) -> Result<u64> {
         self.shared().check_waiting()?;
+        let Network::Writer { loader, .. } = &self.inner.network else {
+            return Err(no_new_weights());
+        };
         let tensors = tensors.into_iter().collect();
-        self.inner.loader.replace(tensors, &mut || self.ask(Message::InstallWeights)?)
+        loader.replace(tensors, &mut || self.ask(Message::InstallWeights)?)
     }
 
     /// What waits, what runs and what is free, as the engine's thread last said: this does not wait
@@ -480,7 +604,7 @@ impl Recommender {
         let Status { queued, engine, weights_version, .. } = self.status()?;
         let gauges = engine.gauges(self.catalog(), weights_version);
         let gauges = Gauges { waiting: queued as u64, ..gauges };
-        Ok(self.inner.preparer.metrics().snapshot(gauges))
+        Ok(self.own_metrics().snapshot(gauges))
     }
 
     /// Checks that every page of memory is in exactly one place: free, or held by those who share
@@ -518,14 +642,28 @@ impl Recommender {
         self.inner.service.shared()
     }
 
-    fn prepare(&self, request: Request) -> Result<Prepared> {
+    fn prepare(&self, request: Request) -> Result<Checked> {
         self.shared().check_process().map_err(|error| self.refused(error))?;
-        self.inner.preparer.prepare(request)
+        match &self.inner.network {
+            Network::Writer { preparer, .. } => preparer.prepare(request).map(Checked::Prepared),
+            Network::Direct(_, reception) => {
+                let arrival = reception.arrival();
+                reception.network.check(&request).map_err(|error| self.refused(error))?;
+                Ok(Checked::Whole(request, arrival))
+            }
+        }
+    }
+
+    fn own_metrics(&self) -> &Metrics {
+        match &self.inner.network {
+            Network::Writer { preparer, .. } => preparer.metrics(),
+            Network::Direct(_, reception) => &reception.metrics,
+        }
     }
 
     /// Counts a request that was refused before the engine had it.
     fn refused(&self, error: Error) -> Error {
-        self.inner.preparer.metrics().request_refused(&error);
+        self.own_metrics().request_refused(&error);
         error
     }
 

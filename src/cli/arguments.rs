@@ -10,13 +10,12 @@ use sidereal::models::config::SidLayout;
 use sidereal::models::{Checkpoint, VECTOR_FAMILIES, vocab_size};
 use sidereal::wire::RequestDefaults;
 use sidereal::{
-    Constraint, Error, LongHistory, Normalization, Ranker, Recommender, RecommenderOptions, Result,
-    Retriever, UnknownItems,
+    Constraint, Error, LongHistory, ModelKind, Normalization, Ranker, Recommender,
+    RecommenderOptions, Result, Retriever, UnknownItems,
 };
 
 use super::device::DeviceArguments;
 use super::requests::spinner;
-use super::served::Served;
 use super::terminal::printable_lines;
 
 /// How a command that could run ended.
@@ -184,53 +183,31 @@ impl ModelArguments {
         check().err()
     }
 
-    /// Opens a folder of either kind.
-    pub fn open_served(&self) -> Result<Served> {
-        if Ranker::serves(&self.model)? {
-            self.refuse_base("networks that score candidates")?;
-            let catalog = self.open_catalog()?;
-            let ranker = Ranker::open(&self.model, catalog, &self.device.options())?;
-            return Ok(Served::Scores(Box::new(ranker)));
+    /// Opens a folder of this kind alone.
+    pub fn open_kind(&self, kind: ModelKind) -> Result<Recommender> {
+        let other = match () {
+            () if Ranker::serves(&self.model)? => ModelKind::Scores,
+            () if Retriever::serves(&self.model)? => ModelKind::Vectors,
+            () => ModelKind::Writer,
+        };
+        if kind == other {
+            return self.open();
         }
-        Ok(match Retriever::serves(&self.model)? {
-            true => Served::Vectors(Box::new(self.open_retriever()?)),
-            false => Served::Writer(self.open()?),
-        })
-    }
-
-    /// Opens a folder whose network gives vectors.
-    pub fn open_retriever(&self) -> Result<Retriever> {
-        if Ranker::serves(&self.model)? {
-            let reason =
-                "its network scores the candidates of a request: use `sidereal rank`".into();
-            return Err(Error::ModelFolder { path: self.model.clone(), reason });
-        }
-        if !Retriever::serves(&self.model)? {
-            return Err(Error::ModelFolder {
-                path: self.model.clone(),
-                reason: format!(
-                    "no network here gives vectors, by the \"family\" in sidereal.json ({}); a model \
-                     that writes semantic IDs is for `sidereal recommend`",
-                    VECTOR_FAMILIES.join(", ")
-                ),
-            });
-        }
-        self.refuse_base("networks that give vectors")?;
-        let catalog = self.open_catalog()?;
-        let spinner = spinner("opening the model");
-        let retriever = Retriever::open(&self.model, catalog, &self.device.options())?;
-        spinner.finish_and_clear();
-        Ok(retriever)
-    }
-
-    fn refuse_base(&self, what: &str) -> Result<()> {
-        match self.base {
-            None => Ok(()),
-            Some(_) => {
-                let reason = format!("{what} have no adapters; leave it out");
-                Err(Error::InvalidOption { option: "--base", reason })
+        let reason = match other {
+            ModelKind::Scores => {
+                "its network scores the candidates of a request: use `sidereal rank`".into()
             }
-        }
+            ModelKind::Vectors => {
+                "its network gives vectors and writes no semantic IDs: use `sidereal retrieve`"
+                    .into()
+            }
+            _ => format!(
+                "no network here gives vectors, by the \"family\" in sidereal.json ({}); a model that \
+                 writes semantic IDs is for `sidereal recommend`",
+                VECTOR_FAMILIES.join(", ")
+            ),
+        };
+        Err(Error::ModelFolder { path: self.model.clone(), reason })
     }
 
     pub fn open(&self) -> Result<Recommender> {

@@ -7,14 +7,13 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 use sidereal::wire::RequestDefaults;
-use sidereal::{Error, MAX_BEAMS, Request, Result};
+use sidereal::{Error, MAX_BEAMS, ModelKind, Recommender, Request, Result};
 
 use super::arguments::{ModelArguments, Outcome, SearchArguments, say, write_error};
 use super::evaluation::{Metrics, Spread, SpreadReport, Tally, ranks};
 use super::output::OutputFile;
 use super::plot::{Curve, plot_recall};
 use super::requests::{Answered, Delivery, Requests, answer_file};
-use super::served::Served;
 use super::terminal::printable;
 
 #[derive(Args)]
@@ -101,23 +100,20 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         // A path that cannot be written to is said before anything is evaluated.
         OutputFile::create(plot).map_err(|error| Error::io(plot, error))?;
     }
-    let served = arguments.model.open_served()?;
-    match &served {
-        Served::Writer(recommender) => {
-            let num_levels = recommender.catalog().snapshot().num_levels();
-            arguments.search.defaults(1).check(num_levels)?;
-        }
-        Served::Vectors(_) | Served::Scores(_) if !arguments.widths.is_empty() => {
-            let reason = "this network has no beams; leave it out".into();
-            return Err(Error::InvalidOption { option: "--widths", reason });
-        }
-        Served::Vectors(_) | Served::Scores(_) => {}
+    let recommender = arguments.model.open()?;
+    let is_writer = recommender.kind() == ModelKind::Writer;
+    if is_writer {
+        let num_levels = recommender.catalog().snapshot().num_levels();
+        arguments.search.defaults(1).check(num_levels)?;
+    } else if !arguments.widths.is_empty() {
+        let reason = "this network has no beams; leave it out".into();
+        return Err(Error::InvalidOption { option: "--widths", reason });
     }
     let mut cutoffs: Vec<usize> = arguments.at.iter().map(|&at| at as usize).collect();
     cutoffs.sort_unstable();
     cutoffs.dedup();
     let mut defaults = arguments.search.defaults(usize::MAX >> 1);
-    if let (Served::Vectors(_), Some(&last)) = (&served, cutoffs.last()) {
+    if let (false, Some(&last)) = (is_writer, cutoffs.last()) {
         defaults.top_k = last; // there are no beams to end the list
     }
     let widths = match &arguments.widths[..] {
@@ -130,13 +126,13 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
             (defaults.beams, defaults.widths) = (width, Vec::new());
         }
         let last = cutoffs.last().copied().unwrap_or(0);
-        if last > width && served.has_probabilities() {
+        if last > width && is_writer {
             say(&format!(
                 "a search of {width} beams finds {width} semantic IDs at most, so lists of {last} may be \
                  shorter; raise --beams to judge them"
             ));
         }
-        let report = evaluate(&served, path, &defaults, &cutoffs)?;
+        let report = evaluate(&recommender, path, &defaults, &cutoffs)?;
         if !arguments.json {
             write(&to_text(&report, &cutoffs))?;
         }
@@ -243,7 +239,7 @@ impl Pass<'_> {
 }
 
 fn evaluate(
-    served: &Served,
+    recommender: &Recommender,
     path: &Path,
     defaults: &RequestDefaults,
     cutoffs: &[usize],
@@ -270,7 +266,7 @@ fn evaluate(
         unknown_items: 0,
         without_target: 0,
     };
-    answer_file(served, Requests::open(path)?, defaults, check, |delivery| {
+    answer_file(recommender, Requests::open(path)?, defaults, check, |delivery| {
         if let Delivery::Answer(answered) = delivery {
             pass.add(&answered);
         }
@@ -296,10 +292,10 @@ fn evaluate(
         unknown_targets: pass.unknown_targets,
         unknown_items: pass.unknown_items,
         without_target: pass.without_target,
-        beams: served.has_probabilities().then_some(defaults.beams),
+        beams: (recommender.kind() == ModelKind::Writer).then_some(defaults.beams),
         by_sid: pass.all.by_sid.metrics(cutoffs),
         by_item: pass.all.by_item.metrics(cutoffs),
-        spread: pass.spread.report(cutoffs, served.catalog().snapshot().num_items()),
+        spread: pass.spread.report(cutoffs, recommender.catalog().snapshot().num_items()),
         segments: pass.segments.into_iter().map(of_segment).collect(),
         seconds: start.elapsed().as_secs_f64(),
     })

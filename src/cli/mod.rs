@@ -27,7 +27,6 @@ mod retrieve;
 mod selftest;
 #[cfg(feature = "server")]
 mod serve;
-mod served;
 mod shapes;
 mod tally;
 mod terminal;

@@ -7,7 +7,10 @@ use clap::{Args, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use sidereal::catalog::Snapshot;
 use sidereal::wire::{AnswerLine, ErrorLine, RequestDefaults, RequestLine};
-use sidereal::{Answer, Error, ReadToken, Recommendation, Request, Result, UnknownByField};
+use sidereal::{
+    Answer, Error, ModelKind, ReadToken, Recommendation, Recommender, Request, Result,
+    UnknownByField,
+};
 
 use super::arguments::{
     LeniencyArguments, ModelArguments, NormalizationName, Outcome, SearchArguments,
@@ -15,7 +18,6 @@ use super::arguments::{
 };
 use super::output::create_stream;
 use super::requests::{Answered, Delivery, Requests, answer_file};
-use super::served::Served;
 use super::terminal::printable;
 
 #[derive(Args)]
@@ -119,9 +121,9 @@ pub(super) struct AnswerArguments {
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let mut defaults = arguments.search.defaults(arguments.top_k as usize);
     defaults.titles = true;
-    let recommender = arguments.model.open()?;
+    let recommender = arguments.model.open_kind(ModelKind::Writer)?;
     defaults.check(recommender.catalog().snapshot().num_levels())?;
-    answer(&Served::Writer(recommender), &arguments.requests, &arguments.answers, &defaults, Ok)
+    answer(&recommender, &arguments.requests, &arguments.answers, &defaults, Ok)
 }
 
 pub fn run_rank(arguments: &RankArguments) -> Result<Outcome> {
@@ -136,12 +138,12 @@ pub fn run_rank(arguments: &RankArguments) -> Result<Outcome> {
         }
         false => Ok(request),
     };
-    let served = arguments.model.open_served()?;
-    answer(&served, &arguments.requests, &arguments.answers, &defaults, check)
+    let recommender = arguments.model.open()?;
+    answer(&recommender, &arguments.requests, &arguments.answers, &defaults, check)
 }
 
 pub(super) fn answer(
-    served: &Served,
+    recommender: &Recommender,
     requests: &Path,
     arguments: &AnswerArguments,
     defaults: &RequestDefaults,
@@ -158,15 +160,15 @@ pub(super) fn answer(
     let is_seen = output.is_none() && std::io::stdout().is_terminal();
     let format = arguments.format.unwrap_or(if is_seen { Format::Table } else { Format::Jsonl });
     let mut outcome = Outcome::Done;
-    answer_file(served, requests, defaults, check, |delivery| {
+    answer_file(recommender, requests, defaults, check, |delivery| {
         let Delivery::Answer(answered) = delivery else { return writer.flush().map_err(&failed) };
         if answered.answer.is_err() {
             outcome = Outcome::SomeFailed;
         }
         let written = match format {
             Format::Table => {
-                let has_probabilities = served.has_probabilities();
-                let catalog = served.catalog().snapshot();
+                let has_probabilities = recommender.kind() == ModelKind::Writer;
+                let catalog = recommender.catalog().snapshot();
                 write_table(&mut writer, &catalog, &answered, has_probabilities)
             }
             Format::Jsonl => write_line(&mut writer, &answered),

@@ -14,9 +14,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use sidereal::lines::{Line, Lines, MAX_LINE_BYTES};
 use sidereal::wire::{RequestDefaults, RequestLine};
-use sidereal::{Answer, Error, Request, Result};
-
-use super::served::Served;
+use sidereal::{Answer, Error, Recommender, Request, Result};
 
 /// Lines that are held at a time, from the reading to the writing of their answers.
 const WINDOW: usize = 96;
@@ -88,7 +86,7 @@ pub enum Delivery {
 /// Answers every line whose request passes `check`, and hands the answers over in input order. Blank
 /// lines are passed over.
 pub fn answer_file(
-    served: &Served,
+    recommender: &Recommender,
     requests: Requests,
     defaults: &RequestDefaults,
     check: impl Fn(Request) -> Result<Request>,
@@ -120,7 +118,9 @@ pub fn answer_file(
             Err(TryRecvError::Disconnected) => unreachable!("this end has a sender as well"),
         };
         match event {
-            Event::Line(parsed, bytes) => window.submit(served, *parsed, bytes, &check, &events),
+            Event::Line(parsed, bytes) => {
+                window.submit(recommender, *parsed, bytes, &check, &events)
+            }
             Event::Answer(number, answer) => window.place(number, *answer),
             Event::End(outcome) => end = Some(outcome),
         }
@@ -213,7 +213,7 @@ impl Window {
 
     fn submit(
         &mut self,
-        served: &Served,
+        recommender: &Recommender,
         parsed: Parsed,
         bytes: usize,
         check: impl Fn(Request) -> Result<Request>,
@@ -224,7 +224,7 @@ impl Window {
         let events = events.clone();
         let callback = move |answer| drop(events.send(Event::Answer(number, Box::new(answer))));
         let submitted =
-            request.and_then(check).and_then(|request| served.submit_with(request, callback));
+            request.and_then(check).and_then(|request| recommender.submit_with(request, callback));
         self.bytes += bytes;
         self.lines.push_back(Held {
             line_number,

@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use sidereal::Result;
 use sidereal::wire::RequestDefaults;
+use sidereal::{ModelKind, Result};
 
 use super::arguments::{LeniencyArguments, ModelArguments, Outcome};
 use super::recommend::{AnswerArguments, answer};
-use super::served::Served;
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -52,6 +51,6 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     defaults.top_k = arguments.top_k as usize;
     defaults.exclude_history = arguments.exclude_history;
     defaults.titles = true;
-    let served = Served::Vectors(Box::new(arguments.model.open_retriever()?));
-    answer(&served, &arguments.requests, &arguments.answers, &defaults, Ok)
+    let recommender = arguments.model.open_kind(ModelKind::Vectors)?;
+    answer(&recommender, &arguments.requests, &arguments.answers, &defaults, Ok)
 }

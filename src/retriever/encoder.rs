@@ -30,6 +30,9 @@ pub(super) trait Encode: Send + Sync {
 
     /// What computes.
     fn description(&self) -> String;
+
+    /// Floating-point operations of all matrix products so far.
+    fn matrix_flops(&self) -> u64;
 }
 
 /// A network with memory for its passes.
@@ -135,5 +138,9 @@ impl<B: Backend> Encode for Encoder<B> {
 
     fn description(&self) -> String {
         self.backend.description()
+    }
+
+    fn matrix_flops(&self) -> u64 {
+        self.backend.matrix_flops()
     }
 }

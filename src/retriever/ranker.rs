@@ -28,6 +28,7 @@ use crate::models::{
 };
 use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, MAX_BEAMS, Request, UnknownItems};
+use crate::service::AnswersWhole;
 
 /// A network that scores candidates and a catalog, for any number of callers.
 ///
@@ -344,6 +345,36 @@ fn read_known(path: &Path) -> Result<HashMap<String, Map<String, Value>>> {
         known.insert(item, features);
     }
     Ok(known)
+}
+
+impl AnswersWhole for Ranker {
+    fn catalog(&self) -> &Arc<Catalog> {
+        &self.catalog
+    }
+
+    fn description(&self) -> String {
+        Ranker::description(self)
+    }
+
+    fn num_threads(&self) -> usize {
+        Ranker::num_threads(self)
+    }
+
+    fn max_items(&self) -> usize {
+        Ranker::max_items(self)
+    }
+
+    fn check(&self, request: &Request) -> Result<()> {
+        check_fields(request)
+    }
+
+    fn answer_all(&self, requests: &[Request]) -> Vec<Result<Answer>> {
+        requests.iter().map(|request| self.recommend(request)).collect()
+    }
+
+    fn matrix_flops(&self) -> u64 {
+        self.scorer.matrix_flops()
+    }
 }
 
 /// Refuses what goes with searches alone, and a request without candidates.

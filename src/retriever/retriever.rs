@@ -27,6 +27,7 @@ use crate::models::{
 use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, MAX_BEAMS, Request, SharedSid, UnknownItems};
 use crate::search::{Constraint, Normalization};
+use crate::service::AnswersWhole;
 use crate::vectors::{Found, ItemMatrix, Metric, Rows, score_rows, top_products};
 
 /// Numbers of an item matrix from which it gets a copy in 8 bits.
@@ -451,6 +452,36 @@ impl Retriever {
         let recommend =
             |(item, _, score)| Recommendation::new(snapshot, item, score, request.titles);
         Ok(scored.into_iter().map(recommend).collect())
+    }
+}
+
+impl AnswersWhole for Retriever {
+    fn catalog(&self) -> &Arc<Catalog> {
+        &self.catalog
+    }
+
+    fn description(&self) -> String {
+        Retriever::description(self)
+    }
+
+    fn num_threads(&self) -> usize {
+        Retriever::num_threads(self)
+    }
+
+    fn max_items(&self) -> usize {
+        Retriever::max_items(self)
+    }
+
+    fn check(&self, request: &Request) -> Result<()> {
+        check_fields(request)
+    }
+
+    fn answer_all(&self, requests: &[Request]) -> Vec<Result<Answer>> {
+        self.recommend_all(requests)
+    }
+
+    fn matrix_flops(&self) -> u64 {
+        self.encoder.matrix_flops()
     }
 }
 

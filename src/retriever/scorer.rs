@@ -20,6 +20,9 @@ pub(super) trait Score: Send + Sync {
 
     /// What computes.
     fn description(&self) -> String;
+
+    /// Floating-point operations of all matrix products so far.
+    fn matrix_flops(&self) -> u64;
 }
 
 /// A network with memory for its passes.
@@ -84,5 +87,9 @@ impl<B: Backend> Score for Scorer<B> {
 
     fn description(&self) -> String {
         self.backend.description()
+    }
+
+    fn matrix_flops(&self) -> u64 {
+        self.backend.matrix_flops()
     }
 }

@@ -1,4 +1,4 @@
-//! The thread that owns an engine, and the queue before it.
+//! The thread that owns an engine, or another network that answers, and the queue before it.
 //!
 //! Callers prepare their requests on their own threads and push them; the thread takes what came,
 //! steps, publishes its status, and gives each answer to the place that its request named. Nobody
@@ -9,18 +9,20 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::backend::Backend;
-use crate::engine::{Engine, EngineStatus, Feed};
+use crate::engine::EngineStatus;
 use crate::error::{Error, Result};
-use crate::request::Request;
 use queue::{Backlog, Bounds, Queue, Taken};
 
+pub(crate) use direct::{AnswersWhole, Direct, Reception, no_new_weights};
 pub use handle::Handle;
+pub(crate) use serve::{Serve, Stepped};
 pub(crate) use shared::{Message, Published, Shared};
 
+mod direct;
 mod handle;
 pub mod oneshot;
 pub mod queue;
+mod serve;
 mod shared;
 mod sync;
 
@@ -38,27 +40,21 @@ impl Service {
     ///
     /// # Errors
     /// The operating system's.
-    pub fn start<B: Backend>(
-        engine: Engine<B>,
+    pub fn start(
+        engine: impl Serve,
         bounds: Bounds,
         before_step: Option<BeforeStep>,
     ) -> Result<Service> {
         let shared = Arc::new(Shared {
             queue: Queue::new(bounds),
             bounds,
-            published: Mutex::new(publish(&engine, 0)),
+            published: Mutex::new(engine.published(0)),
             until: Mutex::new(None),
             failure: OnceLock::new(),
             thread: OnceLock::new(),
             process: std::process::id(),
         });
-        let mut worker = Worker {
-            engine,
-            shared: Arc::clone(&shared),
-            before_step,
-            feeds: Vec::new(),
-            num_steps: 0,
-        };
+        let mut worker = Worker { engine, shared: Arc::clone(&shared), before_step, num_steps: 0 };
         let thread = std::thread::Builder::new().name("sidereal-engine".into());
         let thread = thread.spawn(move || worker.run()).map_err(|error| Error::Device {
             device: "cpu".into(),
@@ -104,15 +100,14 @@ impl Drop for Service {
     }
 }
 
-struct Worker<B: Backend> {
-    engine: Engine<B>,
+struct Worker<S: Serve> {
+    engine: S,
     shared: Arc<Shared>,
     before_step: Option<BeforeStep>,
-    feeds: Vec<Feed<std::vec::IntoIter<Request>>>,
     num_steps: u64,
 }
 
-impl<B: Backend> Worker<B> {
+impl<S: Serve> Worker<S> {
     fn run(&mut self) {
         let _ = self.shared.thread.set(std::thread::current().id());
         let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
@@ -129,34 +124,32 @@ impl<B: Backend> Worker<B> {
         for message in self.shared.queue.take(Backlog::default(), false).entries {
             if let Message::Enqueue(_, reply) | Message::Submit(_, _, reply) = message {
                 let error = self.shared.end();
-                self.engine.preparer().metrics().request_failed(&error);
+                self.engine.metrics().request_failed(&error);
                 reply.send(Err(error));
             }
         }
-        self.feeds.clear();
         let shared = Arc::clone(&self.shared);
-        self.engine.end_all(|| shared.end());
-        *shared.published.lock().expect("no holder panics") = publish(&self.engine, self.num_steps);
+        self.engine.end_all(&|| shared.end());
+        self.publish();
     }
 
     /// Until nothing comes any more and all is answered, or time is over.
     fn serve(&mut self) -> Result<()> {
         loop {
-            let is_idle = self.engine.is_idle() && self.feeds.is_empty();
+            let is_idle = self.engine.is_idle();
             let Taken { entries, cancelled, is_closed } =
-                self.shared.queue.take(backlog(&self.engine), is_idle);
+                self.shared.queue.take(backlog(&self.engine.status()), is_idle);
             for message in entries {
                 self.handle(message);
             }
             for id in cancelled {
                 self.engine.cancel(id);
             }
-            let engine = &mut self.engine;
-            self.feeds.retain_mut(|feed| feed.refill(engine));
-            if is_closed && (self.engine.is_idle() || self.shared.is_over_time()) {
+            self.engine.refill();
+            if is_closed && (self.engine.has_no_step() || self.shared.is_over_time()) {
                 return Ok(());
             }
-            if self.engine.is_idle() {
+            if self.engine.has_no_step() {
                 self.publish();
                 continue;
             }
@@ -181,14 +174,9 @@ impl<B: Backend> Worker<B> {
         match message {
             Message::Enqueue(prepared, reply) => self.engine.enqueue(prepared, reply),
             Message::Submit(request, arrival, reply) => {
-                match self.engine.preparer().prepare_at(arrival, request) {
-                    Ok(prepared) => self.engine.enqueue(prepared, reply),
-                    Err(error) => reply.send(Err(error)),
-                }
+                self.engine.submit(request, arrival, reply);
             }
-            Message::Feed(requests, answers) => {
-                self.feeds.push(Feed::new(requests.into_iter(), answers));
-            }
+            Message::Feed(requests, answers) => self.engine.feed(requests, answers),
             Message::InstallWeights(sender) => {
                 let version = self.engine.install_weights();
                 self.publish();
@@ -201,23 +189,13 @@ impl<B: Backend> Worker<B> {
 
     fn publish(&self) {
         *self.shared.published.lock().expect("no holder panics") =
-            publish(&self.engine, self.num_steps);
-    }
-}
-
-fn publish<B: Backend>(engine: &Engine<B>, num_steps: u64) -> Published {
-    Published {
-        engine: engine.status(),
-        phases: engine.phases(),
-        matrix_flops: engine.backend().matrix_flops(),
-        weights_version: engine.weights_version(),
-        num_steps,
+            self.engine.published(self.num_steps);
     }
 }
 
 /// What waits, for the queue before it.
-fn backlog<B: Backend>(engine: &Engine<B>) -> Backlog {
-    let EngineStatus { waiting, running, backlog_us, .. } = engine.status();
+fn backlog(status: &EngineStatus) -> Backlog {
+    let EngineStatus { waiting, running, backlog_us, .. } = *status;
     let each_us = backlog_us / (waiting + running).max(1) as u64;
     Backlog { entries: waiting, wait_us: backlog_us, each_us }
 }
