@@ -197,6 +197,85 @@ fn every_http_door_answers_as_the_library_does_to_the_last_bit() {
     }
 }
 
+/// A folder whose network gives vectors or scores candidates, with one of its golden requests.
+fn whole(folder: &str) -> (ServerOptions, Recommender, Value) {
+    let items = format!("{folder}/items.jsonl");
+    let mut options = options();
+    options.models = vec![ModelSource::new(folder, &items)];
+    let catalog = Arc::new(Catalog::open(Path::new(&items)).expect("items"));
+    let own = RecommenderOptions::new("cpu").with_threads(1);
+    let library = Recommender::open(Path::new(folder), catalog, &own).expect("a folder");
+    let golden = fs::read(format!("{folder}/golden.json")).expect("a golden file");
+    let golden: Value = serde_json::from_slice(&golden).expect("JSON");
+    let case = &golden["cases"][2];
+    let request = match case.get("request") {
+        Some(request) => request.clone(),
+        None => json!({"history": case["history"], "time": case["time"]}),
+    };
+    (options, library, request)
+}
+
+#[test]
+fn networks_that_give_vectors_or_scores_are_served_as_the_library_serves_them() {
+    for folder in ["models/sasrec/recbole-small", "models/hstu/small", "models/dlrm_hstu/small"] {
+        let (options, library, body) = whole(folder);
+        let server = start(&options);
+        let address = server.http();
+        let line = sidereal::wire::RequestLine::parse(&body.to_string()).expect("a request");
+        let defaults = sidereal::wire::RequestDefaults::default();
+        let request = line.to_request(&defaults).expect("a request");
+        let answer = library.recommend(&request).expect("an answer");
+        let expected: Found =
+            answer.items.iter().map(|found| (found.item.clone(), found.score.to_bits())).collect();
+        assert!(!expected.is_empty());
+        let alone = post(address, "/v1/recommend", &body).json();
+        assert_eq!(found(&alone["items"]), expected, "{folder}: {alone}");
+        for (line, found) in alone["items"].as_array().expect("items").iter().zip(&answer.items) {
+            for task in &found.tasks {
+                let score = line["tasks"][&*task.task].as_f64().map(|score| score as f32);
+                assert_eq!(score, Some(task.score), "{line}");
+            }
+        }
+        let batch = post(address, "/v1/recommend", &json!({"requests": [body, body]})).json();
+        assert_eq!(found(&batch["answers"][1]["items"]), expected, "{folder}: {batch}");
+        // Ranked, candidates have the scores of a search.
+        let mut ranked = body.clone();
+        let names: Vec<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
+        if ranked.get("candidates").is_none() {
+            ranked["candidates"] = json!(names);
+        }
+        let ranked = post(address, "/v1/rank", &ranked).json();
+        assert_eq!(found(&ranked["items"]), expected, "{folder}: {ranked}");
+        let refused =
+            post(address, "/v1/recommend", &json!({"history": body["history"], "seed": 4}));
+        assert!([400, 422].contains(&refused.status), "{folder}: {refused:?}");
+        let models = get(address, "/v1/models").json();
+        assert_eq!(models["data"][0]["ready"], true, "{models}");
+        let model = folder.rsplit('/').next().expect("a name");
+        let answered =
+            format!("sidereal_requests_answered_total{{model=\"{model}\",version=\"1\"}}");
+        assert!(metric(address, &answered) >= 4.0, "{folder}");
+    }
+}
+
+/// `/v2` has tensors for items; times and features are parameters of the request.
+#[test]
+fn a_network_that_reads_items_alone_is_served_by_tensors() {
+    let (options, library, body) = whole("models/gru4rec/small");
+    let server = start(&options);
+    let history = &body["history"];
+    let names: Vec<String> = serde_json::from_value(history.clone()).expect("names");
+    let infer = json!({
+        "inputs": [{"name": "history", "datatype": "BYTES", "shape": [names.len()], "data": history}],
+    });
+    let answer = library.recommend(&Request::from_history(names)).expect("an answer");
+    let inferred = post(server.http(), "/v2/models/small/infer", &infer).json();
+    let outputs = inferred["outputs"].as_array().expect("outputs");
+    let items = outputs.iter().find(|output| output["name"] == "items").expect("items");
+    let names: Vec<&str> = answer.items.iter().map(|found| &*found.item).collect();
+    assert_eq!(items["data"], json!(names));
+}
+
 #[test]
 fn a_batch_has_an_answer_or_an_error_for_each_request() {
     let server = start(&options());
