@@ -62,7 +62,9 @@ def query_vector(case, t, layout, history, time):
             for i in range(len(history)):
                 for j in range(i + 1):
                     score = q[i, of_keys] @ k[j, of_keys]
-                    if buckets is not None:
+                    if buckets is None:
+                        score += t[p + "_rel_attn_bias._w"][positions - 1 + j - i]
+                    else:
                         score += t[p + "_rel_attn_bias._pos_w"][positions - 1 + j - i]
                         score += t[p + "_rel_attn_bias._ts_w"][bucket(times[i + 1] - times[j], buckets)]
                     attended[i, of_values] += silu(score) / positions * v[j, of_values]
@@ -100,7 +102,9 @@ def checkpoint(case, rng):
         t[p + "_uvqk"] = draw(rng, columns, 2 * heads * (keys + values))
         width = heads * values * (3 if layout.get("concat_ua") else 1)
         t[p + "_o.weight"], t[p + "_o.bias"] = draw(rng, columns, width), draw(rng, columns)
-        if buckets is not None:
+        if buckets is None:
+            t[p + "_rel_attn_bias._w"] = draw(rng, 2 * positions - 1)
+        else:
             t[p + "_rel_attn_bias._pos_w"] = draw(rng, 2 * positions - 1)
             t[p + "_rel_attn_bias._ts_w"] = draw(rng, buckets + 1)
     return t, layout
@@ -208,16 +212,15 @@ def research(repository):
             similarity_module=None, input_features_preproc_module=preprocessor, output_postproc_module=post,
             enable_relative_attention_bias=buckets is not None, concat_ua=layout.get("concat_ua", False), verbose=False)
         for layer in network._hstu._attention_layers:
-            if buckets is None:  # without a bias the module asserts one, so it gets one of zeros
+            if buckets is None:
                 layer._rel_attn_bias = hstu.RelativePositionalBias(positions)
-                layer._rel_attn_bias._w.data.zero_()
             elif buckets != 128:
                 layer._rel_attn_bias = hstu.RelativeBucketedTimeAndPositionBasedBias(
                     positions, buckets, lambda x: (torch.log(torch.abs(x).clamp(min=1)) / 0.301).long())
         network = network.double().eval()
         state = {name: torch.tensor(value) for name, value in tensors.items()}
         missing, unexpected = network.load_state_dict(state, strict=False)
-        assert not unexpected and all("_attn_mask" in name or name.endswith("_rel_attn_bias._w") for name in missing)
+        assert not unexpected and all("_attn_mask" in name for name in missing)
         worst = 0.0
         for history, time in histories(rng, window):
             query = query_vector(case, tensors, layout, history, time)

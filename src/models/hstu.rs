@@ -280,17 +280,23 @@ fn load_block<B: Backend>(
     let gated = block.output.num_parts() * uvqk.num_heads * uvqk.value_dim;
     let out = weights.take(&format!("{name}._o.weight"), &[columns, gated])?;
     let out_bias = weights.take(&format!("{name}._o.bias"), &[columns])?;
-    let bias = match block.thresholds.is_empty() {
-        true => None,
-        false => {
-            let name = format!("{name}._rel_attn_bias");
-            let positions = weights.take(&format!("{name}._pos_w"), &[2 * num_positions - 1])?;
-            let times = weights.take(&format!("{name}._ts_w"), &[block.thresholds.len() + 1])?;
-            Some(StuBias {
-                positions: backend.vector(&[positions])?,
-                times: backend.vector(&[times])?,
-            })
-        }
+    let bias = format!("{name}._rel_attn_bias");
+    let places = [2 * num_positions - 1];
+    // By position and time, by position alone, or none.
+    let bias = if !block.thresholds.is_empty() {
+        let times = weights.take(&format!("{bias}._ts_w"), &[block.thresholds.len() + 1])?;
+        Some((weights.take(&format!("{bias}._pos_w"), &places)?, times))
+    } else if weights.contains(&format!("{bias}._w")) {
+        Some((weights.take(&format!("{bias}._w"), &places)?, Tensor::new(&[1], vec![0.0])))
+    } else {
+        None
+    };
+    let bias = match bias {
+        None => None,
+        Some((positions, times)) => Some(StuBias {
+            positions: backend.vector(&[positions])?,
+            times: backend.vector(&[times])?,
+        }),
     };
     Ok(Stu {
         input_norm: None,
@@ -342,7 +348,14 @@ impl<B: Backend> VectorNetwork<B> for Hstu<B> {
 
         let ends: Vec<usize> = prompts.iter().map(|prompt| prompt.tokens.len()).collect();
         let divisors = vec![self.divisor; prompts.len()];
-        let seconds: Vec<Vec<i64>> = prompts.iter().map(|prompt| prompt.seconds.clone()).collect();
+        // Where no bias goes by time, all times are alike.
+        let seconds: Vec<Vec<i64>> = prompts
+            .iter()
+            .map(|prompt| match self.block.thresholds.is_empty() {
+                true => vec![0; prompt.tokens.len() + 1],
+                false => prompt.seconds.clone(),
+            })
+            .collect();
         let input = StuInput { first_targets: &ends, divisors: &divisors, seconds: &seconds };
         for (index, block) in self.blocks.iter().enumerate() {
             block.forward(backend, &self.block, index, &input, false, batch, s);

@@ -13,6 +13,7 @@ class Item:
     title: str | None
     log_probs: list[tuple[float, float]] | None
     branch: int | None
+    tasks: dict[str, float] | None
 
 class Answer:
     items: list[Item]

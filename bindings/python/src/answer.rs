@@ -1,5 +1,7 @@
 //! Answers.
 
+use std::collections::BTreeMap;
+
 use engine::{Answer as EngineAnswer, Recommendation};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
@@ -170,11 +172,14 @@ pub struct Item {
     log_probs: Option<Vec<(f32, f32)>>,
     /// Which of several thoughts gave it its score.
     branch: Option<usize>,
+    /// What a network that scores candidates says of it, by task.
+    tasks: Option<BTreeMap<String, f32>>,
 }
 
 impl Item {
     fn new(found: &Recommendation) -> Item {
         let log_probs = found.log_probs.iter().map(|token| (token.vocabulary, token.children));
+        let tasks = found.tasks.iter().map(|task| (task.task.to_string(), task.score));
         Item {
             item: found.item.to_string(),
             sid: found.sid.codes().to_vec(),
@@ -182,6 +187,7 @@ impl Item {
             title: found.title.as_ref().map(ToString::to_string),
             log_probs: (!found.log_probs.is_empty()).then(|| log_probs.collect()),
             branch: found.branch,
+            tasks: (!found.tasks.is_empty()).then(|| tasks.collect()),
         }
     }
 }
