@@ -57,6 +57,7 @@
 //! - A device is not waited for between the levels of a search ([`backend::cuda`]).
 
 mod answer;
+mod answering;
 pub mod backend;
 pub mod catalog;
 mod checkpoint;
@@ -96,11 +97,12 @@ pub use answer::{
     Answer, Group, ReadToken, Recommendation, Sequence, TaskScore, Thought, Timings,
     UnknownByField, UnknownNames,
 };
+pub use answering::ModelKind;
 pub use device::Device;
 pub use engine::{Engine, EngineOptions, EngineStatus, MAX_THREADS, Phases};
 pub use error::{Error, ErrorKind, Result};
 pub use features::Features;
-pub use recommender::{ModelKind, Recommender, Status};
+pub use recommender::{Recommender, Status};
 pub use recommender_options::RecommenderOptions;
 pub use request::{
     Forced, Input, LongHistory, MAX_BEAMS, NamedToken, Priority, Request, SharedSid, Think,

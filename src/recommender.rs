@@ -30,31 +30,23 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::answer::Answer;
+use crate::answering::{Answering, Checked, ModelKind};
 use crate::backend::Backend;
 use crate::catalog::Catalog;
 use crate::catalog::sid::Sid;
 use crate::device::{Device, WithBackend};
-use crate::engine::{
-    Arrival, Engine, EngineStatus, Phases, Prepared, Preparer, ReplaceWeights, Reply,
-};
+use crate::engine::{Engine, EngineStatus, Phases, Reply};
 use crate::error::{Error, Result};
-use crate::metrics::{Gauges, Metrics, MetricsSnapshot};
+use crate::metrics::{Gauges, MetricsSnapshot};
 use crate::models::Checkpoint;
 use crate::models::config::{Config, SidLayout};
 use crate::models::weights::Weights;
 use crate::recommender_options::RecommenderOptions;
 use crate::request::{Input, Request};
-use crate::retriever::{Ranker, Retriever};
 use crate::schedule::RequestId;
 use crate::service::queue::{Bounds, PushError};
-use crate::service::{
-    AnswersWhole, Direct, Handle, Message, Reception, Service, Shared, Stepped, no_new_weights,
-    oneshot,
-};
+use crate::service::{Direct, Handle, Message, Reception, Service, Shared, Stepped, oneshot};
 use crate::tensor::Tensor;
-
-/// The most requests that a queue may be asked to hold.
-const MAX_QUEUED: usize = 1 << 24;
 
 /// What a recommender holds, as of the end of its last step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -99,52 +91,10 @@ pub struct Recommender {
 
 struct Inner {
     service: Service,
-    network: Network,
+    answering: Answering,
     description: String,
     num_threads: usize,
     has_phases: bool,
-}
-
-/// What answers, as far as callers' threads need it.
-enum Network {
-    /// Writes semantic IDs, or phrases.
-    Writer { preparer: Arc<Preparer>, loader: Arc<dyn ReplaceWeights> },
-    /// Answers whole requests.
-    Direct(ModelKind, Arc<Reception>),
-}
-
-/// What a model does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ModelKind {
-    /// It writes semantic IDs or phrases; scores are log-probabilities.
-    Writer,
-    /// It makes a vector of a history; scores are products with items' vectors, or distances.
-    Vectors,
-    /// It scores the candidates of a request, by task.
-    Scores,
-}
-
-/// A request that callers' threads have checked.
-enum Checked {
-    Prepared(Prepared),
-    Whole(Request, Arrival),
-}
-
-impl Checked {
-    fn id(&self) -> RequestId {
-        match self {
-            Checked::Prepared(prepared) => prepared.id(),
-            Checked::Whole(_, arrival) => arrival.id,
-        }
-    }
-
-    fn with_reply(self, reply: Reply) -> Message {
-        match self {
-            Checked::Prepared(prepared) => Message::Enqueue(prepared, reply),
-            Checked::Whole(request, arrival) => Message::Submit(request, arrival, reply),
-        }
-    }
 }
 
 /// Opens an engine on whatever backend a device has.
@@ -183,23 +133,9 @@ impl Recommender {
         catalog: Arc<Catalog>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
-        let network: Option<(ModelKind, Arc<dyn AnswersWhole>)> = match () {
-            () if Ranker::serves(folder)? => {
-                let ranker = Ranker::open(folder, Arc::clone(&catalog), options)?;
-                Some((ModelKind::Scores, Arc::new(ranker)))
-            }
-            () if Retriever::serves(folder)? => {
-                let retriever = Retriever::open(folder, Arc::clone(&catalog), options)?;
-                Some((ModelKind::Vectors, Arc::new(retriever)))
-            }
-            () => None,
-        };
-        if let Some((kind, network)) = network {
-            if options.base.is_some() {
-                let reason = "this network has no adapters; leave it out".into();
-                return Err(Error::InvalidOption { option: "base", reason });
-            }
-            return Recommender::from_whole(kind, network, options);
+        options.check()?;
+        if let Some((kind, reception)) = Answering::open_whole(folder, &catalog, options)? {
+            return Recommender::from_whole(kind, reception, options);
         }
         let Checkpoint { config, weights, .. } = Checkpoint::open(folder, options.base.as_deref())?;
         let vocab_size = crate::models::vocab_size(&config)?;
@@ -219,7 +155,7 @@ impl Recommender {
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
         let device: Device = options.device.parse()?;
-        check_max_queued(options)?;
+        options.check()?;
         let dtype = options.dtype.unwrap_or_else(|| device.default_dtype(weights.dtype()));
         let work = Open { config, weights, layout, catalog, options };
         device.with_backend(Some(dtype), work)
@@ -234,10 +170,10 @@ impl Recommender {
         engine: Engine<B>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
-        check_max_queued(options)?;
+        options.check()?;
         let preparer = Arc::clone(engine.preparer());
         let inner = Inner {
-            network: Network::Writer { preparer, loader: engine.loader() },
+            answering: Answering::Writer { preparer, loader: engine.loader() },
             description: engine.backend().description(),
             num_threads: engine.num_threads(),
             has_phases: B::COMPUTES_ON_CALLERS,
@@ -252,37 +188,29 @@ impl Recommender {
     /// Takes over a network that answers whole requests.
     fn from_whole(
         kind: ModelKind,
-        network: Arc<dyn AnswersWhole>,
+        reception: Arc<Reception>,
         options: &RecommenderOptions,
     ) -> Result<Recommender> {
-        check_max_queued(options)?;
         let bounds = Bounds::new(options.max_queued, options.max_wait);
-        let reception = Arc::new(Reception::new(network));
         let direct = Direct::new(Arc::clone(&reception));
         let inner = Inner {
             description: reception.network.description(),
             num_threads: reception.network.num_threads(),
             has_phases: false,
             service: Service::start(direct, bounds, options.before_step.clone())?,
-            network: Network::Direct(kind, reception),
+            answering: Answering::Whole(kind, reception),
         };
         Ok(Recommender { inner: Arc::new(inner) })
     }
 
     /// What the model does.
     pub fn kind(&self) -> ModelKind {
-        match &self.inner.network {
-            Network::Writer { .. } => ModelKind::Writer,
-            Network::Direct(kind, _) => *kind,
-        }
+        self.inner.answering.kind()
     }
 
     /// The catalog that is searched.
     pub fn catalog(&self) -> &Arc<Catalog> {
-        match &self.inner.network {
-            Network::Writer { preparer, .. } => preparer.catalog(),
-            Network::Direct(_, reception) => reception.network.catalog(),
-        }
+        self.inner.answering.catalog()
     }
 
     /// What computes, as `x86_64 f32x16`.
@@ -302,19 +230,13 @@ impl Recommender {
 
     /// The model's tokens for the codes of a semantic ID, as far as it has some.
     pub fn tokens_of(&self, sid: &Sid) -> Vec<u32> {
-        match &self.inner.network {
-            Network::Writer { preparer, .. } => preparer.tokens_of(sid),
-            Network::Direct(..) => Vec::new(),
-        }
+        self.inner.answering.tokens_of(sid)
     }
 
     /// The most tokens that an input may have; the items of a history that are read, where the model
     /// reads no tokens.
     pub fn max_context(&self) -> usize {
-        match &self.inner.network {
-            Network::Writer { preparer, .. } => preparer.max_context(),
-            Network::Direct(_, reception) => reception.network.max_items(),
-        }
+        self.inner.answering.max_context()
     }
 
     /// The tokens that the model reads for an input, with the catalog as it is now.
@@ -323,13 +245,7 @@ impl Recommender {
     /// The request's: an unknown item, a token outside the vocabulary, too few or too many;
     /// [`Error::Unsupported`] where the model reads no tokens.
     pub fn input_tokens(&self, input: &Input) -> Result<Vec<u32>> {
-        match &self.inner.network {
-            Network::Writer { preparer, .. } => preparer.input_tokens(input),
-            Network::Direct(..) => Err(Error::Unsupported {
-                what: "the tokens of an input to a network that reads items".into(),
-                way_out: "it reads the items of the history themselves".into(),
-            }),
-        }
+        self.inner.answering.input_tokens(input)
     }
 
     /// Hands over a request. It is checked here, on the caller's thread, and sees the catalog as it
@@ -394,14 +310,11 @@ impl Recommender {
     /// [`Error::Overloaded`], [`Error::ShuttingDown`], [`Error::EngineFailed`], [`Error::Forked`];
     /// the request's own come as the answer.
     pub fn submit_deferred(&self, request: Request) -> Result<Handle> {
-        let arrival = match &self.inner.network {
-            Network::Writer { preparer, .. } if preparer.reads_text(&request) => {
-                return self.submit(request); // text is never read on the engine's thread
-            }
-            Network::Writer { preparer, .. } => preparer.arrival(),
-            Network::Direct(_, reception) => reception.arrival(),
-        };
+        if self.inner.answering.reads_text(&request) {
+            return self.submit(request); // text is never read on the engine's thread
+        }
         self.shared().check_process().map_err(|error| self.refused(error))?;
+        let arrival = self.inner.answering.arrival();
         let (handle, reply) = self.handle(arrival.id);
         self.push(Message::Submit(request, arrival, reply))?;
         Ok(handle)
@@ -442,13 +355,9 @@ impl Recommender {
         requests: &[Request],
         mut deliver: impl FnMut(usize, Result<Answer>),
     ) {
-        let is_checked_here = match &self.inner.network {
-            Network::Writer { preparer, .. } => {
-                requests.iter().any(|request| preparer.reads_text(request))
-            }
-            Network::Direct(..) => true,
-        };
-        if is_checked_here {
+        let answering = &self.inner.answering;
+        let is_whole = answering.kind() != ModelKind::Writer;
+        if is_whole || requests.iter().any(|request| answering.reads_text(request)) {
             return self.recommend_checked(requests, deliver);
         }
         let (sender, answers) = mpsc::channel();
@@ -543,9 +452,7 @@ impl Recommender {
         tensors: impl IntoIterator<Item = (String, Tensor)>,
     ) -> Result<u64> {
         self.shared().check_waiting()?;
-        let Network::Writer { loader, .. } = &self.inner.network else {
-            return Err(no_new_weights());
-        };
+        let loader = self.inner.answering.loader()?;
         let tensors = tensors.into_iter().collect();
         loader.replace(tensors, &mut || self.ask(Message::InstallWeights)?)
     }
@@ -604,7 +511,7 @@ impl Recommender {
         let Status { queued, engine, weights_version, .. } = self.status()?;
         let gauges = engine.gauges(self.catalog(), weights_version);
         let gauges = Gauges { waiting: queued as u64, ..gauges };
-        Ok(self.own_metrics().snapshot(gauges))
+        Ok(self.inner.answering.metrics().snapshot(gauges))
     }
 
     /// Checks that every page of memory is in exactly one place: free, or held by those who share
@@ -644,26 +551,12 @@ impl Recommender {
 
     fn prepare(&self, request: Request) -> Result<Checked> {
         self.shared().check_process().map_err(|error| self.refused(error))?;
-        match &self.inner.network {
-            Network::Writer { preparer, .. } => preparer.prepare(request).map(Checked::Prepared),
-            Network::Direct(_, reception) => {
-                let arrival = reception.arrival();
-                reception.network.check(&request).map_err(|error| self.refused(error))?;
-                Ok(Checked::Whole(request, arrival))
-            }
-        }
-    }
-
-    fn own_metrics(&self) -> &Metrics {
-        match &self.inner.network {
-            Network::Writer { preparer, .. } => preparer.metrics(),
-            Network::Direct(_, reception) => &reception.metrics,
-        }
+        self.inner.answering.prepare(request)
     }
 
     /// Counts a request that was refused before the engine had it.
     fn refused(&self, error: Error) -> Error {
-        self.own_metrics().request_refused(&error);
+        self.inner.answering.metrics().request_refused(&error);
         error
     }
 
@@ -693,15 +586,5 @@ impl Recommender {
         let shared = self.shared();
         shared.queue.push_uncounted(message(sender)).map_err(|_| shared.end())?;
         receiver.wait().ok_or_else(|| shared.end())
-    }
-}
-
-fn check_max_queued(options: &RecommenderOptions) -> Result<()> {
-    match options.max_queued {
-        1..=MAX_QUEUED => Ok(()),
-        other => {
-            let reason = format!("{other} is not between 1 and {MAX_QUEUED}");
-            Err(Error::InvalidOption { option: "max_queued", reason })
-        }
     }
 }

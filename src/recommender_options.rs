@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::EngineOptions;
+use crate::error::{Error, Result};
 use crate::service::BeforeStep;
 use crate::tensor::Dtype;
 
@@ -45,7 +46,24 @@ impl Default for RecommenderOptions {
     }
 }
 
+/// The most requests that a queue may be asked to hold.
+const MAX_QUEUED: usize = 1 << 24;
+
 impl RecommenderOptions {
+    /// Checks the bounds of the queue.
+    ///
+    /// # Errors
+    /// [`Error::InvalidOption`].
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.max_queued {
+            1..=MAX_QUEUED => Ok(()),
+            other => {
+                let reason = format!("{other} is not between 1 and {MAX_QUEUED}");
+                Err(Error::InvalidOption { option: "max_queued", reason })
+            }
+        }
+    }
+
     /// The defaults for a device, by its name. A name that no device has is refused when the
     /// recommender is opened.
     pub fn new(device: impl Into<String>) -> RecommenderOptions {

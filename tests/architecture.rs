@@ -34,7 +34,9 @@ fn floor(module: &[String]) -> u8 {
         ("checkpoint", _) => 2,
         ("models" | "prompt" | "vectors", _) => 3,
         ("engine" | "quantizer" | "writer", _) => 4,
-        ("" | "recommender" | "recommender_options" | "retriever" | "service", _) => 5, // the root is lib.rs
+        ("" | "answering" | "recommender" | "recommender_options" | "retriever" | "service", _) => {
+            5
+        } // the root is lib.rs
         ("server", _) => 6,
         (other, _) => panic!("module {other:?} has no floor yet: give it one here"),
     }

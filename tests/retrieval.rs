@@ -286,6 +286,42 @@ fn items_may_have_vectors_of_their_own() {
     assert!(error.contains("40 x 12"), "{error}");
 }
 
+/// What PyTorch measured on the trained checkpoints is what the same rows give here.
+#[test]
+fn trained_networks_find_what_their_training_framework_finds() {
+    let catalog = Arc::new(Catalog::open(&root("models/industrial/items.jsonl")).expect("items"));
+    let text = std::fs::read_to_string(root("models/industrial/test.jsonl")).expect("the rows");
+    let rows: Vec<Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    for network in ["sasrec", "hstu"] {
+        let folder = root("models/retrieval").join(network);
+        let retriever = open_with(&folder, Arc::clone(&catalog)).expect("a checkpoint");
+        let request = |row: &Value| {
+            let history = row["history"].as_array().expect("a history").iter();
+            Request::from_history(history.map(|item| item.as_str().expect("a name"))).with_top_k(10)
+        };
+        let (mut found, mut gain) = (0, 0.0);
+        for rows in rows.chunks(256) {
+            let requests: Vec<Request> = rows.iter().map(request).collect();
+            for (row, answer) in rows.iter().zip(retriever.recommend_all(&requests)) {
+                let items = answer.expect("a sound request").items;
+                if let Some(rank) = items.iter().position(|item| row["target"] == *item.item) {
+                    found += 1;
+                    gain += 1.0 / (rank as f64 + 2.0).log2();
+                }
+            }
+        }
+        let text = std::fs::read(folder.join("metrics.json")).expect("the metrics");
+        let metrics: Value = serde_json::from_slice(&text).expect("JSON");
+        for (name, value) in [("recall_at_10", f64::from(found)), ("ndcg_at_10", gain)] {
+            let (found, expected) = (value / rows.len() as f64, metrics[name].as_f64());
+            let difference = (found - expected.expect("a number")).abs();
+            // Two items whose scores are equal but for rounding may change places.
+            assert!(difference < 3e-4, "{network}: {name} is {found}, not {expected:?}");
+        }
+    }
+}
+
 fn sidereal(arguments: &[&str], input: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sidereal"));
     command.args(arguments).current_dir(env!("CARGO_MANIFEST_DIR"));

@@ -10,8 +10,8 @@ use sidereal::models::config::SidLayout;
 use sidereal::models::{Checkpoint, VECTOR_FAMILIES, vocab_size};
 use sidereal::wire::RequestDefaults;
 use sidereal::{
-    Constraint, Error, LongHistory, ModelKind, Normalization, Ranker, Recommender,
-    RecommenderOptions, Result, Retriever, UnknownItems,
+    Constraint, Error, LongHistory, ModelKind, Normalization, Recommender, RecommenderOptions,
+    Result, UnknownItems,
 };
 
 use super::device::DeviceArguments;
@@ -185,11 +185,7 @@ impl ModelArguments {
 
     /// Opens a folder of this kind alone.
     pub fn open_kind(&self, kind: ModelKind) -> Result<Recommender> {
-        let other = match () {
-            () if Ranker::serves(&self.model)? => ModelKind::Scores,
-            () if Retriever::serves(&self.model)? => ModelKind::Vectors,
-            () => ModelKind::Writer,
-        };
+        let other = ModelKind::of(&self.model)?;
         if kind == other {
             return self.open();
         }
