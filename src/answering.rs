@@ -162,6 +162,7 @@ impl Answering {
 }
 
 /// A request that a caller's thread has checked.
+#[allow(clippy::large_enum_variant)] // nearly all are of the largest variant
 pub(crate) enum Checked {
     Prepared(Prepared),
     Whole(Request, Arrival),

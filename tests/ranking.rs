@@ -362,6 +362,10 @@ fn the_command_line_ranks_and_evaluates() {
     let output = sidereal(&["evaluate", "--model", SMALL, "--requests", "-"], &line.to_string());
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && text.contains("NDCG"), "{output:?}");
+    let output = sidereal(&["inspect", SMALL, "--json"], "");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(report["family"], "dlrm_hstu");
+    assert_eq!(report["tasks"][2], json!({"name": "seconds", "is_probability": false}));
     // Other doors say where such a folder belongs.
     for command in ["recommend", "retrieve"] {
         let output = sidereal(&[command, "--model", SMALL, "--requests", "-"], &line.to_string());

@@ -150,7 +150,7 @@ fn what_waits_is_ordered_cancelled_and_ended_by_its_deadline() {
     let order = order.lock().expect("no panic").clone();
     let place = |name: &str| order.iter().position(|(other, _)| *other == name).expect("told");
     assert!(place("high") < place("normal") && place("normal") < place("low"), "{order:?}");
-    assert_eq!(order[place("unwanted")].1, false);
+    assert!(!order[place("unwanted")].1);
     assert_eq!(order.iter().filter(|(_, is_answered)| *is_answered).count(), 4, "{order:?}");
     let metrics = recommender.metrics().expect("no fork");
     assert_eq!((metrics.cancelled, metrics.deadline_exceeded), (2, 1));

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use clap::Args;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use sidereal::catalog::Catalog;
+use sidereal::catalog::sid::Sid;
+use sidereal::catalog::{Catalog, CatalogBuilder, Item};
 use sidereal::models::config::{Config, SidLayout};
 use sidereal::models::{Checkpoint, layout, vocab_size};
 use sidereal::prompt::{Source, projects};
 use sidereal::wire::{RequestDefaults, RequestLine};
-use sidereal::{Error, Input, Result};
+use sidereal::{Error, Input, ModelKind, Ranker, RecommenderOptions, Result, Retriever};
 
 use super::arguments::{Outcome, write_error};
 
@@ -117,6 +118,9 @@ struct Ignored {
 
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let model = &arguments.model;
+    if let kind @ (ModelKind::Vectors | ModelKind::Scores) = ModelKind::of(model)? {
+        return inspect_whole(arguments, kind);
+    }
     // Weights of GRID open only beside the file that is to be written.
     let of_grid = arguments.write && write_layout_of_grid(model, arguments.project.as_deref())?;
     let Checkpoint { config, notes, .. } = Checkpoint::open(model, arguments.base.as_deref())?;
@@ -186,6 +190,61 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         ignored,
     };
     print(&report, arguments.json).map_err(write_error(None))?;
+    Ok(Outcome::Done)
+}
+
+/// What is understood of a network that gives vectors or scores candidates.
+fn inspect_whole(arguments: &Arguments, kind: ModelKind) -> Result<Outcome> {
+    let model = &arguments.model;
+    let path = arguments.catalog.clone().or_else(|| Catalog::beside(model).ok());
+    // The network is the same with any catalog.
+    let catalog = match &path {
+        Some(path) => Catalog::open(path)?,
+        None => {
+            let mut builder = CatalogBuilder::default();
+            builder.add(Item::new("0", Sid::new(&[0])?))?;
+            builder.build()?
+        }
+    };
+    let catalog = Arc::new(catalog);
+    let num_items = catalog.snapshot().num_items();
+    let options = RecommenderOptions::new("cpu").with_threads(1);
+    let mut report = match kind {
+        ModelKind::Vectors => {
+            let retriever = Retriever::open(model, catalog, &options)?;
+            let matrix = retriever.matrix();
+            json!({
+                "what": "gives vectors: sidereal retrieve finds the items with the nearest",
+                "items_of_a_history": retriever.max_items(),
+                "item_vectors": [matrix.num_rows(), matrix.num_columns()],
+            })
+        }
+        _ => {
+            let ranker = Ranker::open(model, catalog, &options)?;
+            let tasks: Vec<Value> = ranker
+                .tasks()
+                .iter()
+                .map(|task| json!({"name": task.name, "is_probability": task.is_probability}))
+                .collect();
+            json!({
+                "what": "scores candidates: sidereal rank takes them from a request",
+                "items_of_a_history": ranker.max_items(),
+                "tasks": tasks,
+            })
+        }
+    };
+    report["model"] = json!(model.display().to_string());
+    report["family"] = json!(Config::read(&model.join("sidereal.json"))?.text("family"));
+    report["catalog_items"] = json!(path.map(|_| num_items));
+    let mut out = std::io::stdout().lock();
+    let written = match (arguments.json, &report) {
+        (false, Value::Object(fields)) => fields.iter().try_for_each(|(name, value)| {
+            let shown = value.as_str().map_or_else(|| value.to_string(), str::to_string);
+            writeln!(out, "{:<20} {shown}", name.replace('_', " "))
+        }),
+        _ => writeln!(out, "{report}"),
+    };
+    written.map_err(write_error(None))?;
     Ok(Outcome::Done)
 }
 

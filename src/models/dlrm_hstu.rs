@@ -175,15 +175,19 @@ impl<B: Backend> DlrmHstu<B> {
             let is_context = pass.start < context_len;
             // Candidates take the places behind the context, those of every pass the same.
             let first = if is_context { pass.start } else { context_len };
-            let chunks = [first..first + pass.len()];
-            let mut batch = Batch::new(memory, &chunks, &mut slots);
+            let chunk = first..first + pass.len();
+            let chunks = std::slice::from_ref(&chunk);
+            let mut batch = Batch::new(memory, chunks, &mut slots);
             self.rows.write(backend, rows, pass, &mut batch, s);
-            let input =
-                StuInput { first_targets: &[context_len], divisors: &[divisor], seconds: &[] };
             for (index, block) in self.blocks.iter().enumerate() {
-                // Nothing reads the context's rows behind the last block.
-                let is_kept = is_context && index + 1 == self.blocks.len();
-                block.forward(backend, &self.block, index, &input, is_kept, &mut batch, s);
+                let input = StuInput {
+                    first_targets: &[context_len],
+                    divisors: &[divisor],
+                    seconds: &[],
+                    // Nothing reads the context's rows behind the last block.
+                    is_kept_alone: is_context && index + 1 == self.blocks.len(),
+                };
+                block.forward(backend, &self.block, index, &input, &mut batch, s);
             }
             if !is_context {
                 found.extend(backend.download(&s.residual)?);
@@ -295,6 +299,7 @@ impl<B: Backend> Post<B> {
 
 impl<B: Backend> Clock<B> {
     /// Cosine and sine of how far each period has come, in f32 and with the published 3.14.
+    #[allow(clippy::approx_constant)] // it is what the training took
     fn features(&self, time: i64) -> Vec<f32> {
         let angle = |[unit, count]: [f32; 2]| {
             ((time as f32 / unit).floor().rem_euclid(count) / count) * 2.0 * 3.14

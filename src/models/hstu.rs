@@ -356,9 +356,14 @@ impl<B: Backend> VectorNetwork<B> for Hstu<B> {
                 false => prompt.seconds.clone(),
             })
             .collect();
-        let input = StuInput { first_targets: &ends, divisors: &divisors, seconds: &seconds };
+        let input = StuInput {
+            first_targets: &ends,
+            divisors: &divisors,
+            seconds: &seconds,
+            is_kept_alone: false,
+        };
         for (index, block) in self.blocks.iter().enumerate() {
-            block.forward(backend, &self.block, index, &input, false, batch, s);
+            block.forward(backend, &self.block, index, &input, batch, s);
         }
         backend.gather_last(&s.residual, 0, batch, &mut s.last);
         if let Some(columns) = &self.item_columns {

@@ -81,18 +81,18 @@ pub(super) struct StuInput<'a> {
     pub divisors: &'a [f32],
     /// By prompt: the times of its positions and of what follows; empty where no block reads them.
     pub seconds: &'a [Vec<i64>],
+    /// Whether keys and values are all that is wanted: rows then stay as they were.
+    pub is_kept_alone: bool,
 }
 
 impl<B: Backend> Stu<B> {
-    /// Takes the rows of `s.residual` through the block of this number. Where `is_kept` their keys and
-    /// values are all that is wanted: the rows stay as they were.
+    /// Takes the rows of `s.residual` through the block of this number.
     pub fn forward(
         &self,
         backend: &B,
         spec: &StuSpec,
         index: usize,
         input: &StuInput<'_>,
-        is_kept: bool,
         batch: &mut Batch<'_, B>,
         s: &mut Activations<B>,
     ) {
@@ -101,7 +101,7 @@ impl<B: Backend> Stu<B> {
         backend.layer_norm(&s.residual, norm, spec.epsilon, &mut s.normed);
         self.qkv.apply(backend, &s.normed, spec.qkv_epilogue, &mut s.projected);
         backend.store_context(index, &s.projected, heads.query_dim(), heads, batch);
-        if is_kept {
+        if input.is_kept_alone {
             return;
         }
         let attention = PointwiseAttention {
