@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Golden answers of HSTU: small random checkpoints, and what they make of histories with times, in float64.
+"""Golden answers of HSTU and of SASRec in the same code: small random checkpoints, and what they make of histories with times, in float64.
 
-    python hstu.py make             make the folders below models/hstu
+    python hstu.py make             make the folders below models/hstu, and models/sasrec/meta
     python hstu.py research REPO    compare them with the classes of a checkout of meta-recsys/generative-recommenders
                                     (needs torch)
 
@@ -15,12 +15,14 @@ import sys
 
 import numpy as np
 
-from vectors import HERE, ITEMS, NAMES, draw, write_safetensors
+from vectors import HERE, ITEMS, NAMES, attention, draw, linear_weights, write_safetensors
 
 #        folder        items ratings heads keys values layers positions window buckets
 CASES = {"hstu/small": (12, None, 2, 6, 6, 2, 20, 12, 128),
          "hstu/rated": (10, 3, 1, 5, 9, 2, 90, 80, 40),
-         "hstu/plain": (8, None, 4, 3, 2, 1, 9, 8, None)}
+         "hstu/plain": (8, None, 4, 3, 2, 1, 9, 8, None),
+         "sasrec/meta": (12, None, 3, 4, 4, 2, 20, 14, None)}
+INNER = 18  # of SASRec's feed-forward layers
 NUM_RATINGS = 6
 
 
@@ -28,9 +30,21 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def norm(x):
+def norm(x, epsilon=1e-6):
     mean = x.mean(-1, keepdims=True)
-    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-6)
+    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + epsilon)
+
+
+def sasrec_block(t, layer, x, heads):
+    """Queries are normed, keys and values are not."""
+    p, f = f"attention_layers.{layer}.", f"forward_layers.{layer}._conv1d."
+    q = norm(x, 1e-8)
+    parts = zip((q, x, x), np.split(t[p + "in_proj_weight"], 3), np.split(t[p + "in_proj_bias"], 3))
+    queries, keys, values = (rows @ weight.T + bias for rows, weight, bias in parts)
+    attended = attention(queries, keys, values, heads, True)
+    y = norm(q + attended @ t[p + "out_proj.weight"].T + t[p + "out_proj.bias"], 1e-8)
+    inner = np.maximum(y @ t[f + "0.weight"][:, :, 0].T + t[f + "0.bias"], 0)
+    return y + inner @ t[f + "3.weight"][:, :, 0].T + t[f + "3.bias"]
 
 
 def bucket(seconds, last):
@@ -51,6 +65,9 @@ def query_vector(case, t, layout, history, time):
     x = x * math.sqrt(columns) + t["_input_features_preproc._pos_emb.weight"][:len(history)]
     times = [at for _, at, _ in history] + [time]
     for layer in range(layers):
+        if case.startswith("sasrec"):
+            x = sasrec_block(t, layer, x, heads)
+            continue
         p = f"_hstu._attention_layers.{layer}."
         uvqk = norm(x) @ t[p + "_uvqk"]
         if layout.get("linear_activation", "silu") == "silu":
@@ -88,7 +105,7 @@ def checkpoint(case, rng):
     """Tensors and sidereal.json."""
     items, ratings, heads, keys, values, layers, positions, window, buckets = CASES[case]
     columns = items + (ratings or 0)
-    layout = {"family": "hstu", "num_heads": heads, "max_items": window}
+    layout = {"family": case.split("/")[0], "num_heads": heads, "max_items": window}
     if case == "hstu/rated":
         layout |= {"concat_ua": True, "user_embedding_norm": "layer_norm", "item_l2_norm": False}
     if case == "hstu/plain":
@@ -98,6 +115,13 @@ def checkpoint(case, rng):
     if ratings:
         t["_input_features_preproc._rating_emb.weight"] = draw(rng, NUM_RATINGS, ratings)
     for layer in range(layers):
+        if case.startswith("sasrec"):
+            p, f = f"attention_layers.{layer}.", f"forward_layers.{layer}._conv1d."
+            t |= {p + "in_proj_weight": draw(rng, 3 * columns, columns), p + "in_proj_bias": draw(rng, 3 * columns)}
+            t |= linear_weights(rng, p + "out_proj", columns, columns)
+            t |= {f + "0.weight": draw(rng, INNER, columns, 1), f + "0.bias": draw(rng, INNER),
+                  f + "3.weight": draw(rng, columns, INNER, 1), f + "3.bias": draw(rng, columns)}
+            continue
         p = f"_hstu._attention_layers.{layer}."
         t[p + "_uvqk"] = draw(rng, columns, 2 * heads * (keys + values))
         width = heads * values * (3 if layout.get("concat_ua") else 1)
@@ -189,7 +213,7 @@ def research(repository):
     import torch
     sys.path.insert(0, repository)
     library = jagged_operations()
-    from generative_recommenders.research.modeling.sequential import hstu
+    from generative_recommenders.research.modeling.sequential import hstu, sasrec
     from generative_recommenders.research.modeling.sequential import input_features_preprocessors as inputs
     from generative_recommenders.research.modeling.sequential import output_postprocessors as outputs
     from generative_recommenders.research.modeling.sequential.embedding_modules import LocalEmbeddingModule
@@ -204,14 +228,17 @@ def research(repository):
             preprocessor = inputs.LearnablePositionalEmbeddingInputFeaturesPreprocessor(positions, items, 0.0)
         post = (outputs.LayerNormEmbeddingPostprocessor if layout.get("user_embedding_norm") == "layer_norm"
                 else outputs.L2NormEmbeddingPostprocessor)(items, 1e-6)
-        network = hstu.HSTU(
+        shared = dict(embedding_module=LocalEmbeddingModule(ITEMS, items), similarity_module=None,
+                      input_features_preproc_module=preprocessor, output_postproc_module=post, verbose=False)
+        network = sasrec.SASRec(
+            window, positions - window, items, layers, heads, INNER, "relu", 0.0, **shared
+        ) if case.startswith("sasrec") else hstu.HSTU(
             max_sequence_len=window, max_output_len=positions - window, embedding_dim=items + (ratings or 0),
             num_blocks=layers, num_heads=heads, linear_dim=values, attention_dim=keys,
             normalization="rel_bias", linear_config="uvqk", linear_activation=layout.get("linear_activation", "silu"),
-            linear_dropout_rate=0.0, attn_dropout_rate=0.0, embedding_module=LocalEmbeddingModule(ITEMS, items),
-            similarity_module=None, input_features_preproc_module=preprocessor, output_postproc_module=post,
-            enable_relative_attention_bias=buckets is not None, concat_ua=layout.get("concat_ua", False), verbose=False)
-        for layer in network._hstu._attention_layers:
+            linear_dropout_rate=0.0, attn_dropout_rate=0.0, enable_relative_attention_bias=buckets is not None,
+            concat_ua=layout.get("concat_ua", False), **shared)
+        for layer in [] if case.startswith("sasrec") else network._hstu._attention_layers:
             if buckets is None:
                 layer._rel_attn_bias = hstu.RelativePositionalBias(positions)
             elif buckets != 128:

@@ -303,6 +303,7 @@ fn a_family_has_one_name_everywhere() {
         "network",
         "relative_bias",
         "rope",
+        "sasrec_meta",
         "score_network",
         "stu",
         "transformer_block",

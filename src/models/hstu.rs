@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use super::config::Config;
 use super::network::Activations;
+use super::sasrec_meta::{MetaBlocks, is_meta};
 use super::stu::{Projection, Stu, StuBias, StuInput, StuSpec, Uvqk};
 use super::vector_network::{
     Events, VectorModel, VectorNetwork, VectorPrompt, VectorSpec, item_shape, matrix_shape,
@@ -37,13 +38,21 @@ pub struct Hstu<B: Backend> {
     positions: B::Table,
     /// The same of ratings, and how many there are.
     ratings: Option<(B::Table, usize)>,
-    block: StuSpec,
-    blocks: Vec<Stu<B>>,
-    /// What weights are divided by.
-    divisor: f32,
+    blocks: Blocks<B>,
     /// Takes the columns of items out of those of items and ratings.
     item_columns: Option<B::Matrix>,
     norm: OutputNorm<B>,
+}
+
+/// What is between the input and the output, which the networks of the research code share.
+enum Blocks<B: Backend> {
+    Hstu {
+        spec: StuSpec,
+        blocks: Vec<Stu<B>>,
+        /// What weights are divided by.
+        divisor: f32,
+    },
+    Sasrec(MetaBlocks<B>),
 }
 
 /// What a query vector is normed by.
@@ -74,13 +83,17 @@ impl<B: Backend> Hstu<B> {
                  which one at least belongs to what follows"
             )));
         }
-        let num_heads =
-            needed(config, "num_heads", "the attention heads (hstu_encoder.num_heads)")?;
         let scale = (columns as f64).sqrt() as f32;
         let items = weights.take(ITEMS, &[num_rows, item_columns])?;
         let ratings = load_ratings(backend, config, weights, [columns, item_columns])?;
-        let (uvqk, block) = read_block(config, weights, columns, num_heads)?;
-        let count = num_layers(weights, |layer| format!("{}._uvqk", block_name(layer)));
+        let (blocks, kv) = match is_meta(weights) {
+            true => {
+                let blocks = MetaBlocks::load(backend, config, weights, columns)?;
+                let kv = KvLayout::new(blocks.len(), blocks.heads);
+                (Blocks::Sasrec(blocks), kv)
+            }
+            false => load_blocks(backend, config, weights, [columns, num_positions])?,
+        };
         let is_normed = config.flag("item_l2_norm")?.unwrap_or(true);
         let network = Hstu {
             spec: VectorSpec {
@@ -88,18 +101,12 @@ impl<B: Backend> Hstu<B> {
                 num_rows,
                 max_items,
                 max_tokens: max_items,
-                kv: KvLayout::new(count, block.heads),
+                kv,
             },
             items: backend.table(spread(&items, columns, 0, scale), None)?,
             positions: backend.table(weights.take(POSITIONS, &[num_positions, columns])?, None)?,
             ratings,
-            blocks: (0..count)
-                .map(|layer| {
-                    load_block(backend, weights, layer, [columns, num_positions], uvqk, &block)
-                })
-                .collect::<Result<_>>()?,
-            block,
-            divisor: num_positions as f32,
+            blocks,
             item_columns: match item_columns == columns {
                 true => None,
                 false => Some(backend.matrix(&[first_columns(item_columns, columns)])?),
@@ -168,6 +175,23 @@ impl<B: Backend> OutputNorm<B> {
 
 fn block_name(layer: usize) -> String {
     format!("_hstu._attention_layers.{layer}")
+}
+
+/// HSTU's blocks, and the keys and values that they keep.
+fn load_blocks<B: Backend>(
+    backend: &B,
+    config: &Config,
+    weights: &mut Weights,
+    [columns, num_positions]: [usize; 2],
+) -> Result<(Blocks<B>, KvLayout)> {
+    let num_heads = needed(config, "num_heads", "the attention heads (hstu_encoder.num_heads)")?;
+    let (uvqk, spec) = read_block(config, weights, columns, num_heads)?;
+    let count = num_layers(weights, |layer| format!("{}._uvqk", block_name(layer)));
+    let shape = [columns, num_positions];
+    let blocks = (0..count).map(|layer| load_block(backend, weights, layer, shape, uvqk, &spec));
+    let blocks = blocks.collect::<Result<_>>()?;
+    let kv = KvLayout::new(count, spec.heads);
+    Ok((Blocks::Hstu { spec, blocks, divisor: num_positions as f32 }, kv))
 }
 
 /// What the blocks of a checkpoint have in common.
@@ -311,6 +335,35 @@ fn load_block<B: Backend>(
     })
 }
 
+/// Takes the rows of `s.residual` through HSTU's blocks.
+fn forward_hstu<B: Backend>(
+    backend: &B,
+    spec: &StuSpec,
+    blocks: &[Stu<B>],
+    divisor: f32,
+    prompts: &[VectorPrompt],
+    batch: &mut Batch<'_, B>,
+    s: &mut Activations<B>,
+) {
+    let ends: Vec<usize> = prompts.iter().map(|prompt| prompt.tokens.len()).collect();
+    let divisors = vec![divisor; prompts.len()];
+    // Where no bias goes by time, all times are alike.
+    let seconds = prompts.iter().map(|prompt| match spec.thresholds.is_empty() {
+        true => vec![0; prompt.tokens.len() + 1],
+        false => prompt.seconds.clone(),
+    });
+    let seconds: Vec<Vec<i64>> = seconds.collect();
+    let input = StuInput {
+        first_targets: &ends,
+        divisors: &divisors,
+        seconds: &seconds,
+        is_kept_alone: false,
+    };
+    for (index, block) in blocks.iter().enumerate() {
+        block.forward(backend, spec, index, &input, batch, s);
+    }
+}
+
 impl<B: Backend> VectorNetwork<B> for Hstu<B> {
     fn spec(&self) -> &VectorSpec {
         &self.spec
@@ -320,8 +373,10 @@ impl<B: Backend> VectorNetwork<B> for Hstu<B> {
         if events.rows.is_empty() {
             return Err(Error::EmptyInput);
         }
-        let seconds =
-            if !self.block.thresholds.is_empty() { events.seconds()? } else { Vec::new() };
+        let seconds = match &self.blocks {
+            Blocks::Hstu { spec, .. } if !spec.thresholds.is_empty() => events.seconds()?,
+            _ => Vec::new(),
+        };
         let second_tokens = match &self.ratings {
             Some((_, count)) => events.numbers("rating", *count)?,
             None => Vec::new(),
@@ -346,24 +401,11 @@ impl<B: Backend> VectorNetwork<B> for Hstu<B> {
         let positions: Vec<u32> = positions.map(|position| position as u32).collect();
         backend.add_embedding(&self.positions, &positions, batch, &mut s.residual);
 
-        let ends: Vec<usize> = prompts.iter().map(|prompt| prompt.tokens.len()).collect();
-        let divisors = vec![self.divisor; prompts.len()];
-        // Where no bias goes by time, all times are alike.
-        let seconds: Vec<Vec<i64>> = prompts
-            .iter()
-            .map(|prompt| match self.block.thresholds.is_empty() {
-                true => vec![0; prompt.tokens.len() + 1],
-                false => prompt.seconds.clone(),
-            })
-            .collect();
-        let input = StuInput {
-            first_targets: &ends,
-            divisors: &divisors,
-            seconds: &seconds,
-            is_kept_alone: false,
-        };
-        for (index, block) in self.blocks.iter().enumerate() {
-            block.forward(backend, &self.block, index, &input, batch, s);
+        match &self.blocks {
+            Blocks::Hstu { spec, blocks, divisor } => {
+                forward_hstu(backend, spec, blocks, *divisor, prompts, batch, s);
+            }
+            Blocks::Sasrec(blocks) => blocks.forward(backend, batch, s),
         }
         backend.gather_last(&s.residual, 0, batch, &mut s.last);
         if let Some(columns) = &self.item_columns {

@@ -37,6 +37,7 @@ mod network;
 mod relative_bias;
 mod rope;
 pub mod sasrec;
+mod sasrec_meta;
 mod score_network;
 mod stu;
 pub mod t5;
@@ -119,7 +120,7 @@ pub fn load_vectors<B: Backend>(
             });
         }
     };
-    let is_spare = |name: &str| family == "hstu" && hstu::is_spare(name);
+    let is_spare = |name: &str| ["hstu", "sasrec"].contains(&&*family) && hstu::is_spare(name);
     weights.finish(|name, _| is_spare(name) || config.is_ignored(name))?;
     config.without_effect(&["ignore", "items", "item_vectors", "metric"]);
     config.finish()?;

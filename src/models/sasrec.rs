@@ -1,8 +1,9 @@
-//! SASRec: self-attention over a history (Kang & McAuley 2018), as two projects write it.
+//! SASRec: self-attention over a history (Kang & McAuley 2018), as three projects write it.
 //!
 //! | layout | input | blocks | padding |
 //! | --- | --- | --- | --- |
 //! | RecBole 1.2.1 | LN(item + position), positions from the oldest item | norms after, GELU | on the right and masked: left out here |
+//! | meta-recsys/generative-recommenders | item * sqrt(columns) + position | queries normed, keys and values not; see `sasrec_meta.rs` | on the right: left out here |
 //! | pmixer/SASRec.pytorch | item * sqrt(columns) + position | norms before or after, ReLU, one more norm at the end | on the left **and attended**: read here as well |
 //!
 //! The names of the tensors tell the layout. In pmixer's, the positions count from the left edge of the
@@ -13,7 +14,9 @@ use std::sync::Arc;
 
 use super::config::Config;
 use super::family::activation_of;
+use super::hstu::Hstu;
 use super::network::Activations;
+use super::sasrec_meta::is_meta;
 use super::transformer_block::{Block, BlockSpec, Linear, Norm, NormPlace, heads};
 use super::vector_network::{
     Events, VectorModel, VectorNetwork, VectorPrompt, VectorSpec, item_shape, matrix_shape,
@@ -51,11 +54,8 @@ impl<B: Backend> Sasrec<B> {
         if weights.contains("item_embedding.weight") {
             return Sasrec::load_recbole(backend, config, weights);
         }
-        if weights.contains("forward_layers.0._conv1d.0.weight") {
-            return Err(Error::Unsupported {
-                what: "SASRec in the layout of Meta's generative-recommenders".into(),
-                way_out: "the layouts of RecBole and of pmixer/SASRec.pytorch are".into(),
-            });
+        if is_meta(weights) {
+            return Hstu::load(backend, config, weights);
         }
         Sasrec::load_pmixer(backend, config, weights)
     }
