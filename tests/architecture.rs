@@ -342,6 +342,7 @@ fn unsafe_code_lives_where_memory_is_mapped_and_where_hardware_is_called() {
         "src/backend/cpu/matmul/avx512_vnni.rs",
         "src/backend/cuda/blas.rs",
         "src/backend/cuda/nvidia.rs",
+        "src/backend/cuda/pinned.rs",
         "src/mapping.rs",
     ];
     assert_eq!(homes, expected);

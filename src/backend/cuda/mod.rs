@@ -42,6 +42,8 @@ mod metadata;
 #[cfg(feature = "cuda")]
 mod nvidia;
 mod pass;
+#[cfg(feature = "cuda")]
+mod pinned;
 mod plan;
 #[cfg(any(feature = "cuda", test))]
 mod plans;

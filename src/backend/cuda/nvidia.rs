@@ -16,7 +16,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError};
 
 use super::blas::{self, Blas, CapturedPlans, WORKSPACE_BYTES};
 use super::driver::{Address, Driver, Launch, Outcome, Product};
-use super::staging::Ring;
+use super::pinned::Pinned;
 use crate::error::{Error, Result};
 
 /// The kernels, or nothing where there was no nvcc to compile them.
@@ -61,10 +61,10 @@ pub struct CudaDevice {
     max_shared_bytes: usize,
     has_warpgroups: bool,
     stream: Arc<CudaStream>,
-    uploads: Mutex<Staging>,
+    uploads: Mutex<Pinned>,
     /// For copies beside the stream; all memory is taken here.
     copies: Arc<CudaStream>,
-    uploads_beside: Mutex<Staging>,
+    uploads_beside: Mutex<Pinned>,
     pool: sys::CUmemoryPool,
     module: sys::CUmodule,
     functions: Mutex<HashMap<&'static str, Function>>,
@@ -74,72 +74,6 @@ pub struct CudaDevice {
     workspace: sys::CUdeviceptr,
     /// The last to go: all else is its own.
     context: Arc<CudaContext>,
-}
-
-/// Page-locked memory of the host, from which the device copies while the host goes on.
-struct Staging {
-    memory: *mut u8,
-    len: usize,
-    ring: Ring<sys::CUevent>,
-}
-
-impl Staging {
-    fn new(len: usize) -> std::result::Result<Staging, DriverError> {
-        // SAFETY: it is freed when this is dropped.
-        let memory = unsafe { driver::malloc_host(len, 0)? }.cast();
-        Ok(Staging { memory, len, ring: Ring::new(len) })
-    }
-
-    /// Copies to the device in the order of a stream; `bytes` are read before this returns.
-    fn upload(
-        &mut self,
-        to: Address,
-        bytes: &[u8],
-        stream: sys::CUstream,
-    ) -> std::result::Result<(), DriverError> {
-        let mut failed = None;
-        // In parts, so that one is filled while others are on their way.
-        for (index, part) in bytes.chunks(self.len / 4).enumerate() {
-            let wait = |event| {
-                // SAFETY: the event was recorded below, and is waited for once.
-                let waited = unsafe {
-                    driver::event::synchronize(event).and_then(|()| driver::event::destroy(event))
-                };
-                waited.map_err(|error| {
-                    failed = Some(error);
-                    device_error("cuda", error)
-                })
-            };
-            let Ok(at) = self.ring.take(part.len(), wait) else {
-                return Err(failed.expect("what failed was noted"));
-            };
-            let to = to.offset(index * (self.len / 4));
-            // SAFETY: the stretch lies within the memory, and nobody uses it until the event that is
-            // recorded behind the copy has happened. The backend allocated what is copied to.
-            unsafe {
-                let staged = std::slice::from_raw_parts_mut(self.memory.add(at), part.len());
-                staged.copy_from_slice(part);
-                driver::memcpy_htod_async(to.get(), staged, stream)?;
-                let event = driver::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
-                self.ring.hold(event);
-                driver::event::record(event, stream)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Staging {
-    /// Its context must be current, and no copy may be on its way.
-    fn drop(&mut self) {
-        // SAFETY: all of it is ours; errors here have nowhere to go.
-        unsafe {
-            for event in self.ring.drain() {
-                let _ = driver::event::destroy(event);
-            }
-            let _ = driver::free_host(self.memory.cast());
-        }
-    }
 }
 
 #[derive(Clone, Copy)]
@@ -228,9 +162,9 @@ impl CudaDevice {
             // Later devices run the PTX of all architectures, which has no such kernels.
             has_warpgroups: major == 9,
             stream,
-            uploads: Mutex::new(Staging::new(STAGED_BYTES).map_err(of_driver)?),
+            uploads: Mutex::new(Pinned::new(STAGED_BYTES).map_err(of_driver)?),
             copies,
-            uploads_beside: Mutex::new(Staging::new(STAGED_BYTES_BESIDE).map_err(of_driver)?),
+            uploads_beside: Mutex::new(Pinned::new(STAGED_BYTES_BESIDE).map_err(of_driver)?),
             pool: memory_pool(ordinal).map_err(of_driver)?,
             module,
             functions: Mutex::new(HashMap::new()),
