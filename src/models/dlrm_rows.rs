@@ -100,7 +100,7 @@ impl<B: Backend> RowBuilder<B> {
         let context = read_context(config)?;
         let of_context = context.iter().map(|feature| feature.name.as_str());
         let names: Vec<&str> = item_features.iter().map(String::as_str).chain(of_context).collect();
-        let tables = FeatureTables::open(config, weights, &names, None)?;
+        let tables = FeatureTables::open(config, weights, &names)?;
         let width = tables.columns();
         let further = format!("{PREPROCESSOR}_additional_embedding_mlp");
         let inputs =

@@ -29,18 +29,13 @@ struct Table {
 }
 
 impl FeatureTables {
-    /// The tables of these features, of `columns` each. `hashed` of the configuration names those
+    /// The tables of these features, all of one width. `hashed` of the configuration names those
     /// whose numbers are hashed; all other numbers must be rows.
     ///
     /// # Errors
     /// Those of the files; [`Error::MissingTensor`]; [`Error::TensorShape`];
     /// [`Error::ModelConfig`] where a hashed feature has no table.
-    pub fn open(
-        config: &Config,
-        weights: &mut Weights,
-        names: &[&str],
-        columns: Option<usize>,
-    ) -> Result<FeatureTables> {
+    pub fn open(config: &Config, weights: &mut Weights, names: &[&str]) -> Result<FeatureTables> {
         let hashed = config.texts("hashed")?;
         if let Some(name) = hashed.iter().find(|name| !names.contains(&name.as_str())) {
             return Err(
@@ -49,7 +44,7 @@ impl FeatureTables {
         }
         let folder = config.path().parent().unwrap_or(Path::new("")).join("tables");
         let mut tables = HashMap::new();
-        let mut columns = columns;
+        let mut columns = None;
         for &name in names {
             let rows = table_of(&folder, name, weights)?;
             let found = rows.shape().to_vec();
