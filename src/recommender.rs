@@ -120,11 +120,12 @@ impl WithBackend for Open<'_> {
 impl Recommender {
     /// Opens a model folder (`config.json`, `sidereal.json`, safetensors) on the device that the
     /// options name. Where the `family` in `sidereal.json` is one that gives vectors or scores
-    /// candidates, the requests of a [`Retriever`] or a [`Ranker`] are answered.
+    /// candidates, the requests of a [`Retriever`](crate::Retriever) or a
+    /// [`Ranker`](crate::Ranker) are answered.
     ///
     /// # Errors
-    /// The files': see [`models::load`](crate::models::load), [`SidLayout`], [`Retriever::open`],
-    /// [`Ranker::open`];
+    /// The files': see [`models::load`](crate::models::load), [`SidLayout`],
+    /// [`Retriever::open`](crate::Retriever::open), [`Ranker::open`](crate::Ranker::open);
     /// [`Error::LevelsMismatch`] where the catalog has codes that the model cannot write;
     /// [`Error::Device`] where this build or machine does not have the device;
     /// [`Error::InvalidOption`].
