@@ -28,11 +28,11 @@ pub struct Recommendation {
     /// The thought that it follows, an index of [`Answer::thoughts`], where there are several: of
     /// those whose searches found the item, the one that gave it the best score.
     pub branch: Option<usize>,
-    /// What a network that scores candidates says of it, one score a task; `score` is the first.
+    /// The scores that a network which scores candidates gives it, one a task; `score` is the first.
     pub tasks: Vec<TaskScore>,
 }
 
-/// What a network says of an item.
+/// A score that a network gives an item for one task.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TaskScore {
     /// The task's name, as in the training.

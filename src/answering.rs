@@ -14,7 +14,7 @@ use crate::retriever::{Ranker, Retriever};
 use crate::schedule::RequestId;
 use crate::service::{AnswersWhole, Message, Reception, no_new_weights};
 
-/// What a model does.
+/// The kind of a model: what it makes of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ModelKind {
@@ -27,7 +27,7 @@ pub enum ModelKind {
 }
 
 impl ModelKind {
-    /// What the model of a folder does, by the `family` in its `sidereal.json`.
+    /// Reads the kind of a folder's model from the `family` in its `sidereal.json`.
     ///
     /// # Errors
     /// The file's, where it is there.
@@ -40,7 +40,7 @@ impl ModelKind {
     }
 }
 
-/// What answers.
+/// A network that answers requests, as callers' threads see it.
 pub(crate) enum Answering {
     /// An engine, which writes semantic IDs or phrases.
     Writer { preparer: Arc<Preparer>, loader: Arc<dyn ReplaceWeights> },
@@ -117,7 +117,7 @@ impl Answering {
         }
     }
 
-    /// Whether a request's text has to become tokens, which takes long.
+    /// Tells whether a request's text has to become tokens, which takes long.
     pub fn reads_text(&self, request: &Request) -> bool {
         match self {
             Answering::Writer { preparer, .. } => preparer.reads_text(request),
@@ -149,7 +149,7 @@ impl Answering {
         }
     }
 
-    /// What lays out new weights.
+    /// Gives what lays out new weights.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a network that takes none.

@@ -233,6 +233,41 @@ fn a_folder_that_lacks_something_says_what() {
     ));
 }
 
+/// An embedding that is beyond f32 once the network has scaled it.
+#[test]
+fn a_history_without_a_finite_vector_fails_alone() {
+    let folder = copy("models/sasrec/pmixer-before");
+    let path = folder.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).expect("a checkpoint");
+    let len = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + len]).expect("a header");
+    let items = &header["item_emb.weight"];
+    let columns = items["shape"][1].as_u64().expect("a number") as usize;
+    let start = 8 + len + items["data_offsets"][0].as_u64().expect("a number") as usize;
+    let row = &mut bytes[start + 4 * columns..start + 8 * columns];
+    row.chunks_exact_mut(4).for_each(|number| number.copy_from_slice(&3e38f32.to_le_bytes()));
+    std::fs::write(&path, bytes).expect("writable");
+    let rows = std::fs::read(folder.path().join("item_rows.json")).expect("a file");
+    let rows: Value = serde_json::from_slice(&rows).expect("JSON");
+    let name = match &rows {
+        Value::Array(names) => names[1].as_str().expect("a name"),
+        rows => {
+            let mut rows = rows.as_object().expect("an object").iter();
+            rows.find(|(_, row)| **row == json!(1)).expect("the first row").0
+        }
+    };
+    let retriever = open(folder.path()).expect("finite weights");
+    let other = ["i7", "i14", "i3"].map(|item| if item == name { "i20" } else { item });
+    let sound = Request::from_history(other).with_exclude([name]);
+    let requests = [sound.clone(), Request::from_history([name, other[0]]), sound];
+    let mut answers = retriever.recommend_all(&requests).into_iter();
+    let mut next = || answers.next().expect("an answer for each");
+    let first = next().expect("a sound request");
+    assert!(matches!(next(), Err(Error::NonFiniteScores { .. })));
+    assert_eq!(first.items, next().expect("a sound request").items);
+    assert!(matches!(retriever.query_vector(&requests[1]), Err(Error::NonFiniteScores { .. })));
+}
+
 /// A file of `numpy.save`.
 fn npy(rows: usize, columns: usize, values: &[f32]) -> Vec<u8> {
     let header =

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use crate::backend::{Backend, Batch, MemorySpec, SlotSpec};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::models::{Activations, Events, VectorModel, VectorPrompt, VectorSpec};
 use crate::pages::PAGE_LEN;
 
@@ -22,10 +22,10 @@ pub(super) trait Encode: Send + Sync {
     /// Those of [`VectorNetwork::prompt`](crate::models::VectorNetwork::prompt).
     fn prompt(&self, events: &Events<'_>) -> Result<VectorPrompt>;
 
-    /// The query vectors of some prompts, `[prompts, columns]`.
+    /// The query vectors of some prompts, `[prompts, columns]`; their numbers may be infinite or NaN.
     ///
     /// # Errors
-    /// [`Error::NonFiniteScores`]; the device's own.
+    /// The device's own.
     fn encode(&self, prompts: &[VectorPrompt]) -> Result<Vec<f32>>;
 
     /// What computes.
@@ -130,10 +130,7 @@ impl<B: Backend> Encode for Encoder<B> {
             vectors.extend(self.pass(prompts, &mut workspace)?);
         }
         self.workspaces().push(workspace);
-        match vectors.iter().all(|value| value.is_finite()) {
-            true => Ok(vectors),
-            false => Err(Error::NonFiniteScores { step: 0 }),
-        }
+        Ok(vectors)
     }
 
     fn description(&self) -> String {

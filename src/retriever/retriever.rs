@@ -63,7 +63,6 @@ pub struct Retriever {
     pool: ThreadPool,
 }
 
-/// Opens the network on whatever backend a device has.
 /// What is read of a folder before its network is put on a device.
 struct Open<'a> {
     folder: &'a Path,
@@ -238,7 +237,9 @@ impl Retriever {
     pub fn query_vector(&self, request: &Request) -> Result<Vec<f32>> {
         let (events, ..) = self.history(request)?;
         let prompt = self.encoder.prompt(&events)?;
-        self.pool.install(|| self.encoder.encode(&[prompt]))
+        let query = self.pool.install(|| self.encoder.encode(&[prompt]))?;
+        check_finite(&query)?;
+        Ok(query)
     }
 
     /// Answers one request.
@@ -266,6 +267,8 @@ impl Retriever {
             let vectors = encoded.as_ref().map_err(Error::clone)?;
             let query = &vectors[next * columns..(next + 1) * columns];
             next += 1;
+            // A vector that is not finite is its own request's error alone.
+            check_finite(query)?;
             self.answer(prepared, query, start)
         };
         prepared.into_iter().map(answer).collect()
@@ -482,6 +485,13 @@ impl AnswersWhole for Retriever {
 
     fn matrix_flops(&self) -> u64 {
         self.encoder.matrix_flops()
+    }
+}
+
+fn check_finite(query: &[f32]) -> Result<()> {
+    match query.iter().all(|value| value.is_finite()) {
+        true => Ok(()),
+        false => Err(Error::NonFiniteScores { step: 0 }),
     }
 }
 
